@@ -1,0 +1,68 @@
+"""Causal attention with an optional sliding window: one public function, several backends with the same meaning.
+
+Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query heads, K key/value
+heads (H a multiple of K), D head dim."""
+
+import torch
+import torch.nn.functional as F
+
+BACKENDS = ("blocked", "sdpa")
+QUERY_BLOCK = 256  # queries that share one slice of keys in the blocked path
+
+
+def pick_backend(requested, device_type):
+    """(backend, reason) for --attention. 'auto' means: sdpa on a GPU, blocked elsewhere."""
+    if requested != "auto":
+        return requested, "as requested"
+    if device_type == "cuda":
+        return "sdpa", "fused kernels for full context"
+    return "blocked", "plain products over causal blocks skip masked keys and beat SDPA's CPU backward in bf16"
+
+
+def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
+    """softmax(q k^T / sqrt(D)) v, where query t sees itself and the window - 1 positions before it.
+
+    window: number of visible keys, itself included; anything >= S is full causal context.
+    Returns (B, T, H, D) in q's dtype. Softmax is in fp32 for every backend."""
+    if backend == "sdpa":
+        return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+
+
+def visible(T, S, window, device, first_query=0, first_key=0, n_query=None, n_key=None):
+    """Boolean (n_query, n_key) mask of a rectangle of the T x S score matrix: True where the query sees the key."""
+    query = torch.arange(first_query, first_query + (n_query or T), device=device)[:, None] + (S - T)
+    key = torch.arange(first_key, first_key + (n_key or S), device=device)[None, :]
+    return (key <= query) & (key > query - window)
+
+
+def _sdpa(q, k, v, window):
+    T, S = q.size(1), k.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    full = window >= S and T == S
+    mask = None if full else visible(T, S, window, q.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=full, enable_gqa=q.size(1) != k.size(1))
+    return out.transpose(1, 2)
+
+
+def _blocked(q, k, v, window):
+    """Each block of queries meets only the keys that some query of it can see: time and memory grow with T x window."""
+    B, T, H, D = q.shape
+    S, K = k.size(1), k.size(2)
+    group = H // K
+    # one matrix per (batch, key/value head); the query heads of a group are stacked along the rows
+    q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
+    k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+    blocks = []
+    for t0 in range(0, T, QUERY_BLOCK):
+        t1 = min(t0 + QUERY_BLOCK, T)
+        s0, s1 = max(0, S - T + t0 - window + 1), S - T + t1
+        rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
+        keys = k[:, :, s0:s1].reshape(B * K, s1 - s0, D)
+        values = v[:, :, s0:s1].reshape(B * K, s1 - s0, D)
+        scores = (rows @ keys.transpose(1, 2)).float().mul(D**-0.5).view(B * K, group, t1 - t0, s1 - s0)
+        seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
+        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ values
+        blocks.append(out.view(B, K, group, t1 - t0, D))
+    return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)

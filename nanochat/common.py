@@ -1,0 +1,114 @@
+"""What every layer uses: errors, exit codes, paths, seeds, atomic files, formatted numbers. Imports no torch."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class UsageError(Exception):
+    """A request that cannot be honoured: bad flag, missing or unusable input. Shown without a traceback, exit code 2."""
+
+
+def install_hint(package, purpose):
+    """The UsageError to raise when an optional package is missing."""
+    return UsageError(f"{purpose} needs the package '{package}', which is not installed: pip install {package}")
+
+
+def base_dir():
+    """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Not created here."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+
+
+def stream_seed(seed, *names):
+    """A 63-bit seed for one named random stream, so that streams of one run never share numbers.
+
+    `names` are ints or strings, for example stream_seed(42, "rows", epoch, shard)."""
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def sha256_hex(data):
+    """Hex SHA-256 of bytes or of the UTF-8 form of a string."""
+    return hashlib.sha256(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data).hexdigest()
+
+
+def sha256_file(path):
+    """Hex SHA-256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fsync_dir(path):
+    """Make renames and new names inside a folder durable. A no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path, text):
+    """Write a text file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+    path = Path(path)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    fsync_dir(path.parent)
+
+
+def write_json(path, value):
+    """write_atomic() of a value as indented JSON. NaN and infinities are refused: a failed number is null."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path, what):
+    """Parse a JSON file; `what` names it in the UsageError raised when it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{what}: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what}: {path} cannot be read as JSON ({error})") from None
+
+
+def round_up(value, multiple):
+    """Smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def human_bytes(n):
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+
+
+def human_time(seconds):
+    """3725 -> '1h02m'; 65 -> '1m05s'; 4.2 -> '4.2s'."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

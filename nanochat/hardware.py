@@ -1,0 +1,165 @@
+"""The machine: device and dtype choice, deterministic set-up, compiler check, peak FLOP/s, memory. Probes only when called."""
+
+import os
+import platform
+import shutil
+import sysconfig
+import time
+
+import torch
+
+from nanochat.common import UsageError, base_dir
+
+# Dense bf16 peak in FLOP/s by a part of the name CUDA reports, longest match first. Source: NVIDIA data sheets.
+GPU_PEAK_FLOPS = {
+    "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "L40S": 362e12,
+    "L4": 121e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
+}
+GPU_MEMORY_BYTES = {
+    "H200": 141e9, "H100": 80e9, "B200": 180e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9, "A10": 24e9,
+    "RTX 5090": 32e9, "RTX 4090": 24e9, "RTX 3090": 24e9,
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def listed(table, name):
+    """The table's value for the longest key contained in `name` (letter case ignored), or None."""
+    keys = [key for key in table if key.lower() in name.lower()]
+    return table[max(keys, key=len)] if keys else None
+
+
+def pick_device_type(requested):
+    """'cuda', 'mps' or 'cpu': the requested one, or the first that is present. Raises UsageError if it is absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not requested:
+        return next(name for name in ("cuda", "mps", "cpu") if present[name])
+    if not present[requested]:
+        have = ", ".join(name for name in present if present[name])
+        raise UsageError(f"--device-type={requested}: this machine or build of torch {torch.__version__} has none "
+                         f"(here: {have}); leave the flag out to autodetect")
+    return requested
+
+
+def cpu_multiplies_bf16():
+    """True when this CPU has bf16 matrix or dot-product instructions (AMX, AVX512-BF16) and this torch uses them."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return bool((amx or avx512_bf16) and torch.backends.mkldnn.is_available())
+
+
+def pick_dtype(requested, device_type):
+    """(compute dtype, reason). bf16 where the hardware multiplies it fast, otherwise fp32.
+
+    Raises UsageError for float16, which needs a gradient scaler that does not exist yet."""
+    if requested == "float16":
+        raise UsageError("--dtype=float16: not available yet (it needs loss scaling); use bfloat16 or float32")
+    if requested != "auto":
+        return DTYPES[requested], "as requested"
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major >= 8:
+            return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
+        return torch.float32, f"SM{major}{minor} has no bf16 matrix instructions"
+    if device_type == "cpu" and cpu_multiplies_bf16():
+        return torch.bfloat16, "this CPU has bf16 instructions (AMX or AVX512-BF16)"
+    return torch.float32, f"no fast bf16 on this {device_type}"
+
+
+def set_determinism(device_type):
+    """Same seed, same bits: deterministic algorithms on, without the cost of filling fresh memory."""
+    if device_type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def compiler_missing(device_type):
+    """Why torch.compile cannot be used here, or None. Checks the tools, compiles nothing."""
+    if device_type == "mps":
+        return "torch.compile is not reliable on mps"
+    if device_type == "cuda":
+        try:
+            import triton  # noqa: F401  (inductor's CUDA back end)
+        except ImportError:
+            return "triton is not installed (pip install triton)"
+    else:
+        compiler = os.environ.get("CXX") or "g++"
+        if not (shutil.which(compiler) or shutil.which("clang++")):
+            return f"no C++ compiler ({compiler}) on PATH"
+        header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+        if not os.path.exists(header):
+            return "Python.h is missing (the python3-dev package)"
+    return None
+
+
+def set_compile_cache():
+    """Keep compiled kernels under the base dir, so that a second start is warm."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compile"))
+
+
+def synchronize(device_type):
+    """Wait for the device, so that a clock read afterwards covers the work before it."""
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    elif device_type == "mps":
+        torch.mps.synchronize()
+
+
+def matmul_flops(device, dtype, n, repeats):
+    """Best measured FLOP/s of an n x n x n product in `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first run warms up; taking the minimum discards it
+        synchronize(device.type)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device.type)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_flops(device):
+    """(FLOP/s, label): the listed dense bf16 peak of a known GPU, otherwise a measured one (best of n = 2048 and 4096).
+
+    Where bf16 has no matrix instructions it is measured in fp32, and the label says so."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if (flops := listed(GPU_PEAK_FLOPS, name)) is not None:
+            return flops, f"listed bf16 peak of {name}"
+    dtype, _ = pick_dtype("auto", device.type)
+    sizes = (2048, 4096) if dtype == torch.bfloat16 or device.type != "cpu" else (2048,)
+    return max(matmul_flops(device, dtype, n, repeats=2) for n in sizes), f"measured {str(dtype).removeprefix('torch.')} peak"
+
+
+def free_memory(device):
+    """Bytes that could be allocated now on the device (CPU: MemAvailable, or the physical size where that is unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes(device):
+    """Peak bytes so far: allocator peak on CUDA, resident set of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def describe(device):
+    """What runs here, for config.json: names, counts, versions. No host names or paths."""
+    facts = {"device_type": device.type, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
+             "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
+             "torch": torch.__version__}
+    if device.type == "cuda":
+        facts.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+    else:
+        facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return facts

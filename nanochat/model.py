@@ -1,0 +1,295 @@
+"""The GPT: a pre-norm decoder sized by its depth.
+
+Shape legend: B batch rows, T tokens of a row, C width, H query heads, K key/value heads, D head dim, V vocabulary.
+
+Beyond the plain decoder it has value embeddings (arXiv 2410.17897), residual and x0 lambdas, smear, backout, QK-norm,
+ReLU^2 and a logit softcap. Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.attention import attention
+from nanochat.common import round_up
+
+NORM_EPS = 1e-6
+ROPE_BASE = 100_000.0
+ROPE_REACH = 10  # rotary tables cover this many times max_seq_len: CORE prompts and long samples run past the context
+GATE_CHANNELS = 16  # leading channels of x that drive the value-embedding and smear gates (fewer if the width is smaller)
+LOGIT_SOFTCAP = 15.0
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of a model. Saved whole by asdict() and rebuilt by GPTConfig(**dict)."""
+    depth: int
+    width: int
+    head_dim: int
+    n_head: int
+    n_kv_head: int
+    vocab_size: int
+    max_seq_len: int
+    window_pattern: str = "SSSL"  # tiled over the layers; L sees the whole context, S the short window; last layer L
+    short_window: int = 1024  # keys that a token of an S layer sees, itself included
+    dropout: float = 0.0
+    arch: str = "speedrun"
+
+    def windows(self):
+        """Visible keys per layer; full context is `no limit`, written as ROPE_REACH * max_seq_len."""
+        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth)]
+        letters[-1] = "L"
+        return [ROPE_REACH * self.max_seq_len if letter == "L" else self.short_window for letter in letters]
+
+    def has_value_embedding(self, layer):
+        """Alternate layers have one, the last always."""
+        return layer % 2 == (self.depth - 1) % 2
+
+
+def width_for(depth, aspect_ratio, head_dim):
+    """Model width of a depth: depth x aspect ratio, rounded up to a multiple of the head dim."""
+    return round_up(depth * aspect_ratio, head_dim)
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias whose fp32 weight is cast to the input's dtype for the product."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x_BxTxHxD, cos_TxD2, sin_TxD2):
+    """Rotary position embedding (arXiv 2104.09864), first and second half of the head as real and imaginary parts."""
+    real, imaginary = x_BxTxHxD.float().chunk(2, dim=-1)
+    cos, sin = cos_TxD2[:, None, :], sin_TxD2[:, None, :]
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x_BxTxHxD.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer, backend):
+        super().__init__()
+        C, H, K, D = config.width, config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = H, K, D
+        self.window = config.windows()[layer]
+        self.backend = backend
+        self.dropout = config.dropout
+        self.query = Linear(C, H * D)
+        self.key = Linear(C, K * D)
+        self.value = Linear(C, K * D)
+        self.out = Linear(H * D, C)
+        self.value_gate = Linear(min(GATE_CHANNELS, C), K) if config.has_value_embedding(layer) else None
+
+    def forward(self, x_BxTxC, value_embedding_BxTxKD, rope, cache):
+        B, T, _ = x_BxTxC.shape
+        q = self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim)
+        k = self.key(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.value(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
+        if self.value_gate is not None:  # a gate of 1 per head at initialisation, between 0 and 2 afterwards
+            gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.value_gate.in_features]))
+            v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.to(v.dtype).view_as(v)
+        q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = attention(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
+        return F.dropout(self.out(out), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = Linear(config.width, 4 * config.width)
+        self.down = Linear(4 * config.width, config.width)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        return F.dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x <- lambda x + mu x0, then attention and MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config, layer, backend):
+        super().__init__()
+        self.attention = Attention(config, layer, backend)
+        self.mlp = MLP(config)
+
+    def forward(self, x, x0, residual_lambda, x0_lambda, value_embedding, rope, cache=None):
+        x = residual_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
+        x = x + self.attention(norm(x), value_embedding, rope, cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Build on the meta device, then materialise with to_empty(device=...) and init_weights(seed)."""
+
+    def __init__(self, config, compute_dtype=torch.float32, attention_backend="blocked"):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        C, KD = config.width, config.n_kv_head * config.head_dim
+        self.embedding = nn.Embedding(config.vocab_size, C)
+        self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, KD)
+                                               for i in range(config.depth) if config.has_value_embedding(i)})
+        self.blocks = nn.ModuleList([Block(config, i, attention_backend) for i in range(config.depth)])
+        self.head = Linear(C, config.vocab_size)
+        self.residual_lambdas = nn.Parameter(torch.empty(config.depth))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.depth))
+        self.smear_gate = Linear(min(GATE_CHANNELS, C), 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
+        self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Fill every parameter and buffer; the same values on every rank and device (drawn on the CPU).
+
+        Projections back into the residual stream, gates and the smear start at zero, so that each block starts as the
+        identity; the head starts small, so that the first loss is ln(V)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal_(parameter, std):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+        def uniform_(parameter, std):
+            parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * (3**0.5 * std))
+
+        std = self.config.width**-0.5
+        normal_(self.embedding.weight, 1.0)
+        for table in self.value_embeddings.values():
+            uniform_(table.weight, std)
+        for block in self.blocks:
+            for projection in (block.attention.query, block.attention.key, block.attention.value):
+                uniform_(projection.weight, std)
+            uniform_(block.mlp.up.weight, std)
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+            if block.attention.value_gate is not None:
+                nn.init.zeros_(block.attention.value_gate.weight)
+        normal_(self.head.weight, 0.001)
+        nn.init.ones_(self.residual_lambdas)
+        nn.init.constant_(self.x0_lambdas, 0.1)
+        nn.init.zeros_(self.smear_gate.weight)
+        nn.init.zeros_(self.smear_lambda)
+        nn.init.zeros_(self.backout_lambda)
+        # fp64 angles: at position 20,480 an fp32 product is already off by 1e-3 radians
+        half = self.config.head_dim // 2
+        frequency = ROPE_BASE ** -(torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.outer(torch.arange(self.rope_cos.size(0), dtype=torch.float64), frequency)
+        self.rope_cos.copy_(angle.cos())
+        self.rope_sin.copy_(angle.sin())
+
+    def compile_parts(self):
+        """Compile each block, the embedding mix and the loss, not the whole: layers of one kind share one kernel set.
+
+        Generation with a cache keeps to the uncompiled code, whose shapes change with every token."""
+        self.mix_embedding = torch.compile(self.mix_embedding, dynamic=False)
+        self.token_nats = torch.compile(self.token_nats, dynamic=False)
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def parameter_groups(self):
+        """{group name: {parameter name: parameter}}; every parameter is in exactly one group (asserted)."""
+        groups = {"matrices": {}, "embedding": {}, "value_embeddings": {}, "unembedding": {}, "scalars": {}}
+        for name, parameter in self.named_parameters():
+            if name.startswith("blocks.") and not name.endswith("value_gate.weight"):
+                group = "matrices"
+            elif name == "embedding.weight":
+                group = "embedding"
+            elif name.startswith("value_embeddings."):
+                group = "value_embeddings"
+            elif name == "head.weight":
+                group = "unembedding"
+            else:
+                assert parameter.numel() <= GATE_CHANNELS * self.config.n_kv_head + self.config.depth, name
+                group = "scalars"
+            groups[group][name] = parameter
+        placed = [name for group in groups.values() for name in group]
+        assert sorted(placed) == sorted(name for name, _ in self.named_parameters())
+        return groups
+
+    def count_parameters(self):
+        """{group: number of parameters} and, under 'total', all of them. Works on the meta device."""
+        counts = {group: sum(p.numel() for p in members.values()) for group, members in self.parameter_groups().items()}
+        return counts | {"total": sum(counts.values())}
+
+    def scaling_parameters(self):
+        """N of the scaling rules: parameters of the transformer's matrices plus the head."""
+        counts = self.count_parameters()
+        return counts["matrices"] + counts["unembedding"]
+
+    def flops_per_token(self):
+        """Training FLOPs (forward and backward) per token of a full row.
+
+        6 per parameter that multiplies a token (arXiv 2204.02311, appendix B: gates included, tables not), plus
+        attention: 12 x H x D x visible keys a layer, its window counted, no halving for causality."""
+        multiplied = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        keys = sum(min(window, self.config.max_seq_len) for window in self.config.windows())
+        return 6 * multiplied + 12 * self.config.n_head * self.config.head_dim * keys
+
+    def mix_embedding(self, raw_BxTxC, previous_Bx1xC):
+        """Normalise token embeddings and add the gated previous one (smear). Returns (x0, last normalised embedding).
+
+        previous_Bx1xC: the normalised embedding before the first token, or zeros at the start of a row."""
+        x = norm(raw_BxTxC)
+        before = torch.cat((previous_Bx1xC, x[:, :-1]), dim=1)
+        gate_BxTx1 = torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
+        return x + self.smear_lambda.to(x.dtype) * gate_BxTx1 * before, x[:, -1:]
+
+    def hidden(self, ids_BxT, cache=None):
+        """The residual stream after the last block and its norm, (B, T, C) in the compute dtype."""
+        T = ids_BxT.size(1)
+        start = cache.length if cache is not None else 0
+        if start + T > self.rope_cos.size(0):
+            raise ValueError(f"{start + T} positions; this model was built for at most {self.rope_cos.size(0)}")
+        rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
+        previous = cache.previous_embedding if cache is not None else None
+        if previous is None:
+            previous = torch.zeros_like(raw[:, :1])
+        x0, last = self.mix_embedding(raw, previous)
+        x = x0
+        for i, block in enumerate(self.blocks):
+            table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
+            value_embedding = F.embedding(ids_BxT, table) if table is not None else None
+            # with a cache the shapes change every token: block.forward is the same code, uncompiled
+            run, layer_cache = (block, None) if cache is None else (block.forward, cache.layers[i])
+            x = run(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
+            if i == self.config.depth // 2:
+                middle = x
+        if cache is not None:
+            cache.advance(T, last)
+        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+
+    def logits(self, hidden):
+        """Softcapped fp32 logits, (..., V), of hidden states (..., C)."""
+        return LOGIT_SOFTCAP * torch.tanh(self.head(hidden).float() / LOGIT_SOFTCAP)
+
+    def token_nats(self, hidden_BxTxC, targets_BxT):
+        """Cross-entropy of each target in nats, (B, T) fp32; 0 where the target is -1."""
+        logits = self.logits(hidden_BxTxC)
+        return F.cross_entropy(logits.flatten(0, 1), targets_BxT.flatten(), ignore_index=-1,
+                               reduction="none").view_as(targets_BxT)
+
+    def forward(self, ids_BxT, targets_BxT=None, cache=None):
+        """Token nats (B, T) when targets are given, otherwise softcapped logits (B, T, V). ids and targets are int64."""
+        hidden = self.hidden(ids_BxT, cache)
+        return self.logits(hidden) if targets_BxT is None else self.token_nats(hidden, targets_BxT)
+
+
+def build(config, device, compute_dtype=torch.float32, attention_backend="blocked", seed=0):
+    """An initialised GPT on `device`."""
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype, attention_backend)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model

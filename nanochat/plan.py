@@ -1,0 +1,298 @@
+"""Checks of the flags, and the plan: every derived number of a run, printed before step 0 and frozen in config.json."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanochat import hardware, schedules
+from nanochat.attention import BACKENDS
+from nanochat.common import UsageError, human_bytes, human_time, round_up
+from nanochat.model import GPT, GPTConfig, width_for
+from nanochat.tokenizer import MIN_BPE_VOCAB
+
+HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
+ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
+MEMORY_SHARE = 0.6  # of the free memory that a device batch chosen for the user may be estimated to take
+LONG_RUN_SECONDS = 2 * 86400
+# What the flags of the contract name and this version does not do yet: refused by name, never ignored.
+LATER = {
+    "run": "logging to Weights & Biases", "tensorboard": "logging to TensorBoard", "config": "starting from a config file",
+    "activation_checkpointing": "activation checkpointing", "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
+    "fp8_recipe": "fp8 training", "tie_embeddings": "tied embeddings (they belong to --arch=llama)",
+    "init_from": "starting from another run's weights", "stop_at_bpb": "stopping at a given bits per byte",
+    "patience": "stopping for lack of improvement", "core_metric_every": "the CORE metric",
+    "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric", "debug_nans": "tracing non-finite values",
+    "profile": "profiling",
+}
+LATER_VALUES = {("arch", "llama"): "the llama architecture", ("tokenizer", "gpt2"): "GPT-2's tokenizer",
+                ("dtype", "float16"): "float16 training (it needs loss scaling)"}
+REMOTE_DATA = ("climbmix", "fineweb-edu", "shakespeare", "tinystories")
+
+
+def flag(name):
+    """The command-line spelling of a parsed name: 'eval_every' -> '--eval-every'."""
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(args):
+    """Everything that is wrong with the flags by themselves, as a list of sentences (empty if nothing is).
+
+    args: train.parse_args()'s result; args.given is the set of names that were on the command line."""
+    problems = []
+
+    def require(name, holds, reason, remedy):
+        if not holds:
+            problems.append(f"{flag(name)}={getattr(args, name)}: {reason}; {remedy}")
+
+    for name, feature in LATER.items():
+        value = getattr(args, name)
+        if name in args.given and value not in (False, None, "", -1) and (name, value) != ("run", "dummy"):
+            require(name, False, f"{feature} is not available in this version", "leave the flag out")
+    for (name, value), feature in LATER_VALUES.items():
+        require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
+    if args.data in REMOTE_DATA or args.data.startswith("hf:"):
+        require("data", False, "downloads are not available in this version", "use 'python' or a path, glob or folder")
+    # -1 (and for some 0) is the off or auto value; everything else must be positive
+    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "max_skipped"):
+        require(name, getattr(args, name) >= 1, "must be at least 1", "give a positive number")
+    for name in ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "n_kv_head",
+                 "short_window", "vocab_size", "device_batch_size", "total_batch_size", "matrix_lr", "eval_every", "sample_every",
+                 "save_every", "save_every_minutes", "eval_tokens"):
+        value = getattr(args, name)
+        require(name, value == -1 or value > 0, "must be positive, or -1 for off or automatic", "give one of these")
+    for name in ("resume_from_step", "keep_last", "warmup_steps"):
+        require(name, getattr(args, name) >= -1, "must be at least 0, or -1 for off or automatic", "give one of these")
+    for name in ("embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
+        require(name, getattr(args, name) >= 0, "must not be negative", "give 0 or more")
+    for name in ("adam_beta1", "adam_beta2", "dropout"):
+        require(name, 0 <= getattr(args, name) < 1, "must be at least 0 and below 1", "give such a number")
+    for name in ("warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+        require(name, 0 <= getattr(args, name) <= 1, "must be between 0 and 1", "give a fraction")
+    require("target_param_data_ratio", args.target_param_data_ratio > 0, "there is no horizon left to train to",
+            "give a positive ratio, or another horizon such as --num-iterations")
+    require("seed", 0 <= args.seed < 2**63, "must be between 0 and 2^63 - 1", "choose another seed")
+    require("window_pattern", args.window_pattern and set(args.window_pattern) <= {"S", "L"},
+            "holds letters other than S (short window) and L (full context)", "write for example SSSL")
+    require("attention", args.attention in ("auto", *BACKENDS), "unknown backend", f"choose auto, {' or '.join(BACKENDS)}")
+    require("head_dim", args.head_dim % 2 == 0, "must be even (rotary embeddings turn pairs)", "choose an even number")
+    require("short_window", args.short_window <= args.max_seq_len, f"longer than --max-seq-len={args.max_seq_len}",
+            "give at most that, or -1 for half of it")
+    if args.depth >= 1 and args.aspect_ratio >= 1 and args.head_dim >= 1:
+        nominal = args.depth * args.aspect_ratio
+        fits = [d for d in (16, 32, 64, 128, 256) if d <= nominal] or [nominal]
+        require("head_dim", args.head_dim <= nominal,
+                f"larger than depth x aspect ratio = {args.depth} x {args.aspect_ratio} = {nominal}",
+                f"choose a head dim of {' or '.join(map(str, fits[-2:]))}, or a depth of {math.ceil(args.head_dim / args.aspect_ratio)}")
+        heads = width_for(args.depth, args.aspect_ratio, args.head_dim) // args.head_dim
+        require("n_kv_head", args.n_kv_head < 1 or heads % args.n_kv_head == 0, f"does not divide the {heads} query heads",
+                f"choose one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}")
+    if args.tokenizer == "bpe":
+        require("vocab_size", args.vocab_size == -1 or args.vocab_size >= MIN_BPE_VOCAB,
+                "too small: BPE starts from 256 bytes and one special token", f"give at least {MIN_BPE_VOCAB}")
+    else:
+        require("vocab_size", args.vocab_size == -1, f"--tokenizer={args.tokenizer} has a vocabulary of its own", "leave it out")
+    require("warmup_ratio", args.warmup_ratio + args.warmdown_ratio <= 1 or args.lr_schedule == "cosine",
+            f"together with --warmdown-ratio={args.warmdown_ratio} longer than the run", "lower one of them")
+    require("no_save", not (args.no_save and args.save_every != -1), "contradicts --save-every", "give one of the two")
+    require("overwrite", not (args.overwrite and args.resume), "contradicts --resume", "give one of the two")
+    for name in ("gpus", "gpu", "json"):
+        require(name, args.dry_run or name not in args.given, "belongs to --dry-run", "add --dry-run or leave it out")
+    require("gpus", args.gpus >= 1, "must be at least 1", "give a positive number")
+    require("gpu", not args.gpu or hardware.listed(hardware.GPU_PEAK_FLOPS, args.gpu), "not in the table of GPUs",
+            f"choose one of {', '.join(hardware.GPU_PEAK_FLOPS)}")
+    return problems
+
+
+def model_config(args, vocab_size):
+    """The GPTConfig that the flags describe."""
+    width = width_for(args.depth, args.aspect_ratio, args.head_dim)
+    heads = width // args.head_dim
+    return GPTConfig(
+        depth=args.depth, width=width, head_dim=args.head_dim, n_head=heads,
+        n_kv_head=heads if args.n_kv_head == -1 else args.n_kv_head, vocab_size=vocab_size, max_seq_len=args.max_seq_len,
+        window_pattern=args.window_pattern,
+        short_window=max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window,
+        dropout=args.dropout, arch=args.arch)
+
+
+def meta_model(config):
+    """The model without weights, for counting."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+@dataclass
+class Plan:
+    """Derived once at the first start, frozen in config.json, never derived again.
+
+    num_iterations is None until a time budget has been measured out; tokens and flops are then estimates."""
+    horizon: str
+    parameters: dict
+    scaling_parameters: int
+    flops_per_token: int
+    rows_per_step: int
+    total_batch_tokens: int
+    num_iterations: int | None
+    tokens: float
+    warmup_steps: int
+    warmdown_steps: int
+    groups: dict
+
+    @property
+    def flops(self):
+        return self.tokens * self.flops_per_token
+
+    def fix_steps(self, steps, args):
+        """Set the number of steps, once it is known, and what follows from it."""
+        self.num_iterations, self.tokens = steps, steps * self.total_batch_tokens
+        self.warmdown_steps = 0 if args.lr_schedule == "cosine" else round(args.warmdown_ratio * steps)
+
+    def as_dict(self):
+        return dataclasses.asdict(self)
+
+
+def make_plan(args, config, tokens_per_epoch, peak_flops, world_size):
+    """Derive a Plan. tokens_per_epoch: training tokens of one pass. peak_flops: of one device, for time budgets.
+
+    Raises UsageError for batch sizes that do not divide."""
+    model = meta_model(config)
+    n_parameters, flops_per_token = model.scaling_parameters(), model.flops_per_token()
+    reference = dataclasses.replace(config, depth=schedules.REFERENCE_DEPTH,
+                                    width=width_for(schedules.REFERENCE_DEPTH, args.aspect_ratio, args.head_dim))
+    heads = reference.width // reference.head_dim
+    reference = dataclasses.replace(reference, n_head=heads, n_kv_head=heads)
+    reference_tokens = schedules.DEFAULT_PARAM_DATA_RATIO * meta_model(reference).scaling_parameters()
+
+    horizon = next(name for name in HORIZONS if getattr(args, name) != -1)
+    tokens = {
+        # steps alone say nothing of tokens: the batch is then that of the default ratio
+        "num_iterations": lambda: (args.num_iterations * args.total_batch_size if args.total_batch_size != -1
+                                   else schedules.DEFAULT_PARAM_DATA_RATIO * n_parameters),
+        "target_flops": lambda: args.target_flops / flops_per_token,
+        "target_tokens": lambda: args.target_tokens,
+        "target_epochs": lambda: args.target_epochs * tokens_per_epoch,
+        "target_minutes": lambda: args.target_minutes * 60 * ASSUMED_MFU * peak_flops * world_size / flops_per_token,
+        "target_param_data_ratio": lambda: args.target_param_data_ratio * n_parameters,
+    }[horizon]()
+
+    T, device_rows = config.max_seq_len, max(1, args.device_batch_size) * world_size
+    if args.total_batch_size == -1:
+        wanted = schedules.derive_batch_tokens(tokens, reference_tokens) / T
+        rows_per_step = round_up(max(1, round(wanted)), device_rows)
+    else:
+        rows_per_step = args.total_batch_size // T
+        if args.total_batch_size % (T * device_rows):
+            unit = T * device_rows
+            below = args.total_batch_size // unit * unit
+            nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+            raise UsageError(f"--total-batch-size={args.total_batch_size}: not a multiple of one micro-batch of all ranks, "
+                             f"{max(1, args.device_batch_size)} rows x {T} tokens x {world_size} ranks = {unit}; use {nearest}")
+    batch_tokens = rows_per_step * T
+    steps = args.num_iterations if horizon == "num_iterations" else max(1, round(tokens / batch_tokens))
+    tokens = steps * batch_tokens
+    plan = Plan(
+        horizon=horizon, parameters=model.count_parameters(), scaling_parameters=n_parameters,
+        flops_per_token=flops_per_token, rows_per_step=rows_per_step, total_batch_tokens=batch_tokens, num_iterations=steps,
+        tokens=tokens, warmup_steps=args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps),
+        warmdown_steps=0,
+        groups=schedules.group_settings(args, batch_tokens, tokens, reference_tokens, config.width))
+    plan.fix_steps(steps, args)
+    if horizon == "target_minutes":
+        plan.num_iterations = None
+    return plan
+
+
+def step_memory_bytes(config, parameters, rows, element_bytes):
+    """Estimated bytes of a training step with `rows` rows on a device; element_bytes is that of the compute dtype.
+
+    Weights, gradients, two moments and the update's copies in fp32; activations kept for the backward pass; the logits
+    and their gradient. Deliberately on the high side."""
+    tokens = rows * config.max_seq_len
+    keys = sum(min(window, config.max_seq_len) for window in config.windows())
+    activations = tokens * (config.depth * 28 * config.width * element_bytes + config.n_head * keys * (8 + element_bytes))
+    return 24 * parameters + activations + tokens * config.vocab_size * (12 + 2 * element_bytes)
+
+
+def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size):
+    """Rows a device takes at once: as given, else the largest power of two that divides its rows and is estimated to fit.
+
+    Raises UsageError if the given one does not divide the batch, or if not even one row fits."""
+    rows = plan.rows_per_step // world_size
+    if plan.rows_per_step % world_size:
+        raise UsageError(f"the batch of {plan.rows_per_step} rows cannot be dealt out to {world_size} ranks evenly; start with "
+                         f"{' or '.join(str(n) for n in range(1, plan.rows_per_step + 1) if plan.rows_per_step % n == 0)} ranks")
+    if args.device_batch_size != -1:
+        if rows % args.device_batch_size:
+            raise UsageError(f"--device-batch-size={args.device_batch_size}: does not divide the {rows} rows that each of "
+                             f"{world_size} ranks takes a step; use a divisor of {rows}")
+        return args.device_batch_size
+    candidates = [n for n in (2**i for i in range(20)) if rows % n == 0] + ([rows] if rows & (rows - 1) else [])
+    fitting = [n for n in sorted(candidates)
+               if step_memory_bytes(config, plan.parameters["total"], n, element_bytes) <= MEMORY_SHARE * free_bytes]
+    if not fitting:
+        need = step_memory_bytes(config, plan.parameters["total"], 1, element_bytes)
+        raise UsageError(f"--depth={config.depth}: one row of {config.max_seq_len} tokens is estimated to need {human_bytes(need)}, "
+                         f"and {human_bytes(free_bytes)} are free; lower --max-seq-len or --depth, or give "
+                         f"--device-batch-size=1 to try it all the same")
+    return fitting[-1]
+
+
+def estimated_seconds(plan, args, peak_flops, devices):
+    """Training time of a plan on `devices` devices, at ASSUMED_MFU of their peak or as the time budget says."""
+    if plan.horizon == "target_minutes":
+        return 60 * args.target_minutes
+    return plan.flops / (ASSUMED_MFU * peak_flops * devices)
+
+
+def checkpoint_bytes(plan, optimizer):
+    """Size of one checkpoint: fp32 weights, two moments for AdamW's parameters, one for Muon's."""
+    matrices = plan.parameters["matrices"] if optimizer == "muon" else 0
+    return 12 * plan.parameters["total"] - 4 * matrices
+
+
+def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes):
+    """The plan as {section: {name: text or number}}: what is printed and what --json prints."""
+    seconds = estimated_seconds(plan, args, peak_flops, devices)
+    accumulation = plan.rows_per_step // (device_batch * devices)
+    steps = "fixed once the speed is measured" if plan.num_iterations is None else plan.num_iterations
+    return {
+        "model": {"arch": config.arch, "depth": config.depth,
+                  "width": f"{config.width} ({args.depth} x {args.aspect_ratio}, rounded up to heads of {config.head_dim})",
+                  "heads": f"{config.n_head} query, {config.n_kv_head} key/value", "context": config.max_seq_len,
+                  "windows": " ".join(str(min(w, config.max_seq_len)) for w in config.windows()), "vocabulary": config.vocab_size},
+        "parameters": {**{k: f"{v:,}" for k, v in plan.parameters.items()}, "scaling (matrices + head)": f"{plan.scaling_parameters:,}"},
+        "horizon": {"decided by": f"{flag(plan.horizon)}={getattr(args, plan.horizon)}", "steps": steps,
+                    "tokens": f"{plan.tokens:,.0f}" + (" (estimate)" if plan.num_iterations is None else ""),
+                    "tokens per parameter": f"{plan.tokens / plan.scaling_parameters:.2f}",
+                    "FLOPs": f"{plan.flops:.3e} ({plan.flops_per_token:,} a token)"},
+        "batch": {"tokens a step": f"{plan.rows_per_step} x {config.max_seq_len} = {plan.total_batch_tokens:,}",
+                  "rows": f"{device_batch} a device x {devices} devices x {accumulation} accumulated = {plan.rows_per_step}"},
+        "optimizer": {**{name: ", ".join(f"{k} {v:.4g}" for k, v in group.items()) for name, group in plan.groups.items()},
+                      "schedule": f"{args.lr_schedule}, warm-up {plan.warmup_steps} steps, "
+                                  + (f"warm-down {plan.warmdown_steps}" if plan.num_iterations is not None
+                                     else f"warm-down {args.warmdown_ratio:.0%}") + f" to {args.final_lr_frac:g}"},
+        "estimates": {"time": f"{human_time(seconds)} at {ASSUMED_MFU:.0%} of {devices} x {peak_flops / 1e12:.3g} TFLOP/s ({peak_label})",
+                      "memory a device": human_bytes(step_memory_bytes(config, plan.parameters["total"], device_batch, element_bytes)),
+                      "a checkpoint": human_bytes(checkpoint_bytes(plan, args.optimizer))},
+    }
+
+
+def format_plan(description):
+    """The lines of describe() as an aligned block."""
+    lines = []
+    for section, entries in description.items():
+        for i, (name, value) in enumerate(entries.items()):
+            lines.append(f"  {section if i == 0 else '':<11} {name:<26} {value}")
+    return "\n".join(["plan:", *lines])
+
+
+def long_run_advice(args, plan, seconds):
+    """A sentence for runs of more than two days: what would fit this machine. None for shorter ones."""
+    if seconds <= LONG_RUN_SECONDS:
+        return None
+    # time grows with N x D, so with the square of the parameters at a fixed ratio: about the sixth power of depth
+    depth = max(1, int(args.depth * (LONG_RUN_SECONDS / seconds) ** (1 / 6)))
+    return (f"this run is estimated to take {human_time(seconds)}; for this machine try --depth={min(depth, max(1, args.depth - 1))}, "
+            f"or a time budget such as --target-minutes=600")

@@ -1,0 +1,70 @@
+"""The few places where ranks meet. With one process every function here is the identity."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import UsageError
+
+
+def rank():
+    """This process's number among all, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """Number of processes, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*values, **options):
+    """print() on rank 0 only, flushed."""
+    if rank() == 0:
+        print(*values, **{"flush": True, **options})
+
+
+def setup(device_type):
+    """Join the process group if torchrun started us, and return this rank's torch.device."""
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"torchrun started local rank {local_rank}, but this machine has "
+                             f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        if device_type == "mps":
+            raise UsageError("--device-type=mps: one process only; start without torchrun")
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
+                                device_id=device if device_type == "cuda" else None)
+    return device
+
+
+def close():
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    """Sum a tensor over the ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_rank0(value):
+    """Rank 0's value of a small picklable Python object, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

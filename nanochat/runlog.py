@@ -1,0 +1,184 @@
+"""The run folder's records: config.json, metrics.jsonl, summary.json, samples.jsonl; and the lines on the screen."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nanochat.common import UsageError, human_time, read_json, write_json
+
+FORMAT = 1
+
+
+class RunFolder:
+    """<out-dir>/<model-tag>/ of one run, written by rank 0 only."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.lock = None
+
+    @property
+    def config_path(self):
+        return self.path / "config.json"
+
+    def holds_run(self):
+        return self.config_path.exists()
+
+    def claim(self):
+        """Make the folder and hold it until the process ends. UsageError if it is not writable or another run has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UsageError(f"--out-dir: the run folder {self.path} cannot be written ({error.strerror}); "
+                             f"give another --out-dir") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"--model-tag: {self.path} is in use by a training process that is still running; wait for it, "
+                             f"stop it, or give another --model-tag") from None
+
+    def read_config(self):
+        """config.json of the run that is there. UsageError if it was written by a newer version or is damaged."""
+        config = read_json(self.config_path, "run folder")
+        if config.get("format") != FORMAT:
+            raise UsageError(f"run folder: {self.config_path} has format {config.get('format')}; this version reads "
+                             f"format {FORMAT}: use the version of nanochat that wrote it")
+        return config
+
+    def write_config(self, config):
+        write_json(self.config_path, {**config, "format": FORMAT})
+
+    def clear(self):
+        """Delete what the folder holds (--overwrite), config.json first; the lock stays."""
+        self.config_path.unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def write_summary(path, **values):
+    """Replace summary.json. Numbers that do not exist (yet) are null."""
+    write_json(Path(path) / "summary.json", {"format": FORMAT, **finite_or_null(values)})
+
+
+def provenance():
+    """Git commit and library versions, for config.json. The commit is null outside a checkout."""
+    import importlib.metadata
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True) if shutil.which("git") else None
+    versions = {}
+    for package in ("torch", "numpy", "tiktoken", "safetensors", "rustbpe"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"git_commit": git.stdout.strip() if git and git.returncode == 0 else None, "versions": versions}
+
+
+def finite_or_null(values):
+    """A copy of a dict whose NaN and infinite numbers are None: JSON has no word for them, and 0 would be a lie."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+class Metrics:
+    """metrics.jsonl and its like: JSON objects, one a line, appended and flushed."""
+
+    def __init__(self, path):
+        self.path, self.file = Path(path), None
+
+    def keep_before(self, step):
+        """Cut the lines of this step and later ones, and a torn last line; the file is replaced atomically.
+
+        Run on resume from `step`: what follows is written again, so that each step stands once."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
+        temporary = self.path.with_suffix(".partial")
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write("".join(line + "\n" for line in kept))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, self.path)
+
+    def write(self, **values):
+        if self.file is None:
+            self.file = open(self.path, "a", encoding="utf-8")
+        self.file.write(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
+        self.file.flush()
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+
+
+def _step_of(line):
+    """The step of a metrics line; infinity for a torn or foreign one, so that it is cut."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def read_lines(path):
+    """The objects of a .jsonl file as a list, a torn last line left out; [] if there is no file."""
+    if not Path(path).exists():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if _step_of(line) != math.inf]
+
+
+def bar(items, text, unit):
+    """tqdm over a list on a terminal; the list itself in a file or pipe, after one line if there is anything to do."""
+    if not items:
+        return items
+    if not sys.stdout.isatty():
+        print(f"{text}: {len(items)} {unit}s", flush=True)
+        return items
+    from tqdm import tqdm
+    return tqdm(items, desc=text, unit=unit, file=sys.stdout)
+
+
+class Progress:
+    """One live line on a terminal (tqdm's), plain lines now and then in a file or pipe."""
+
+    PLAIN_SECONDS = 10
+
+    def __init__(self, first_step, steps, quiet):
+        self.quiet, self.bar, self.last = quiet, None, -math.inf
+        self.live = sys.stdout.isatty() and not quiet
+        if self.live:
+            from tqdm import tqdm
+            self.bar = tqdm(initial=first_step, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
+                            bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {postfix}")
+
+    def update(self, step, steps, text, seconds_left):
+        """Show the state after update `step` (1 is the first). seconds_left may be None."""
+        if self.quiet:
+            return
+        eta = f"eta {human_time(seconds_left)}" if seconds_left is not None else "eta ?"
+        if self.live:
+            self.bar.total = steps
+            self.bar.set_postfix_str(f"{text} | {eta}", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step <= 3 or step == steps or time.monotonic() - self.last >= self.PLAIN_SECONDS:
+            self.last = time.monotonic()
+            of = f"{step}/{steps}" if steps else f"{step}"
+            print(f"step {of} | {text} | {eta}", flush=True)
+
+    def message(self, text):
+        """A line of its own above the live one."""
+        if self.quiet:
+            return
+        if self.live:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()

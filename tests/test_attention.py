@@ -1,0 +1,110 @@
+"""Both attention backends against an explicit fp64 softmax over every pair of positions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanochat.attention import BACKENDS, attention, pick_backend
+
+FULL = 10**6  # a window larger than any S used here
+
+# T queries, S keys, window, H query heads, K key/value heads, D head dim
+CASES = [
+    (1, 1, FULL, 4, 4, 32),
+    (1, 65, 31, 4, 1, 64),  # one new token after a cache
+    (1, 600, FULL, 4, 1, 128),
+    (63, 63, 63, 4, 1, 32),  # window == T: nothing is hidden but the future
+    (63, 257, 31, 4, 4, 32),
+    (65, 65, 1, 4, 1, 128),  # every query sees itself only
+    (65, 600, 600, 4, 1, 64),
+    (257, 257, FULL, 4, 1, 64),  # one query past the block of 256
+    (257, 257, 31, 2, 2, 128),
+    (257, 600, 1, 4, 1, 32),
+    (600, 600, 31, 4, 1, 32),
+    (600, 600, 600, 2, 2, 64),
+    (600, 600, 257, 8, 2, 32),
+]
+
+
+def inputs(T, S, H, K, D, seed=0):
+    """q, k, v and an output gradient as a trained model with QK-norm has them: unit RMS, peaked scores.
+
+    Positions belong to one of eight topics, so that scores of a few keys stand out by several units."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    topics = randn(8, D)
+    topic_of = torch.randint(8, (S,), generator=generator)
+    q = F.rms_norm(topics[topic_of[S - T :]][None, :, None] + 0.7 * randn(2, T, H, D), (D,))
+    k = F.rms_norm(topics[topic_of][None, :, None] + 0.7 * randn(2, S, K, D), (D,))
+    return q, k, 0.5 * randn(2, S, K, D), randn(2, T, H, D)
+
+
+def reference(q, k, v, window):
+    """Every score, one dense mask, key/value heads repeated; in the dtype of the inputs throughout."""
+    T, S, D, group = q.size(1), k.size(1), q.size(3), q.size(2) // k.size(2)
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / D**0.5
+    distance = (torch.arange(T) + (S - T))[:, None] - torch.arange(S)[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def output_and_gradients(function, q, k, v, grad_out, dtype):
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    out.backward(grad_out.to(dtype))
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *(leaf.grad for leaf in leaves))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T, S, window, H, K, D", CASES)
+def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D):
+    q, k, v, grad_out = inputs(T, S, H, K, D)
+    exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
+    ours = output_and_gradients(lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.float32)
+    for name in exact:
+        assert ours[name].shape == exact[name].shape and ours[name].dtype == torch.float32
+        scale = exact[name].abs().max().clamp_min(1.0)  # dq and dk are exactly 0 where one key is visible
+        assert (ours[name] - exact[name]).abs().max() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T, S, window, H, K, D", [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128),
+                                                   (65, 257, FULL, 4, 1, 32)])
+def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
+    """Three-way rule: the error against exact arithmetic on the same bf16 inputs, compared with plain PyTorch's."""
+    q, k, v, grad_out = (x.bfloat16() for x in inputs(T, S, H, K, D))
+    exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
+    plain = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.bfloat16)
+    ours = output_and_gradients(lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.bfloat16)
+    for name in exact:
+        assert ours[name].dtype == torch.bfloat16
+        for size in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
+            error, allowed = size(ours[name] - exact[name]), size(plain[name] - exact[name])
+            assert error <= 1.5 * allowed + 1e-5, f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+def test_blocked_work_grows_with_the_window_not_with_the_square():
+    def flops(T, window):
+        q, k, v, _ = inputs(T, T, 2, 1, 32)
+        with FlopCounterMode(display=False) as counter:
+            attention(q, k, v, window, "blocked")
+        return counter.get_total_flops()
+
+    assert flops(2048, 32) < 2.2 * flops(1024, 32)
+    # blocks of 256 queries against 287 keys, where full context averages 1,152
+    assert flops(2048, 32) < 0.26 * flops(2048, FULL)
+    # and full context skips the blocks in the future: 1,152 of 2,048 keys on average
+    dense = 2 * (2 * 2 * 2048 * 2048 * 32) * 2  # q k^T and weights v; 2 rows x 2 heads
+    assert flops(2048, FULL) < 0.6 * dense
+
+
+def test_backend_choice():
+    assert pick_backend("auto", "cuda")[0] == "sdpa"
+    assert pick_backend("auto", "cpu")[0] == "blocked"
+    for backend in BACKENDS:
+        assert pick_backend(backend, "cpu") == (backend, "as requested")

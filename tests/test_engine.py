@@ -1,0 +1,420 @@
+"""Generation: cached against uncached, the choice of tokens on worked examples, streams of text, the sample app."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nanochat
+from nanochat import engine, sample, tokenizer
+from nanochat.attention import BACKENDS
+from nanochat.common import UsageError
+from nanochat.engine import KVCache, generate_ids, generate_text, generate_texts, sample_next, text_pieces
+from nanochat.model import GPTConfig, build
+
+VOCAB = 257  # the byte tokenizer's
+BOS = 256
+
+
+def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
+    """A model of about 250k parameters whose every parameter, also those that start at zero, is away from it."""
+    shape = {"width": 64, "head_dim": 16, "n_head": 4, "n_kv_head": 4, "vocab_size": VOCAB, "window_pattern": "L"}
+    config = GPTConfig(**(shape | changes), depth=depth, max_seq_len=max_seq_len)
+    model = build(config, "cpu", attention_backend=backend)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(depth=2)
+
+
+def random_ids(n, seed=0):
+    return [BOS, *torch.randint(VOCAB - 1, (n - 1,), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def drain(*args, **kwargs):
+    return list(generate_ids(*args, **kwargs))
+
+
+# ------------------------------------------------------------------------------------- cached equals uncached
+
+# prompt tokens, window pattern, short window, key/value heads (of 4), max_seq_len
+CACHE_CASES = [
+    (1, "L", 16, 4, 32),
+    (1, "SSSL", 1, 1, 32),
+    (7, "SSSL", 3, 4, 32),  # the prompt is longer than the short window
+    (13, "SL", 13, 1, 32),  # the window's edge is the last token of the prompt
+    (14, "SL", 13, 2, 32),
+    (31, "SSSL", 1, 4, 32),  # decoding crosses max_seq_len
+    (45, "SSSL", 8, 1, 16),  # the prompt alone is longer than max_seq_len
+    (259, "SL", 100, 1, 32),  # several blocks of queries in the prefill
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n_prompt, pattern, short_window, n_kv_head, max_seq_len", CACHE_CASES)
+def test_cached_equals_uncached(n_prompt, pattern, short_window, n_kv_head, max_seq_len, backend):
+    model = tiny_model(backend, window_pattern=pattern, short_window=short_window, n_kv_head=n_kv_head,
+                       max_seq_len=max_seq_len)
+    prompt = random_ids(n_prompt)
+    cached = drain(model, prompt, 12, temperature=0)
+    assert cached == drain(model, prompt, 12, temperature=0, use_cache=False)
+
+    ids = torch.tensor([prompt + [step[0] for step in cached]])
+    cache = KVCache(model.config, 1, ids.size(1), "cpu", torch.float32)
+    with torch.no_grad():
+        whole = model(ids)
+        pieces = [model(piece, cache=cache) for piece in (ids[:, :n_prompt], *ids[:, n_prompt:].split(1, dim=1))]
+    assert cache.length == ids.size(1)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_cache_takes_several_tokens_at_a_time():
+    model = tiny_model(window_pattern="SL", short_window=4, n_kv_head=2)
+    ids = torch.tensor([random_ids(20, seed=1), random_ids(20, seed=2)])
+    cache = KVCache(model.config, 2, 20, "cpu", torch.float32)
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in ids.split([5, 1, 8, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 6])
+def test_smear_remembers_the_last_token_of_the_prompt(model, n_prompt):
+    """Forgetting it changes the logits visibly, so the comparisons above would notice."""
+    ids = torch.tensor([random_ids(n_prompt + 1)])
+    logits = {}
+    for forget in (False, True):
+        cache = KVCache(model.config, 1, n_prompt + 1, "cpu", torch.float32)
+        with torch.no_grad():
+            model(ids[:, :n_prompt], cache=cache)
+            if forget:
+                cache.previous_embedding = None
+            logits[forget] = model(ids[:, n_prompt:], cache=cache)[0, -1]
+    with torch.no_grad():
+        whole = model(ids)[0, -1]
+    torch.testing.assert_close(logits[False], whole, atol=1e-5, rtol=1e-5)
+    assert (logits[True] - whole).abs().max() > 0.05
+
+
+def test_samples_share_one_prefill_and_then_differ(model):
+    settings = {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 5, "num_samples": 3}
+    cached = drain(model, random_ids(6), 10, **settings)
+    assert cached == drain(model, random_ids(6), 10, use_cache=False, **settings)
+    assert len(set(zip(*cached))) == 3
+    greedy = drain(model, random_ids(6), 10, temperature=0)
+    assert drain(model, random_ids(6), 10, temperature=0, num_samples=3) == [step * 3 for step in greedy]
+
+
+def test_cache_refuses_what_does_not_fit(model):
+    cache = KVCache(model.config, 2, 4, "cpu", torch.float32)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        model(ids, cache=cache)
+        with pytest.raises(ValueError, match="holds 3 of 4 positions and was given 2 more"):
+            model(ids[:, :2], cache=cache)
+        model(ids[:, :1], cache=cache)  # a refusal changes nothing: the last free position can still be used
+    assert cache.length == 4
+    one_row = torch.zeros(1, 1, 4, 16)
+    layer = KVCache(model.config, 2, 4, "cpu", torch.float32).layers[0]
+    keys, values = layer.append(one_row + 1, one_row + 2)  # into an empty cache: for all rows
+    assert keys.shape == values.shape == (1, 1, 4, 16)
+    assert (layer.keys[:, 0] == 1).all() and (layer.values[:, 0] == 2).all()
+    with pytest.raises(ValueError, match="2 rows and was given 1"):
+        layer.append(one_row, one_row)
+
+
+# ------------------------------------------------------------------------------------- choosing a token
+
+LOGITS = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()  # most likely first: tokens 1, 3, 2, 0
+
+
+def frequencies(logits, **settings):
+    """Share of each token in 40,000 draws; the standard error of a share is at most 0.0025."""
+    n = 40_000
+    if "seen_BxV" in settings:
+        settings["seen_BxV"] = settings["seen_BxV"].expand(n, -1)
+    drawn = sample_next(logits.expand(n, -1), torch.Generator().manual_seed(0), **settings)
+    assert drawn.shape == (n,) and drawn.dtype == torch.int64
+    return torch.bincount(drawn, minlength=logits.size(-1)) / n
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, [0.05, 0.5, 0.15, 0.3]),
+    ({"temperature": 0.5}, [0.0068, 0.6849, 0.0616, 0.2466]),  # squares over their sum, 0.365
+    ({"top_k": 2}, [0, 0.625, 0, 0.375]),
+    ({"top_k": 1}, [0, 1, 0, 0]),
+    ({"top_k": 99}, [0.05, 0.5, 0.15, 0.3]),
+    ({"top_k": -1}, [0.05, 0.5, 0.15, 0.3]),
+    ({"top_k": None}, [0.05, 0.5, 0.15, 0.3]),
+    ({"top_p": 0.49}, [0, 1, 0, 0]),
+    ({"top_p": 0.51}, [0, 0.625, 0, 0.375]),
+    ({"top_p": 0.79}, [0, 0.625, 0, 0.375]),
+    ({"top_p": 0.81}, [0, 0.5263, 0.1579, 0.3158]),
+    ({"top_p": 1e-9}, [0, 1, 0, 0]),
+    ({"top_p": 1.5}, [0.05, 0.5, 0.15, 0.3]),
+    ({"top_k": 3, "top_p": 0.84}, [0, 0.625, 0, 0.375]),  # 0.8 of the 0.95 that top-k keeps is 0.842
+    ({"temperature": 0.5, "top_p": 0.92}, [0, 0.7353, 0, 0.2647]),  # temperature comes before top-p: 0.6849 + 0.2466
+    ({"temperature": 1e-320}, [0, 1, 0, 0]),
+])
+def test_filters(settings, expected):
+    shares = frequencies(LOGITS, **settings)
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.01, rtol=0)
+    assert (shares[torch.tensor(expected) == 0] == 0).all()
+
+
+def test_repetition_penalty():
+    logits = torch.tensor([2.0, -1.0, 0.5, 1.5])
+    seen = torch.tensor([True, True, False, False])
+    # the penalised logits are 1, -2, 0.5, 1.5
+    shares = frequencies(logits, repetition_penalty=2.0, seen_BxV=seen)
+    torch.testing.assert_close(shares, torch.tensor([0.3026, 0.0151, 0.1835, 0.4988]), atol=0.01, rtol=0)
+    for penalty, token in ((1.0, 0), (2.0, 3)):
+        assert sample_next(logits[None], None, temperature=0, repetition_penalty=penalty, seen_BxV=seen[None]) == token
+
+
+def test_rows_are_filtered_apart():
+    logits = torch.stack([LOGITS, LOGITS.flip(0)])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample_next(logits, generator, top_p=0.7) for _ in range(100)])
+    assert set(drawn[:, 0].tolist()) == {1, 3} and set(drawn[:, 1].tolist()) == {2, 0}
+
+
+def test_a_large_vocabulary_stays_inside_the_filter():
+    logits = torch.randn(2000, 5000, generator=torch.Generator().manual_seed(3))
+    drawn = sample_next(logits, torch.Generator().manual_seed(4), top_k=7)
+    rank = (logits > logits.gather(1, drawn[:, None])).sum(1)
+    assert rank.max() == 6
+
+
+def test_nan_logits_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        sample_next(torch.tensor([[0.0, float("nan")]]), None, temperature=0)
+
+
+def test_repetition_penalty_counts_prompt_and_new_tokens(model, monkeypatch):
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [5, 6, 7]] = torch.tensor([3.0, 2.0, 1.0])
+    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None: logits)
+    # 5 stands in the prompt, so it starts at 0.3; then 6 falls to 0.2 and 7 to 0.1
+    assert drain(model, [BOS, 5], 3, temperature=0, repetition_penalty=10) == [[6], [7], [5]]
+
+
+# ------------------------------------------------------------------------------------- streams of ids
+
+def test_seed_decides_the_text(model):
+    first, again, other = (drain(model, random_ids(4), 16, seed=seed) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def scripted(monkeypatch, rows, vocab_size=VOCAB):
+    """Make the model predict rows[s][step] for sample s, whatever it reads."""
+    steps = iter(list(zip(*rows)))
+    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None:
+                        10.0 * torch.nn.functional.one_hot(torch.tensor(next(steps)), vocab_size))
+
+
+def test_stopped_samples_yield_none(model, monkeypatch):
+    scripted(monkeypatch, [[1, 9, 5, 5, 5], [2, 3, 9, 5, 5]])
+    steps = generate_ids(model, [BOS], 5, temperature=0, num_samples=2, stop_id=9)
+    assert list(steps) == [[1, 2], [9, 3], [None, 9]]
+
+
+def test_without_stop_id_it_runs_to_the_end(model, monkeypatch):
+    scripted(monkeypatch, [[BOS, 4, BOS]])
+    assert drain(model, [BOS], 3, temperature=0) == [[BOS], [4], [BOS]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_modes_stay_the_callers(use_cache):
+    model = tiny_model(depth=2, dropout=0.5)
+    expected = drain(model, random_ids(5), 4, temperature=0)
+    model.train()
+    steps = generate_ids(model, random_ids(5), 4, temperature=0, use_cache=use_cache)
+    for step in expected:
+        assert next(steps) == step  # no dropout inside
+        assert model.training and model.blocks[0].mlp.training
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert not engine.last_logits(model, torch.tensor([[1, 2]])).requires_grad
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).sum().backward()  # the weights still train
+    with torch.no_grad():
+        drain(model, [BOS], 2)
+        assert not torch.is_grad_enabled()
+
+
+def test_mode_is_restored_after_an_error():
+    model = tiny_model(depth=2).train()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        drain(model, [BOS], 2)
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_the_whole_reach_can_be_used():
+    model = tiny_model(depth=1, max_seq_len=2)  # 20 positions
+    for use_cache in (True, False):
+        assert len(drain(model, random_ids(18), 2, use_cache=use_cache)) == 2
+    assert len(drain(model, [BOS], 19)) == 19
+    with pytest.raises(UsageError, match="19 tokens and 2 new ones need 21 positions; this model has 20"):
+        generate_ids(model, random_ids(19), 2)  # at the call, before the first step
+
+
+@pytest.mark.parametrize("prompt, message", [([], "no tokens"), ([BOS, 257], "token id 257"), ([-1], "token id -1")])
+def test_unusable_prompts(model, prompt, message):
+    with pytest.raises(UsageError, match=message):
+        generate_ids(model, prompt, 4)
+
+
+def test_all_unusable_settings_are_named(model):
+    with pytest.raises(UsageError) as raised:
+        generate_ids(model, [BOS], 0, temperature=float("nan"), top_k=-2, top_p=1.01, repetition_penalty=0, seed=-1,
+                     num_samples=0)
+    lines = str(raised.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["max_new_tokens", "temperature", "top_k", "top_p",
+                                                   "repetition_penalty", "seed", "num_samples"]
+
+
+# ------------------------------------------------------------------------------------- streams of text
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    return tokenizer.train("byte", [], 0)
+
+
+def test_characters_come_out_whole(bytes_tokenizer):
+    assert list(text_pieces(bytes_tokenizer, "aé€🙂b".encode())) == ["a", "é", "€", "🙂", "b"]
+
+
+@pytest.mark.parametrize("data, text", [
+    (b"a\xffb", "a\ufffdb"),  # never valid
+    (b"a\xe2\x82b", "a\ufffdb"),  # cut short by another character
+    (b"a\xf0\x9f\x99", "a\ufffd"),  # cut short by the end
+    (b"\x80\x80", "\ufffd\ufffd"),  # continuation bytes with no start
+    (b"", ""),
+])
+def test_invalid_bytes_are_replaced(bytes_tokenizer, data, text):
+    pieces = list(text_pieces(bytes_tokenizer, data))
+    assert "".join(pieces) == text == data.decode("utf-8", "replace") and "" not in pieces
+
+
+@pytest.mark.parametrize("end", [BOS, None])
+def test_text_ends_with_the_document(bytes_tokenizer, end):
+    assert "".join(text_pieces(bytes_tokenizer, [104, 105, end, 33])) == "hi"
+
+
+def test_generate_text_streams(model, bytes_tokenizer, monkeypatch):
+    scripted(monkeypatch, [[*"né".encode(), BOS, 33]])
+    pieces = generate_text(model, bytes_tokenizer, "prompt", temperature=0)
+    assert next(pieces) == "n" and next(pieces) == "é" and list(pieces) == []
+
+
+def test_generate_text_reads_bos_then_the_prompt(model, bytes_tokenizer):
+    ids = [step[0] for step in drain(model, [BOS, *b"ab"], 12, seed=3, stop_id=BOS)]
+    text = "".join(generate_text(model, bytes_tokenizer, "ab", 12, seed=3))
+    assert text == bytes(i for i in ids if i != BOS).decode("utf-8", "replace") != ""
+    assert generate_texts(model, bytes_tokenizer, "ab", 1, 12, seed=3) == [text]
+
+
+def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypatch):
+    scripted(monkeypatch, [[104, BOS, 33], [105, 106, 107]])
+    assert generate_texts(model, bytes_tokenizer, "", 2, 3, temperature=0) == ["h", "ijk"]
+
+
+# ------------------------------------------------------------------------------------- nanochat sample
+
+@pytest.fixture
+def loaded(model, bytes_tokenizer, monkeypatch):
+    """nanochat.load() gives the tiny model; the list holds the arguments it was called with."""
+    calls = []
+
+    def load(run, step=None, device_type="", dtype="auto"):
+        calls.append((run, step, device_type, dtype))
+        return model, bytes_tokenizer
+
+    monkeypatch.setattr(nanochat, "load", load)
+    return calls
+
+
+def test_sample_help_imports_no_torch():
+    code = ("import sys, nanochat.sample\n"
+            "try: nanochat.sample.main(['--help'])\n"
+            "except SystemExit as stop: assert stop.code == 0\n"
+            "assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    flags = ["--step", "--prompt", "--prompts-file", "--num-samples", "--max-tokens", "--temperature", "--top-k",
+             "--top-p", "--repetition-penalty", "--seed", "--device-type", "--dtype"]
+    assert [flag for flag in flags if f"\n  {flag} " not in done.stdout] == []
+
+
+def test_sample_prints_each_piece_as_it_is_drawn(loaded, capsys, monkeypatch):
+    script, printed = iter([*"hé".encode(), BOS]), []
+
+    def last_logits(model, ids, cache=None):
+        printed.append(capsys.readouterr().out)
+        return 10.0 * torch.nn.functional.one_hot(torch.tensor([next(script)]), VOCAB)
+
+    monkeypatch.setattr(engine, "last_logits", last_logits)
+    assert sample.main(["out/d2", "--prompt", "Oh", "--temperature", "0"]) == 0
+    assert printed == ["Oh", "h", "", "é"] and capsys.readouterr().out == "\n"
+    assert loaded == [("out/d2", None, "", "auto")]
+
+
+def test_sample_same_seed_same_text(loaded, model, bytes_tokenizer, capsys):
+    argv = ["out/d2", "--step=500", "--prompt=ab", "--max-tokens=9", "--device-type=cpu", "--dtype=float32", "--seed=5"]
+    texts = []
+    for _ in range(2):
+        sample.main(argv)
+        texts.append(capsys.readouterr().out)
+    continuation = "".join(generate_text(model, bytes_tokenizer, "ab", 9, temperature=0.8, top_k=50, seed=5))
+    assert texts == [f"ab{continuation}\n"] * 2
+    assert loaded == [("out/d2", 500, "cpu", "float32")] * 2
+
+
+def test_sample_several_prompts_and_samples(loaded, capsys, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("second é\n\nthird\n", encoding="utf-8")
+    sample.main(["out/d2", "--prompt", "first", "--prompts-file", str(prompts), "--num-samples", "2",
+                 "--max-tokens", "1", "--temperature", "0"])
+    printed = capsys.readouterr().out
+    for p, prompt in enumerate(["first", "second é", "third"], start=1):
+        for s in (1, 2):
+            assert f"--- prompt {p} of 3, sample {s} of 2 ---\n{prompt}" in printed
+    assert printed.count("---\n") == 6
+
+
+def test_sample_names_every_bad_value_at_once(loaded):
+    with pytest.raises(UsageError) as raised:
+        sample.main(["out/d2", "--temperature=-1", "--top-p=0", "--max-tokens=0", "--repetition-penalty=0",
+                     "--top-k=-2", "--num-samples=0", "--seed=-1", "--step=-2", "--prompts-file=/nowhere/prompts.txt"])
+    lines = str(raised.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "--max-tokens 0", "--temperature -1.0", "--top-k -2", "--top-p 0.0", "--repetition-penalty 0.0", "--seed -1",
+        "--num-samples 0", "--step -2", "--prompts-file /nowhere/prompts.txt"]
+    assert loaded == []  # nothing was loaded for it
+
+
+def test_sample_checks_every_prompt_before_the_first_is_continued(loaded, capsys):
+    with pytest.raises(UsageError) as raised:
+        sample.main(["out/d2", "--prompt", "fits", "--prompt", "x" * 320, "--prompt", "y" * 400, "--max-tokens", "4"])
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["prompt 2 of 3", "prompt 3 of 3"]
+    assert capsys.readouterr().out == ""
+
+
+def test_sample_refuses_an_empty_prompts_file(loaded, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UsageError, match="holds no prompt"):
+        sample.main(["out/d2", "--prompts-file", str(tmp_path / "empty.txt")])
+
+
+@pytest.mark.parametrize("argv", [["out/d2", "--temp", "1"], ["out/d2", "--max-tokens", "many"], []])
+def test_sample_usage_errors_of_the_parser(argv):
+    with pytest.raises(SystemExit) as raised:
+        sample.main(argv)
+    assert raised.value.code == 2

@@ -1,0 +1,243 @@
+"""Two gloo processes against one: the optimizer on half a batch each, its state across world sizes, and the helpers.
+
+Run as a script, with the environment torchrun gives, this file is the worker: python test_ranks.py FOLDER. One launch
+serves all tests: importing torch twice is most of their time."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanochat import ranks
+from nanochat.common import UsageError
+from nanochat.model import GPTConfig, build
+from nanochat.optim import Optimizer
+
+WORLD = 2
+TIMEOUT_SECONDS = 120
+STEPS, HALFWAY = 10, 5
+# Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 give tables of 2,013 elements.
+CONFIG = GPTConfig(depth=3, width=33, head_dim=8, n_head=2, n_kv_head=1, vocab_size=61, max_seq_len=16,
+                   window_pattern="SL", short_window=5)
+ADAMW = {"lr": 0.003, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
+MATRICES = {"muon": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.05}, "adamw": ADAMW}
+
+
+def settings_for(kind):
+    # a tiny eps would turn the rounding noise of lambdas with near-zero gradients into full-size steps
+    return {"matrices": MATRICES[kind], "embedding": ADAMW, "value_embeddings": ADAMW, "unembedding": ADAMW,
+            "scalars": ADAMW | {"eps": 1e-6}}
+
+
+def start(kind):
+    """(model, optimizer) with noise on every weight, so that no gradient is zero for being multiplied by zero."""
+    model = build(CONFIG, "cpu", seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model, Optimizer(model.parameter_groups(), settings_for(kind), torch.float32)
+
+
+def train(model, optimizer, steps):
+    """Train on this rank's rows of each batch of 4; returns the gradient norms. Clipping acts in every step."""
+    rows = 4 // ranks.world_size()
+    mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
+    norms = []
+    for step in steps:
+        ids = torch.randint(CONFIG.vocab_size, (4, 14), generator=torch.Generator().manual_seed(step))[mine]
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        norm = optimizer.reduce()
+        optimizer.clip(norm, 0.3)
+        optimizer.step(lr_multiplier=1 - step / (2 * STEPS), mu=0.85 + 0.01 * step)
+        norms.append(norm.item())
+    return norms
+
+
+def snapshot(model, optimizer):
+    """Copies: with one process state() hands out the live tensors."""
+    return {"weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+            "state": {name: {key: tensor.clone() for key, tensor in tensors.items()}
+                      for name, tensors in optimizer.state().items()}}
+
+
+def whole_run(kind):
+    """All steps from the start, with a snapshot halfway and one at the end."""
+    model, optimizer = start(kind)
+    norms = train(model, optimizer, range(HALFWAY))
+    halfway = snapshot(model, optimizer)
+    norms += train(model, optimizer, range(HALFWAY, STEPS))
+    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer)}
+
+
+def resumed_run(kind, halfway):
+    """The second half, from a snapshot of any world size."""
+    model, optimizer = start(kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(halfway["weights"][name])
+    optimizer.load(halfway["state"])
+    train(model, optimizer, range(HALFWAY, STEPS))
+    return snapshot(model, optimizer)
+
+
+def worker(folder):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    device = ranks.setup("cpu")
+    me = ranks.rank()
+    helpers = {"device": str(device), "rank": me, "world_size": ranks.world_size(),
+               "sum": ranks.sum_over_ranks(torch.tensor([1.0, me])).tolist(),
+               "from_rank0": ranks.from_rank0({"rank": me, "path": folder})}
+    ranks.print0("one line")
+    results = {"helpers": helpers}
+    for kind in MATRICES:
+        results[kind] = whole_run(kind)
+        single = torch.load(folder / f"single_{kind}.pt")
+        results[kind]["resumed_from_single"] = resumed_run(kind, single["halfway"])
+    torch.save(results, folder / f"rank{me}.pt")
+    ranks.barrier()
+    ranks.close()
+
+
+def launch(folder):
+    """Run the workers and return what each printed. The store they meet at lives here, as with torchrun: no port can be
+    lost between choosing it and using it. A worker that hangs or fails takes the other one with it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    root = Path(__file__).resolve().parents[1]
+    common = {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+              "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    logs = [(folder / f"rank{rank}.out", folder / f"rank{rank}.err") for rank in range(WORLD)]
+    workers = []
+    try:
+        for rank, (out, err) in enumerate(logs):
+            with open(out, "w") as out_file, open(err, "w") as err_file:  # files, since a full pipe would stall a worker
+                workers.append(subprocess.Popen([sys.executable, __file__, str(folder)], stdout=out_file, stderr=err_file,
+                                                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in workers]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+    assert codes == [0] * WORLD, f"exit codes {codes} (None: hung)\n" + "\n".join(err.read_text() for _, err in logs)
+    return [out.read_text() for out, _ in logs]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{"single": {kind: run}, "ranks": results of each rank, "printed": stdout of each rank}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    single = {kind: whole_run(kind) for kind in MATRICES}
+    for kind, run in single.items():
+        torch.save(run, folder / f"single_{kind}.pt")
+    printed = launch(folder)
+    return {"single": single, "printed": printed,
+            "ranks": [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]}
+
+
+def assert_close(got, expected, what):
+    """Snapshots equal to 1e-5 in the weights, and to 1e-4 of its largest element in every state tensor."""
+    assert got["weights"].keys() == expected["weights"].keys() and got["state"].keys() == expected["state"].keys()
+    for name, weight in expected["weights"].items():
+        assert (got["weights"][name] - weight).abs().max() < 1e-5, f"{what}: {name}"
+        assert got["state"][name].keys() == expected["state"][name].keys()
+        for key, tensor in expected["state"][name].items():
+            assert got["state"][name][key].shape == tensor.shape
+            error = (got["state"][name][key] - tensor).abs().max()
+            assert error <= 1e-4 * tensor.abs().max(), f"{what}: {key} of {name}"
+
+
+def test_the_configuration_does_not_divide_evenly():
+    """What the tests below rely on: shares that are short on the last rank, and parameters smaller than the world."""
+    model, _ = start("muon")
+    groups = model.parameter_groups()
+    stacks = Counter(parameter.shape for parameter in groups["matrices"].values())
+    assert [count % WORLD for count in stacks.values()].count(1) >= 3
+    sizes = [parameter.numel() for name in groups if name != "matrices" for parameter in groups[name].values()]
+    assert 61 * 33 in sizes and 1 in sizes and 3 in sizes
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_two_ranks_equal_one(runs, kind):
+    single = runs["single"][kind]
+    moved = max((single["end"]["weights"][name] - weight).abs().max()
+                for name, weight in single["halfway"]["weights"].items())
+    assert moved > 1e-3
+    for rank in range(WORLD):
+        result = runs["ranks"][rank][kind]
+        assert result["norms"] == pytest.approx(single["norms"], rel=1e-5)
+        assert min(single["norms"]) > 0.3  # clipping acted
+        assert_close(result["halfway"], single["halfway"], "halfway")
+        assert_close(result["end"], single["end"], "end")
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_ranks_agree_bit_for_bit(runs, kind):
+    first, second = (result[kind] for result in runs["ranks"])
+    assert first["norms"] == second["norms"]
+    for moment in ("halfway", "end", "resumed_from_single"):
+        for name, weight in first[moment]["weights"].items():
+            assert torch.equal(weight, second[moment]["weights"][name])
+            for key, tensor in first[moment]["state"][name].items():
+                assert torch.equal(tensor, second[moment]["state"][name][key])
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_state_of_one_rank_continues_on_two(runs, kind):
+    assert_close(runs["ranks"][0][kind]["resumed_from_single"], runs["single"][kind]["end"], "1 -> 2 ranks")
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_state_of_two_ranks_continues_on_one(runs, kind):
+    resumed = resumed_run(kind, runs["ranks"][0][kind]["halfway"])
+    assert_close(resumed, runs["ranks"][0][kind]["end"], "2 -> 1 rank")
+
+
+def test_helpers_on_two_ranks(runs):
+    for rank, result in enumerate(runs["ranks"]):
+        helpers = result["helpers"]
+        assert (helpers["device"], helpers["rank"], helpers["world_size"]) == ("cpu", rank, WORLD)
+        assert helpers["sum"] == [2.0, 1.0]
+        assert helpers["from_rank0"]["rank"] == 0
+    assert runs["printed"] == ["one line\n", ""]
+
+
+def test_helpers_in_one_process_are_the_identity(capsys):
+    assert (ranks.rank(), ranks.world_size()) == (0, 1)
+    assert ranks.setup("cpu") == torch.device("cpu") and not dist.is_initialized()
+    tensor = torch.tensor([1.0, 2.0])
+    assert ranks.sum_over_ranks(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
+    value = lambda: None  # noqa: E731  (cannot be pickled, so it cannot have travelled)
+    assert ranks.from_rank0(value) is value
+    ranks.barrier()
+    ranks.close()
+    ranks.print0("a", 1, sep="-")
+    assert capsys.readouterr().out == "a-1\n"
+
+
+def test_more_ranks_than_gpus_is_a_usage_error(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="local rank 3.*2 GPUs.*--nproc_per_node"):
+        ranks.setup("cuda")
+
+
+def test_several_ranks_on_mps_are_a_usage_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--device-type=mps"):
+        ranks.setup("mps")
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

@@ -1,0 +1,577 @@
+"""Train a GPT. One script, one dial:
+
+    python train.py --depth=4                                   # on a laptop
+    torchrun --nproc_per_node=8 train.py --depth=24             # on a node
+
+The flags, then the loop (save / evaluate / sample / stop? / step / log), top to bottom."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+from nanochat import schedules
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, UsageError, human_bytes, human_time, stream_seed
+
+
+def parse_args(argv=None):
+    """The flags as a Namespace; `given` on it is the set of names that were on the command line. -1: off or automatic."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a GPT sized by --depth.", allow_abbrev=False,
+                                     usage="train.py --depth=N [options]; --help lists them all",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("logging")
+    group.add_argument("--run", default="dummy", help="Weights & Biases run name; dummy: off (not available yet)")
+    group.add_argument("--out-dir", default="out", help="folder of run folders")
+    group.add_argument("--model-tag", default="", help="name of the run folder; empty: d{depth}")
+    group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard (not available yet)")
+    group.add_argument("--config", default="", help="a run's config.json or a JSON of flags (not available yet)")
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"], help="empty: the first of cuda, mps, cpu")
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+                       help="of products; weights stay fp32. auto: bfloat16 where the hardware multiplies it fast")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile blocks with torch.compile")
+    group.add_argument("--seed", type=int, default=42, help="of weights, data order, dropout and samples")
+    group.add_argument("--attention", default="auto", help="auto, blocked or sdpa")
+    group.add_argument("--activation-checkpointing", action="store_true", help="trade time for memory (not available yet)")
+    group.add_argument("--shard", action="store_true", help="shard the model with FSDP2 (not available yet)")
+    group = parser.add_argument_group("fp8")
+    group.add_argument("--fp8", action="store_true", help="train in fp8 (not available yet)")
+    group.add_argument("--fp8-recipe", default="tensorwise", choices=["tensorwise", "rowwise"], help="scaling (not available yet)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--depth", type=int, default=20, help="layers; the one dial")
+    group.add_argument("--aspect-ratio", type=int, default=64, help="width / depth, width rounded up to whole heads")
+    group.add_argument("--head-dim", type=int, default=128, help="channels of an attention head")
+    group.add_argument("--n-kv-head", type=int, default=-1, help="key/value heads; -1: as many as query heads")
+    group.add_argument("--max-seq-len", type=int, default=2048, help="context, tokens")
+    group.add_argument("--window-pattern", default="SSSL", help="per layer, tiled: L full context, S short window; last layer always L")
+    group.add_argument("--short-window", type=int, default=-1, help="tokens an S layer sees; -1: half the context")
+    group.add_argument("--arch", default="speedrun", choices=["speedrun", "llama"], help="llama is not available yet")
+    group.add_argument("--tie-embeddings", action="store_true", help="share embedding and head (llama; not available yet)")
+    group.add_argument("--dropout", type=float, default=0.0, help="share of residual updates dropped; 0: off")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="python", help="python (source code on this machine), or a path, glob or folder of "
+                       ".txt, .jsonl, .parquet")
+    group.add_argument("--val-data", default="", help="path, glob or folder to validate on; empty: hold out a part of --data")
+    group.add_argument("--tokenizer", default="bpe", help="bpe, char, byte, or a folder with a saved one")
+    group.add_argument("--vocab-size", type=int, default=-1, help="of bpe; -1: from the data size, at most 32768")
+    group.add_argument("--init-from", default="", help="run whose weights to start from (not available yet)")
+    group = parser.add_argument_group("horizon (the first given wins, in this order)")
+    group.add_argument("--num-iterations", type=int, default=-1, help="steps")
+    group.add_argument("--target-flops", type=float, default=-1, help="training FLOPs")
+    group.add_argument("--target-tokens", type=float, default=-1, help="training tokens")
+    group.add_argument("--target-epochs", type=float, default=-1, help="passes over the data")
+    group.add_argument("--target-minutes", type=float, default=-1, help="training time; evaluation and compilation not counted")
+    group.add_argument("--target-param-data-ratio", type=float, default=schedules.DEFAULT_PARAM_DATA_RATIO,
+                       help="tokens per parameter of matrices and head; Chinchilla: 20")
+    group = parser.add_argument_group("early end")
+    group.add_argument("--stop-at-bpb", type=float, default=-1, help="stop at these validation bits per byte (not available yet)")
+    group.add_argument("--patience", type=int, default=-1, help="evaluations without improvement (not available yet)")
+    group = parser.add_argument_group("optimization (rates are those of the reference batch and width)")
+    group.add_argument("--device-batch-size", type=int, default=-1, help="rows a device takes at once; -1: what fits")
+    group.add_argument("--total-batch-size", type=int, default=-1, help="tokens a step; -1: from the horizon")
+    group.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="of the matrices; the rest is always AdamW")
+    group.add_argument("--embedding-lr", type=float, default=schedules.EMBEDDING_LR, help="AdamW, token and value embeddings")
+    group.add_argument("--unembedding-lr", type=float, default=schedules.UNEMBEDDING_LR, help="AdamW, head")
+    group.add_argument("--weight-decay", type=float, default=schedules.WEIGHT_DECAY, help="of the matrices")
+    group.add_argument("--matrix-lr", type=float, default=-1, help=f"-1: by optimizer, {schedules.MATRIX_LR}")
+    group.add_argument("--scalar-lr", type=float, default=schedules.SCALAR_LR, help="AdamW, lambdas and gates")
+    group.add_argument("--adam-beta1", type=float, default=schedules.ADAM_BETA1, help="of every AdamW group")
+    group.add_argument("--adam-beta2", type=float, default=schedules.ADAM_BETA2, help="of every AdamW group")
+    group.add_argument("--lr-schedule", default="trapezoid", choices=["trapezoid", "cosine"], help="after the warm-up")
+    group.add_argument("--warmup-ratio", type=float, default=schedules.WARMUP_RATIO, help="share of the steps")
+    group.add_argument("--warmup-steps", type=int, default=-1, help="-1: by --warmup-ratio")
+    group.add_argument("--warmdown-ratio", type=float, default=schedules.WARMDOWN_RATIO, help="share of the steps")
+    group.add_argument("--final-lr-frac", type=float, default=schedules.FINAL_LR_FRAC, help="learning rate at the end / its peak")
+    group.add_argument("--grad-clip", type=float, default=0.0, help="largest gradient norm; 0: off")
+    group = parser.add_argument_group("resume")
+    group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint; start fresh if there is none")
+    group.add_argument("--resume-from-step", type=int, default=-1, help="go on from this checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds (with --resume-from-step: "
+                       "what comes after that step)")
+    group = parser.add_argument_group("evaluation (every: steps; -1: never, at the end neither)")
+    group.add_argument("--eval-every", type=int, default=250, help="validation bits per byte; also at the end")
+    group.add_argument("--eval-tokens", type=int, default=40 * 524288, help="held-out tokens, capped by the validation set; -1: all")
+    group.add_argument("--core-metric-every", type=int, default=-1, help="CORE metric (not available yet)")
+    group.add_argument("--core-metric-max-per-task", type=int, default=500, help="examples (not available yet)")
+    group.add_argument("--core-bundle", default="", help="path of the CORE bundle (not available yet)")
+    group.add_argument("--sample-every", type=int, default=2000, help="text samples; also at the end")
+    group.add_argument("--sample-prompts", default="", help="file with one prompt a line; empty: beginnings of held-out documents")
+    group = parser.add_argument_group("saving")
+    group.add_argument("--save-every", type=int, default=-1, help="steps between permanent checkpoints; -1: at the end only")
+    group.add_argument("--save-every-minutes", type=float, default=10, help="a rolling checkpoint; -1: none")
+    group.add_argument("--keep-last", type=int, default=-1, help="permanent checkpoints to keep; -1: all")
+    group.add_argument("--no-save", action="store_true", help="write no checkpoint at all")
+    group = parser.add_argument_group("faults")
+    group.add_argument("--max-skipped", type=int, default=10, help="steps in a row that may be skipped for non-finite numbers")
+    group.add_argument("--debug-nans", action="store_true", help="find the first non-finite tensor (not available yet)")
+    group.add_argument("--profile", action="store_true", help="trace a few steps (not available yet)")
+    group = parser.add_argument_group("planning")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    group.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
+    group.add_argument("--gpus", type=int, default=1, help="with --dry-run: devices to plan for")
+    group.add_argument("--gpu", default="", help="with --dry-run: GPU to plan for, such as H100")
+    args = parser.parse_args(argv)
+    # parsed again with a marker for every default: what differs from it was given
+    marker = object()
+    parser.set_defaults(**dict.fromkeys(vars(args), marker))
+    args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not marker}
+    args.model_tag = args.model_tag or f"d{args.depth}"
+    return args
+
+
+# Flags that a resumed run may change. All others stay as the run was started: they decide what the model becomes.
+FREE_ON_RESUME = {
+    "run", "out_dir", "model_tag", "tensorboard", "config", "device_type", "dtype", "compile", "attention",
+    "activation_checkpointing", "shard", "device_batch_size", "resume", "resume_from_step", "overwrite", "eval_every",
+    "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle", "sample_every", "sample_prompts",
+    "save_every", "save_every_minutes", "keep_last", "no_save", "max_skipped", "debug_nans", "profile", "dry_run", "json",
+    "gpus", "gpu", "given"}
+
+
+def merge_with_run(args, config):
+    """The flags to resume a run with: its own, except those given now that may change.
+
+    Returns (args, lines on what changed). Raises UsageError for given flags that may not differ."""
+    from nanochat.plan import flag
+    merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
+    for name in sorted(FREE_ON_RESUME - {"given"}):
+        setattr(merged, name, getattr(args, name))
+    for name in sorted(args.given & set(config["args"])):
+        was, now = config["args"][name], getattr(args, name)
+        if was == now or name in ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag"):
+            continue
+        (changed if name in FREE_ON_RESUME else refused).append(f"{flag(name)}={now} (was {was})")
+    if refused:
+        raise UsageError("this run was started with other settings, which a resumed run cannot change: " + ", ".join(refused)
+                         + "; leave them out, or start another run with --model-tag")
+    return merged, changed
+
+
+def wanted_step(args, folder, checkpoint):
+    """The step to resume from, or None to start fresh. Refuses a folder whose run would be lost or silently continued."""
+    if not folder.holds_run():
+        if args.resume_from_step != -1:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} holds no run; check --out-dir and --model-tag")
+        return None
+    steps = checkpoint.steps_of(folder.path)
+    if args.resume_from_step != -1:
+        if args.resume_from_step not in steps:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: no such checkpoint in {folder.path} "
+                             f"(it has: {', '.join(map(str, steps)) or 'none'})")
+        if problem := checkpoint.damage(folder.path, args.resume_from_step):
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: that checkpoint is damaged ({problem}); choose another")
+        if steps[-1] > args.resume_from_step and not args.overwrite:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} has later checkpoints (up to {steps[-1]}), "
+                             f"which going on from there would replace; add --overwrite if that is meant")
+        return args.resume_from_step
+    if args.resume:
+        step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
+        if step is None and steps:
+            raise UsageError(f"--resume: no checkpoint in {folder.path} is intact; restore one, or start again with --overwrite")
+        return step
+    if not args.overwrite:
+        raise UsageError(f"--model-tag={args.model_tag}: {folder.path} already holds a run ({len(steps)} checkpoints"
+                         + (f", the newest at step {steps[-1]}" if steps else "") + "); add --resume to go on with it, "
+                         "--model-tag=NAME to start another beside it, or --overwrite to delete it and start again")
+    return None
+
+
+def main(args):
+    """Train. Returns the exit code: 0 completed, 75 stopped early on request and resumable. Raises UsageError."""
+    import torch
+
+    from nanochat import checkpoint, data, engine, evaluate, hardware, optim, plan as plans, ranks, runlog
+    from nanochat import attention, model as models, tokenizer as tokenizers
+    from nanochat.ranks import print0
+
+    if problems := plans.check_flags(args):
+        raise UsageError("\n".join(problems))
+    if args.dry_run:
+        return dry_run(args)
+
+    # ----- the machine
+    device_type = hardware.pick_device_type(args.device_type)
+    hardware.set_determinism(device_type)
+    hardware.set_compile_cache()
+    device = ranks.setup(device_type)
+    rank, world_size = ranks.rank(), ranks.world_size()
+    main_rank = rank == 0
+
+    # ----- the run folder: new, resumed, or refused
+    folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
+    start_step = wanted_step(args, folder, checkpoint)
+    config, changed = None, []
+    if folder.holds_run() and (args.resume or args.resume_from_step != -1):
+        config = folder.read_config()
+        args, changed = merge_with_run(args, config)
+        print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
+               + (f"; changed: {', '.join(changed)}" if changed else ""))
+    elif args.resume:
+        print0(f"{folder.path} holds no run yet: starting a new one")
+    start_step = start_step or 0
+    dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
+    backend, backend_reason = attention.pick_backend(args.attention, device_type)
+    no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
+    peak, peak_label = hardware.peak_flops(device)
+
+    # ----- data and tokenizer (rank 0 first: the others find its cache)
+    corpus = data.open_corpus(args.data, args.val_data)
+    if config and corpus.fingerprint != config["data"]["fingerprint"]:
+        raise UsageError(f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
+                         f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag")
+    for line in data.describe_corpus(corpus):
+        print0(line)
+    if not main_rank:
+        ranks.barrier()
+    if config:
+        tokenizer = tokenizers.load(folder.path / "tokenizer")
+        if tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
+            raise UsageError(f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file")
+    elif args.tokenizer in tokenizers.KINDS:
+        tokenizer = data.fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
+    else:
+        tokenizer = tokenizers.load(args.tokenizer)
+    cache = data.TokenCache(tokenizer, torch.get_num_threads())
+    cache.prepare(corpus.train + corpus.val, progress=lambda shards: runlog.bar(shards, "tokenizing", "shard"))
+    if main_rank:
+        ranks.barrier()
+    T = args.max_seq_len
+    rows = data.Rows(corpus.train, cache, T, args.seed)
+    tokens_per_epoch = rows.rows_per_epoch() * T
+    pieces = data.held_out_pieces(corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize)
+    if not pieces and args.eval_every != -1:
+        raise UsageError(f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1")
+    print0(f"tokens: {tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a token, "
+           f"{rows.share_dropped():.3%} dropped; {sum(map(len, pieces)) - len(pieces):,} to validate on; "
+           f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})")
+
+    # ----- the plan: derived at the first start, read back afterwards
+    model_config = models.GPTConfig(**config["model"]) if config else plans.model_config(args, tokenizer.vocab_size)
+    plan = plans.Plan(**config["plan"]) if config else plans.make_plan(args, model_config, tokens_per_epoch, peak, world_size)
+    if plan.num_iterations is not None and start_step >= plan.num_iterations:
+        print0(f"{folder.path} is complete: {start_step} of {plan.num_iterations} steps; nothing to do")
+        ranks.close()
+        return EXIT_COMPLETED
+    element_bytes = torch.finfo(dtype).bits // 8
+    free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
+    device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size))
+    accumulation = plan.rows_per_step // (device_batch * world_size)
+    print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes)))
+    if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, world_size)):
+        print0(advice)
+    print0(f"runtime: {device_type} x {world_size}, {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention: {backend} "
+           f"({backend_reason}); " + (f"eager ({no_compiler})" if no_compiler else "compiled per block")
+           + "; deterministic algorithms on")
+
+    # ----- from here on the disk changes
+    claim_error = None
+    if main_rank:
+        try:
+            folder.claim()
+        except UsageError as error:
+            claim_error = str(error)
+    if claim_error := ranks.from_rank0(claim_error):
+        raise UsageError(claim_error)
+    metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
+    if main_rank:
+        if config is None:
+            folder.clear()
+            tokenizer.save(folder.path / "tokenizer")
+            config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(),
+                      "model": vars(model_config), "seed": args.seed,
+                      "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_bytes": corpus.train_bytes,
+                               "note": corpus.note, "tokens_per_epoch": tokens_per_epoch},
+                      "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+                      "runtime": {"dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
+                                  "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
+                      "hardware": hardware.describe(device), **runlog.provenance()}
+            folder.write_config(config)
+        checkpoint.set_aside_after(folder.path, start_step)
+        metrics.keep_before(start_step)
+        samples.keep_before(start_step)
+
+    # ----- model, optimizer, and the state of the loop: `state` is all that must survive a restart besides tensors
+    model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
+    optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
+    state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "best_saved_bpb": None,
+             "tokenizer": tokenizer.fingerprint}
+    if start_step:
+        checkpoint.load_model(folder.path, start_step, model)
+        optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
+        state |= {k: v for k, v in checkpoint.read_state(folder.path, start_step).items() if k in state}
+    model.train()
+    if not no_compiler:
+        model.compile_parts()
+
+    def summarize(status, reason=""):
+        tokens = step * plan.total_batch_tokens
+        seconds = state["training_seconds"]
+        speed = tokens / seconds if seconds else None
+        runlog.write_summary(folder.path, status=status, reason=reason, step=step, val_bpb=state["val_bpb"],
+                             min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tokens=tokens,
+                             total_training_flops=tokens * plan.flops_per_token, total_training_time=seconds,
+                             tok_per_sec=speed, mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
+                             peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
+
+    step = start_step
+    byte_counts = tokenizer.byte_counts()
+    prompts = sample_prompts(args, tokenizer, pieces)
+    if main_rank:
+        summarize("running")
+
+    # ----- one pass that changes nothing: compiles, so that the clock of step 0 starts on a warm machine
+    def micro_batches(first_step):
+        for at in range(first_step, sys.maxsize):
+            for micro in range(accumulation):
+                yield rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size)
+
+    def forward_backward(batch, at, micro):
+        """Backward pass of one micro-batch; returns its mean loss in nats, detached."""
+        if model_config.dropout:  # seeded by step, so that resuming needs no generator state
+            torch.manual_seed(stream_seed(args.seed, "dropout", at, micro, rank))
+        inputs, targets = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in batch)
+        loss = model(inputs, targets).mean()
+        (loss / accumulation).backward()
+        return loss.detach()
+
+    started = time.monotonic()
+    forward_backward(next(micro_batches(start_step)), start_step, 0)
+    optimizer.zero_grad()
+    hardware.synchronize(device_type)
+    print0(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
+
+    # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
+    stop = StopSignals()
+    batches = data.Prefetcher(micro_batches(start_step))
+    progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
+    stopping, rolling_due, skipped_in_a_row, last_save = False, False, 0, time.monotonic()
+    measured_seconds, measured_steps, smooth_loss = 0.0, 0, None
+    try:
+        while True:
+            finished = plan.num_iterations is not None and step >= plan.num_iterations
+
+            # save: before everything that might fail
+            kind = None
+            if finished:
+                kind = "final"
+            elif plan.num_iterations is not None and plan.warmdown_steps and step == plan.num_iterations - plan.warmdown_steps:
+                kind = "before_warmdown"
+            elif args.save_every != -1 and step > 0 and step % args.save_every == 0:
+                kind = "permanent"
+            elif rolling_due or stopping:
+                kind = "rolling"
+            if kind and not args.no_save and (step > start_step or kind == "final"):
+                optimizer_state = optimizer.state()  # all ranks: it gathers
+                if main_rank:
+                    checkpoint.save(folder.path, step, kind, model, optimizer_state, state)
+                    checkpoint.prune(folder.path, args.keep_last)
+                del optimizer_state
+                last_save = time.monotonic()
+
+            # evaluate: all ranks
+            if args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0) and not stopping:
+                result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device)
+                state["val_bpb"] = result["bpb"]
+                state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
+                if main_rank:
+                    metrics.write(step=step, tokens=step * plan.total_batch_tokens,
+                                  total_training_flops=step * plan.total_batch_tokens * plan.flops_per_token,
+                                  total_training_time=state["training_seconds"],
+                                  **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
+                    progress.message(f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
+                                     f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)")
+                    if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
+                        state["best_saved_bpb"] = result["bpb"]
+                        checkpoint.mark_best(folder.path, step)
+                    summarize("running")
+
+            # sample: rank 0
+            if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping and main_rank:
+                for i, prompt in enumerate(prompts):
+                    text = "".join(engine.generate_text(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
+                                                        top_k=50, seed=stream_seed(args.seed, "sample", step, i)))
+                    samples.write(step=step, prompt=prompt, text=text)
+                    progress.message(f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}")
+
+            # stop?
+            if finished or stopping:
+                break
+
+            # step: zero grad, batch, forward, loss, backward, clip, set lr, update, count
+            hardware.synchronize(device_type)
+            step_started = time.monotonic()
+            optimizer.zero_grad()
+            loss = torch.zeros((), device=device)
+            for micro in range(accumulation):
+                loss += forward_backward(next(batches), step, micro) / accumulation
+            grad_norm = optimizer.reduce()
+            # one exchange a step: mean loss, whether any rank was told to stop, whether rank 0 wants a rolling checkpoint
+            due = main_rank and args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes
+            votes = ranks.sum_over_ranks(torch.stack([loss / world_size, loss.new_tensor(stop.requested), loss.new_tensor(due)]))
+            loss, stopping, rolling_due = votes[0].item(), votes[1].item() > 0, votes[2].item() > 0
+            grad_norm = grad_norm.item()
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if plan.num_iterations is None:  # the time budget is still being measured: no warm-down yet
+                multiplier = schedules.lr_multiplier(step, sys.maxsize, plan.warmup_steps, 0, args.final_lr_frac, "trapezoid")
+            else:
+                multiplier = schedules.lr_multiplier(step, plan.num_iterations, plan.warmup_steps, plan.warmdown_steps,
+                                                     args.final_lr_frac, args.lr_schedule)
+            if finite:
+                if args.grad_clip:
+                    optimizer.clip(grad_norm, args.grad_clip)
+                optimizer.step(multiplier, schedules.muon_momentum(step))
+            else:
+                optimizer.drop_gradients()
+            hardware.synchronize(device_type)
+            dt = time.monotonic() - step_started
+            step += 1
+
+            # log: the line of the state before the update, with the loss of the update
+            speed = plan.total_batch_tokens / dt
+            mfu = 100 * speed * plan.flops_per_token / (peak * world_size)
+            tokens_before = (step - 1) * plan.total_batch_tokens
+            if main_rank:
+                metrics.write(step=step - 1, tokens=tokens_before, total_training_flops=tokens_before * plan.flops_per_token,
+                              total_training_time=state["training_seconds"],
+                              **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
+                                 "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
+                                 "train/epoch": tokens_before / tokens_per_epoch},
+                              **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
+            state["training_seconds"] += dt
+            measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
+            if step == 1 and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
+                progress.message(f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f} "
+                                 f"is what an untrained model should have")
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if not finite:
+                state["skipped_steps"] += 1
+                progress.message(f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone")
+                if skipped_in_a_row >= args.max_skipped:
+                    saved = checkpoint.steps_of(folder.path)
+                    raise TrainingFailed(f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last good "
+                                         f"checkpoint is " + (f"step {saved[-1]}" if saved else "none"))
+            if plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 0.1 * 60 * args.target_minutes:
+                left = 60 * args.target_minutes - state["training_seconds"]
+                plan.fix_steps(ranks.from_rank0(step + max(1, round(left * measured_steps / measured_seconds))), args)
+                if main_rank:
+                    config["plan"] = plan.as_dict()
+                    folder.write_config(config)
+                    progress.message(f"time budget: {plan.num_iterations} steps at {1000 * measured_seconds / measured_steps:.0f} ms, "
+                                     f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}")
+            smooth_loss = loss if smooth_loss is None or not finite else 0.95 * smooth_loss + 0.05 * loss
+            left = (plan.num_iterations - step) * measured_seconds / measured_steps if plan.num_iterations is not None else None
+            progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
+    except BaseException as error:
+        if main_rank:
+            summarize("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        stop.restore()
+        batches.close()
+        progress.close()
+
+    # ----- the end
+    if main_rank:
+        summarize("completed" if finished else "stopped", "" if finished else "asked to stop by a signal")
+        metrics.close()
+        samples.close()
+        saved = "nothing was saved (--no-save)" if args.no_save else f"checkpoint at step {step}"
+        if finished:
+            bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
+            print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
+                   f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
+        else:
+            print0(f"stopped at step {step} as asked; {saved}; add --resume to go on: {folder.path}")
+    ranks.close()
+    return EXIT_COMPLETED if finished else EXIT_STOPPED
+
+
+SAMPLE_TOKENS = 96  # length of the samples drawn during training
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on; the message says why and what is left. Exit code 1."""
+
+
+class StopSignals:
+    """SIGTERM and the first SIGINT set `requested`, which the loop reads once a step; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.requested = False
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def sample_prompts(args, tokenizer, pieces):
+    """Prompts of the samples: the lines of --sample-prompts, or nothing at all and the beginnings of held-out documents."""
+    if args.sample_every == -1:
+        return []
+    if not args.sample_prompts:
+        return ["", *(tokenizer.decode(piece[1:9].tolist()) for piece in pieces[:2])]
+    try:
+        with open(args.sample_prompts, encoding="utf-8") as f:
+            prompts = [line.rstrip("\n") for line in f]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sample-prompts={args.sample_prompts}: cannot be read as text ({error})") from None
+    for prompt in prompts:
+        tokenizer.encode(prompt)
+    return prompts
+
+
+def dry_run(args):
+    """Print the plan without touching data or building weights."""
+    import torch
+
+    from nanochat import data, hardware, plan as plans, tokenizer as tokenizers
+    device_type = "cuda" if args.gpu else hardware.pick_device_type(args.device_type)
+    if args.gpu:
+        dtype, peak = torch.bfloat16, hardware.listed(hardware.GPU_PEAK_FLOPS, args.gpu)
+        peak_label, free_bytes = f"listed bf16 peak of {args.gpu}", hardware.listed(hardware.GPU_MEMORY_BYTES, args.gpu) or math.inf
+    else:
+        device = torch.device(device_type)
+        dtype, _ = hardware.pick_dtype(args.dtype, device_type)
+        (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
+    n_bytes = data.estimated_bytes(args.data)
+    vocab_size = tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
+    config = plans.model_config(args, vocab_size)
+    tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
+    plan = plans.make_plan(args, config, tokens_per_epoch, peak, args.gpus)
+    element_bytes = torch.finfo(dtype).bits // 8
+    device_batch = plans.pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus)
+    description = plans.describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes)
+    print(json.dumps(description, indent=2) if args.json else plans.format_plan(description))
+    advice = plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, args.gpus))
+    if advice and not args.json:
+        print(advice)
+    return EXIT_COMPLETED
+
+
+def run(argv=None):
+    """parse_args() and main() with errors as messages and exit codes: 2 for wrong usage or input, 1 for a failed run."""
+    args = parse_args(argv)
+    try:
+        return main(args)
+    except UsageError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except TrainingFailed as error:
+        print(f"train.py: training failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(run())
