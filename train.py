@@ -283,12 +283,14 @@ def main(args):
             config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(),
                       "model": vars(model_config), "seed": args.seed,
                       "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_bytes": corpus.train_bytes,
-                               "note": corpus.note, "tokens_per_epoch": tokens_per_epoch},
+                               "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
+                               "compressed_bpb": data.compressed_bits_per_byte(corpus.val)},
                       "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
                       "runtime": {"dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
                                   "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
                       "hardware": hardware.describe(device), **runlog.provenance()}
             folder.write_config(config)
+            print0("held-out text compressed, bits per byte: " + ", ".join(f"{k} {v:.3f}" for k, v in config["data"]["compressed_bpb"].items()))
         checkpoint.set_aside_after(folder.path, start_step)
         metrics.keep_before(start_step)
         samples.keep_before(start_step)

@@ -11,6 +11,6 @@ def settled_environment(tmp_path_factory):
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("nanochat_base")))
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # a shell inside a torchrun job must not make us wait for peers
             patch.delenv(variable, raising=False)
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         yield

@@ -25,7 +25,7 @@ def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The whole test suite on a fresh machine: set-up, then pytest. Arguments go to pytest, for example -m slow.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" "[dev]"
+python -m pytest "$@"
