@@ -1,6 +1,7 @@
 """`nanochat APP ...` and `python -m nanochat APP ...`."""
 
 import importlib
+import os
 import sys
 
 from nanochat.common import EXIT_USAGE, UsageError
@@ -32,6 +33,9 @@ def main(argv=None):
         return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

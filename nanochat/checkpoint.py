@@ -7,6 +7,7 @@ State is by parameter name in full tensors: nothing in it depends on ranks, devi
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def load_run(run, step=None, device_type="", dtype="auto"):
         raise UsageError(f"{run} is not a run folder (it has no config.json); give <out-dir>/<model-tag>")
     steps = steps_of(run)
     if step is None:
-        step = newest_intact(run, report=print)
+        step = newest_intact(run, report=lambda text: print(text, file=sys.stderr))
         if step is None:
             raise UsageError(f"{run} has no intact checkpoint")
     elif step not in steps:

@@ -63,8 +63,8 @@ def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repe
     """Draw one token per row. Returns (B,) int64 on the CPU.
 
     logits_BxV: any float dtype and device; the work is done in fp64 on the CPU, in this order:
-    repetition_penalty  positive logits of the tokens marked in seen_BxV (bool, CPU) are divided by it, negative ones
-                        multiplied (arXiv 1909.05858, section 4.1); 1 is off
+    repetition_penalty  logits of the tokens marked in seen_BxV (bool, CPU) are divided by it (arXiv 1909.05858);
+                        negative ones multiplied, so that they too become less likely; 1 is off
     temperature         divides the logits; 0 takes the most likely token
     top_k               keeps the k most likely tokens; 0, negative or None is off
     top_p               of those, keeps the smallest set of most likely tokens whose probability reaches p (nucleus,

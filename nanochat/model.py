@@ -148,6 +148,7 @@ class GPT(nn.Module):
         reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
         self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
         self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
+        self.train_mix_embedding, self.train_token_nats = self.mix_embedding, self.token_nats
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -191,9 +192,9 @@ class GPT(nn.Module):
     def compile_parts(self):
         """Compile each block, the embedding mix and the loss, not the whole: layers of one kind share one kernel set.
 
-        Generation with a cache keeps to the uncompiled code, whose shapes change with every token."""
-        self.mix_embedding = torch.compile(self.mix_embedding, dynamic=False)
-        self.token_nats = torch.compile(self.token_nats, dynamic=False)
+        Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled."""
+        self.train_mix_embedding = torch.compile(self.mix_embedding, dynamic=False)
+        self.train_token_nats = torch.compile(self.token_nats, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -256,13 +257,13 @@ class GPT(nn.Module):
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
             previous = torch.zeros_like(raw[:, :1])
-        x0, last = self.mix_embedding(raw, previous)
+        x0, last = (self.train_mix_embedding if self.training else self.mix_embedding)(raw, previous)
         x = x0
         for i, block in enumerate(self.blocks):
             table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
             value_embedding = F.embedding(ids_BxT, table) if table is not None else None
-            # with a cache the shapes change every token: block.forward is the same code, uncompiled
-            run, layer_cache = (block, None) if cache is None else (block.forward, cache.layers[i])
+            run = block if self.training else block.forward  # a block that was compiled is so only when called
+            layer_cache = cache.layers[i] if cache is not None else None
             x = run(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
             if i == self.config.depth // 2:
                 middle = x
@@ -283,7 +284,9 @@ class GPT(nn.Module):
     def forward(self, ids_BxT, targets_BxT=None, cache=None):
         """Token nats (B, T) when targets are given, otherwise softcapped logits (B, T, V). ids and targets are int64."""
         hidden = self.hidden(ids_BxT, cache)
-        return self.logits(hidden) if targets_BxT is None else self.token_nats(hidden, targets_BxT)
+        if targets_BxT is None:
+            return self.logits(hidden)
+        return (self.train_token_nats if self.training else self.token_nats)(hidden, targets_BxT)
 
 
 def build(config, device, compute_dtype=torch.float32, attention_backend="blocked", seed=0):

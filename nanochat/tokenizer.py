@@ -65,7 +65,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids (list of int) of a text, without BOS. UsageError if a char tokenizer lacks one of its characters."""
-        return self.encode_batch([text])[0].tolist()
+        # lone surrogates, which undecodable command-line bytes become, have no UTF-8 form
+        return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8")])[0].tolist()
 
     def encode_batch(self, texts, threads=1):
         """Token ids of several texts, as numpy arrays of uint32."""

@@ -29,6 +29,15 @@ def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
     return model.eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The tensors here are too small to share out; on a busy machine threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(depth=2)

@@ -342,6 +342,20 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(ids), plain(ids))
 
 
+def test_dropout_thins_both_branches_of_a_block():
+    """What comes out of attention and of the MLP is either dropped or scaled by 1 / (1 - 0.25); nothing else changes."""
+    model = perturbed(replace(SMALL, dropout=0.25))
+    block, x = model.blocks[0], torch.randn(4, 16, SMALL.width, generator=torch.Generator().manual_seed(0))
+    rope = model.rope_cos[:16], model.rope_sin[:16]
+    torch.manual_seed(0)
+    for branch, arguments in ((block.attention, (x, None, rope, None)), (block.mlp, (x,))):
+        whole = branch.eval()(*arguments)
+        thinned = branch.train()(*arguments)
+        kept = thinned != 0
+        assert 0.70 < kept.float().mean() < 0.80  # 1,536 elements: 4.5 standard deviations
+        torch.testing.assert_close(thinned[kept], whole[kept] / 0.75)
+
+
 def test_bf16_products_keep_fp32_weights_and_gradients():
     exact = perturbed(SMALL, std=0.1)
     model = perturbed(SMALL, std=0.1, compute_dtype=torch.bfloat16)
