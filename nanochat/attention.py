@@ -24,6 +24,8 @@ def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
 
     window: number of visible keys, itself included; anything >= S is full causal context.
     Returns (B, T, H, D) in q's dtype. Softmax is in fp32 for every backend."""
+    if backend not in BACKENDS or window < 1:
+        raise ValueError(f"attention backend {backend!r} (there are {BACKENDS}) with a window of {window} (1 or more)")
     if backend == "sdpa":
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)

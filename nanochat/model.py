@@ -5,6 +5,7 @@ Shape legend: B batch rows, T tokens of a row, C width, H query heads, K key/val
 Beyond the plain decoder it has value embeddings (arXiv 2410.17897), residual and x0 lambdas, smear, backout, QK-norm,
 ReLU^2 and a logit softcap. Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,12 @@ class GPTConfig:
     short_window: int = 1024  # keys that a token of an S layer sees, itself included
     dropout: float = 0.0
     arch: str = "speedrun"
+
+    def __post_init__(self):
+        if self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(f"heads do not fit: {self.n_head} query, {self.n_kv_head} key/value, dim {self.head_dim}")
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"} or self.short_window < 1:
+            raise ValueError(f"windows: pattern {self.window_pattern!r} of S and L, short window {self.short_window} of 1 or more")
 
     def windows(self):
         """Visible keys per layer; full context is `no limit`, written as ROPE_REACH * max_seq_len."""
@@ -148,7 +155,8 @@ class GPT(nn.Module):
         reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
         self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
         self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
-        self.train_mix_embedding, self.train_token_nats = self.mix_embedding, self.token_nats
+        # plain functions, not bound methods: those would make the model hold itself in memory
+        self.run_mix_embedding, self.run_token_nats = GPT.mix_embedding, GPT.token_nats
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -193,10 +201,14 @@ class GPT(nn.Module):
         """Compile each block, the embedding mix and the loss, not the whole: layers of one kind share one kernel set.
 
         Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled."""
-        self.train_mix_embedding = torch.compile(self.mix_embedding, dynamic=False)
-        self.train_token_nats = torch.compile(self.token_nats, dynamic=False)
+        self.run_mix_embedding = torch.compile(GPT.mix_embedding, dynamic=False)
+        self.run_token_nats = torch.compile(GPT.token_nats, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
+
+    def _stance(self):
+        """Context in which compiled parts run compiled in training mode and uncompiled otherwise."""
+        return contextlib.nullcontext() if self.training else torch.compiler.set_stance("force_eager")
 
     def parameter_groups(self):
         """{group name: {parameter name: parameter}}; every parameter is in exactly one group (asserted)."""
@@ -257,16 +269,17 @@ class GPT(nn.Module):
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
             previous = torch.zeros_like(raw[:, :1])
-        x0, last = (self.train_mix_embedding if self.training else self.mix_embedding)(raw, previous)
-        x = x0
-        for i, block in enumerate(self.blocks):
-            table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
-            value_embedding = F.embedding(ids_BxT, table) if table is not None else None
-            run = block if self.training else block.forward  # a block that was compiled is so only when called
-            layer_cache = cache.layers[i] if cache is not None else None
-            x = run(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
-            if i == self.config.depth // 2:
-                middle = x
+        middle_block = max(0, self.config.depth // 2 - 1)
+        with self._stance():
+            x0, last = self.run_mix_embedding(self, raw, previous)
+            x = x0
+            for i, block in enumerate(self.blocks):
+                table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
+                value_embedding = F.embedding(ids_BxT, table) if table is not None else None
+                layer_cache = cache.layers[i] if cache is not None else None
+                x = block(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
+                if i == middle_block:
+                    middle = x
         if cache is not None:
             cache.advance(T, last)
         return norm(x - self.backout_lambda.to(x.dtype) * middle)
@@ -286,7 +299,8 @@ class GPT(nn.Module):
         hidden = self.hidden(ids_BxT, cache)
         if targets_BxT is None:
             return self.logits(hidden)
-        return (self.train_token_nats if self.training else self.token_nats)(hidden, targets_BxT)
+        with self._stance():
+            return self.run_token_nats(self, hidden, targets_BxT)
 
 
 def build(config, device, compute_dtype=torch.float32, attention_backend="blocked", seed=0):

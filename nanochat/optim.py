@@ -91,9 +91,10 @@ class MatrixStack:
         update = muon_update(self.grad, self.momentum, self.second, mu, self.settings["beta2"], self.dtype)
         own = self._own([parameter.data for parameter in self.parameters])
         # cautious decay: only where the update already moves the weight towards zero (arXiv 2510.12402)
-        if decay:
-            update += decay * own * (update * own > 0)
+        kept = own * (update * own > 0) if decay else None
         own -= lr * max(1.0, own.size(-2) / own.size(-1)) ** 0.5 * update
+        if decay:
+            own -= lr * decay * kept
         if world_size() > 1:
             gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
             dist.all_gather_into_tensor(gathered, own)
@@ -125,6 +126,7 @@ class FlatParameter:
     """One parameter updated by AdamW (arXiv 1711.05101). Its flattened elements are dealt out to the ranks."""
 
     def __init__(self, name, parameter, settings):
+        assert parameter.is_contiguous(), f"{name}: the update goes through a flat view"
         self.name, self.parameter, self.settings = name, parameter, settings
         self.padded = round_up(parameter.numel(), world_size())
         self.share = self.padded // world_size()
@@ -230,7 +232,9 @@ class Optimizer:
 
     @torch.no_grad()
     def state(self):
-        """{parameter name: {state name: full tensor}}, independent of the number of ranks. Every rank must call it."""
+        """{parameter name: {state name: full tensor}}, independent of the number of ranks. Every rank must call it.
+
+        On one rank these are the tensors themselves: save or copy them before the next step()."""
         return {name: tensors for part in self.parts for name, tensors in part.state().items()}
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ def settled_environment(tmp_path_factory):
     """Caches and downloads go to a throw-away folder, results do not depend on the number of cores or on luck."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("nanochat_base")))
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # a shell inside a torchrun job must not make us wait for peers
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by torchrun, they mean other processes to wait for
             patch.delenv(variable, raising=False)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the optimizer on half a batch each, its state across world sizes, and the helpers.
+"""Two gloo processes against one: the optimizer on half a batch each, its state across world sizes, and ranks.py.
 
 Run as a script, with the environment torchrun gives, this file is the worker: python test_ranks.py FOLDER. One launch
 serves all tests: importing torch twice is most of their time."""
@@ -22,7 +22,7 @@ from nanochat.optim import Optimizer
 WORLD = 2
 TIMEOUT_SECONDS = 120
 STEPS, HALFWAY = 10, 5
-# Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 give tables of 2,013 elements.
+# Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 tables of 2,013 elements.
 CONFIG = GPTConfig(depth=3, width=33, head_dim=8, n_head=2, n_kv_head=1, vocab_size=61, max_seq_len=16,
                    window_pattern="SL", short_window=5)
 ADAMW = {"lr": 0.003, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
@@ -93,11 +93,11 @@ def worker(folder):
     torch.use_deterministic_algorithms(True)
     device = ranks.setup("cpu")
     me = ranks.rank()
-    helpers = {"device": str(device), "rank": me, "world_size": ranks.world_size(),
+    facts = {"device": str(device), "rank": me, "world_size": ranks.world_size(),
                "sum": ranks.sum_over_ranks(torch.tensor([1.0, me])).tolist(),
                "from_rank0": ranks.from_rank0({"rank": me, "path": folder})}
     ranks.print0("one line")
-    results = {"helpers": helpers}
+    results = {"facts": facts}
     for kind in MATRICES:
         results[kind] = whole_run(kind)
         single = torch.load(folder / f"single_{kind}.pt")
@@ -119,9 +119,10 @@ def launch(folder):
     workers = []
     try:
         for rank, (out, err) in enumerate(logs):
-            with open(out, "w") as out_file, open(err, "w") as err_file:  # files, since a full pipe would stall a worker
-                workers.append(subprocess.Popen([sys.executable, __file__, str(folder)], stdout=out_file, stderr=err_file,
-                                                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(out, "w") as stdout, open(err, "w") as stderr:  # not pipes: a full one would stall its worker
+                workers.append(subprocess.Popen([sys.executable, __file__, str(folder)], stdout=stdout, stderr=stderr,
+                                                env=env))
         deadline = time.monotonic() + TIMEOUT_SECONDS
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in workers]
     except subprocess.TimeoutExpired:
@@ -204,16 +205,16 @@ def test_state_of_two_ranks_continues_on_one(runs, kind):
     assert_close(resumed, runs["ranks"][0][kind]["end"], "2 -> 1 rank")
 
 
-def test_helpers_on_two_ranks(runs):
+def test_functions_on_two_ranks(runs):
     for rank, result in enumerate(runs["ranks"]):
-        helpers = result["helpers"]
-        assert (helpers["device"], helpers["rank"], helpers["world_size"]) == ("cpu", rank, WORLD)
-        assert helpers["sum"] == [2.0, 1.0]
-        assert helpers["from_rank0"]["rank"] == 0
+        facts = result["facts"]
+        assert (facts["device"], facts["rank"], facts["world_size"]) == ("cpu", rank, WORLD)
+        assert facts["sum"] == [2.0, 1.0]
+        assert facts["from_rank0"]["rank"] == 0
     assert runs["printed"] == ["one line\n", ""]
 
 
-def test_helpers_in_one_process_are_the_identity(capsys):
+def test_functions_in_one_process_are_the_identity(capsys):
     assert (ranks.rank(), ranks.world_size()) == (0, 1)
     assert ranks.setup("cpu") == torch.device("cpu") and not dist.is_initialized()
     tensor = torch.tensor([1.0, 2.0])

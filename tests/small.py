@@ -1,0 +1,80 @@
+"""A model small enough to train in a test, and ways to run train.py on it in this process, in another, or on two ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--tokenizer=byte", "--total-batch-size=256",
+         "--num-iterations=12", "--eval-every=5", "--sample-every=6", "--save-every=4", "--no-compile", "--dtype=float32"]
+# Sends this process a signal while it writes the metrics line of a step: the update is done, the line is not yet there.
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from nanochat import runlog
+write = runlog.Metrics.write
+def write_or_die(self, **values):
+    if values.get("step") == {step} and "train/loss" in values:
+        os.kill(os.getpid(), signal.{signal})
+    write(self, **values)
+runlog.Metrics.write = write_or_die
+import train
+sys.exit(train.run(sys.argv[1:]))
+"""
+
+
+def corpus(folder):
+    """A text file with enough structure to learn from; returns the flag that names it."""
+    path = Path(folder) / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"{i} squared is {i * i}, and twice {i} is {2 * i}." for i in range(400)))
+    return f"--data={path}"
+
+
+def run(folder, *flags, tag="run"):
+    """train.py in this process; returns its exit code."""
+    return train.run([*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags])
+
+
+def run_killed(folder, step, *flags, signal="SIGKILL", tag="run"):
+    """train.py in a process of its own that gets a signal at a step; returns its exit code (minus the signal if it died)."""
+    script = KILLER.format(root=str(ROOT), step=step, signal=signal)
+    return subprocess.run([sys.executable, "-c", script, *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240).returncode
+
+
+def run_ranks(folder, n, *flags, tag="run"):
+    """train.py under torchrun with n processes on this machine; returns the finished process."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / "train.py"),
+                           *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+
+
+def lines(folder, tag="run", name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(folder) / tag / name).read_text().splitlines()]
+
+
+def losses(folder, tag="run"):
+    """{step: training loss}; fails if a step stands twice."""
+    found = [(line["step"], line["train/loss"]) for line in lines(folder, tag) if "train/loss" in line]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def summary(folder, tag="run"):
+    return json.loads((Path(folder) / tag / "summary.json").read_text())
+
+
+def timeless(entries):
+    """Metrics lines without what a clock decides."""
+    clocked = {"total_training_time", "train/dt", "train/tok_per_sec", "train/mfu"}
+    return [{k: v for k, v in entry.items() if k not in clocked} for entry in entries]
+
+
+def weights(folder, step, tag="run"):
+    """{name: tensor} of a checkpoint."""
+    from safetensors.torch import load_file
+    return load_file(Path(folder) / tag / "checkpoints" / f"step_{step:06d}" / "model.safetensors")

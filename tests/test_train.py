@@ -1,0 +1,303 @@
+"""train.py end to end on a small model: the run folder, the order of a step, resuming, signals, faults, two ranks."""
+
+import json
+import math
+
+import pytest
+import small
+import torch
+
+import train
+from nanochat import checkpoint, model as models, optim
+from nanochat.evaluate import bits_per_byte
+
+DERIVED = ["step", "tokens", "total_training_flops", "total_training_time"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with one uninterrupted run, to compare others with."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert small.run(folder) == 0
+    return folder
+
+
+def test_run_folder(finished):
+    run = finished / "run"
+    lines = small.lines(finished)
+    assert list(small.losses(finished)) == list(range(12))
+    assert [line["step"] for line in lines if "val/bpb" in line] == [5, 10, 12]
+    for line in lines:
+        assert list(line)[:4] == DERIVED
+        assert line["tokens"] == 256 * line["step"]
+    for name in ("train/loss", "train/lr", "train/lrm", "train/grad_norm", "train/dt", "train/tok_per_sec", "train/mfu", "train/epoch"):
+        assert isinstance(lines[0][name], float)
+    assert lines[0]["train/loss"] == pytest.approx(math.log(257), abs=0.05)
+    assert lines[0]["total_training_time"] == 0
+    summary = small.summary(finished)
+    assert summary["status"] == "completed" and summary["step"] == 12 and summary["tokens"] == 12 * 256
+    assert summary["val_bpb"] == lines[-1]["val/bpb"] and summary["core_metric"] is None
+    assert summary["min_val_bpb"] == min(line["val/bpb"] for line in lines if "val/bpb" in line)
+    assert summary["peak_memory_bytes"] > 10**7 and summary["tok_per_sec"] > 0
+    # 4, 8: --save-every; 6: before the warm-down; 12: the end
+    assert checkpoint.steps_of(run) == [4, 6, 8, 12]
+    assert [checkpoint.kind_of(run, step) for step in (4, 6, 8, 12)] == ["permanent", "before_warmdown", "permanent", "final"]
+    assert (run / "checkpoints" / "best").read_text() == "step_000012\n"
+    assert {line["step"] for line in small.lines(finished, name="samples.jsonl")} == {6, 12}
+    config = json.loads((run / "config.json").read_text())
+    assert config["args"]["num_iterations"] == 12 and config["plan"]["total_batch_tokens"] == 256
+    assert config["data"]["fingerprint"] and config["tokenizer"]["vocab_size"] == 257 and "torch" in config["versions"]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_loading_the_folder_needs_nothing_else(finished, tmp_path):
+    import shutil
+
+    import nanochat
+    shutil.copytree(finished / "run", tmp_path / "elsewhere")
+    model, tokenizer = nanochat.load(tmp_path / "elsewhere")
+    assert not model.training
+    text = nanochat.generate(model, tokenizer, "3 squared", max_new_tokens=5, temperature=0)
+    assert text == nanochat.generate(model, tokenizer, "3 squared", max_new_tokens=5, temperature=0) != ""
+
+
+def test_order_of_a_step(tmp_path, monkeypatch):
+    """Zero grad, batch, forward, loss, backward, clip, set lr and step, count: the contract users read about."""
+    from nanochat import data, schedules
+    calls = []
+
+    def spy(owner, name, label):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            calls.append(label)
+            return original(*args, **kwargs)
+        monkeypatch.setattr(owner, name, wrapped)
+
+    spy(optim.Optimizer, "zero_grad", "zero grad")
+    spy(data.Prefetcher, "__next__", "batch")
+    spy(models.GPT, "forward", "forward")
+    spy(torch.Tensor, "backward", "backward")
+    spy(optim.Optimizer, "clip", "clip")
+    spy(schedules, "lr_multiplier", "set lr")
+    spy(optim.Optimizer, "step", "step")
+    flags = ("--num-iterations=1", "--grad-clip=1", "--device-batch-size=4", "--eval-every=-1", "--sample-every=-1", "--no-save",
+             "--save-every=-1")
+    assert small.run(tmp_path, *flags) == 0
+    micro = ["batch", "forward", "backward"]
+    warm_up = ["forward", "backward", "zero grad"]
+    assert calls == warm_up + ["zero grad", *micro, *micro, "clip", "set lr", "step"]
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--dtype=bfloat16", "--dropout=0.2", "--device-batch-size=4"), ("--optimizer=adamw", "--lr-schedule=cosine", "--n-kv-head=1"),
+], ids=["fp32", "bf16 dropout accumulation", "adamw cosine gqa"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, flags):
+    """SIGKILL at steps that are no save points, twice in one run: everything but the clock is equal with ==."""
+    assert small.run(tmp_path, *flags, tag="whole") == 0
+    assert small.run_killed(tmp_path, 7, *flags, tag="broken") == -9
+    assert small.run_killed(tmp_path, 11, *flags, "--resume", tag="broken") == -9
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 11, "tok')  # a torn last line
+    assert small.run(tmp_path, *flags, "--resume", tag="broken") == 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert small.timeless(small.lines(tmp_path, "broken", name)) == small.timeless(small.lines(tmp_path, "whole", name))
+    whole, broken = small.weights(tmp_path, 12, "whole"), small.weights(tmp_path, 12, "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, finished):
+    assert small.run_killed(tmp_path, 2) == -9
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+def test_resuming_on_other_terms(tmp_path, finished):
+    """Another device batch size and evaluation cadence are allowed and printed; losses stay the same to rounding."""
+    assert small.run_killed(tmp_path, 7) == -9
+    assert small.run(tmp_path, "--resume", "--device-batch-size=2", "--eval-every=4") == 0
+    assert small.losses(tmp_path) == pytest.approx(small.losses(finished), abs=1e-5)
+
+
+def test_resume_of_nothing_starts_fresh(tmp_path, finished, capsys):
+    assert small.run(tmp_path, "--resume") == 0
+    assert "holds no run yet" in capsys.readouterr().out
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+def test_resume_needs_no_flags_but_the_folder(tmp_path, finished):
+    assert small.run_killed(tmp_path, 7) == -9
+    assert train.run(["--resume", f"--out-dir={tmp_path}", "--model-tag=run", "--no-compile", "--dtype=float32"]) == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+def test_a_completed_run_has_nothing_to_resume(finished, capsys):
+    before = (finished / "run" / "metrics.jsonl").read_bytes()
+    assert small.run(finished, "--resume") == 0
+    assert "is complete: 12 of 12 steps" in capsys.readouterr().out
+    assert (finished / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_from_an_earlier_step(tmp_path, finished):
+    assert small.run(tmp_path) == 0
+    assert small.run(tmp_path, "--resume-from-step=4", "--overwrite") == 0
+    assert small.timeless(small.lines(tmp_path)) == small.timeless(small.lines(finished))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, finished, capsys):
+    assert small.run_killed(tmp_path, 9) == -9
+    path = tmp_path / "run" / "checkpoints" / "step_000008" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert small.run(tmp_path, "--resume") == 0
+    captured = capsys.readouterr()
+    assert "step_000008 is damaged (optimizer.safetensors does not match its hash)" in captured.err
+    assert "from step 6" in captured.out
+    assert small.timeless(small.lines(tmp_path)) == small.timeless(small.lines(finished))
+
+
+def test_overwrite_starts_again(tmp_path, finished):
+    assert small.run(tmp_path, "--seed=7") == 0
+    assert small.run(tmp_path, "--overwrite") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])
+def test_signal_saves_and_stops(tmp_path, finished, signal):
+    assert small.run_killed(tmp_path, 6, signal=signal) == 75
+    assert small.summary(tmp_path)["status"] == "stopped"
+    step = small.summary(tmp_path)["step"]
+    assert step in (7, 8) and checkpoint.steps_of(tmp_path / "run")[-1] == step
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.timeless(small.lines(tmp_path)) == small.timeless(small.lines(finished))
+
+
+def test_rolling_checkpoints_replace_one_another(tmp_path):
+    assert small.run(tmp_path, "--save-every=-1", "--save-every-minutes=0.0000001") == 0
+    assert checkpoint.steps_of(tmp_path / "run") == [6, 12]
+
+
+def test_no_save(tmp_path):
+    assert small.run(tmp_path, "--no-save", "--save-every=-1") == 0
+    assert checkpoint.steps_of(tmp_path / "run") == []
+
+
+def poison(monkeypatch, when):
+    """Make the loss NaN at the forward passes of training whose number (0 is the warm-up) satisfies `when`."""
+    original, count = models.GPT.token_nats, [0]
+
+    def token_nats(self, hidden, targets):
+        nats = original(self, hidden, targets)
+        if self.training:
+            count[0] += 1
+            if when(count[0] - 1):
+                return nats * float("nan")
+        return nats
+    monkeypatch.setattr(models.GPT, "token_nats", token_nats)
+
+
+def test_a_non_finite_step_is_skipped(tmp_path, monkeypatch):
+    poison(monkeypatch, lambda n: n == 4)
+    assert small.run(tmp_path) == 0
+    line = next(line for line in small.lines(tmp_path) if line["step"] == 3 and "train/dt" in line)
+    assert line["train/loss"] is None and line["skipped"] == "non-finite loss"
+    assert small.summary(tmp_path)["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in small.weights(tmp_path, 12).values())
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda n: n > 6)
+    assert small.run(tmp_path, "--max-skipped=3") == 1
+    error = capsys.readouterr().err
+    assert "3 steps in a row" in error and "step 8" not in error and "last good checkpoint is step 6" in error
+    assert small.summary(tmp_path)["status"] == "failed"
+    assert all(tensor.isfinite().all() for tensor in small.weights(tmp_path, 6).values())
+
+
+def test_time_budget_fixes_the_steps_once(tmp_path):
+    assert small.run(tmp_path, "--num-iterations=-1", "--target-minutes=0.01") == 0
+    plan = json.loads((tmp_path / "run" / "config.json").read_text())["plan"]
+    assert plan["horizon"] == "target_minutes"
+    assert small.summary(tmp_path)["step"] == plan["num_iterations"] > 5
+    assert plan["warmdown_steps"] == round(0.5 * plan["num_iterations"])
+
+
+@pytest.mark.parametrize("flag, steps", [("--target-tokens=1000", 4), ("--target-flops=2e8", 2), ("--target-epochs=0.1", 8)])
+def test_other_horizons(tmp_path, capsys, flag, steps):
+    """1000 / 256 = 3.9; 2e8 FLOPs / (418,000 a token x 256) = 1.9; a tenth of some 20,600 tokens = 8.0 batches."""
+    assert small.run(tmp_path, "--num-iterations=-1", flag, "--no-save", "--save-every=-1") == 0
+    assert f"{flag.split('=')[0]}=" in capsys.readouterr().out
+    assert small.summary(tmp_path)["step"] == steps
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert small.run(tmp_path, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["horizon"]["steps"] == 12 and plan["batch"]["tokens a step"] == "8 x 32 = 256"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_dry_run_for_other_hardware(capsys):
+    assert train.run(["--dry-run", "--depth=24", "--gpus=8", "--gpu=H100"]) == 0
+    text = capsys.readouterr().out
+    assert "8 x 989 TFLOP/s (listed bf16 peak of H100)" in text
+    assert train.run(["--dry-run", "--depth=24", "--gpu=L4"]) == 0
+    assert "try --depth=" in capsys.readouterr().out
+
+
+def test_bits_per_byte_worked_example():
+    """A model that gives every token the same probability has log2(V) bits a token, whatever it reads."""
+    import numpy as np
+
+    class Uniform(torch.nn.Module):
+        def forward(self, ids, targets):
+            return torch.where(targets >= 0, math.log(8), 0.0)
+
+    counts = np.array([1, 2, 3, 1, 0, 1, 1, 0])
+    pieces = [np.array([7, 0, 1, 2]), np.array([7, 2]), np.array([7, 4, 5])]  # 1+2+3, 3, 0+1 bytes; id 4 is special
+    for batch_tokens in (1, 4, 100):
+        result = bits_per_byte(Uniform(), pieces, counts, batch_tokens, torch.device("cpu"))
+        assert result["bytes"] == 10 and result["tokens"] == 5
+        assert result["bpb"] == pytest.approx(5 * 3 / 10)
+        assert result["loss"] == pytest.approx(math.log(8))
+
+
+def test_bits_per_byte_does_not_depend_on_batching(finished):
+    import nanochat
+    from nanochat import data
+    model, tokenizer = nanochat.load(finished / "run")
+    corpus = data.local_corpus(str(finished / "text.txt"))
+    pieces = data.held_out_pieces(corpus.val, data.TokenCache(tokenizer, 1), 32, 10**9)
+    results = [bits_per_byte(model, pieces, tokenizer.byte_counts(), n, torch.device("cpu"))["bpb"] for n in (1, 100, 10**6)]
+    assert results == pytest.approx([results[0]] * 3, rel=1e-5)
+    assert small.summary(finished)["val_bpb"] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer, accumulation", [("muon", 1), ("muon", 2), ("adamw", 2)])
+def test_two_ranks_equal_one(tmp_path, optimizer, accumulation):
+    """100 fp32 steps; depth 3 gives 3 square matrices of most shapes, which 2 ranks cannot share evenly."""
+    flags = ["--depth=3", "--num-iterations=100", f"--optimizer={optimizer}", "--eval-every=50", "--sample-every=-1"]
+    assert small.run(tmp_path, *flags, tag="one") == 0
+    finished = small.run_ranks(tmp_path, 2, *flags, f"--device-batch-size={4 // accumulation}", tag="two")
+    assert finished.returncode == 0, finished.stderr
+    assert small.losses(tmp_path, "two") == pytest.approx(small.losses(tmp_path, "one"), abs=1e-4)
+    assert small.summary(tmp_path, "two")["val_bpb"] == pytest.approx(small.summary(tmp_path, "one")["val_bpb"], abs=1e-4)
+
+
+def test_two_ranks_continue_what_one_began(tmp_path, finished):
+    assert small.run_killed(tmp_path, 7) == -9
+    resumed = small.run_ranks(tmp_path, 2, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert small.losses(tmp_path) == pytest.approx(small.losses(finished), abs=1e-4)
+
+
+def test_compiled_resume_is_exact(tmp_path):
+    """One layer of each kind would take minutes to compile; one layer exercises the same path."""
+    flags = ("--depth=1", "--compile", "--aspect-ratio=32", "--num-iterations=6", "--sample-every=-1", "--dtype=bfloat16")
+    assert small.run(tmp_path, *flags, tag="whole") == 0
+    assert small.run_killed(tmp_path, 5, *flags, tag="broken") == -9
+    assert small.run(tmp_path, *flags, "--resume", tag="broken") == 0
+    assert small.losses(tmp_path, "broken") == small.losses(tmp_path, "whole")
+    whole, broken = small.weights(tmp_path, 6, "whole"), small.weights(tmp_path, 6, "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
