@@ -251,7 +251,7 @@ def main(args):
     # ----- the plan: derived at the first start, read back afterwards
     model_config = models.GPTConfig(**config["model"]) if config else plans.model_config(args, tokenizer.vocab_size)
     plan = plans.Plan(**config["plan"]) if config else plans.make_plan(args, model_config, tokens_per_epoch, peak, world_size)
-    if plan.num_iterations is not None and start_step >= plan.num_iterations:
+    if plan.num_iterations is not None and start_step >= plan.num_iterations and runlog.status_of(folder.path) == "completed":
         print0(f"{folder.path} is complete: {start_step} of {plan.num_iterations} steps; nothing to do")
         ranks.close()
         return EXIT_COMPLETED
@@ -339,19 +339,19 @@ def main(args):
         (loss / accumulation).backward()
         return loss.detach()
 
-    started = time.monotonic()
-    forward_backward(next(micro_batches(start_step)), start_step, 0)
-    optimizer.zero_grad()
-    hardware.synchronize(device_type)
-    print0(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
-
-    # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
     stop = StopSignals()
     batches = data.Prefetcher(micro_batches(start_step))
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
-    stopping, rolling_due, skipped_in_a_row, last_save = False, False, 0, time.monotonic()
+    finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss = 0.0, 0, None
     try:
+        started = time.monotonic()
+        forward_backward(next(micro_batches(start_step)), start_step, 0)
+        optimizer.zero_grad()
+        hardware.synchronize(device_type)
+        progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
+
+        # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
         while True:
             finished = plan.num_iterations is not None and step >= plan.num_iterations
 
@@ -375,7 +375,11 @@ def main(args):
 
             # evaluate: all ranks
             if args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0) and not stopping:
-                result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device)
+                result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
+                                                interrupted=lambda: world_size == 1 and stop.requested)
+                if result is None:  # told to stop in the middle: once more round, to save and leave
+                    stopping = True
+                    continue
                 state["val_bpb"] = result["bpb"]
                 state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
                 if main_rank:
@@ -467,28 +471,32 @@ def main(args):
             left = (plan.num_iterations - step) * measured_seconds / measured_steps if plan.num_iterations is not None else None
             progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
     except BaseException as error:
+        if hardware.is_out_of_memory(error):
+            smaller = f"--device-batch-size={device_batch // 2} would likely fit" if device_batch > 1 else "lower --max-seq-len or --depth"
+            error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
         if main_rank:
             summarize("failed", f"{type(error).__name__}: {error}")
-        raise
+        raise error
     finally:
         stop.restore()
         batches.close()
         progress.close()
 
     # ----- the end
+    completed = finished and not stopping
     if main_rank:
-        summarize("completed" if finished else "stopped", "" if finished else "asked to stop by a signal")
+        summarize("completed" if completed else "stopped", "" if completed else "asked to stop by a signal")
         metrics.close()
         samples.close()
         saved = "nothing was saved (--no-save)" if args.no_save else f"checkpoint at step {step}"
-        if finished:
+        if completed:
             bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
             print0(f"stopped at step {step} as asked; {saved}; add --resume to go on: {folder.path}")
     ranks.close()
-    return EXIT_COMPLETED if finished else EXIT_STOPPED
+    return EXIT_COMPLETED if completed else EXIT_STOPPED
 
 
 SAMPLE_TOKENS = 96  # length of the samples drawn during training

@@ -153,6 +153,11 @@ def peak_memory_bytes(device):
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def is_out_of_memory(error):
+    """True for the exceptions with which torch reports that an allocation failed, on any device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def describe(device):
     """What runs here, for config.json: names, counts, versions. No host names or paths."""
     facts = {"device_type": device.type, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),

@@ -214,8 +214,8 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self, norm, max_norm):
-        """Scale the reduced gradients so that their norm is at most max_norm; norm is what reduce() returned."""
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        """Scale the reduced gradients so that their norm is at most max_norm; norm (a float) is what reduce() returned."""
+        scale = min(1.0, max_norm / (norm + 1e-6))
         for part in self.parts:
             part.grad = part.grad * scale
 

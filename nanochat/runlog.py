@@ -67,6 +67,12 @@ def write_summary(path, **values):
     write_json(Path(path) / "summary.json", {"format": FORMAT, **finite_or_null(values)})
 
 
+def status_of(path):
+    """`status` of a run folder's summary.json, or None if there is none."""
+    summary = Path(path) / "summary.json"
+    return read_json(summary, "run folder").get("status") if summary.exists() else None
+
+
 def provenance():
     """Git commit and library versions, for config.json. The commit is null outside a checkout."""
     import importlib.metadata

@@ -151,7 +151,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
 
 
 def documents(n, seed=0):
-    """n documents of 1 to 60 letters, each character used in one document only... as far as 26 letters allow."""
+    """n documents of 1 to 60 random letters."""
     generator = np.random.default_rng(seed)
     return ["".join(generator.choice(list("abcdefghij"), generator.integers(1, 60))) for _ in range(n)]
 

@@ -1,0 +1,207 @@
+"""Every kind of wrong input: one clear message, exit code 2, no traceback, and nothing on disk lost."""
+
+import json
+import os
+
+import pytest
+import small
+
+import train
+from nanochat.__main__ import main as nanochat
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return f"--data={path}"
+
+
+def jsonl_without_text(folder):
+    return write(folder, "a.jsonl", '{"text": "fine"}\n{"body": "words"}\n')
+
+
+def parquet_without_text(folder):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pa.table({"content": ["words"]}), folder / "a.parquet")
+    return f"--data={folder / 'a.parquet'}"
+
+
+def corrupt_cache(folder):
+    assert small.run(folder, "--no-save", "--save-every=-1", "--num-iterations=1", tag="before") == 0
+    from nanochat.common import base_dir
+    newest = max((base_dir() / "tokens").glob("*/*.safetensors"), key=os.path.getmtime)
+    newest.write_bytes(newest.read_bytes()[:-5])
+    return "--seed=1"
+
+
+def char_tokenizer_of_other_text(folder):
+    from nanochat import tokenizer
+    tokenizer.train("char", ["xyz"], -1).save(folder / "tokenizer")
+    return f"--tokenizer={folder / 'tokenizer'}"
+
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+    return f"--data={folder / 'empty'}"
+
+
+def unwritable(folder):
+    write(folder, "a_file", "x")
+    return f"--out-dir={folder / 'a_file'}"
+
+
+# flags (or what makes them from a folder) -> words that the message must hold: the flag, the value or reason, the remedy
+CASES = {
+    "unknown flag": ("--dept=4", ["--dept=4"]),
+    "not a number": ("--depth=four", ["--depth", "four"]),
+    "unknown choice": ("--optimizer=sgd", ["--optimizer", "sgd", "muon"]),
+    "unknown attention": ("--attention=flash9", ["--attention=flash9", "auto"]),
+    "zero depth": ("--depth=0", ["--depth=0", "at least 1"]),
+    "no horizon": (["--num-iterations=-1", "--target-param-data-ratio=-1"], ["--target-param-data-ratio", "--num-iterations"]),
+    "negative steps": ("--num-iterations=-5", ["--num-iterations=-5", "-1"]),
+    "indivisible batch": ("--total-batch-size=250", ["--total-batch-size=250", "224 or 256"]),
+    "batch and device batch": (["--total-batch-size=256", "--device-batch-size=3"], ["--total-batch-size=256", "192 or 288"]),
+    "window letters": ("--window-pattern=SXL", ["--window-pattern=SXL", "SSSL"]),
+    "window too long": ("--short-window=64", ["--short-window=64", "--max-seq-len=32"]),
+    "head dim too large": ("--head-dim=64", ["--head-dim=64", "2 x 16 = 32", "16 or 32"]),
+    "odd head dim": ("--head-dim=15", ["--head-dim=15", "even"]),
+    "key/value heads": ("--n-kv-head=3", ["--n-kv-head=3", "1, 2"]),
+    "vocabulary too small": (["--tokenizer=bpe", "--vocab-size=100"], ["--vocab-size=100", "257"]),
+    "vocabulary of a byte tokenizer": ("--vocab-size=512", ["--vocab-size=512", "--tokenizer=byte"]),
+    "ratios over the whole": (["--warmup-ratio=0.6", "--warmdown-ratio=0.6"], ["--warmup-ratio=0.6", "--warmdown-ratio=0.6"]),
+    "momentum of one": ("--adam-beta1=1", ["--adam-beta1=1"]),
+    "contradiction": (["--no-save", "--save-every=3"], ["--no-save", "--save-every"]),
+    "missing data": ("--data=/no/such/thing*.txt", ["--data=/no/such/thing*.txt", "no such file"]),
+    "empty file": (lambda folder: write(folder, "e.txt", ""), ["--data", "no text"]),
+    "blank file": (lambda folder: write(folder, "e.txt", " \n\n "), ["--data", "no text"]),
+    "one line": (lambda folder: write(folder, "e.txt", "a single line"), ["--data", "too few", "row of 32", "--max-seq-len"]),
+    "binary file": (lambda folder: write(folder, "e.txt", b"\x7fELF\0\0\1"), ["e.txt", "binary"]),
+    "latin-1 file": (lambda folder: write(folder, "e.txt", "caf\u00e9 ".encode("latin-1") * 99), ["e.txt", "UTF-8", "iconv"]),
+    "empty folder": (empty_folder, ["--data", ".jsonl"]),
+    "broken jsonl": (lambda folder: write(folder, "a.jsonl", '{"text": "x"}\n{"text": \n'), ["a.jsonl line 2", "JSON"]),
+    "jsonl without text": (jsonl_without_text, ["a.jsonl line 2", "'text'", "body"]),
+    "parquet without text": (parquet_without_text, ["a.parquet", "'text'", "content"]),
+    "not a parquet file": (lambda folder: write(folder, "a.parquet", "PAR0"), ["a.parquet", "not a readable parquet file"]),
+    "missing validation data": ("--val-data=/no/such/file", ["--val-data=/no/such/file"]),
+    "no tokenizer there": ("--tokenizer=/no/such/folder", ["tokenizer", "/no/such/folder"]),
+    "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "--tokenizer"]),
+    "corrupt token cache": (corrupt_cache, ["token cache", "damaged", "delete"]),
+    "unwritable output": (unwritable, ["--out-dir", "cannot be written"]),
+    "prompts missing": ("--sample-prompts=/no/such/file", ["--sample-prompts=/no/such/file"]),
+    "no such device": ("--device-type=mps", ["--device-type=mps", "cpu"]),
+    "resume from nothing": ("--resume-from-step=7", ["--resume-from-step=7", "no run"]),
+    "dry-run flag alone": ("--gpus=8", ["--gpus=8", "--dry-run"]),
+    "later: fp8": ("--fp8", ["--fp8", "not available"]),
+    "later: llama": ("--arch=llama", ["--arch=llama", "not available"]),
+    "later: W&B": ("--run=first", ["--run=first", "not available"]),
+    "later: CORE": ("--core-metric-every=100", ["--core-metric-every=100", "not available"]),
+    "later: downloads": ("--data=climbmix", ["--data=climbmix", "not available", "python"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case, tmp_path, capsys):
+    flags, words = CASES[case]
+    flags = flags(tmp_path) if callable(flags) else flags
+    capsys.readouterr()
+    try:
+        code = small.run(tmp_path, *([flags] if isinstance(flags, str) else flags))
+    except SystemExit as end:  # argparse's own refusals
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert [word for word in words if word not in error] == []
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_problems_are_reported_at_once(tmp_path, capsys):
+    assert small.run(tmp_path, "--depth=0", "--window-pattern=Q", "--adam-beta2=2", "--fp8") == 2
+    error = capsys.readouterr().err
+    assert all(flag in error for flag in ("--depth=0", "--window-pattern=Q", "--adam-beta2=2", "--fp8"))
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("started")
+    assert small.run(folder) == 0
+    return folder
+
+
+def foreign_tokenizer(folder):
+    from nanochat import tokenizer
+    tokenizer.train("char", ["abc"], -1).save(folder / "run" / "tokenizer")
+
+
+def other_text(folder):
+    return write(folder, "other.txt", "not the same text at all, " * 200)
+
+
+def newer_format(folder):
+    path = folder / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+# what is done to a folder with a finished run, flags -> words
+TAKEN = {
+    "in use by a finished run": (None, (), ["already holds a run", "--resume", "--model-tag", "--overwrite"]),
+    "resumed with another seed": (None, ("--resume", "--seed=1"), ["--seed=1 (was 42)", "--model-tag"]),
+    "resumed with another depth": (None, ("--resume", "--depth=3"), ["--depth=3 (was 2)"]),
+    "resumed with other text": (None, ("--resume", other_text), ["--data"]),
+    "text changed in place": (lambda f: (f / "text.txt").write_text("changed " * 500), ("--resume", "--keep-last=3"), ["fingerprint"]),
+    "later checkpoints": (None, ("--resume-from-step=4",), ["later checkpoints", "--overwrite"]),
+    "no such checkpoint": (None, ("--resume-from-step=5",), ["--resume-from-step=5", "4, 6, 8, 12"]),
+    "tokenizer of another run": (foreign_tokenizer, ("--resume",), ["tokenizer", "restore"]),
+    "made by a newer version": (newer_format, ("--resume",), ["format 99"]),
+    "overwrite and resume": (None, ("--resume", "--overwrite"), ["--overwrite", "--resume"]),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_a_run_folder_is_never_lost(case, started, tmp_path, capsys):
+    import shutil
+    folder = tmp_path / "copy"
+    shutil.copytree(started, folder)
+    change, flags, words = TAKEN[case]
+    flags = [flag(folder) if callable(flag) else flag for flag in flags]
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    data = [] if any(flag.startswith("--data") for flag in flags) else [f"--data={started / 'text.txt'}"]
+    if change:
+        change(folder)
+        data = [f"--data={folder / 'text.txt'}"] if case == "text changed in place" else data
+        before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    if case == "text changed in place":  # the run's own path must be the changed one
+        config = folder / "run" / "config.json"
+        values = json.loads(config.read_text())
+        values["args"]["data"] = str(folder / "text.txt")
+        config.write_text(json.dumps(values))
+        before[config] = config.read_bytes()
+    code = train.run([*small.FLAGS, *data, f"--out-dir={folder}", "--model-tag=run", *flags])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert [word for word in words if word not in error] == []
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_another_process_trains_in(started, tmp_path, capsys):
+    from nanochat.runlog import RunFolder
+    holder = RunFolder(tmp_path / "run")
+    holder.claim()
+    assert small.run(tmp_path) == 2
+    assert "in use" in capsys.readouterr().err
+    holder.lock.close()
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["sample", "/no/such/run"], ["/no/such/run", "run folder"]),
+    (["sample", "RUN", "--step=5"], ["--step=5", "4, 6, 8, 12"]),
+    (["sample", "RUN", "--temperature=-1", "--top-p=3"], ["--temperature", "--top-p"]),
+    (["report", "/no/such/run"], ["/no/such/run"]),
+    (["serve"], ["'serve' is not available"]),
+    (["frobnicate"], ["'frobnicate' is not an app", "sample"]),
+])
+def test_apps(started, argv, words, capsys):
+    assert nanochat([str(started / "run") if word == "RUN" else word for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == []
