@@ -194,8 +194,8 @@ def main(args):
 
     # ----- the machine
     device_type = hardware.pick_device_type(args.device_type)
-    hardware.set_determinism(device_type)
     hardware.set_compile_cache()
+    hardware.set_determinism(device_type)
     device = ranks.setup(device_type)
     rank, world_size = ranks.rank(), ranks.world_size()
     main_rank = rank == 0
@@ -215,35 +215,36 @@ def main(args):
     dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
     backend, backend_reason = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
-    peak, peak_label = hardware.peak_flops(device)
+    peak, peak_label = ranks.from_rank0(hardware.peak_flops(device))  # measured on CPUs: plans must agree
 
-    # ----- data and tokenizer (rank 0 first: the others find its cache)
+    # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
     corpus = data.open_corpus(args.data, args.val_data)
     if config and corpus.fingerprint != config["data"]["fingerprint"]:
         raise UsageError(f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
                          f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag")
     for line in data.describe_corpus(corpus):
         print0(line)
-    if not main_rank:
-        ranks.barrier()
-    if config:
-        tokenizer = tokenizers.load(folder.path / "tokenizer")
-        if tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
-            raise UsageError(f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file")
-    elif args.tokenizer in tokenizers.KINDS:
-        tokenizer = data.fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
-    else:
-        tokenizer = tokenizers.load(args.tokenizer)
+
+    def load_tokenizer():
+        if config:
+            return tokenizers.load(folder.path / "tokenizer")
+        if args.tokenizer in tokenizers.KINDS:
+            return data.fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
+        return tokenizers.load(args.tokenizer)
+
+    ranks.on_rank0(load_tokenizer)
+    tokenizer = load_tokenizer()
+    if config and tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
+        raise UsageError(f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file")
     cache = data.TokenCache(tokenizer, torch.get_num_threads())
-    cache.prepare(corpus.train + corpus.val, progress=lambda shards: runlog.bar(shards, "tokenizing", "shard"))
-    if main_rank:
-        ranks.barrier()
+    ranks.on_rank0(lambda: cache.prepare(corpus.train + corpus.val, lambda shards: runlog.bar(shards, "tokenizing", "shard")))
     T = args.max_seq_len
     rows = data.Rows(corpus.train, cache, T, args.seed)
     tokens_per_epoch = rows.rows_per_epoch() * T
     pieces = data.held_out_pieces(corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize)
     if not pieces and args.eval_every != -1:
         raise UsageError(f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1")
+    prompts = sample_prompts(args, tokenizer, pieces)
     print0(f"tokens: {tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a token, "
            f"{rows.share_dropped():.3%} dropped; {sum(map(len, pieces)) - len(pieces):,} to validate on; "
            f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})")
@@ -259,7 +260,8 @@ def main(args):
     free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
     device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size))
     accumulation = plan.rows_per_step // (device_batch * world_size)
-    print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes)))
+    print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes,
+                                            tokens_per_epoch)))
     if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, world_size)):
         print0(advice)
     print0(f"runtime: {device_type} x {world_size}, {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention: {backend} "
@@ -267,14 +269,7 @@ def main(args):
            + "; deterministic algorithms on")
 
     # ----- from here on the disk changes
-    claim_error = None
-    if main_rank:
-        try:
-            folder.claim()
-        except UsageError as error:
-            claim_error = str(error)
-    if claim_error := ranks.from_rank0(claim_error):
-        raise UsageError(claim_error)
+    ranks.on_rank0(folder.claim)
     metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
     if main_rank:
         if config is None:
@@ -290,7 +285,7 @@ def main(args):
                                   "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
                       "hardware": hardware.describe(device), **runlog.provenance()}
             folder.write_config(config)
-            print0("held-out text compressed, bits per byte: " + ", ".join(f"{k} {v:.3f}" for k, v in config["data"]["compressed_bpb"].items()))
+            print0("held-out text compressed, bits per byte:", config["data"]["compressed_bpb"])
         checkpoint.set_aside_after(folder.path, start_step)
         metrics.keep_before(start_step)
         samples.keep_before(start_step)
@@ -308,19 +303,22 @@ def main(args):
     if not no_compiler:
         model.compile_parts()
 
+    def position(at):
+        """What every line of metrics begins with."""
+        tokens = at * plan.total_batch_tokens
+        return {"step": at, "tokens": tokens, "total_training_flops": tokens * plan.flops_per_token,
+                "total_training_time": state["training_seconds"]}
+
     def summarize(status, reason=""):
-        tokens = step * plan.total_batch_tokens
         seconds = state["training_seconds"]
-        speed = tokens / seconds if seconds else None
-        runlog.write_summary(folder.path, status=status, reason=reason, step=step, val_bpb=state["val_bpb"],
-                             min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tokens=tokens,
-                             total_training_flops=tokens * plan.flops_per_token, total_training_time=seconds,
-                             tok_per_sec=speed, mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
+        speed = step * plan.total_batch_tokens / seconds if seconds else None
+        runlog.write_summary(folder.path, status=status, reason=reason, **position(step), val_bpb=state["val_bpb"],
+                             min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tok_per_sec=speed,
+                             mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
                              peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
 
     step = start_step
     byte_counts = tokenizer.byte_counts()
-    prompts = sample_prompts(args, tokenizer, pieces)
     if main_rank:
         summarize("running")
 
@@ -375,32 +373,42 @@ def main(args):
 
             # evaluate: all ranks
             if args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0) and not stopping:
-                result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
-                                                interrupted=lambda: world_size == 1 and stop.requested)
-                if result is None:  # told to stop in the middle: once more round, to save and leave
-                    stopping = True
-                    continue
-                state["val_bpb"] = result["bpb"]
-                state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
+                try:
+                    result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
+                                                    interrupted=lambda: world_size == 1 and stop.requested)
+                except evaluate.EvaluationFailed as error:
+                    progress.message(f"step {step}: the evaluation failed, training goes on ({error})")
+                    state["val_bpb"] = None
+                    if main_rank:
+                        metrics.write(**position(step), **{"val/bpb": None, "val/loss": None, "reason": str(error)})
+                else:
+                    if result is None:  # told to stop in the middle: once more round, to save and leave
+                        stopping = True
+                        continue
+                    state["val_bpb"] = result["bpb"]
+                    state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
+                    if main_rank:
+                        metrics.write(**position(step), **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
+                        progress.message(f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
+                                         f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)")
+                        if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
+                            state["best_saved_bpb"] = result["bpb"]
+                            checkpoint.mark_best(folder.path, step)
                 if main_rank:
-                    metrics.write(step=step, tokens=step * plan.total_batch_tokens,
-                                  total_training_flops=step * plan.total_batch_tokens * plan.flops_per_token,
-                                  total_training_time=state["training_seconds"],
-                                  **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
-                    progress.message(f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
-                                     f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)")
-                    if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
-                        state["best_saved_bpb"] = result["bpb"]
-                        checkpoint.mark_best(folder.path, step)
                     summarize("running")
 
             # sample: rank 0
             if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping and main_rank:
                 for i, prompt in enumerate(prompts):
-                    text = "".join(engine.generate_text(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
-                                                        top_k=50, seed=stream_seed(args.seed, "sample", step, i)))
-                    samples.write(step=step, prompt=prompt, text=text)
-                    progress.message(f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}")
+                    try:
+                        text = "".join(engine.generate_text(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
+                                                            top_k=50, seed=stream_seed(args.seed, "sample", step, i)))
+                    except Exception as error:  # whatever it is, a sample is not worth the run
+                        samples.write(step=step, prompt=prompt, text=None, reason=f"{type(error).__name__}: {error}")
+                        progress.message(f"step {step}: sampling failed, training goes on ({type(error).__name__}: {error})")
+                    else:
+                        samples.write(step=step, prompt=prompt, text=text)
+                        progress.message(f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}")
 
             # stop?
             if finished or stopping:
@@ -420,14 +428,14 @@ def main(args):
             loss, stopping, rolling_due = votes[0].item(), votes[1].item() > 0, votes[2].item() > 0
             grad_norm = grad_norm.item()
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite and args.grad_clip:
+                optimizer.clip(grad_norm, args.grad_clip)
             if plan.num_iterations is None:  # the time budget is still being measured: no warm-down yet
                 multiplier = schedules.lr_multiplier(step, sys.maxsize, plan.warmup_steps, 0, args.final_lr_frac, "trapezoid")
             else:
                 multiplier = schedules.lr_multiplier(step, plan.num_iterations, plan.warmup_steps, plan.warmdown_steps,
                                                      args.final_lr_frac, args.lr_schedule)
             if finite:
-                if args.grad_clip:
-                    optimizer.clip(grad_norm, args.grad_clip)
                 optimizer.step(multiplier, schedules.muon_momentum(step))
             else:
                 optimizer.drop_gradients()
@@ -438,13 +446,11 @@ def main(args):
             # log: the line of the state before the update, with the loss of the update
             speed = plan.total_batch_tokens / dt
             mfu = 100 * speed * plan.flops_per_token / (peak * world_size)
-            tokens_before = (step - 1) * plan.total_batch_tokens
             if main_rank:
-                metrics.write(step=step - 1, tokens=tokens_before, total_training_flops=tokens_before * plan.flops_per_token,
-                              total_training_time=state["training_seconds"],
+                metrics.write(**position(step - 1),
                               **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
                                  "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
-                                 "train/epoch": tokens_before / tokens_per_epoch},
+                                 "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch},
                               **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
@@ -559,10 +565,12 @@ def dry_run(args):
     plan = plans.make_plan(args, config, tokens_per_epoch, peak, args.gpus)
     element_bytes = torch.finfo(dtype).bits // 8
     device_batch = plans.pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus)
-    description = plans.describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes)
-    print(json.dumps(description, indent=2) if args.json else plans.format_plan(description))
-    advice = plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, args.gpus))
-    if advice and not args.json:
+    if args.json:
+        print(json.dumps(plans.as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
+        return EXIT_COMPLETED
+    print(plans.format_plan(plans.describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes,
+                                           tokens_per_epoch)))
+    if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, args.gpus)):
         print(advice)
     return EXIT_COMPLETED
 

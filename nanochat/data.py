@@ -510,7 +510,8 @@ def compressed_bits_per_byte(shards, max_bytes=1 << 20):
         if len(text) >= max_bytes:
             break
     text = text[:max_bytes]
-    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text), "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+    packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    return {name: round(8 * len(content) / len(text), 4) for name, content in packed.items()}
 
 
 def describe_corpus(corpus):

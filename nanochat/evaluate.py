@@ -8,6 +8,10 @@ import torch
 from nanochat.ranks import rank, sum_over_ranks, world_size
 
 
+class EvaluationFailed(Exception):
+    """An evaluation that could not be finished; training can go on without its number."""
+
+
 @torch.no_grad()
 def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=lambda: False):
     """Score held-out pieces (data.held_out_pieces), each alone in its row after a BOS.
@@ -15,24 +19,27 @@ def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=
     byte_counts: int64 (V,), bytes of each token id, 0 for special tokens. batch_tokens: padded tokens a batch at most.
     interrupted: asked before each batch on one rank alone; true leaves early.
     Returns {"bpb": sum nats / (ln 2 * sum bytes), "loss": nats per token, "tokens", "bytes"} over all ranks, or None
-    when interrupted. Sums are in fp64, so that neither batching nor the number of ranks changes the result."""
+    when interrupted. Sums are in fp64, so that neither batching nor the number of ranks changes the result.
+    Raises EvaluationFailed on every rank when any rank could not finish its share."""
     was_training = model.training
     model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, ranks that failed
+    problem = None
     try:
-        sums = torch.zeros(3, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
-        counts = torch.as_tensor(byte_counts)
         for batch in batches_by_length(pieces[rank() :: world_size()], batch_tokens):
             if interrupted():
                 return None
             ids, targets = pad(batch)
-            nats = model(ids.to(device), targets.to(device))
-            scored = (targets >= 0) & (counts[targets.clamp_min(0)] > 0)
-            sums += torch.stack([nats.to(sums.device, torch.float64)[scored.to(sums.device)].sum(),
-                                 scored.sum().to(sums.device, torch.float64),
-                                 counts[targets[scored]].sum().to(sums.device, torch.float64)])
+            nats = model(ids.to(device), targets.to(device)).cpu().double()
+            n_bytes = torch.as_tensor(byte_counts)[targets.clamp_min(0)] * (targets >= 0)
+            sums[:3] += torch.stack([nats[n_bytes > 0].sum(), (n_bytes > 0).sum().double(), n_bytes.sum().double()])
+    except Exception as error:  # told to the other ranks, which would otherwise wait for this one's sums
+        problem, sums[3] = error, 1
     finally:
         model.train(was_training)
-    nats, tokens, n_bytes = sum_over_ranks(sums).tolist()
+    nats, tokens, n_bytes, failed = sum_over_ranks(sums.to(device if device.type == "cuda" else "cpu")).tolist()
+    if failed:
+        raise EvaluationFailed(f"{type(problem).__name__}: {problem}" if problem else "another rank failed") from problem
     return {"bpb": nats / (math.log(2) * n_bytes), "loss": nats / tokens, "tokens": int(tokens), "bytes": int(n_bytes)}
 
 

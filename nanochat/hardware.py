@@ -94,7 +94,9 @@ def compiler_missing(device_type):
 
 
 def set_compile_cache():
-    """Keep compiled kernels under the base dir, so that a second start is warm."""
+    """Keep compiled kernels under the base dir, so that a second start is warm.
+
+    To be called before set_determinism(), which loads inductor, which would choose a place of its own."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compile"))
 
 

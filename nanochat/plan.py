@@ -252,8 +252,18 @@ def checkpoint_bytes(plan, optimizer):
     return 12 * plan.parameters["total"] - 4 * matrices
 
 
-def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes):
-    """The plan as {section: {name: text or number}}: what is printed and what --json prints."""
+def as_json(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes):
+    """The plan as numbers, for --json."""
+    return {"model": dataclasses.asdict(config), "plan": plan.as_dict(), "flops": plan.flops, "devices": devices,
+            "device_batch_size": device_batch, "accumulation": plan.rows_per_step // (device_batch * devices),
+            "peak_flops": peak_flops, "peak": peak_label,
+            "estimates": {"seconds": estimated_seconds(plan, args, peak_flops, devices), "assumed_mfu": ASSUMED_MFU,
+                          "memory_bytes": step_memory_bytes(config, plan.parameters["total"], device_batch, element_bytes),
+                          "checkpoint_bytes": checkpoint_bytes(plan, args.optimizer)}}
+
+
+def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes, tokens_per_epoch):
+    """The plan as {section: {name: text}}, for format_plan()."""
     seconds = estimated_seconds(plan, args, peak_flops, devices)
     accumulation = plan.rows_per_step // (device_batch * devices)
     steps = "fixed once the speed is measured" if plan.num_iterations is None else plan.num_iterations
@@ -265,6 +275,7 @@ def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, 
         "parameters": {**{k: f"{v:,}" for k, v in plan.parameters.items()}, "scaling (matrices + head)": f"{plan.scaling_parameters:,}"},
         "horizon": {"decided by": f"{flag(plan.horizon)}={getattr(args, plan.horizon)}", "steps": steps,
                     "tokens": f"{plan.tokens:,.0f}" + (" (estimate)" if plan.num_iterations is None else ""),
+                    "epochs": f"{plan.tokens / tokens_per_epoch:.2f}" + (": the data repeats" if plan.tokens > tokens_per_epoch else ""),
                     "tokens per parameter": f"{plan.tokens / plan.scaling_parameters:.2f}",
                     "FLOPs": f"{plan.flops:.3e} ({plan.flops_per_token:,} a token)"},
         "batch": {"tokens a step": f"{plan.rows_per_step} x {config.max_seq_len} = {plan.total_batch_tokens:,}",

@@ -48,12 +48,6 @@ def close():
         dist.destroy_process_group()
 
 
-def barrier():
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def sum_over_ranks(tensor):
     """Sum a tensor over the ranks, in place; returns it."""
     if world_size() > 1:
@@ -68,3 +62,15 @@ def from_rank0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank0(action):
+    """Call action() on rank 0; a UsageError there is raised on every rank, so that none is left waiting."""
+    problem = None
+    if rank() == 0:
+        try:
+            action()
+        except UsageError as error:
+            problem = str(error)
+    if problem := from_rank0(problem):
+        raise UsageError(problem)

@@ -24,7 +24,7 @@ WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC = 0.0, 0.5, 0.0
 MUON_MOMENTUM_START, MUON_MOMENTUM_END, MUON_MOMENTUM_STEPS = 0.85, 0.95, 300
 # Small budgets: a run wants at least this many steps, and below this batch the rates stop shrinking with it.
 MIN_STEPS = 1500
-LR_FLOOR_BATCH_TOKENS = 2**18
+LR_FLOOR_BATCH_TOKENS = 2**16
 
 
 def derive_batch_tokens(tokens, reference_tokens):

@@ -34,6 +34,11 @@ def corpus(folder):
     return f"--data={path}"
 
 
+def environment():
+    """This process's environment, one thread, without the cache folder that torch noted in it when it was set up here."""
+    return {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"OMP_NUM_THREADS": "1"}
+
+
 def run(folder, *flags, tag="run"):
     """train.py in this process; returns its exit code."""
     return train.run([*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags])
@@ -43,14 +48,14 @@ def run_killed(folder, step, *flags, signal="SIGKILL", tag="run"):
     """train.py in a process of its own that gets a signal at a step; returns its exit code (minus the signal if it died)."""
     script = KILLER.format(root=str(ROOT), step=step, signal=signal)
     return subprocess.run([sys.executable, "-c", script, *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240).returncode
+                          env=environment(), capture_output=True, timeout=240).returncode
 
 
 def run_ranks(folder, n, *flags, tag="run"):
     """train.py under torchrun with n processes on this machine; returns the finished process."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / "train.py"),
                            *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+                          env=environment(), capture_output=True, text=True, timeout=240)
 
 
 def lines(folder, tag="run", name="metrics.jsonl"):

@@ -103,7 +103,7 @@ def worker(folder):
         single = torch.load(folder / f"single_{kind}.pt")
         results[kind]["resumed_from_single"] = resumed_run(kind, single["halfway"])
     torch.save(results, folder / f"rank{me}.pt")
-    ranks.barrier()
+    ranks.from_rank0(None)
     ranks.close()
 
 
@@ -148,10 +148,14 @@ def runs(tmp_path_factory):
 
 
 def assert_close(got, expected, what):
-    """Snapshots equal to 1e-5 in the weights, and to 1e-4 of its largest element in every state tensor."""
+    """Snapshots equal to 1e-5 in the weights, and to 1e-4 of its largest element in every state tensor.
+
+    One weight in a thousand may be off by one step's decay: cautious decay is on or off by the sign of an update, and
+    rounding decides that of an update near zero."""
     assert got["weights"].keys() == expected["weights"].keys() and got["state"].keys() == expected["state"].keys()
     for name, weight in expected["weights"].items():
-        assert (got["weights"][name] - weight).abs().max() < 1e-5, f"{what}: {name}"
+        errors = (got["weights"][name] - weight).abs()
+        assert (errors > 1e-5).float().mean() <= 1e-3 and errors.max() < 1e-3, f"{what}: {name}"
         assert got["state"][name].keys() == expected["state"][name].keys()
         for key, tensor in expected["state"][name].items():
             assert got["state"][name][key].shape == tensor.shape
@@ -221,7 +225,7 @@ def test_functions_in_one_process_are_the_identity(capsys):
     assert ranks.sum_over_ranks(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
     value = lambda: None  # noqa: E731  (cannot be pickled, so it cannot have travelled)
     assert ranks.from_rank0(value) is value
-    ranks.barrier()
+    ranks.from_rank0(None)
     ranks.close()
     ranks.print0("a", 1, sep="-")
     assert capsys.readouterr().out == "a-1\n"

@@ -9,6 +9,7 @@ import torch
 
 import train
 from nanochat import checkpoint, model as models, optim
+from nanochat.common import base_dir
 from nanochat.evaluate import bits_per_byte
 
 DERIVED = ["step", "tokens", "total_training_flops", "total_training_time"]
@@ -215,6 +216,51 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
     assert all(torch.equal(tensor, small.weights(tmp_path, 6)[name]) for name, tensor in small.weights(tmp_path, 8).items())
 
 
+def test_out_of_memory_names_a_remedy(tmp_path, monkeypatch, capsys):
+    def forward(self, ids, targets=None, cache=None):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    monkeypatch.setattr(models.GPT, "forward", forward)
+    assert small.run(tmp_path, "--device-batch-size=4") == 1
+    assert "out of memory with --device-batch-size=4; --device-batch-size=2 would likely fit" in capsys.readouterr().err
+    assert small.summary(tmp_path)["status"] == "failed"
+
+
+def test_failed_evaluations_and_samples_do_not_end_a_run(tmp_path, finished, monkeypatch):
+    from nanochat import engine
+    original = models.GPT.forward
+
+    def forward(self, ids, targets=None, cache=None):
+        if not self.training:
+            raise RuntimeError("no evaluation today")
+        return original(self, ids, targets, cache)
+    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(engine, "generate_text", lambda *args, **kwargs: 1 / 0)
+    assert small.run(tmp_path) == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+    failed = [line for line in small.lines(tmp_path) if "val/bpb" in line]
+    assert [line["val/bpb"] for line in failed] == [None] * 3 and "no evaluation today" in failed[0]["reason"]
+    assert small.lines(tmp_path, name="samples.jsonl")[0]["reason"].startswith("ZeroDivisionError")
+    assert small.summary(tmp_path)["val_bpb"] is None and small.summary(tmp_path)["status"] == "completed"
+
+
+def test_a_signal_during_evaluation(tmp_path, finished, monkeypatch):
+    import os
+    import signal
+
+    from nanochat import evaluate
+    original = evaluate.batches_by_length
+
+    def interrupt_first(pieces, batch_tokens):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from original(pieces, batch_tokens)
+    monkeypatch.setattr(evaluate, "batches_by_length", interrupt_first)
+    assert small.run(tmp_path) == 75
+    monkeypatch.setattr(evaluate, "batches_by_length", original)
+    assert small.summary(tmp_path)["step"] == 5 and checkpoint.steps_of(tmp_path / "run")[-1] == 5
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.timeless(small.lines(tmp_path)) == small.timeless(small.lines(finished))
+
+
 def test_time_budget_fixes_the_steps_once(tmp_path):
     assert small.run(tmp_path, "--num-iterations=-1", "--target-minutes=0.01") == 0
     plan = json.loads((tmp_path / "run" / "config.json").read_text())["plan"]
@@ -235,8 +281,11 @@ def test_other_horizons(tmp_path, capsys, flag):
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert small.run(tmp_path, "--dry-run", "--json") == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["horizon"]["steps"] == 12 and plan["batch"]["tokens a step"] == "8 x 32 = 256"
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["plan"]["num_iterations"] == 12 and shown["plan"]["total_batch_tokens"] == 256
+    assert shown["device_batch_size"] * shown["accumulation"] == 8
+    # 32 wide, 2 blocks: 12 x 32^2 x 2 matrices, 257 x 32 head
+    assert shown["plan"]["scaling_parameters"] == 24576 + 8224
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -244,7 +293,7 @@ def test_dry_run_for_other_hardware(capsys):
     assert train.run(["--dry-run", "--depth=24", "--gpus=8", "--gpu=H100"]) == 0
     text = capsys.readouterr().out
     assert "8 x 989 TFLOP/s (listed bf16 peak of H100)" in text
-    assert train.run(["--dry-run", "--depth=20", "--gpu=L40S"]) == 0
+    assert train.run(["--dry-run", "--depth=26", "--gpu=A100"]) == 0
     assert "try --depth=" in capsys.readouterr().out
 
 
@@ -299,6 +348,7 @@ def test_compiled_resume_is_exact(tmp_path):
     flags = ("--depth=1", "--compile", "--aspect-ratio=32", "--num-iterations=6", "--sample-every=-1", "--dtype=bfloat16")
     assert small.run(tmp_path, *flags, tag="whole") == 0
     assert small.run_killed(tmp_path, 5, *flags, tag="broken") == -9
+    assert (base_dir() / "compile").is_dir()
     assert small.run(tmp_path, *flags, "--resume", tag="broken") == 0
     assert small.losses(tmp_path, "broken") == small.losses(tmp_path, "whole")
     whole, broken = small.weights(tmp_path, 6, "whole"), small.weights(tmp_path, 6, "broken")

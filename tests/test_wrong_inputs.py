@@ -101,7 +101,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused(case, tmp_path, capsys):
+def test_refused(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))  # one case damages a cache
     flags, words = CASES[case]
     flags = flags(tmp_path) if callable(flags) else flags
     capsys.readouterr()
