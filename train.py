@@ -244,7 +244,7 @@ def main(args):
     pieces = data.held_out_pieces(corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize)
     if not pieces and args.eval_every != -1:
         raise UsageError(f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1")
-    prompts = sample_prompts(args, tokenizer, pieces)
+    prompts = sample_prompts(args, tokenizer, corpus)
     print0(f"tokens: {tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a token, "
            f"{rows.share_dropped():.3%} dropped; {sum(map(len, pieces)) - len(pieces):,} to validate on; "
            f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})")
@@ -273,7 +273,8 @@ def main(args):
     metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
     if main_rank:
         if config is None:
-            folder.clear()
+            if args.overwrite:
+                folder.clear()
             tokenizer.save(folder.path / "tokenizer")
             config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(),
                       "model": vars(model_config), "seed": args.seed,
@@ -529,12 +530,12 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def sample_prompts(args, tokenizer, pieces):
+def sample_prompts(args, tokenizer, corpus):
     """Prompts of the samples: the lines of --sample-prompts, or nothing at all and the beginnings of held-out documents."""
     if args.sample_every == -1:
         return []
     if not args.sample_prompts:
-        return ["", *(tokenizer.decode(piece[1:9].tolist()) for piece in pieces[:2])]
+        return ["", *(tokenizer.decode(tokenizer.encode(document[:100])[:8]) for document in corpus.val[0].load()[:2])]
     try:
         with open(args.sample_prompts, encoding="utf-8") as f:
             prompts = [line.rstrip("\n") for line in f]

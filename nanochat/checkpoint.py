@@ -72,14 +72,15 @@ def save(run_path, step, kind, model, optimizer_state, loop_state):
 def prune(run_path, keep_last):
     """Remove rolling checkpoints older than the newest checkpoint, and permanent ones beyond the newest keep_last (-1: all).
 
+    The best one by validation stays, whatever its kind.
     The manifest goes first, so that a half-removed folder is not taken for a checkpoint."""
     steps = steps_of(run_path)
     kinds = {step: kind_of(run_path, step) for step in steps}
     permanent = [step for step in steps if kinds[step] == "permanent"]
-    best = best_step(run_path)
     doomed = [step for step in steps[:-1] if kinds[step] == "rolling"]
     if keep_last != -1:
-        doomed += [step for step in permanent[: max(0, len(permanent) - keep_last)] if step != best]
+        doomed += permanent[: max(0, len(permanent) - keep_last)]
+    doomed = [step for step in doomed if step != best_step(run_path)]
     for step in doomed:
         folder = folder_of(run_path, step)
         (folder / "manifest.json").unlink()

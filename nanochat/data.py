@@ -173,20 +173,26 @@ def _grouped(files):
     return [_shard(group) for group in groups]
 
 
+def _mixed(files):
+    """_grouped() in the order of the files' hashes, for training: neighbours in a folder are alike, and rows are
+    shuffled inside a shard only, so that shards in folder order would each teach something else (runs/LOG.md)."""
+    return _grouped(sorted(files, key=sha256_file))
+
+
 def local_corpus(pattern, val_pattern=None):
     """The corpus of --data (a path, folder or glob) and, if given, of --val-data."""
     files = find_files(pattern)
     if val_pattern:
-        return Corpus(pattern, _grouped(files), _grouped(find_files(val_pattern, "--val-data")), f"validation: {val_pattern}")
+        return Corpus(pattern, _mixed(files), _grouped(find_files(val_pattern, "--val-data")), f"validation: {val_pattern}")
     counts = {path: len(read_documents(path)) for path in files}
     files = [path for path in files if counts[path]]
     if not files:
         raise UsageError(f"--data={pattern}: there is no text in it (empty file, or blank documents only)")
     if len(files) > 1 and max(counts.values()) > 1:
-        return Corpus(pattern, _grouped(files[:-1]), _grouped(files[-1:]), f"held out: the last file, {files[-1].name}")
+        return Corpus(pattern, _mixed(files[:-1]), _grouped(files[-1:]), f"held out: the last file, {files[-1].name}")
     if len(files) > 1:
         held_out = max(1, round(0.02 * len(files)))
-        return Corpus(pattern, _grouped(files[:-held_out]), _grouped(files[-held_out:]),
+        return Corpus(pattern, _mixed(files[:-held_out]), _grouped(files[-held_out:]),
                       f"held out: the last {held_out} of {len(files)} documents")
     document_count = counts[files[0]]
     cut_characters = document_count == 1
@@ -234,7 +240,7 @@ def python_corpus():
     """Python source that is on every machine that runs this: one document a file, 2% held out by hash of the name."""
     files = python_files()
     held_out = {name for name in files if int(sha256_hex(name)[:8], 16) % PYTHON_HELD_OUT == 0}
-    train = _grouped([path for name, path in files.items() if name not in held_out])
+    train = _mixed([path for name, path in files.items() if name not in held_out])
     val = _grouped([files[name] for name in sorted(held_out)])
     return Corpus("python", train, val, f"held out: {len(held_out)} of {len(files)} files, by hash of their names")
 

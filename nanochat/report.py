@@ -43,17 +43,17 @@ def plot_loss(run, config, lines):
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     steps, losses = zip(*train, strict=True)
-    smooth, value = [], losses[0]
-    for loss in losses:
+    smooth, value = [], 0.0
+    for i, loss in enumerate(losses, 1):
         value = SMOOTHING * value + (1 - SMOOTHING) * loss
-        smooth.append(value)
+        smooth.append(value / (1 - SMOOTHING**i))  # the mean of what there is, not of an imagined past
     left.plot(steps, losses, color="#9db7d5", linewidth=0.7, label="each step")
     left.plot(steps, smooth, color="#1f4e8c", linewidth=1.6, label="smoothed")
     left.set(xlabel="step", ylabel="training loss, nats a token", title=f"{run.name}: training")
     left.legend(frameon=False)
     if val:
         right.plot(*zip(*val, strict=True), color="#b4541a", marker="o", markersize=3.5, linewidth=1.6, label="this run")
-        right.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 7), ha="right", color="#b4541a")
+        right.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 12), ha="right", color="#b4541a")
         for (name, bpb), style in zip(config["data"]["compressed_bpb"].items(), ("--", ":"), strict=False):
             right.axhline(bpb, color="#777777", linestyle=style, linewidth=1, label=f"{name}: {bpb:.2f}")
         right.legend(frameon=False)

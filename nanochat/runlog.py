@@ -55,11 +55,12 @@ class RunFolder:
         write_json(self.config_path, {**config, "format": FORMAT})
 
     def clear(self):
-        """Delete what the folder holds (--overwrite), config.json first; the lock stays."""
-        self.config_path.unlink(missing_ok=True)
-        for entry in self.path.iterdir():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Delete the run that the folder holds (--overwrite), config.json first; files that no run writes stay."""
+        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "core.jsonl", "summary.json", "loss.png"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "tokenizer"):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
 
 
 def write_summary(path, **values):

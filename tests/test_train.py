@@ -353,3 +353,12 @@ def test_compiled_resume_is_exact(tmp_path):
     assert small.losses(tmp_path, "broken") == small.losses(tmp_path, "whole")
     whole, broken = small.weights(tmp_path, 6, "whole"), small.weights(tmp_path, 6, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_overwriting_leaves_foreign_files_alone(tmp_path):
+    assert small.run(tmp_path, "--num-iterations=2") == 0
+    note = tmp_path / "run" / "notes.txt"
+    note.write_text("mine")
+    assert small.run(tmp_path, "--num-iterations=3", "--overwrite") == 0
+    assert note.read_text() == "mine" and small.summary(tmp_path)["step"] == 3
+    assert checkpoint.steps_of(tmp_path / "run")[-1] == 3
