@@ -6,7 +6,6 @@
 The flags, then the loop (save / evaluate / sample / stop? / step / log), top to bottom."""
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -90,7 +89,7 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint; start fresh if there is none")
     group.add_argument("--resume-from-step", type=int, default=-1, help="go on from this checkpoint")
     group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds (with --resume-from-step: "
-                       "what comes after that step)")
+                       "set its later checkpoints aside)")
     group = parser.add_argument_group("evaluation (every: steps; -1: never, at the end neither)")
     group.add_argument("--eval-every", type=int, default=250, help="validation bits per byte; also at the end")
     group.add_argument("--eval-tokens", type=int, default=40 * 524288, help="held-out tokens, capped by the validation set; -1: all")
@@ -137,13 +136,13 @@ def merge_with_run(args, config):
     Returns (args, lines on what changed). Raises UsageError for given flags that may not differ."""
     from nanochat.plan import flag
     merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
-    for name in sorted(FREE_ON_RESUME - {"given"}):
-        setattr(merged, name, getattr(args, name))
+    for name in ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "dry_run", "json", "gpus", "gpu"):
+        setattr(merged, name, getattr(args, name))  # of this start, not of the run
     for name in sorted(args.given & set(config["args"])):
-        was, now = config["args"][name], getattr(args, name)
-        if was == now or name in ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag"):
-            continue
-        (changed if name in FREE_ON_RESUME else refused).append(f"{flag(name)}={now} (was {was})")
+        was, now = getattr(merged, name), getattr(args, name)
+        if was != now:
+            (changed if name in FREE_ON_RESUME else refused).append(f"{flag(name)}={now} (was {was})")
+            setattr(merged, name, now)
     if refused:
         raise UsageError("this run was started with other settings, which a resumed run cannot change: " + ", ".join(refused)
                          + "; leave them out, or start another run with --model-tag")
@@ -190,7 +189,7 @@ def main(args):
     if problems := plans.check_flags(args):
         raise UsageError("\n".join(problems))
     if args.dry_run:
-        return dry_run(args)
+        return plans.dry_run(args)
 
     # ----- the machine
     device_type = hardware.pick_device_type(args.device_type)
@@ -202,11 +201,19 @@ def main(args):
 
     # ----- the run folder: new, resumed, or refused
     folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
-    start_step = wanted_step(args, folder, checkpoint)
+    start_step = ranks.from_rank0_or_raise(lambda: wanted_step(args, folder, checkpoint))
     config, changed = None, []
     if folder.holds_run() and (args.resume or args.resume_from_step != -1):
         config = folder.read_config()
         args, changed = merge_with_run(args, config)
+        if runlog.status_of(folder.path) == "completed" and start_step in (None, config["plan"]["num_iterations"]):
+            print0(f"{folder.path} is complete: all {config['plan']['num_iterations']} steps are done; nothing to resume")
+            ranks.close()
+            return EXIT_COMPLETED
+        if world_size != config["runtime"]["world_size"]:
+            changed.append(f"{world_size} ranks (was {config['runtime']['world_size']})")
+        elif args.device_batch_size == -1:  # what fits may differ from day to day, and with it the last bit
+            args.device_batch_size = config["runtime"]["device_batch_size"]
         print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
                + (f"; changed: {', '.join(changed)}" if changed else ""))
     elif args.resume:
@@ -232,12 +239,14 @@ def main(args):
             return data.fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
         return tokenizers.load(args.tokenizer)
 
-    ranks.on_rank0(load_tokenizer)
+    ranks.from_rank0_or_raise(lambda: load_tokenizer().fingerprint)
     tokenizer = load_tokenizer()
     if config and tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
         raise UsageError(f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file")
+    if args.vocab_size not in (-1, tokenizer.vocab_size):
+        print0(f"the text yields a vocabulary of {tokenizer.vocab_size:,} instead of --vocab-size={args.vocab_size}")
     cache = data.TokenCache(tokenizer, torch.get_num_threads())
-    ranks.on_rank0(lambda: cache.prepare(corpus.train + corpus.val, lambda shards: runlog.bar(shards, "tokenizing", "shard")))
+    ranks.from_rank0_or_raise(lambda: cache.prepare(corpus.train + corpus.val, lambda shards: runlog.bar(shards, "tokenizing", "shard")))
     T = args.max_seq_len
     rows = data.Rows(corpus.train, cache, T, args.seed)
     tokens_per_epoch = rows.rows_per_epoch() * T
@@ -252,10 +261,6 @@ def main(args):
     # ----- the plan: derived at the first start, read back afterwards
     model_config = models.GPTConfig(**config["model"]) if config else plans.model_config(args, tokenizer.vocab_size)
     plan = plans.Plan(**config["plan"]) if config else plans.make_plan(args, model_config, tokens_per_epoch, peak, world_size)
-    if plan.num_iterations is not None and start_step >= plan.num_iterations and runlog.status_of(folder.path) == "completed":
-        print0(f"{folder.path} is complete: {start_step} of {plan.num_iterations} steps; nothing to do")
-        ranks.close()
-        return EXIT_COMPLETED
     element_bytes = torch.finfo(dtype).bits // 8
     free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
     device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size))
@@ -266,10 +271,15 @@ def main(args):
         print0(advice)
     print0(f"runtime: {device_type} x {world_size}, {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention: {backend} "
            f"({backend_reason}); " + (f"eager ({no_compiler})" if no_compiler else "compiled per block")
-           + "; deterministic algorithms on")
+           + "; loss: cross-entropy in fp32; fp32 products in full precision; deterministic algorithms on")
 
     # ----- from here on the disk changes
-    ranks.on_rank0(folder.claim)
+    def claim():
+        folder.claim()
+        if config is None:  # another process may have trained here while this one read its data
+            wanted_step(args, folder, checkpoint)
+
+    ranks.from_rank0_or_raise(claim)
     metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
     if main_rank:
         if config is None:
@@ -291,18 +301,12 @@ def main(args):
         metrics.keep_before(start_step)
         samples.keep_before(start_step)
 
-    # ----- model, optimizer, and the state of the loop: `state` is all that must survive a restart besides tensors
-    model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
-    optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
+    # ----- the state of the loop: all that must survive a restart besides tensors
+    step = start_step
     state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "best_saved_bpb": None,
              "tokenizer": tokenizer.fingerprint}
     if start_step:
-        checkpoint.load_model(folder.path, start_step, model)
-        optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
         state |= {k: v for k, v in checkpoint.read_state(folder.path, start_step).items() if k in state}
-    model.train()
-    if not no_compiler:
-        model.compile_parts()
 
     def position(at):
         """What every line of metrics begins with."""
@@ -318,12 +322,6 @@ def main(args):
                              mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
                              peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
 
-    step = start_step
-    byte_counts = tokenizer.byte_counts()
-    if main_rank:
-        summarize("running")
-
-    # ----- one pass that changes nothing: compiles, so that the clock of step 0 starts on a warm machine
     def micro_batches(first_step):
         for at in range(first_step, sys.maxsize):
             for micro in range(accumulation):
@@ -339,16 +337,29 @@ def main(args):
         return loss.detach()
 
     stop = StopSignals()
-    batches = data.Prefetcher(micro_batches(start_step))
+    batches = None
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
-    measured_seconds, measured_steps, smooth_loss = 0.0, 0, None
+    measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
+    if main_rank:
+        summarize("running")
     try:
+        # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
+        model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
+        optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
+        if start_step:
+            checkpoint.load_model(folder.path, start_step, model)
+            optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
+        model.train()
+        if not no_compiler:
+            model.compile_parts()
         started = time.monotonic()
         forward_backward(next(micro_batches(start_step)), start_step, 0)
         optimizer.zero_grad()
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
+
+        batches = data.Prefetcher(micro_batches(start_step))
 
         # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
         while True:
@@ -423,10 +434,12 @@ def main(args):
             for micro in range(accumulation):
                 loss += forward_backward(next(batches), step, micro) / accumulation
             grad_norm = optimizer.reduce()
-            # one exchange a step: mean loss, whether any rank was told to stop, whether rank 0 wants a rolling checkpoint
+            # one more exchange: mean loss, was any rank told to stop; from rank 0, whose clock counts: is a rolling checkpoint
+            # due, is the time budget measured
+            measured = main_rank and plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 6 * args.target_minutes
             due = main_rank and args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes
-            votes = ranks.sum_over_ranks(torch.stack([loss / world_size, loss.new_tensor(stop.requested), loss.new_tensor(due)]))
-            loss, stopping, rolling_due = votes[0].item(), votes[1].item() > 0, votes[2].item() > 0
+            votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor([stop.requested, due, measured])]))
+            loss, (stopping, rolling_due, measured) = votes[0].item(), (votes[1:] > 0).tolist()
             grad_norm = grad_norm.item()
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite and args.grad_clip:
@@ -466,7 +479,7 @@ def main(args):
                     saved = checkpoint.steps_of(folder.path)
                     raise TrainingFailed(f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last good "
                                          f"checkpoint is " + (f"step {saved[-1]}" if saved else "none"))
-            if plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 0.1 * 60 * args.target_minutes:
+            if measured:
                 left = 60 * args.target_minutes - state["training_seconds"]
                 plan.fix_steps(ranks.from_rank0(step + max(1, round(left * measured_steps / measured_seconds))), args)
                 if main_rank:
@@ -479,14 +492,17 @@ def main(args):
             progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
     except BaseException as error:
         if hardware.is_out_of_memory(error):
-            smaller = f"--device-batch-size={device_batch // 2} would likely fit" if device_batch > 1 else "lower --max-seq-len or --depth"
+            fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
+            smaller = f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
             error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
         if main_rank:
-            summarize("failed", f"{type(error).__name__}: {error}")
+            interrupted = isinstance(error, KeyboardInterrupt)
+            summarize("stopped" if interrupted else "failed", "interrupted" if interrupted else f"{type(error).__name__}: {error}")
         raise error
     finally:
         stop.restore()
-        batches.close()
+        if batches is not None:
+            batches.close()
         progress.close()
 
     # ----- the end
@@ -501,7 +517,7 @@ def main(args):
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
-            print0(f"stopped at step {step} as asked; {saved}; add --resume to go on: {folder.path}")
+            print0(f"stopped at step {step} as asked; {saved}" + ("" if args.no_save else f"; add --resume to go on: {folder.path}"))
     ranks.close()
     return EXIT_COMPLETED if completed else EXIT_STOPPED
 
@@ -544,36 +560,6 @@ def sample_prompts(args, tokenizer, corpus):
     for prompt in prompts:
         tokenizer.encode(prompt)
     return prompts
-
-
-def dry_run(args):
-    """Print the plan without touching data or building weights."""
-    import torch
-
-    from nanochat import data, hardware, plan as plans, tokenizer as tokenizers
-    device_type = "cuda" if args.gpu else hardware.pick_device_type(args.device_type)
-    if args.gpu:
-        dtype, peak = torch.bfloat16, hardware.listed(hardware.GPU_PEAK_FLOPS, args.gpu)
-        peak_label, free_bytes = f"listed bf16 peak of {args.gpu}", hardware.listed(hardware.GPU_MEMORY_BYTES, args.gpu) or math.inf
-    else:
-        device = torch.device(device_type)
-        dtype, _ = hardware.pick_dtype(args.dtype, device_type)
-        (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
-    n_bytes = data.estimated_bytes(args.data)
-    vocab_size = tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
-    config = plans.model_config(args, vocab_size)
-    tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
-    plan = plans.make_plan(args, config, tokens_per_epoch, peak, args.gpus)
-    element_bytes = torch.finfo(dtype).bits // 8
-    device_batch = plans.pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus)
-    if args.json:
-        print(json.dumps(plans.as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
-        return EXIT_COMPLETED
-    print(plans.format_plan(plans.describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes,
-                                           tokens_per_epoch)))
-    if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, args.gpus)):
-        print(advice)
-    return EXIT_COMPLETED
 
 
 def run(argv=None):

@@ -6,6 +6,7 @@ State is by parameter name in full tensors: nothing in it depends on ranks, devi
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -27,13 +28,16 @@ def folder_of(run_path, step):
 
 def steps_of(run_path):
     """Steps of the complete checkpoints of a run, ascending."""
-    folders = (Path(run_path) / "checkpoints").glob("step_*/manifest.json")
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in folders)
+    names = [path.parent.name for path in (Path(run_path) / "checkpoints").glob("step_*/manifest.json")]
+    return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{6,}", name))
 
 
 def kind_of(run_path, step):
-    """Why the checkpoint was saved (one of KINDS)."""
-    return read_json(folder_of(run_path, step) / "manifest.json", "checkpoint")["kind"]
+    """Why the checkpoint was saved (one of KINDS), or None if its manifest is damaged."""
+    try:
+        return json.loads((folder_of(run_path, step) / "manifest.json").read_text(encoding="utf-8"))["kind"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def save(run_path, step, kind, model, optimizer_state, loop_state):
@@ -45,7 +49,7 @@ def save(run_path, step, kind, model, optimizer_state, loop_state):
     from safetensors.torch import save_file
     final = folder_of(run_path, step)
     if (final / "manifest.json").exists():
-        if KINDS.index(kind) > KINDS.index(kind_of(run_path, step)):
+        if damage(run_path, step) is None and KINDS.index(kind) > KINDS.index(kind_of(run_path, step)):
             manifest = read_json(final / "manifest.json", "checkpoint")
             write_json(final / "manifest.json", {**manifest, "kind": kind})
         return
@@ -88,13 +92,16 @@ def prune(run_path, keep_last):
 
 
 def set_aside_after(run_path, step):
-    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted."""
+    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted.
+
+    checkpoints/best goes if it named one of them."""
     for later in steps_of(run_path):
         if later > step:
             folder = folder_of(run_path, later)
-            aside = folder.with_name(f"set_aside_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+            times = len(list(folder.parent.glob(f"set_aside_*_{folder.name}")))
+            os.rename(folder, folder.with_name(f"set_aside_{times + 1}_{folder.name}"))
+    if (best := best_step(run_path)) is not None and best > step:
+        (Path(run_path) / "checkpoints" / "best").unlink()
 
 
 def best_step(run_path):

@@ -11,6 +11,7 @@ all epochs) is a pure function of (seed, g) and of the shards before it:
 Every token is a target once an epoch, except fewer than T at the end of each ring (share_dropped says how many).
 A document cut by a row goes on in another row after a BOS. No state is kept: resuming is asking for row g."""
 
+import dataclasses
 import fcntl
 import glob
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat import tokenizer as tokenizers
-from nanochat.common import UsageError, base_dir, human_bytes, sha256_file, sha256_hex, stream_seed
+from nanochat.common import UsageError, base_dir, sha256_file, sha256_hex, stream_seed
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
@@ -38,7 +39,7 @@ BPE_SAMPLE_BYTES = 200 << 20  # text that BPE training reads at most
 class Shard:
     """A list of documents: those of `files` in order, of which [first:last] are kept (characters, if it is one document).
 
-    n_bytes: UTF-8 bytes of the files. fingerprint: of the content that load() returns."""
+    n_bytes: UTF-8 bytes of the documents. fingerprint: of the content that load() returns."""
     name: str
     files: tuple
     fingerprint: str
@@ -82,13 +83,13 @@ def read_text(path):
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"--data: {path} cannot be read ({error.strerror})") from None
+        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
     if b"\0" in content:
-        raise UsageError(f"--data: {path} is a binary file (it holds NUL bytes); give UTF-8 text, .jsonl or .parquet")
+        raise UsageError(f"data: {path} is a binary file (it holds NUL bytes); give UTF-8 text, .jsonl or .parquet")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--data: {path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from None
+        raise UsageError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from None
 
 
 def read_documents(path):
@@ -111,10 +112,10 @@ def _jsonl_text(path, line_number, line):
     try:
         value = json.loads(line)
     except ValueError:
-        raise UsageError(f"--data: {path} line {line_number} is not JSON; a .jsonl file has one object a line") from None
+        raise UsageError(f"data: {path} line {line_number} is not JSON; a .jsonl file has one object a line") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UsageError(f"--data: {path} line {line_number} has no string field 'text' (it has: {keys}); rename the field")
+        raise UsageError(f"data: {path} line {line_number} has no string field 'text' (it has: {keys}); rename the field")
     return value["text"].encode("utf-8", "replace").decode("utf-8")  # JSON may spell lone surrogates, UTF-8 cannot
 
 
@@ -127,14 +128,14 @@ def _read_parquet(path):
     try:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
+        column = table.read(columns=["text"]).column("text").to_pylist() if "text" in names else []
     except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"--data: {path} is not a readable parquet file ({error})") from None
+        raise UsageError(f"data: {path} is not a readable parquet file ({error})") from None
     if "text" not in names:
-        raise UsageError(f"--data: {path} has no column 'text' (it has: {', '.join(names)}); rename the column")
-    documents = table.read(columns=["text"]).column("text").to_pylist()
-    if any(document is not None and not isinstance(document, str) for document in documents):
-        raise UsageError(f"--data: {path}: the column 'text' does not hold strings")
-    return [document for document in documents if document is not None]
+        raise UsageError(f"data: {path} has no column 'text' (it has: {', '.join(names)}); rename the column")
+    if any(document is not None and not isinstance(document, str) for document in column):
+        raise UsageError(f"data: {path}: the column 'text' does not hold strings")
+    return [document for document in column if document is not None]
 
 
 def find_files(pattern, flag="--data"):
@@ -152,13 +153,13 @@ def find_files(pattern, flag="--data"):
     return files
 
 
-def _shard(files, first=0, last=None, cut_characters=False, share=1.0):
-    """A Shard of files; `share` is the part of their bytes that [first:last] keeps, for estimates."""
+def _shard(files, first=0, last=None, cut_characters=False):
+    """A Shard of files, with the size of its text."""
     content = [sha256_file(path) for path in files]
-    return Shard(name=files[0].name + (f" +{len(files) - 1}" if len(files) > 1 else ""), files=tuple(files),
-                 fingerprint=sha256_hex(json.dumps([content, first, last, cut_characters])),
-                 n_bytes=round(share * sum(path.stat().st_size for path in files)),
-                 first=first, last=last, cut_characters=cut_characters)
+    shard = Shard(name=files[0].name + (f" +{len(files) - 1}" if len(files) > 1 else ""), files=tuple(files),
+                  fingerprint=sha256_hex(json.dumps([content, first, last, cut_characters])),
+                  n_bytes=0, first=first, last=last, cut_characters=cut_characters)
+    return dataclasses.replace(shard, n_bytes=sum(len(document.encode("utf-8")) for document in shard.load()))
 
 
 def _grouped(files):
@@ -170,7 +171,7 @@ def _grouped(files):
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    return [_shard(group) for group in groups]
+    return [shard for shard in map(_shard, groups) if shard.n_bytes]
 
 
 def _mixed(files):
@@ -183,7 +184,8 @@ def local_corpus(pattern, val_pattern=None):
     """The corpus of --data (a path, folder or glob) and, if given, of --val-data."""
     files = find_files(pattern)
     if val_pattern:
-        return Corpus(pattern, _mixed(files), _grouped(find_files(val_pattern, "--val-data")), f"validation: {val_pattern}")
+        return _checked(Corpus(pattern, _mixed(files), _grouped(find_files(val_pattern, "--val-data")), f"validation: {val_pattern}"),
+                        val_pattern)
     counts = {path: len(read_documents(path)) for path in files}
     files = [path for path in files if counts[path]]
     if not files:
@@ -198,8 +200,8 @@ def local_corpus(pattern, val_pattern=None):
     cut_characters = document_count == 1
     total = len(read_documents(files[0])[0]) if cut_characters else document_count
     held_out, unit = max(1, total // 10), "characters" if cut_characters else "documents"
-    train = _shard(files, 0, total - held_out, cut_characters, 0.9)
-    val = _shard(files, total - held_out, None, cut_characters, 0.1)
+    train = _shard(files, 0, total - held_out, cut_characters)
+    val = _shard(files, total - held_out, None, cut_characters)
     return Corpus(pattern, [train], [val], f"held out: the last tenth ({held_out:,} of {total:,} {unit})")
 
 
@@ -215,6 +217,14 @@ def _python_paths():
                 if name.endswith(".py"):
                     path = Path(folder) / name
                     yield f"{label}/{path.relative_to(root).as_posix()}", path
+
+
+def _checked(corpus, val_data):
+    """The corpus, if both its sides hold text."""
+    for flag, value, shards in (("--data", corpus.name, corpus.train), ("--val-data", val_data, corpus.val)):
+        if not sum(shard.n_bytes for shard in shards):
+            raise UsageError(f"{flag}={value}: there is no text in it (empty file, or blank documents only)")
+    return corpus
 
 
 def python_files():
@@ -249,7 +259,8 @@ def open_corpus(data, val_data):
     """The Corpus that --data and --val-data name. Raises UsageError for whatever is wrong with them."""
     if data == "python":
         if val_data:
-            return Corpus("python", python_corpus().train, _grouped(find_files(val_data, "--val-data")), f"validation: {val_data}")
+            val = _grouped(find_files(val_data, "--val-data"))
+            return _checked(Corpus("python", python_corpus().train, val, f"validation: {val_data}"), val_data)
         return python_corpus()
     return local_corpus(data, val_data)
 
@@ -521,7 +532,10 @@ def compressed_bits_per_byte(shards, max_bytes=1 << 20):
 
 
 def describe_corpus(corpus):
-    """Lines on what a corpus is: sizes, fingerprint, what is held out."""
-    return [f"data: {corpus.name} ({human_bytes(corpus.train_bytes)} to train on, "
-            f"{human_bytes(sum(s.n_bytes for s in corpus.val))} held out; fingerprint {corpus.fingerprint[:16]})",
-            f"  {corpus.note}"]
+    """Lines on what a corpus is: bytes and fingerprint of both sides, and what is held out."""
+    lines = [f"data: {corpus.name}, {corpus.note}"]
+    for side, shards in (("to train on", corpus.train), ("held out", corpus.val)):
+        fingerprint = sha256_hex(json.dumps([shard.fingerprint for shard in shards]))
+        n_bytes = sum(shard.n_bytes for shard in shards)
+        lines.append(f"  {side + ':':<12} {n_bytes:,} bytes in {len(shards)} shards, fingerprint {fingerprint[:16]}")
+    return lines

@@ -40,6 +40,8 @@ def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=
     nats, tokens, n_bytes, failed = sum_over_ranks(sums.to(device if device.type == "cuda" else "cpu")).tolist()
     if failed:
         raise EvaluationFailed(f"{type(problem).__name__}: {problem}" if problem else "another rank failed") from problem
+    if not math.isfinite(nats) or n_bytes == 0:
+        raise EvaluationFailed(f"{nats} nats over {n_bytes:.0f} bytes of held-out text")
     return {"bpb": nats / (math.log(2) * n_bytes), "loss": nats / tokens, "tokens": int(tokens), "bytes": int(n_bytes)}
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import sysconfig
 import time
@@ -10,23 +11,21 @@ import torch
 
 from nanochat.common import UsageError, base_dir
 
-# Dense bf16 peak in FLOP/s by a part of the name CUDA reports, longest match first. Source: NVIDIA data sheets.
-GPU_PEAK_FLOPS = {
-    "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "L40S": 362e12,
-    "L4": 121e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
-}
-GPU_MEMORY_BYTES = {
-    "H200": 141e9, "H100": 80e9, "B200": 180e9, "A100": 80e9, "L40S": 48e9, "L4": 24e9, "A10": 24e9,
-    "RTX 5090": 32e9, "RTX 4090": 24e9, "RTX 3090": 24e9,
+# GPU name, as a whole word of what CUDA reports: (dense bf16 peak in FLOP/s, memory in bytes). Source: NVIDIA data sheets.
+GPUS = {
+    "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100": (989e12, 80e9), "H100 NVL": (835e12, 94e9),
+    "H100 PCIe": (756e12, 80e9), "H800": (989e12, 80e9), "A100": (312e12, 80e9), "A800": (312e12, 80e9), "A40": (149.7e12, 48e9),
+    "A30": (165e12, 24e9), "A10": (125e12, 24e9), "A10G": (70e12, 24e9), "L40S": (362e12, 48e9), "L4": (121e12, 24e9),
+    "RTX 5090": (209.5e12, 32e9), "RTX 4090": (165.2e12, 24e9), "RTX 4080": (97.5e12, 16e9), "RTX 3090": (71e12, 24e9),
+    "RTX 3080": (59.5e12, 10e9),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def listed(table, name):
-    """The table's value for the longest key contained in `name` (letter case ignored), or None."""
-    keys = [key for key in table if key.lower() in name.lower()]
-    return table[max(keys, key=len)] if keys else None
+def listed_gpu(name):
+    """(peak FLOP/s, memory bytes) of the GPU whose longest listed name stands in `name` as whole words, or None."""
+    found = [key for key in GPUS if re.search(rf"\b{re.escape(key)}\b", name, re.IGNORECASE)]
+    return GPUS[max(found, key=len)] if found else None
 
 
 def pick_device_type(requested):
@@ -128,8 +127,8 @@ def peak_flops(device):
     Where bf16 has no matrix instructions it is measured in fp32, and the label says so."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if (flops := listed(GPU_PEAK_FLOPS, name)) is not None:
-            return flops, f"listed bf16 peak of {name}"
+        if (known := listed_gpu(name)) is not None:
+            return known[0], f"listed bf16 peak of {name}"
     dtype, _ = pick_dtype("auto", device.type)
     sizes = (2048, 4096) if dtype == torch.bfloat16 or device.type != "cpu" else (2048,)
     return max(matmul_flops(device, dtype, n, repeats=2) for n in sizes), f"measured {str(dtype).removeprefix('torch.')} peak"

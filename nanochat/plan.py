@@ -1,16 +1,18 @@
 """Checks of the flags, and the plan: every derived number of a run, printed before step 0 and frozen in config.json."""
 
 import dataclasses
+import glob
+import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
-from nanochat import hardware, schedules
+from nanochat import data, hardware, ranks, schedules, tokenizer as tokenizers
 from nanochat.attention import BACKENDS
-from nanochat.common import UsageError, human_bytes, human_time, round_up
+from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
 from nanochat.model import GPT, GPTConfig, width_for
-from nanochat.tokenizer import MIN_BPE_VOCAB
 
 HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
@@ -46,14 +48,35 @@ def check_flags(args):
         if not holds:
             problems.append(f"{flag(name)}={getattr(args, name)}: {reason}; {remedy}")
 
+    for name in sorted(args.given):
+        value = getattr(args, name)
+        require(name, not isinstance(value, float) or math.isfinite(value), "not a finite number", "give a number")
+    require("model_tag", os.path.basename(args.model_tag) == args.model_tag and args.model_tag not in (".", ".."),
+            "a path, not a name", "give a plain name, and the folder of runs as --out-dir")
     for name, feature in LATER.items():
         value = getattr(args, name)
-        if name in args.given and value not in (False, None, "", -1) and (name, value) != ("run", "dummy"):
+        off = value is False or value in ("", "dummy") or (value == -1 and name != "core_metric_max_per_task")
+        if name in args.given and not off:
             require(name, False, f"{feature} is not available in this version", "leave the flag out")
     for (name, value), feature in LATER_VALUES.items():
         require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
     if args.data in REMOTE_DATA or args.data.startswith("hf:"):
         require("data", False, "downloads are not available in this version", "use 'python' or a path, glob or folder")
+    known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
+    require("tokenizer", known, "neither a kind of tokenizer nor a folder", f"choose {', '.join(tokenizers.KINDS)}, or a folder with a saved one")
+    for name in ("sample_prompts", "val_data"):
+        value = getattr(args, name)
+        require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file", "check the path")
+    parent = os.path.abspath(args.out_dir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    require("out_dir", os.path.isdir(parent) and os.access(parent, os.W_OK), f"cannot be written ({parent} is no folder, or not yours)",
+            "give another folder")
+    unit = args.max_seq_len * max(1, args.device_batch_size) * (args.gpus if args.dry_run else ranks.world_size())
+    if unit > 0 and args.total_batch_size > 0 and args.total_batch_size % unit:
+        below = args.total_batch_size // unit * unit
+        require("total_batch_size", False, f"not a multiple of one micro-batch of all ranks, {unit} tokens (--max-seq-len x "
+                "--device-batch-size x ranks)", "use " + " or ".join(str(n) for n in (below, below + unit) if n))
     # -1 (and for some 0) is the off or auto value; everything else must be positive
     for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "max_skipped"):
         require(name, getattr(args, name) >= 1, "must be at least 1", "give a positive number")
@@ -89,8 +112,8 @@ def check_flags(args):
         require("n_kv_head", args.n_kv_head < 1 or heads % args.n_kv_head == 0, f"does not divide the {heads} query heads",
                 f"choose one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}")
     if args.tokenizer == "bpe":
-        require("vocab_size", args.vocab_size == -1 or args.vocab_size >= MIN_BPE_VOCAB,
-                "too small: BPE starts from 256 bytes and one special token", f"give at least {MIN_BPE_VOCAB}")
+        require("vocab_size", args.vocab_size == -1 or args.vocab_size >= tokenizers.MIN_BPE_VOCAB,
+                "too small: BPE starts from 256 bytes and one special token", f"give at least {tokenizers.MIN_BPE_VOCAB}")
     else:
         require("vocab_size", args.vocab_size == -1, f"--tokenizer={args.tokenizer} has a vocabulary of its own", "leave it out")
     require("warmup_ratio", args.warmup_ratio + args.warmdown_ratio <= 1 or args.lr_schedule == "cosine",
@@ -100,8 +123,8 @@ def check_flags(args):
     for name in ("gpus", "gpu", "json"):
         require(name, args.dry_run or name not in args.given, "belongs to --dry-run", "add --dry-run or leave it out")
     require("gpus", args.gpus >= 1, "must be at least 1", "give a positive number")
-    require("gpu", not args.gpu or hardware.listed(hardware.GPU_PEAK_FLOPS, args.gpu), "not in the table of GPUs",
-            f"choose one of {', '.join(hardware.GPU_PEAK_FLOPS)}")
+    require("gpu", not args.gpu or hardware.listed_gpu(args.gpu), "not in the table of GPUs",
+            f"choose one of {', '.join(hardware.GPUS)}")
     return problems
 
 
@@ -147,6 +170,7 @@ class Plan:
     def fix_steps(self, steps, args):
         """Set the number of steps, once it is known, and what follows from it."""
         self.num_iterations, self.tokens = steps, steps * self.total_batch_tokens
+        self.warmup_steps = args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps)
         self.warmdown_steps = 0 if args.lr_schedule == "cosine" else round(args.warmdown_ratio * steps)
 
     def as_dict(self):
@@ -154,9 +178,8 @@ class Plan:
 
 
 def make_plan(args, config, tokens_per_epoch, peak_flops, world_size):
-    """Derive a Plan. tokens_per_epoch: training tokens of one pass. peak_flops: of one device, for time budgets.
-
-    Raises UsageError for batch sizes that do not divide."""
+    """Derive a Plan from checked flags. tokens_per_epoch: training tokens of one pass. peak_flops: of one device, for time
+    budgets. Raises UsageError for a warm-up longer than the run."""
     model = meta_model(config)
     n_parameters, flops_per_token = model.scaling_parameters(), model.flops_per_token()
     reference = dataclasses.replace(config, depth=schedules.REFERENCE_DEPTH,
@@ -183,22 +206,18 @@ def make_plan(args, config, tokens_per_epoch, peak_flops, world_size):
         rows_per_step = round_up(max(1, round(wanted)), device_rows)
     else:
         rows_per_step = args.total_batch_size // T
-        if args.total_batch_size % (T * device_rows):
-            unit = T * device_rows
-            below = args.total_batch_size // unit * unit
-            nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-            raise UsageError(f"--total-batch-size={args.total_batch_size}: not a multiple of one micro-batch of all ranks, "
-                             f"{max(1, args.device_batch_size)} rows x {T} tokens x {world_size} ranks = {unit}; use {nearest}")
     batch_tokens = rows_per_step * T
     steps = args.num_iterations if horizon == "num_iterations" else max(1, round(tokens / batch_tokens))
     tokens = steps * batch_tokens
     plan = Plan(
         horizon=horizon, parameters=model.count_parameters(), scaling_parameters=n_parameters,
         flops_per_token=flops_per_token, rows_per_step=rows_per_step, total_batch_tokens=batch_tokens, num_iterations=steps,
-        tokens=tokens, warmup_steps=args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps),
-        warmdown_steps=0,
+        tokens=tokens, warmup_steps=0, warmdown_steps=0,
         groups=schedules.group_settings(args, batch_tokens, tokens, reference_tokens, config.width))
     plan.fix_steps(steps, args)
+    if plan.warmup_steps + plan.warmdown_steps > steps and args.warmup_steps != -1:
+        raise UsageError(f"--warmup-steps={args.warmup_steps}: with {plan.warmdown_steps} steps of warm-down more than the run's "
+                         f"{steps} steps; give at most {steps - plan.warmdown_steps}")
     if horizon == "target_minutes":
         plan.num_iterations = None
     return plan
@@ -303,7 +322,36 @@ def long_run_advice(args, plan, seconds):
     """A sentence for runs of more than two days: what would fit this machine. None for shorter ones."""
     if seconds <= LONG_RUN_SECONDS:
         return None
-    # time grows with N x D, so with the square of the parameters at a fixed ratio: about the sixth power of depth
-    depth = max(1, int(args.depth * (LONG_RUN_SECONDS / seconds) ** (1 / 6)))
-    return (f"this run is estimated to take {human_time(seconds)}; for this machine try --depth={min(depth, max(1, args.depth - 1))}, "
-            f"or a time budget such as --target-minutes=600")
+    advice = f"this run is estimated to take {human_time(seconds)}; for this machine try "
+    if plan.horizon in ("target_minutes", "target_flops"):  # a smaller model would take as long
+        return advice + "a time budget such as --target-minutes=600"
+    # time grows with the parameters, about depth^3, and at a fixed ratio so do the tokens
+    power = 6 if plan.horizon == "target_param_data_ratio" else 3
+    depth = max(1, min(args.depth - 1, int(args.depth * (LONG_RUN_SECONDS / seconds) ** (1 / power))))
+    return advice + f"--depth={depth}, or a time budget such as --target-minutes=600"
+
+
+def dry_run(args):
+    """Print the plan of flags without reading data or building weights. Returns the exit code."""
+    device_type = "cuda" if args.gpu else hardware.pick_device_type(args.device_type)
+    if args.gpu:
+        dtype, (peak, free_bytes), peak_label = torch.bfloat16, hardware.listed_gpu(args.gpu), f"listed bf16 peak of {args.gpu}"
+    else:
+        device = torch.device(device_type)
+        dtype, _ = hardware.pick_dtype(args.dtype, device_type)
+        (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
+    n_bytes = data.estimated_bytes(args.data)
+    vocab_size = tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
+    config = model_config(args, vocab_size)
+    tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
+    plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
+    element_bytes = torch.finfo(dtype).bits // 8
+    device_batch = pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus)
+    if args.json:
+        print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
+        return EXIT_COMPLETED
+    print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes,
+                                           tokens_per_epoch)))
+    if advice := long_run_advice(args, plan, estimated_seconds(plan, args, peak, args.gpus)):
+        print(advice)
+    return EXIT_COMPLETED

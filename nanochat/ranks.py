@@ -1,5 +1,6 @@
 """The few places where ranks meet. With one process every function here is the identity."""
 
+import datetime
 import os
 
 import torch
@@ -37,7 +38,8 @@ def setup(device_type):
     if world_size() > 1 and not dist.is_initialized():
         if device_type == "mps":
             raise UsageError("--device-type=mps: one process only; start without torchrun")
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
+        # long: the others wait while rank 0 reads and tokenizes; torchrun ends them all when one dies
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6),
                                 device_id=device if device_type == "cuda" else None)
     return device
 
@@ -64,13 +66,15 @@ def from_rank0(value):
     return box[0]
 
 
-def on_rank0(action):
-    """Call action() on rank 0; a UsageError there is raised on every rank, so that none is left waiting."""
-    problem = None
+def from_rank0_or_raise(action):
+    """action()'s small picklable result, computed on rank 0 only; a UsageError there is raised on every rank."""
+    result, problem = None, None
     if rank() == 0:
         try:
-            action()
+            result = action()
         except UsageError as error:
             problem = str(error)
-    if problem := from_rank0(problem):
+    result, problem = from_rank0((result, problem))
+    if problem:
         raise UsageError(problem)
+    return result

@@ -44,7 +44,7 @@ def build_parser():
     # where to compute
     parser.add_argument("--device-type", default="", choices=("", "cuda", "mps", "cpu"),
                         help="default: the first present of cuda, mps, cpu")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
                         help="of the products (default %(default)s: float32 on CPUs, bfloat16 on GPUs that have it)")
     return parser
 

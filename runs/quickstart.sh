@@ -7,7 +7,7 @@
 #   expected  val_bpb at most 1.32 (runs/RESULTS.md has the measured values)
 # Restartable: started again it refuses to overwrite; `bash runs/quickstart.sh --resume` goes on after an interruption.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" ""
 RUN=out/quickstart
 python train.py --model-tag=quickstart --depth=4 --max-seq-len=512 --target-minutes=5 "$@"
 nanochat report $RUN

@@ -49,9 +49,10 @@ def test_damage_to_any_file_is_seen(tmp_path, name, how):
     assert len(reports) == (0 if (name, how) == ("manifest.json", "deleted") else 1)
 
 
-@pytest.mark.parametrize("file_operation", range(1, 9))
+@pytest.mark.parametrize("file_operation", range(1, 13))
 def test_a_crash_between_any_two_writes_leaves_the_last_good_one(tmp_path, monkeypatch, file_operation):
-    """The n-th time a save touches the disk it fails for good; what was there stays, and the next save succeeds."""
+    """The n-th of the 12 times a save touches the disk before its checkpoint exists fails, and all after it; what was
+    there stays, and the next save succeeds."""
     import os
 
     import safetensors.torch
@@ -73,6 +74,7 @@ def test_a_crash_between_any_two_writes_leaves_the_last_good_one(tmp_path, monke
         patch.setattr(os, "replace", failing(os.replace))
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, 2)
+    assert count[0] == file_operation
     assert checkpoint.newest_intact(tmp_path, print) == 1
     save(tmp_path, 2)
     assert checkpoint.newest_intact(tmp_path, print) == 2
@@ -100,9 +102,20 @@ def test_a_stronger_reason_keeps_a_checkpoint(tmp_path):
 def test_later_ones_are_set_aside_not_deleted(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
+    checkpoint.mark_best(tmp_path, 3)
     checkpoint.set_aside_after(tmp_path, 1)
-    assert checkpoint.steps_of(tmp_path) == [1]
-    assert (tmp_path / "checkpoints" / "set_aside_step_000003" / "model.safetensors").exists()
+    assert checkpoint.steps_of(tmp_path) == [1] and checkpoint.best_step(tmp_path) is None
+    assert (tmp_path / "checkpoints" / "set_aside_1_step_000003" / "model.safetensors").exists()
+
+
+def test_copies_and_damaged_manifests_do_not_disturb(tmp_path):
+    import shutil
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    shutil.copytree(checkpoint.folder_of(tmp_path, 2), tmp_path / "checkpoints" / "step_000002.bak")
+    (checkpoint.folder_of(tmp_path, 1) / "manifest.json").write_text("{")
+    checkpoint.prune(tmp_path, keep_last=1)
+    assert checkpoint.steps_of(tmp_path) == [1, 3]
 
 
 def test_a_newer_format_is_refused(tmp_path):

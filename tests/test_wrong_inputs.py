@@ -71,6 +71,9 @@ CASES = {
     "vocabulary of a byte tokenizer": ("--vocab-size=512", ["--vocab-size=512", "--tokenizer=byte"]),
     "ratios over the whole": (["--warmup-ratio=0.6", "--warmdown-ratio=0.6"], ["--warmup-ratio=0.6", "--warmdown-ratio=0.6"]),
     "momentum of one": ("--adam-beta1=1", ["--adam-beta1=1"]),
+    "not finite": (["--grad-clip=nan", "--matrix-lr=inf"], ["--grad-clip=nan", "--matrix-lr=inf", "finite"]),
+    "warm-up longer than the run": ("--warmup-steps=20", ["--warmup-steps=20", "at most 6"]),
+    "a path as tag": ("--model-tag=../elsewhere", ["--model-tag=../elsewhere", "--out-dir"]),
     "contradiction": (["--no-save", "--save-every=3"], ["--no-save", "--save-every"]),
     "missing data": ("--data=/no/such/thing*.txt", ["--data=/no/such/thing*.txt", "no such file"]),
     "empty file": (lambda folder: write(folder, "e.txt", ""), ["--data", "no text"]),
@@ -84,7 +87,10 @@ CASES = {
     "parquet without text": (parquet_without_text, ["a.parquet", "'text'", "content"]),
     "not a parquet file": (lambda folder: write(folder, "a.parquet", "PAR0"), ["a.parquet", "not a readable parquet file"]),
     "missing validation data": ("--val-data=/no/such/file", ["--val-data=/no/such/file"]),
-    "no tokenizer there": ("--tokenizer=/no/such/folder", ["tokenizer", "/no/such/folder"]),
+    "no tokenizer there": ("--tokenizer=bpee", ["--tokenizer=bpee", "bpe, char, byte"]),
+    "a folder without a tokenizer": (lambda folder: f"--tokenizer={folder}", ["tokenizer", "vocab.json does not exist"]),
+    "blank validation data": (lambda folder: write(folder, "v.txt", "\n \n").replace("--data", "--val-data"), ["--val-data", "no text"]),
+    "a zero that means nothing": ("--patience=0", ["--patience=0", "not available"]),
     "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "--tokenizer"]),
     "corrupt token cache": (corrupt_cache, ["token cache", "damaged", "delete"]),
     "unwritable output": (unwritable, ["--out-dir", "cannot be written"]),
@@ -118,9 +124,11 @@ def test_refused(case, tmp_path, capsys, monkeypatch):
 
 
 def test_all_problems_are_reported_at_once(tmp_path, capsys):
-    assert small.run(tmp_path, "--depth=0", "--window-pattern=Q", "--adam-beta2=2", "--fp8") == 2
+    flags = ["--depth=0", "--window-pattern=Q", "--adam-beta2=2", "--fp8", "--total-batch-size=250", "--val-data=/none",
+             "--sample-prompts=/none", "--out-dir=/dev/null/x", "--tokenizer=none"]
+    assert small.run(tmp_path, *flags) == 2
     error = capsys.readouterr().err
-    assert all(flag in error for flag in ("--depth=0", "--window-pattern=Q", "--adam-beta2=2", "--fp8"))
+    assert [flag for flag in flags if flag not in error] == []
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,18 @@ def started(tmp_path_factory):
     return folder
 
 
+def unfinished(folder):
+    path = folder / "run" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "stopped"}))
+
+
+def changed_text(folder):
+    unfinished(folder)
+    (folder / "text.txt").write_text("changed " * 500)
+
+
 def foreign_tokenizer(folder):
+    unfinished(folder)
     from nanochat import tokenizer
     tokenizer.train("char", ["abc"], -1).save(folder / "run" / "tokenizer")
 
@@ -150,7 +169,7 @@ TAKEN = {
     "resumed with another seed": (None, ("--resume", "--seed=1"), ["--seed=1 (was 42)", "--model-tag"]),
     "resumed with another depth": (None, ("--resume", "--depth=3"), ["--depth=3 (was 2)"]),
     "resumed with other text": (None, ("--resume", other_text), ["--data"]),
-    "text changed in place": (lambda f: (f / "text.txt").write_text("changed " * 500), ("--resume", "--keep-last=3"), ["fingerprint"]),
+    "text changed in place": (changed_text, ("--resume", "--keep-last=3"), ["fingerprint"]),
     "later checkpoints": (None, ("--resume-from-step=4",), ["later checkpoints", "--overwrite"]),
     "no such checkpoint": (None, ("--resume-from-step=5",), ["--resume-from-step=5", "4, 6, 8, 12"]),
     "tokenizer of another run": (foreign_tokenizer, ("--resume",), ["tokenizer", "restore"]),
