@@ -63,7 +63,8 @@ def check_flags(args):
     if args.data in REMOTE_DATA or args.data.startswith("hf:"):
         require("data", False, "downloads are not available in this version", "use 'python' or a path, glob or folder")
     known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
-    require("tokenizer", known, "neither a kind of tokenizer nor a folder", f"choose {', '.join(tokenizers.KINDS)}, or a folder with a saved one")
+    require("tokenizer", known, "neither a kind of tokenizer nor a folder",
+            f"choose {', '.join(tokenizers.KINDS)}, or a folder with a saved one")
     for name in ("sample_prompts", "val_data"):
         value = getattr(args, name)
         require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file", "check the path")
@@ -350,8 +351,7 @@ def dry_run(args):
     if args.json:
         print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
         return EXIT_COMPLETED
-    print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes,
-                                           tokens_per_epoch)))
+    print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes, tokens_per_epoch)))
     if advice := long_run_advice(args, plan, estimated_seconds(plan, args, peak, args.gpus)):
         print(advice)
     return EXIT_COMPLETED
