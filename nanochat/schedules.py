@@ -17,9 +17,9 @@ WEIGHT_DECAY = 0.2
 ADAM_BETA1, ADAM_BETA2 = 0.8, 0.95
 MUON_BETA2 = 0.95
 SCALAR_LR_FACTOR = 0.01  # lambdas and gates take --scalar-lr times this
-# Adam's eps. Lambdas and gates start with gradients of exactly zero, where a smaller eps turns rounding noise into full
-# steps and two equal runs drift apart.
-EPS, SCALAR_EPS = 1e-10, 1e-6
+# Adam's eps. Lambdas and gates start with gradients of exactly zero, rows of rare tokens with nearly none: a smaller eps
+# turns rounding noise into full steps, and two equal runs drift apart (runs/LOG.md).
+EPS, SCALAR_EPS = 1e-8, 1e-6
 WARMUP_RATIO, WARMDOWN_RATIO, FINAL_LR_FRAC = 0.0, 0.5, 0.0
 MUON_MOMENTUM_START, MUON_MOMENTUM_END, MUON_MOMENTUM_STEPS = 0.85, 0.95, 300
 # Small budgets: a run wants at least this many steps, and below this batch the rates stop shrinking with it.
