@@ -99,7 +99,8 @@ def parse_args(argv=None):
     group.add_argument("--sample-every", type=int, default=2000, help="text samples; also at the end")
     group.add_argument("--sample-prompts", default="", help="file with one prompt a line; empty: beginnings of held-out documents")
     group = parser.add_argument_group("saving")
-    group.add_argument("--save-every", type=int, default=-1, help="steps between permanent checkpoints; -1: at the end only")
+    group.add_argument("--save-every", type=int, default=-1, help="steps between permanent checkpoints; -1: only at the end and "
+                       "where the warm-down begins")
     group.add_argument("--save-every-minutes", type=float, default=10, help="a rolling checkpoint; -1: none")
     group.add_argument("--keep-last", type=int, default=-1, help="permanent checkpoints to keep; -1: all")
     group.add_argument("--no-save", action="store_true", help="write no checkpoint at all")
@@ -152,6 +153,9 @@ def merge_with_run(args, config):
 def wanted_step(args, folder, checkpoint):
     """The step to resume from, or None to start fresh. Refuses a folder whose run would be lost or silently continued."""
     if not folder.holds_run():
+        if (left := folder.remains()) and not args.overwrite:
+            raise UsageError(f"--model-tag={args.model_tag}: {folder.path} holds {', '.join(left)} but no config.json of a run; restore "
+                             f"that file, give another --model-tag, or --overwrite to delete them")
         if args.resume_from_step != -1:
             raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} holds no run; check --out-dir and --model-tag")
         return None
@@ -296,7 +300,7 @@ def main(args):
                                   "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
                       "hardware": hardware.describe(device), **runlog.provenance()}
             folder.write_config(config)
-            print0("held-out text compressed, bits per byte:", config["data"]["compressed_bpb"])
+            print0("held-out text compressed:", ", ".join(f"{k} {v} bits per byte" for k, v in config["data"]["compressed_bpb"].items()))
         checkpoint.set_aside_after(folder.path, start_step)
         metrics.keep_before(start_step)
         samples.keep_before(start_step)
@@ -336,7 +340,7 @@ def main(args):
         (loss / accumulation).backward()
         return loss.detach()
 
-    stop = StopSignals()
+    stop = StopSignals(speaks=main_rank)
     batches = None
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
@@ -413,8 +417,9 @@ def main(args):
             if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping and main_rank:
                 for i, prompt in enumerate(prompts):
                     try:
-                        text = "".join(engine.generate_text(model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8,
-                                                            top_k=50, seed=stream_seed(args.seed, "sample", step, i)))
+                        text = "".join(engine.generate_text(
+                            model, tokenizer, prompt, max_new_tokens=min(SAMPLE_TOKENS, 4 * T), temperature=0.8, top_k=50,
+                            seed=stream_seed(args.seed, "sample", step, i)))
                     except Exception as error:  # whatever it is, a sample is not worth the run
                         samples.write(step=step, prompt=prompt, text=None, reason=f"{type(error).__name__}: {error}")
                         progress.message(f"step {step}: sampling failed, training goes on ({type(error).__name__}: {error})")
@@ -532,13 +537,15 @@ class TrainingFailed(Exception):
 class StopSignals:
     """SIGTERM and the first SIGINT set `requested`, which the loop reads once a step; a second SIGINT interrupts at once."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, speaks):
+        self.requested, self.speaks = False, speaks
         self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number, frame):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested and self.speaks:  # os.write: print() is not safe inside a signal handler
+            os.write(2, b"\nstopping after this step, saving first; Ctrl-C again leaves at once without saving\n")
         self.requested = True
 
     def restore(self):

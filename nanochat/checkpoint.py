@@ -64,6 +64,7 @@ def save(run_path, step, kind, model, optimizer_state, loop_state):
     write_json(partial / "state.json", {"format": FORMAT, "step": step, "model": asdict(model.config), **loop_state})
     files = {}
     for path in sorted(partial.iterdir()):
+        path.chmod(0o644)  # safetensors makes its files private
         with open(path, "rb") as f:
             os.fsync(f.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -180,12 +181,14 @@ def load_run(run, step=None, device_type="", dtype="auto"):
     if not (run / "config.json").exists():
         raise UsageError(f"{run} is not a run folder (it has no config.json); give <out-dir>/<model-tag>")
     steps = steps_of(run)
+    if not steps:
+        raise UsageError(f"{run} has no checkpoint yet; train.py saves one at the latest when it ends or is stopped")
     if step is None:
         step = newest_intact(run, report=lambda text: print(text, file=sys.stderr))
         if step is None:
             raise UsageError(f"{run} has no intact checkpoint")
     elif step not in steps:
-        raise UsageError(f"--step={step}: {run} has no such checkpoint (it has: {', '.join(map(str, steps)) or 'none'})")
+        raise UsageError(f"--step={step}: {run} has no such checkpoint (it has: {', '.join(map(str, steps))})")
     elif problem := damage(run, step):
         raise UsageError(f"--step={step}: the checkpoint in {run} is damaged ({problem}); choose another step")
     device = torch.device(hardware.pick_device_type(device_type))

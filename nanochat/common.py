@@ -20,7 +20,10 @@ def install_hint(package, purpose):
 
 def base_dir():
     """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Not created here."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"NANOCHAT_BASE_DIR={path}: not a folder; name one that can hold caches")
+    return path
 
 
 def stream_seed(seed, *names):

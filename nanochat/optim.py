@@ -7,11 +7,10 @@ With one rank the share is everything and the communication is skipped; the code
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs)."""
 
 import torch
-import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 from nanochat.common import round_up
-from nanochat.ranks import rank, sum_over_ranks, world_size
+from nanochat.ranks import all_gather, rank, reduce_scatter, sum_over_ranks, world_size
 
 # Quintic coefficients of Polar Express (arXiv 2505.16932), five steps from a lower singular-value bound of 1e-3, with the
 # paper's safety factor of 1.02 folded in.
@@ -83,7 +82,7 @@ class MatrixStack:
             return
         everything = torch.stack(grads + [torch.zeros_like(grads[0])] * (self.padded - len(grads)))
         self.grad = torch.empty_like(everything[: self.share])
-        dist.reduce_scatter_tensor(self.grad, everything)
+        reduce_scatter(self.grad, everything)
         self.grad /= world_size()
 
     def step(self, lr, mu):
@@ -97,7 +96,7 @@ class MatrixStack:
             own -= lr * decay * kept
         if world_size() > 1:
             gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
-            dist.all_gather_into_tensor(gathered, own)
+            all_gather(gathered, own)
             own = gathered
         torch._foreach_copy_([parameter.data for parameter in self.parameters], list(own[: len(self.names)]))
         self.grad = None
@@ -109,7 +108,7 @@ class MatrixStack:
             own = getattr(self, key)
             if world_size() > 1:
                 gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
-                dist.all_gather_into_tensor(gathered, own)
+                all_gather(gathered, own)
                 own = gathered
             for i, name in enumerate(self.names):
                 whole.setdefault(name, {})[key] = own[i]
@@ -149,7 +148,7 @@ class FlatParameter:
             self.grad = flat
             return
         self.grad = torch.empty_like(self.exp_avg)
-        dist.reduce_scatter_tensor(self.grad, flat)
+        reduce_scatter(self.grad, flat)
         self.grad /= world_size()
 
     def step(self, lr, mu):
@@ -167,7 +166,7 @@ class FlatParameter:
         if world_size() == 1:
             return own.view(self.parameter.shape)
         gathered = torch.empty(self.padded, device=own.device)
-        dist.all_gather_into_tensor(gathered, own.contiguous())
+        all_gather(gathered, own.contiguous())
         return gathered[: self.parameter.numel()].view(self.parameter.shape)
 
     def state(self):

@@ -68,6 +68,9 @@ def check_flags(args):
     for name in ("sample_prompts", "val_data"):
         value = getattr(args, name)
         require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file", "check the path")
+    require("depth", args.depth <= 1000, "deeper than any model this program can hold", "give at most 1000")
+    require("aspect_ratio", args.depth * args.aspect_ratio <= 2**17, "wider than any model this program can hold", "give less")
+    require("out_dir", args.out_dir, "empty", "name a folder, or leave the flag out")
     parent = os.path.abspath(args.out_dir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -247,6 +250,10 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size)
         if rows % args.device_batch_size:
             raise UsageError(f"--device-batch-size={args.device_batch_size}: does not divide the {rows} rows that each of "
                              f"{world_size} ranks takes a step; use a divisor of {rows}")
+        need = step_memory_bytes(config, plan.parameters["total"], args.device_batch_size, element_bytes)
+        if need > 3 * free_bytes:  # the estimate is on the high side, but not by that much
+            raise UsageError(f"--device-batch-size={args.device_batch_size}: estimated to need {human_bytes(need)}, and "
+                             f"{human_bytes(free_bytes)} are free; leave the flag out to take what fits")
         return args.device_batch_size
     candidates = [n for n in (2**i for i in range(20)) if rows % n == 0] + ([rows] if rows & (rows - 1) else [])
     fitting = [n for n in sorted(candidates)
@@ -254,7 +261,7 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size)
     if not fitting:
         need = step_memory_bytes(config, plan.parameters["total"], 1, element_bytes)
         raise UsageError(f"--depth={config.depth}: one row of {config.max_seq_len} tokens is estimated to need {human_bytes(need)}, "
-                         f"and {human_bytes(free_bytes)} are free; lower --max-seq-len or --depth, or give "
+                         f"and of the {human_bytes(free_bytes)} free {MEMORY_SHARE:.0%} may be planned with; lower --max-seq-len or --depth, or give "
                          f"--device-batch-size=1 to try it all the same")
     return fitting[-1]
 

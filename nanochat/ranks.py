@@ -57,6 +57,17 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def reduce_scatter(share, everything):
+    """Fill `share` with this rank's part, along dimension 0, of the sum of `everything` over the ranks."""
+    # torch 2.13 deprecates the names that torch 2.11 has
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(share, everything)
+
+
+def all_gather(everything, share):
+    """Fill `everything` with the shares of all ranks, in order along dimension 0."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(everything, share)
+
+
 def from_rank0(value):
     """Rank 0's value of a small picklable Python object, on every rank."""
     if world_size() == 1:

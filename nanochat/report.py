@@ -57,6 +57,7 @@ def plot_loss(run, config, lines):
         for (name, bpb), style in zip(config["data"]["compressed_bpb"].items(), ("--", ":"), strict=False):
             right.axhline(bpb, color="#777777", linestyle=style, linewidth=1, label=f"{name}: {bpb:.2f}")
         right.legend(frameon=False)
+    right.set_xlim(left.get_xlim())
     right.set(xlabel="step", ylabel="bits per byte of held-out text", title=f"{run.name}: validation")
     for axes in (left, right):
         axes.grid(alpha=0.25)

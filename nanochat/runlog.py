@@ -27,7 +27,18 @@ class RunFolder:
         return self.path / "config.json"
 
     def holds_run(self):
-        return self.config_path.exists()
+        """True if there is a run's config.json. UsageError if there is another program's."""
+        if not self.config_path.exists():
+            return False
+        config = read_json(self.config_path, "run folder")
+        if not isinstance(config, dict) or not {"format", "args"} <= set(config):
+            raise UsageError(f"run folder: {self.config_path} is not of this program; give another --model-tag or --out-dir")
+        return True
+
+    def remains(self):
+        """Names of a run's files that are there, config.json left out: what is left of a damaged run."""
+        names = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
+        return [name for name in names if (self.path / name).exists()]
 
     def claim(self):
         """Make the folder and hold it until the process ends. UsageError if it is not writable or another run has it."""
@@ -161,7 +172,7 @@ class Progress:
         if self.live:
             from tqdm import tqdm
             self.bar = tqdm(initial=first_step, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
-                            bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {postfix}")
+                            bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:12}| {desc}")
 
     def update(self, step, steps, text, seconds_left):
         """Show the state after update `step` (1 is the first). seconds_left may be None."""
@@ -170,7 +181,7 @@ class Progress:
         eta = f"eta {human_time(seconds_left)}" if seconds_left is not None else "eta ?"
         if self.live:
             self.bar.total = steps
-            self.bar.set_postfix_str(f"{text} | {eta}", refresh=False)
+            self.bar.set_description_str(f"{text} | {eta}", refresh=False)
             self.bar.update(step - self.bar.n)
         elif step <= 3 or step == steps or time.monotonic() - self.last >= self.PLAIN_SECONDS:
             self.last = time.monotonic()

@@ -90,6 +90,9 @@ CASES = {
     "no tokenizer there": ("--tokenizer=bpee", ["--tokenizer=bpee", "bpe, char, byte"]),
     "a folder without a tokenizer": (lambda folder: f"--tokenizer={folder}", ["tokenizer", "vocab.json does not exist"]),
     "blank validation data": (lambda folder: write(folder, "v.txt", "\n \n").replace("--data", "--val-data"), ["--val-data", "no text"]),
+    "no output folder": ("--out-dir=", ["--out-dir=", "empty"]),
+    "deeper than anything": ("--depth=100000", ["--depth=100000", "at most 1000"]),
+    "a batch beyond all memory": (["--total-batch-size=3200000000", "--device-batch-size=100000000"], ["--device-batch-size", "free"]),
     "a zero that means nothing": ("--patience=0", ["--patience=0", "not available"]),
     "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "--tokenizer"]),
     "corrupt token cache": (corrupt_cache, ["token cache", "damaged", "delete"]),
@@ -158,6 +161,10 @@ def other_text(folder):
     return write(folder, "other.txt", "not the same text at all, " * 200)
 
 
+def foreign_config(folder):
+    (folder / "run" / "config.json").write_text('{"model_type": "llama"}')
+
+
 def newer_format(folder):
     path = folder / "run" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
@@ -174,6 +181,8 @@ TAKEN = {
     "no such checkpoint": (None, ("--resume-from-step=5",), ["--resume-from-step=5", "4, 6, 8, 12"]),
     "tokenizer of another run": (foreign_tokenizer, ("--resume",), ["tokenizer", "restore"]),
     "made by a newer version": (newer_format, ("--resume",), ["format 99"]),
+    "config.json lost": (lambda f: (f / "run" / "config.json").unlink(), (), ["metrics.jsonl", "no config.json", "--overwrite"]),
+    "another program's config.json": (foreign_config, ("--overwrite",), ["config.json", "not of this program"]),
     "overwrite and resume": (None, ("--resume", "--overwrite"), ["--overwrite", "--resume"]),
 }
 
@@ -202,6 +211,12 @@ def test_a_run_folder_is_never_lost(case, started, tmp_path, capsys):
     assert code == 2
     assert [word for word in words if word not in error] == []
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_base_dir_that_is_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(small.corpus(tmp_path).removeprefix("--data=")))
+    assert small.run(tmp_path) == 2
+    assert "NANOCHAT_BASE_DIR" in capsys.readouterr().err
 
 
 def test_a_folder_that_another_process_trains_in(started, tmp_path, capsys):
