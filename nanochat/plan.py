@@ -261,7 +261,8 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size)
     if not fitting:
         need = step_memory_bytes(config, plan.parameters["total"], 1, element_bytes)
         raise UsageError(f"--depth={config.depth}: one row of {config.max_seq_len} tokens is estimated to need {human_bytes(need)}, "
-                         f"and of the {human_bytes(free_bytes)} free {MEMORY_SHARE:.0%} may be planned with; lower --max-seq-len or --depth, or give "
+                         f"and of the {human_bytes(free_bytes)} "
+                         f"free {MEMORY_SHARE:.0%} may be planned with; lower --max-seq-len or --depth, or give "
                          f"--device-batch-size=1 to try it all the same")
     return fitting[-1]
 
