@@ -86,10 +86,10 @@ def check_flags(args):
         require(name, getattr(args, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "n_kv_head",
                  "short_window", "vocab_size", "device_batch_size", "total_batch_size", "matrix_lr", "eval_every", "sample_every",
-                 "save_every", "save_every_minutes", "eval_tokens"):
+                 "save_every", "save_every_minutes", "keep_last", "eval_tokens"):
         value = getattr(args, name)
         require(name, value == -1 or value > 0, "must be positive, or -1 for off or automatic", "give one of these")
-    for name in ("resume_from_step", "keep_last", "warmup_steps"):
+    for name in ("resume_from_step", "warmup_steps"):
         require(name, getattr(args, name) >= -1, "must be at least 0, or -1 for off or automatic", "give one of these")
     for name in ("embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
         require(name, getattr(args, name) >= 0, "must not be negative", "give 0 or more")

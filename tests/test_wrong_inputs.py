@@ -93,6 +93,7 @@ CASES = {
     "no output folder": ("--out-dir=", ["--out-dir=", "empty"]),
     "deeper than anything": ("--depth=100000", ["--depth=100000", "at most 1000"]),
     "a batch beyond all memory": (["--total-batch-size=3200000000", "--device-batch-size=100000000"], ["--device-batch-size", "free"]),
+    "keeping no checkpoint": ("--keep-last=0", ["--keep-last=0", "-1"]),
     "a zero that means nothing": ("--patience=0", ["--patience=0", "not available"]),
     "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "--tokenizer"]),
     "corrupt token cache": (corrupt_cache, ["token cache", "damaged", "delete"]),
