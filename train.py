@@ -13,7 +13,8 @@ import sys
 import time
 
 from nanochat import schedules
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, UsageError, human_bytes, human_time, stream_seed
+from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, Unavailable, UsageError, human_bytes, human_time,
+                             stream_seed)
 
 
 def parse_args(argv=None):
@@ -22,11 +23,11 @@ def parse_args(argv=None):
                                      usage="train.py --depth=N [options]; --help lists them all",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("logging")
-    group.add_argument("--run", default="dummy", help="Weights & Biases run name; dummy: off (not available yet)")
+    group.add_argument("--run", default="dummy", help="Weights & Biases run name; dummy: off")
     group.add_argument("--out-dir", default="out", help="folder of run folders")
     group.add_argument("--model-tag", default="", help="name of the run folder; empty: d{depth}")
-    group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard (not available yet)")
-    group.add_argument("--config", default="", help="a run's config.json or a JSON of flags (not available yet)")
+    group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run folder")
+    group.add_argument("--config", default="", help="a run's config.json or a JSON of flags; the command line wins")
     group = parser.add_argument_group("runtime")
     group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"], help="empty: the first of cuda, mps, cpu")
     group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
@@ -47,16 +48,17 @@ def parse_args(argv=None):
     group.add_argument("--max-seq-len", type=int, default=2048, help="context, tokens")
     group.add_argument("--window-pattern", default="SSSL", help="per layer, tiled: L full context, S short window; last layer always L")
     group.add_argument("--short-window", type=int, default=-1, help="tokens an S layer sees; -1: half the context")
-    group.add_argument("--arch", default="speedrun", choices=["speedrun", "llama"], help="llama is not available yet")
-    group.add_argument("--tie-embeddings", action="store_true", help="share embedding and head (llama; not available yet)")
+    group.add_argument("--arch", default="speedrun", choices=["speedrun", "llama"], help="llama: the plain decoder that others read")
+    group.add_argument("--tie-embeddings", action="store_true", help="share embedding and head (llama)")
     group.add_argument("--dropout", type=float, default=0.0, help="share of residual updates dropped; 0: off")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="python", help="python (source code on this machine), or a path, glob or folder of "
-                       ".txt, .jsonl, .parquet")
+    group.add_argument("--data", default="climbmix", help="climbmix, fineweb-edu, tinystories, shakespeare or "
+                       "hf:<dataset>[:<config>[:<split>[:<column>]]] (fetched as needed), python (source code on this machine), or a "
+                       "path, glob or folder of .txt, .jsonl, .parquet")
     group.add_argument("--val-data", default="", help="path, glob or folder to validate on; empty: hold out a part of --data")
-    group.add_argument("--tokenizer", default="bpe", help="bpe, char, byte, or a folder with a saved one")
+    group.add_argument("--tokenizer", default="bpe", help="bpe, char, byte, gpt2, or a folder with a saved one")
     group.add_argument("--vocab-size", type=int, default=-1, help="of bpe; -1: from the data size, at most 32768")
-    group.add_argument("--init-from", default="", help="run whose weights to start from (not available yet)")
+    group.add_argument("--init-from", default="", help="run whose weights to start from, with a fresh optimizer and horizon")
     group = parser.add_argument_group("horizon (the first given wins, in this order)")
     group.add_argument("--num-iterations", type=int, default=-1, help="steps")
     group.add_argument("--target-flops", type=float, default=-1, help="training FLOPs")
@@ -66,14 +68,14 @@ def parse_args(argv=None):
     group.add_argument("--target-param-data-ratio", type=float, default=schedules.DEFAULT_PARAM_DATA_RATIO,
                        help="tokens per parameter of matrices and head; Chinchilla: 20")
     group = parser.add_argument_group("early end")
-    group.add_argument("--stop-at-bpb", type=float, default=-1, help="stop at these validation bits per byte (not available yet)")
-    group.add_argument("--patience", type=int, default=-1, help="evaluations without improvement (not available yet)")
+    group.add_argument("--stop-at-bpb", type=float, default=-1, help="stop at these validation bits per byte")
+    group.add_argument("--patience", type=int, default=-1, help="stop after so many evaluations without improvement")
     group = parser.add_argument_group("optimization (rates are those of the reference batch and width)")
     group.add_argument("--device-batch-size", type=int, default=-1, help="rows a device takes at once; -1: what fits")
     group.add_argument("--total-batch-size", type=int, default=-1, help="tokens a step; -1: from the horizon")
     group.add_argument("--optimizer", default="muon", choices=["muon", "adamw"], help="of the matrices; the rest is always AdamW")
-    group.add_argument("--embedding-lr", type=float, default=schedules.EMBEDDING_LR, help="AdamW, token and value embeddings")
-    group.add_argument("--unembedding-lr", type=float, default=schedules.UNEMBEDDING_LR, help="AdamW, head")
+    group.add_argument("--embedding-lr", type=float, default=-1, help=f"AdamW, tables; -1: by --arch, {schedules.EMBEDDING_LR}")
+    group.add_argument("--unembedding-lr", type=float, default=-1, help=f"AdamW, head; -1: by --arch, {schedules.UNEMBEDDING_LR}")
     group.add_argument("--weight-decay", type=float, default=schedules.WEIGHT_DECAY, help="of the matrices")
     group.add_argument("--matrix-lr", type=float, default=-1, help=f"-1: by optimizer, {schedules.MATRIX_LR}")
     group.add_argument("--scalar-lr", type=float, default=schedules.SCALAR_LR, help="AdamW, lambdas and gates")
@@ -86,7 +88,8 @@ def parse_args(argv=None):
     group.add_argument("--final-lr-frac", type=float, default=schedules.FINAL_LR_FRAC, help="learning rate at the end / its peak")
     group.add_argument("--grad-clip", type=float, default=0.0, help="largest gradient norm; 0: off")
     group = parser.add_argument_group("resume")
-    group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint; start fresh if there is none")
+    group.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint; start fresh if there is none; "
+                       "with a longer horizon: extend the run from before its warm-down")
     group.add_argument("--resume-from-step", type=int, default=-1, help="go on from this checkpoint")
     group.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds (with --resume-from-step: "
                        "set its later checkpoints aside)")
@@ -113,7 +116,12 @@ def parse_args(argv=None):
     group.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
     group.add_argument("--gpus", type=int, default=1, help="with --dry-run: devices to plan for")
     group.add_argument("--gpu", default="", help="with --dry-run: GPU to plan for, such as H100")
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    if args.config:
+        from nanochat.start import config_flags
+        argv = config_flags(args.config, {action.dest: action for action in parser._actions}) + argv
+        args = parser.parse_args(argv)
     # parsed again with a marker for every default: what differs from it was given
     marker = object()
     parser.set_defaults(**dict.fromkeys(vars(args), marker))
@@ -122,72 +130,12 @@ def parse_args(argv=None):
     return args
 
 
-# Flags that a resumed run may change. All others stay as the run was started: they decide what the model becomes.
-FREE_ON_RESUME = {
-    "run", "out_dir", "model_tag", "tensorboard", "config", "device_type", "dtype", "compile", "attention",
-    "activation_checkpointing", "shard", "device_batch_size", "resume", "resume_from_step", "overwrite", "eval_every",
-    "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle", "sample_every", "sample_prompts",
-    "save_every", "save_every_minutes", "keep_last", "no_save", "max_skipped", "debug_nans", "profile", "dry_run", "json",
-    "gpus", "gpu", "given"}
-
-
-def merge_with_run(args, config):
-    """The flags to resume a run with: its own, except those given now that may change.
-
-    Returns (args, lines on what changed). Raises UsageError for given flags that may not differ."""
-    from nanochat.plan import flag
-    merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
-    for name in ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "dry_run", "json", "gpus", "gpu"):
-        setattr(merged, name, getattr(args, name))  # of this start, not of the run
-    for name in sorted(args.given & set(config["args"])):
-        was, now = getattr(merged, name), getattr(args, name)
-        if was != now:
-            (changed if name in FREE_ON_RESUME else refused).append(f"{flag(name)}={now} (was {was})")
-            setattr(merged, name, now)
-    if refused:
-        raise UsageError("this run was started with other settings, which a resumed run cannot change: " + ", ".join(refused)
-                         + "; leave them out, or start another run with --model-tag")
-    return merged, changed
-
-
-def wanted_step(args, folder, checkpoint):
-    """The step to resume from, or None to start fresh. Refuses a folder whose run would be lost or silently continued."""
-    if not folder.holds_run():
-        if (left := folder.remains()) and not args.overwrite:
-            raise UsageError(f"--model-tag={args.model_tag}: {folder.path} holds {', '.join(left)} but no config.json of a run; restore "
-                             f"that file, give another --model-tag, or --overwrite to delete them")
-        if args.resume_from_step != -1:
-            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} holds no run; check --out-dir and --model-tag")
-        return None
-    steps = checkpoint.steps_of(folder.path)
-    if args.resume_from_step != -1:
-        if args.resume_from_step not in steps:
-            raise UsageError(f"--resume-from-step={args.resume_from_step}: no such checkpoint in {folder.path} "
-                             f"(it has: {', '.join(map(str, steps)) or 'none'})")
-        if problem := checkpoint.damage(folder.path, args.resume_from_step):
-            raise UsageError(f"--resume-from-step={args.resume_from_step}: that checkpoint is damaged ({problem}); choose another")
-        if steps[-1] > args.resume_from_step and not args.overwrite:
-            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} has later checkpoints (up to {steps[-1]}), "
-                             f"which going on from there would replace; add --overwrite if that is meant")
-        return args.resume_from_step
-    if args.resume:
-        step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
-        if step is None and steps:
-            raise UsageError(f"--resume: no checkpoint in {folder.path} is intact; restore one, or start again with --overwrite")
-        return step
-    if not args.overwrite:
-        raise UsageError(f"--model-tag={args.model_tag}: {folder.path} already holds a run ({len(steps)} checkpoints"
-                         + (f", the newest at step {steps[-1]}" if steps else "") + "); add --resume to go on with it, "
-                         "--model-tag=NAME to start another beside it, or --overwrite to delete it and start again")
-    return None
-
-
 def main(args):
     """Train. Returns the exit code: 0 completed, 75 stopped early on request and resumable. Raises UsageError."""
     import torch
 
-    from nanochat import checkpoint, data, engine, evaluate, hardware, optim, plan as plans, ranks, runlog
-    from nanochat import attention, model as models, tokenizer as tokenizers
+    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, hardware, model as models, optim
+    from nanochat import plan as plans, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
     if problems := plans.check_flags(args):
@@ -205,69 +153,68 @@ def main(args):
 
     # ----- the run folder: new, resumed, or refused
     folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
-    start_step = ranks.from_rank0_or_raise(lambda: wanted_step(args, folder, checkpoint))
-    config, changed = None, []
+    start_step = ranks.from_rank0_or_raise(lambda: start.wanted_step(args, folder))
+    config, changed, extending = None, [], False
     if folder.holds_run() and (args.resume or args.resume_from_step != -1):
         config = folder.read_config()
-        args, changed = merge_with_run(args, config)
-        if runlog.status_of(folder.path) == "completed" and start_step in (None, config["plan"]["num_iterations"]):
-            print0(f"{folder.path} is complete: all {config['plan']['num_iterations']} steps are done; nothing to resume")
+        args, changed, extending = start.merge_with_run(args, config)
+        if (over := start.is_over(args, folder, start_step)) and not extending:
+            print0(over)
             ranks.close()
             return EXIT_COMPLETED
         if world_size != config["runtime"]["world_size"]:
             changed.append(f"{world_size} ranks (was {config['runtime']['world_size']})")
         elif args.device_batch_size == -1:  # what fits may differ from day to day, and with it the last bit
             args.device_batch_size = config["runtime"]["device_batch_size"]
-        print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
-               + (f"; changed: {', '.join(changed)}" if changed else ""))
     elif args.resume:
         print0(f"{folder.path} holds no run yet: starting a new one")
     start_step = start_step or 0
+    source = ranks.from_rank0_or_raise(lambda: start.source_of_weights(args)) if args.init_from and not start_step else None
+    vars(args).update(source.flags if source else {})
     dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
     backend, backend_reason = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
     peak, peak_label = ranks.from_rank0(hardware.peak_flops(device))  # measured on CPUs: plans must agree
 
     # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
-    corpus = data.open_corpus(args.data, args.val_data)
+    corpus = ranks.from_rank0_or_raise(lambda: corpora.open_corpus(
+        args.data, args.val_data, config["data"]["revision"] if config else "", print0))
     if config and corpus.fingerprint != config["data"]["fingerprint"]:
         raise UsageError(f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
                          f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag")
-    for line in data.describe_corpus(corpus):
-        print0(line)
-
-    def load_tokenizer():
-        if config:
-            return tokenizers.load(folder.path / "tokenizer")
-        if args.tokenizer in tokenizers.KINDS:
-            return data.fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
-        return tokenizers.load(args.tokenizer)
-
-    ranks.from_rank0_or_raise(lambda: load_tokenizer().fingerprint)
-    tokenizer = load_tokenizer()
+    print0("\n".join(corpora.describe_corpus(corpus)))
+    tokenizer = data.load_tokenizer(args, corpus, config and folder.path / "tokenizer", source and source.tokenizer)
     if config and tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
         raise UsageError(f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file")
-    if args.vocab_size not in (-1, tokenizer.vocab_size):
-        print0(f"the text yields a vocabulary of {tokenizer.vocab_size:,} instead of --vocab-size={args.vocab_size}")
-    cache = data.TokenCache(tokenizer, torch.get_num_threads())
-    ranks.from_rank0_or_raise(lambda: cache.prepare(corpus.train + corpus.val, lambda shards: runlog.bar(shards, "tokenizing", "shard")))
+    saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
     T = args.max_seq_len
-    rows = data.Rows(corpus.train, cache, T, args.seed)
-    tokens_per_epoch = rows.rows_per_epoch() * T
+    cache = data.TokenCache(tokenizer, torch.get_num_threads(), saved_state.get("shard_tokens"))
+    rows = data.Rows(corpus, cache, T, args.seed)
+    ranks.from_rank0_or_raise(lambda: cache.prepare([*corpus.val, *rows.first_shards()], lambda shards: runlog.bar(
+        shards, "tokenizing", "shard")))
+    tokens_per_epoch = config["data"]["tokens_per_epoch"] if config else rows.tokens_per_epoch()
     pieces = data.held_out_pieces(corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize)
     if not pieces and args.eval_every != -1:
         raise UsageError(f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1")
-    prompts = sample_prompts(args, tokenizer, corpus)
-    print0(f"tokens: {tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a token, "
-           f"{rows.share_dropped():.3%} dropped; {sum(map(len, pieces)) - len(pieces):,} to validate on; "
-           f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})")
+    prompts = ranks.from_rank0_or_raise(lambda: engine.sample_prompts(args, tokenizer, corpus))
+    print0(data.describe_tokens(rows, tokens_per_epoch, pieces))
 
     # ----- the plan: derived at the first start, read back afterwards
-    model_config = models.GPTConfig(**config["model"]) if config else plans.model_config(args, tokenizer.vocab_size)
+    model_config = models.GPTConfig(**config["model"]) if config else source.model if source else plans.model_config(
+        args, tokenizer.vocab_size)
     plan = plans.Plan(**config["plan"]) if config else plans.make_plan(args, model_config, tokens_per_epoch, peak, world_size)
+    if extending:
+        was = plan.num_iterations
+        start_step = start.extend(args, plan, model_config, tokens_per_epoch, peak, world_size, folder, start_step)
+        saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
+        changed.append(f"extended from {was} to {plan.num_iterations or 'as many as fit'} steps")
+    if config:
+        print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
+               + (f"; changed: {', '.join(changed)}" if changed else ""))
+    ranks.from_rank0_or_raise(lambda: data.check_disk(rows, plan.tokens, tokens_per_epoch))
     element_bytes = torch.finfo(dtype).bits // 8
     free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
-    device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size))
+    device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size, device_type))
     accumulation = plan.rows_per_step // (device_batch * world_size)
     print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes,
                                             tokens_per_epoch)))
@@ -281,7 +228,7 @@ def main(args):
     def claim():
         folder.claim()
         if config is None:  # another process may have trained here while this one read its data
-            wanted_step(args, folder, checkpoint)
+            start.wanted_step(args, folder)
 
     ranks.from_rank0_or_raise(claim)
     metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
@@ -292,15 +239,23 @@ def main(args):
             tokenizer.save(folder.path / "tokenizer")
             config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(),
                       "model": vars(model_config), "seed": args.seed,
-                      "data": {"name": corpus.name, "fingerprint": corpus.fingerprint, "train_bytes": corpus.train_bytes,
-                               "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
-                               "compressed_bpb": data.compressed_bits_per_byte(corpus.val)},
+                      "data": {"name": corpus.name, "revision": corpus.revision, "fingerprint": corpus.fingerprint,
+                               "train_bytes": corpus.train_bytes, "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
+                               "compressed_bpb": corpora.compressed_bits_per_byte(corpus.val)},
                       "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
                       "runtime": {"dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
                                   "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
                       "hardware": hardware.describe(device), **runlog.provenance()}
-            folder.write_config(config)
+            if source:
+                config["init_from"] = {"run": args.init_from, "step": source.step}
             print0("held-out text compressed:", ", ".join(f"{k} {v} bits per byte" for k, v in config["data"]["compressed_bpb"].items()))
+        if extending:
+            config["args"] |= {name: getattr(args, name) for name in plans.HORIZONS}
+            config["plan"] = plan.as_dict()
+            config["extended"] = [*config.get("extended", []), {"from_step": start_step, "steps_before": was}]
+        if extending or "wandb_id" not in config:  # an extended run leaves the old curve where the warm-down began: a new one in W&B
+            config["wandb_id"] = track.new_run_id()
+        folder.write_config(config)
         checkpoint.set_aside_after(folder.path, start_step)
         metrics.keep_before(start_step)
         samples.keep_before(start_step)
@@ -308,9 +263,8 @@ def main(args):
     # ----- the state of the loop: all that must survive a restart besides tensors
     step = start_step
     state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "best_saved_bpb": None,
-             "tokenizer": tokenizer.fingerprint}
-    if start_step:
-        state |= {k: v for k, v in checkpoint.read_state(folder.path, start_step).items() if k in state}
+             "stale_evaluations": 0, "shard_tokens": {}, "tokenizer": tokenizer.fingerprint}
+    state |= {name: value for name, value in saved_state.items() if name in state}
 
     def position(at):
         """What every line of metrics begins with."""
@@ -321,15 +275,24 @@ def main(args):
     def summarize(status, reason=""):
         seconds = state["training_seconds"]
         speed = step * plan.total_batch_tokens / seconds if seconds else None
-        runlog.write_summary(folder.path, status=status, reason=reason, **position(step), val_bpb=state["val_bpb"],
-                             min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tok_per_sec=speed,
-                             mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
-                             peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
+        return runlog.write_summary(folder.path, status=status, reason=reason, **position(step), val_bpb=state["val_bpb"],
+                                    min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tok_per_sec=speed,
+                                    mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
+                                    peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
 
-    def micro_batches(first_step):
+    def log(**values):
+        metrics.write(**values)
+        trackers.log(values)
+
+    def save(kind, loop_state):
+        optimizer_state = optimizer.state()  # all ranks: it gathers
+        if main_rank:
+            checkpoint.save(folder.path, step, kind, model, optimizer_state, {**loop_state, "shard_tokens": dict(rows.cache.lengths)})
+            checkpoint.prune(folder.path, args.keep_last)
+
+    def batches_of_steps(first_step):
         for at in range(first_step, sys.maxsize):
-            for micro in range(accumulation):
-                yield rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size)
+            yield [rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size) for micro in range(accumulation)]
 
     def forward_backward(batch, at, micro):
         """Backward pass of one micro-batch; returns its mean loss in nats, detached."""
@@ -341,33 +304,41 @@ def main(args):
         return loss.detach()
 
     stop = StopSignals(speaks=main_rank)
-    batches = None
+    batches, ahead, data_failure, trackers = None, None, "", None
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
+    cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
+    evaluated, reason = None, ""  # the step evaluated last, why the run ends early
     if main_rank:
         summarize("running")
     try:
+        if main_rank:
+            trackers = track.Trackers(folder.path, args.run, args.tensorboard, config, config["wandb_id"], start_step, progress.message,
+                                      earlier=runlog.read_lines(metrics.path))
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
         model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
         optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
         if start_step:
             checkpoint.load_model(folder.path, start_step, model)
             optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
+        elif source:
+            checkpoint.load_model(args.init_from, source.step, model)
         model.train()
         if not no_compiler:
             model.compile_parts()
         started = time.monotonic()
-        forward_backward(next(micro_batches(start_step)), start_step, 0)
+        forward_backward(next(batches_of_steps(start_step))[0], start_step, 0)
         optimizer.zero_grad()
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
-
-        batches = data.Prefetcher(micro_batches(start_step))
+        batches = data.Prefetcher(batches_of_steps(start_step))
+        if not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process a machine reads ahead
+            ahead = data.Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
 
         # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
         while True:
-            finished = plan.num_iterations is not None and step >= plan.num_iterations
+            finished = bool(reason) and not stopping or plan.num_iterations is not None and step >= plan.num_iterations
 
             # save: before everything that might fail
             kind = None
@@ -380,15 +351,13 @@ def main(args):
             elif rolling_due or stopping:
                 kind = "rolling"
             if kind and not args.no_save and (step > start_step or kind == "final"):
-                optimizer_state = optimizer.state()  # all ranks: it gathers
-                if main_rank:
-                    checkpoint.save(folder.path, step, kind, model, optimizer_state, state)
-                    checkpoint.prune(folder.path, args.keep_last)
-                del optimizer_state
+                save(kind, state)
                 last_save = time.monotonic()
 
             # evaluate: all ranks
-            if args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0) and not stopping:
+            due = args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0)
+            if due and evaluated != step and not stopping:
+                before = dict(state)  # a checkpoint holds the state from before the evaluation, which a resumed run repeats
                 try:
                     result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
                                                     interrupted=lambda: world_size == 1 and stop.requested)
@@ -396,22 +365,34 @@ def main(args):
                     progress.message(f"step {step}: the evaluation failed, training goes on ({error})")
                     state["val_bpb"] = None
                     if main_rank:
-                        metrics.write(**position(step), **{"val/bpb": None, "val/loss": None, "reason": str(error)})
+                        log(**position(step), **{"val/bpb": None, "val/loss": None, "reason": str(error)})
                 else:
                     if result is None:  # told to stop in the middle: once more round, to save and leave
                         stopping = True
                         continue
                     state["val_bpb"] = result["bpb"]
+                    better = result["bpb"] < (state["min_val_bpb"] or math.inf)
                     state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
+                    state["stale_evaluations"] = 0 if better else state["stale_evaluations"] + 1
+                    if better and args.patience != -1 and not args.no_save:  # the model that patience will have been for
+                        save("rolling", before)
                     if main_rank:
-                        metrics.write(**position(step), **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
+                        log(**position(step), **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
                         progress.message(f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
                                          f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)")
                         if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
                             state["best_saved_bpb"] = result["bpb"]
                             checkpoint.mark_best(folder.path, step)
+                    if result["bpb"] <= args.stop_at_bpb:
+                        reason = f"val/bpb {result['bpb']:.4f} reached --stop-at-bpb={args.stop_at_bpb}"
+                    elif 0 < args.patience <= state["stale_evaluations"]:
+                        reason = f"{args.patience} evaluations without improvement (--patience)"
+                evaluated = step
                 if main_rank:
                     summarize("running")
+                if reason and not finished:  # once more round, to save and leave
+                    progress.message(f"step {step}: ending here, {reason}")
+                    continue
 
             # sample: rank 0
             if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping and main_rank:
@@ -425,6 +406,7 @@ def main(args):
                         progress.message(f"step {step}: sampling failed, training goes on ({type(error).__name__}: {error})")
                     else:
                         samples.write(step=step, prompt=prompt, text=text)
+                        trackers.text(step, prompt, text)
                         progress.message(f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}")
 
             # stop?
@@ -436,15 +418,24 @@ def main(args):
             step_started = time.monotonic()
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
-            for micro in range(accumulation):
-                loss += forward_backward(next(batches), step, micro) / accumulation
+            try:
+                for micro, batch in enumerate(next(batches)):
+                    loss += forward_backward(batch, step, micro) / accumulation
+            except data.DataFailed as error:  # the other ranks are in the middle of the step: take part in it, then save and leave
+                data_failure = str(error)
+                optimizer.zero_grad(to_zeros=True)
             grad_norm = optimizer.reduce()
-            # one more exchange: mean loss, was any rank told to stop; from rank 0, whose clock counts: is a rolling checkpoint
-            # due, is the time budget measured
+            # one more exchange: mean loss, was any rank told to stop, has one no data; from rank 0, whose clock counts: is a
+            # rolling checkpoint due, is the time budget measured
             measured = main_rank and plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 6 * args.target_minutes
             due = main_rank and args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes
-            votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor([stop.requested, due, measured])]))
-            loss, (stopping, rolling_due, measured) = votes[0].item(), (votes[1:] > 0).tolist()
+            votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor(
+                [stop.requested, due, measured, bool(data_failure)])]))
+            loss, (stopping, rolling_due, measured, no_data) = votes[0].item(), (votes[1:] > 0).tolist()
+            if no_data:
+                stopping, data_failure = True, data_failure or "another rank has no training data"
+                optimizer.drop_gradients()
+                continue
             grad_norm = grad_norm.item()
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite and args.grad_clip:
@@ -466,11 +457,11 @@ def main(args):
             speed = plan.total_batch_tokens / dt
             mfu = 100 * speed * plan.flops_per_token / (peak * world_size)
             if main_rank:
-                metrics.write(**position(step - 1),
-                              **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
-                                 "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
-                                 "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch},
-                              **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
+                log(**position(step - 1),
+                    **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
+                       "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
+                       "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch},
+                    **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
             if step == 1 and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
@@ -490,6 +481,7 @@ def main(args):
                 if main_rank:
                     config["plan"] = plan.as_dict()
                     folder.write_config(config)
+                    trackers.update_config(config)
                     progress.message(f"time budget: {plan.num_iterations} steps at {1000 * measured_seconds / measured_steps:.0f} ms, "
                                      f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}")
             smooth_loss = loss if smooth_loss is None or not finite else 0.95 * smooth_loss + 0.05 * loss
@@ -502,18 +494,23 @@ def main(args):
             error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
         if main_rank:
             interrupted = isinstance(error, KeyboardInterrupt)
-            summarize("stopped" if interrupted else "failed", "interrupted" if interrupted else f"{type(error).__name__}: {error}")
+            summary = summarize("stopped" if interrupted else "failed", "interrupted" if interrupted else f"{type(error).__name__}: {error}")
+            if trackers:
+                trackers.finish(summary, EXIT_STOPPED if interrupted else EXIT_FAILED)
         raise error
     finally:
         stop.restore()
-        if batches is not None:
-            batches.close()
+        for worker in (batches, ahead):
+            if worker is not None:
+                worker.close()
         progress.close()
 
     # ----- the end
     completed = finished and not stopping
+    code = EXIT_FAILED if data_failure else EXIT_COMPLETED if completed else EXIT_STOPPED
     if main_rank:
-        summarize("completed" if completed else "stopped", "" if completed else "asked to stop by a signal")
+        status = "failed" if data_failure else "completed" if completed else "stopped"
+        trackers.finish(summarize(status, data_failure or reason or ("" if completed else "asked to stop by a signal")), code)
         metrics.close()
         samples.close()
         saved = "nothing was saved (--no-save)" if args.no_save else f"checkpoint at step {step}"
@@ -522,9 +519,10 @@ def main(args):
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
-            print0(f"stopped at step {step} as asked; {saved}" + ("" if args.no_save else f"; add --resume to go on: {folder.path}"))
+            print0(f"stopped at step {step}: {data_failure or 'as asked'}; {saved}"
+                   + ("" if args.no_save else f"; add --resume to go on: {folder.path}"))
     ranks.close()
-    return EXIT_COMPLETED if completed else EXIT_STOPPED
+    return code
 
 
 SAMPLE_TOKENS = 96  # length of the samples drawn during training
@@ -553,31 +551,14 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def sample_prompts(args, tokenizer, corpus):
-    """Prompts of the samples: the lines of --sample-prompts, or nothing at all and the beginnings of held-out documents."""
-    if args.sample_every == -1:
-        return []
-    if not args.sample_prompts:
-        return ["", *(tokenizer.decode(tokenizer.encode(document[:100])[:8]) for document in corpus.val[0].load()[:2])]
-    try:
-        with open(args.sample_prompts, encoding="utf-8") as f:
-            prompts = [line.rstrip("\n") for line in f]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--sample-prompts={args.sample_prompts}: cannot be read as text ({error})") from None
-    for prompt in prompts:
-        tokenizer.encode(prompt)
-    return prompts
-
-
 def run(argv=None):
     """parse_args() and main() with errors as messages and exit codes: 2 for wrong usage or input, 1 for a failed run."""
-    args = parse_args(argv)
     try:
-        return main(args)
+        return main(parse_args(argv))
     except UsageError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except TrainingFailed as error:
+    except (TrainingFailed, Unavailable) as error:
         print(f"train.py: training failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

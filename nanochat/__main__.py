@@ -4,13 +4,19 @@ import importlib
 import os
 import sys
 
-from nanochat.common import EXIT_USAGE, UsageError
+from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError
 
 APPS = {
     "sample": "generate text from a run",
     "report": "plot a run's curves",
+    "runs": "list the runs under a folder",
+    "export": "turn a run into a Hugging Face folder, or back",
+    "data": "fetch, inspect, tokenize ahead and mix text",
+    "tokenizer": "train, compare and inspect tokenizers",
+    "doctor": "check this machine",
 }
-LATER = ("evaluate", "compare", "runs", "serve", "client", "export", "dpo", "jobs", "data", "tokenizer", "bench", "doctor")
+MODULES = {"data": "data_app", "tokenizer": "tokenizer_app"}  # where the library has a module of the app's name
+LATER = ("evaluate", "compare", "serve", "client", "dpo", "jobs", "bench")
 USAGE = "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n" + "\n".join(
     f"  {name:<10} {text}" for name, text in APPS.items())
 
@@ -27,10 +33,13 @@ def main(argv=None):
         print(f"nanochat: error: '{app}' {why}; there are: {', '.join(APPS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        return importlib.import_module(f"nanochat.{app}").main(rest)
+        return importlib.import_module(f"nanochat.{MODULES.get(app, app)}").main(rest)
     except UsageError as error:
         print(f"nanochat {app}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except Unavailable as error:
+        print(f"nanochat {app}: failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it

@@ -13,6 +13,11 @@ class UsageError(Exception):
     """A request that cannot be honoured: bad flag, missing or unusable input. Shown without a traceback, exit code 2."""
 
 
+class Unavailable(Exception):
+    """Something outside this program that cannot be had now: a download, disk space. Shown without a traceback, exit code 1;
+    trying again later may help."""
+
+
 def install_hint(package, purpose):
     """The UsageError to raise when an optional package is missing."""
     return UsageError(f"{purpose} needs the package '{package}', which is not installed: pip install {package}")

@@ -1,275 +1,46 @@
-"""Text in, training rows out: sources -> shards of documents -> cached token ids -> rows -> batches.
+"""Token ids in, training rows out: shards of documents -> cached token ids -> rows -> batches.
 
-A shard is the unit of tokenizing, caching and shuffling. Row g of a run (g counts rows from the start of training, over
-all epochs) is a pure function of (seed, g) and of the shards before it:
+Row g of a run (g counts rows from the start of training, over all epochs) is a pure function of (seed, g) and of the
+shards before it:
 
-1. the shards of epoch e follow a permutation drawn from (seed, e);
+1. the shards of epoch e follow a permutation of the full list drawn from (seed, e);
 2. inside a shard the documents are permuted, each followed by BOS, and the resulting ring of tokens is turned by a
    random offset, so that cuts fall elsewhere in every epoch;
 3. the ring is cut into pieces of T tokens; the pieces, each behind a BOS, are the shard's rows, in permuted order.
 
 Every token is a target once an epoch, except fewer than T at the end of each ring (share_dropped says how many).
-A document cut by a row goes on in another row after a BOS. No state is kept: resuming is asking for row g."""
+A document cut by a row goes on in another row after a BOS. No state is kept: resuming is asking for row g. A large corpus
+is fetched and tokenized shard by shard, ahead of the rows that are read (Ahead)."""
 
-import dataclasses
+import bisect
 import fcntl
-import glob
+import itertools
 import json
+import math
 import os
 import queue
-import sysconfig
+import shutil
 import threading
-from dataclasses import dataclass
-from pathlib import Path
+import time
 
 import numpy as np
 
 from nanochat import tokenizer as tokenizers
-from nanochat.common import UsageError, base_dir, sha256_file, sha256_hex, stream_seed
+from nanochat.common import Unavailable, UsageError, base_dir, human_bytes, human_time, sha256_hex, stream_seed
+from nanochat.hub import DownloadFailed
+from nanochat.ranks import from_rank0_or_raise, print0
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
-SHARD_BYTES = 8 << 20  # small files are grouped up to this size; one file is never split
-PYTHON_HELD_OUT = 50  # one file in this many is held out of the embedded corpus
 CACHE_LIMIT_BYTES = 100 << 30
 BPE_SAMPLE_BYTES = 200 << 20  # text that BPE training reads at most
+ENCODE_BYTES = 8 << 20  # text that is encoded at once
+ANNOUNCE_BYTES = 64 << 20  # a shard of more text gets a line when it is tokenized
+OPEN_SHARDS = 8  # token files kept open
+AHEAD_SHARDS = 4  # shards fetched and tokenized beyond the one that training reads
+AHEAD_RETRY_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A list of documents: those of `files` in order, of which [first:last] are kept (characters, if it is one document).
-
-    n_bytes: UTF-8 bytes of the documents. fingerprint: of the content that load() returns."""
-    name: str
-    files: tuple
-    fingerprint: str
-    n_bytes: int
-    first: int = 0
-    last: int | None = None
-    cut_characters: bool = False
-
-    def load(self):
-        """The documents as a list of str, none of them blank."""
-        documents = [document for path in self.files for document in read_documents(path)]
-        if self.cut_characters:
-            return [documents[0][self.first : self.last]]
-        return documents[self.first : self.last]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Training and validation shards of a run. note: one sentence on what was held out."""
-    name: str
-    train: list
-    val: list
-    note: str
-
-    @property
-    def train_bytes(self):
-        return sum(shard.n_bytes for shard in self.train)
-
-    @property
-    def fingerprint(self):
-        """SHA-256 over the content of both sides, in order; paths and times do not enter."""
-        return sha256_hex(json.dumps([[s.fingerprint for s in self.train], [s.fingerprint for s in self.val]]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sources
-
-
-def read_text(path):
-    """A file as str. UsageError if it is not UTF-8 text."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-    if b"\0" in content:
-        raise UsageError(f"data: {path} is a binary file (it holds NUL bytes); give UTF-8 text, .jsonl or .parquet")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"data: {path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv") from None
-
-
-def read_documents(path):
-    """The documents of one file, blank ones left out: .jsonl and .parquet by their `text` field, else as plain text."""
-    suffix = Path(path).suffix
-    if suffix == ".parquet":
-        documents = _read_parquet(path)
-    elif suffix == ".jsonl":
-        documents = [_jsonl_text(path, i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    else:
-        text = read_text(path)
-        documents = [text]
-        if END_OF_DOCUMENT in text:
-            documents = "\n".join("\0" if line.strip() == END_OF_DOCUMENT else line for line in text.split("\n")).split("\0")
-            documents = [document.strip("\n") for document in documents]
-    return [document for document in documents if document.strip()]
-
-
-def _jsonl_text(path, line_number, line):
-    try:
-        value = json.loads(line)
-    except ValueError:
-        raise UsageError(f"data: {path} line {line_number} is not JSON; a .jsonl file has one object a line") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UsageError(f"data: {path} line {line_number} has no string field 'text' (it has: {keys}); rename the field")
-    return value["text"].encode("utf-8", "replace").decode("utf-8")  # JSON may spell lone surrogates, UTF-8 cannot
-
-
-def _read_parquet(path):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        from nanochat.common import install_hint
-        raise install_hint("pyarrow", f"--data: reading {path}") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        column = table.read(columns=["text"]).column("text").to_pylist() if "text" in names else []
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"data: {path} is not a readable parquet file ({error})") from None
-    if "text" not in names:
-        raise UsageError(f"data: {path} has no column 'text' (it has: {', '.join(names)}); rename the column")
-    if any(document is not None and not isinstance(document, str) for document in column):
-        raise UsageError(f"data: {path}: the column 'text' does not hold strings")
-    return [document for document in column if document is not None]
-
-
-def find_files(pattern, flag="--data"):
-    """The data files that a path, folder or glob names, sorted. UsageError if there are none."""
-    if os.path.isdir(pattern):
-        files = sorted(p for p in Path(pattern).rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise UsageError(f"{flag}={pattern}: the folder holds no {', '.join(SUFFIXES)} file")
-    elif os.path.isfile(pattern):
-        files = [Path(pattern)]
-    else:
-        files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-        if not files:
-            raise UsageError(f"{flag}={pattern}: no such file or folder, and no file matches it as a pattern")
-    return files
-
-
-def _shard(files, first=0, last=None, cut_characters=False):
-    """A Shard of files, with the size of its text."""
-    content = [sha256_file(path) for path in files]
-    shard = Shard(name=files[0].name + (f" +{len(files) - 1}" if len(files) > 1 else ""), files=tuple(files),
-                  fingerprint=sha256_hex(json.dumps([content, first, last, cut_characters])),
-                  n_bytes=0, first=first, last=last, cut_characters=cut_characters)
-    return dataclasses.replace(shard, n_bytes=sum(len(document.encode("utf-8")) for document in shard.load()))
-
-
-def _grouped(files):
-    """Shards of whole files in order, small ones together up to SHARD_BYTES."""
-    groups, size = [], SHARD_BYTES + 1
-    for path in files:
-        if size + path.stat().st_size > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(path)
-        size += path.stat().st_size
-    return [shard for shard in map(_shard, groups) if shard.n_bytes]
-
-
-def _mixed(files):
-    """_grouped() in the order of the files' hashes, for training: neighbours in a folder are alike, and rows are
-    shuffled inside a shard only, so that shards in folder order would each teach something else (runs/LOG.md)."""
-    return _grouped(sorted(files, key=sha256_file))
-
-
-def local_corpus(pattern, val_pattern=None):
-    """The corpus of --data (a path, folder or glob) and, if given, of --val-data."""
-    files = find_files(pattern)
-    if val_pattern:
-        return _checked(Corpus(pattern, _mixed(files), _grouped(find_files(val_pattern, "--val-data")), f"validation: {val_pattern}"),
-                        val_pattern)
-    counts = {path: len(read_documents(path)) for path in files}
-    files = [path for path in files if counts[path]]
-    if not files:
-        raise UsageError(f"--data={pattern}: there is no text in it (empty file, or blank documents only)")
-    if len(files) > 1 and max(counts.values()) > 1:
-        return Corpus(pattern, _mixed(files[:-1]), _grouped(files[-1:]), f"held out: the last file, {files[-1].name}")
-    if len(files) > 1:
-        held_out = max(1, round(0.02 * len(files)))
-        return Corpus(pattern, _mixed(files[:-held_out]), _grouped(files[-held_out:]),
-                      f"held out: the last {held_out} of {len(files)} documents")
-    document_count = counts[files[0]]
-    cut_characters = document_count == 1
-    total = len(read_documents(files[0])[0]) if cut_characters else document_count
-    held_out, unit = max(1, total // 10), "characters" if cut_characters else "documents"
-    train = _shard(files, 0, total - held_out, cut_characters)
-    val = _shard(files, total - held_out, None, cut_characters)
-    return Corpus(pattern, [train], [val], f"held out: the last tenth ({held_out:,} of {total:,} {unit})")
-
-
-def _python_paths():
-    """(relative name, path) of the candidate files, sorted by name within each root."""
-    import importlib.util
-    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"]), "torch": Path(importlib.util.find_spec("torch").origin).parent}
-    for label, root in roots.items():
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} if label == "stdlib" else set()
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(set(folders) - skip)
-            for name in sorted(names):
-                if name.endswith(".py"):
-                    path = Path(folder) / name
-                    yield f"{label}/{path.relative_to(root).as_posix()}", path
-
-
-def _checked(corpus, val_data):
-    """The corpus, if both its sides hold text."""
-    for flag, value, shards in (("--data", corpus.name, corpus.train), ("--val-data", val_data, corpus.val)):
-        if not sum(shard.n_bytes for shard in shards):
-            raise UsageError(f"{flag}={value}: there is no text in it (empty file, or blank documents only)")
-    return corpus
-
-
-def python_files():
-    """{relative name: path} of the embedded corpus: the standard library without tests, and the installed torch package.
-
-    Files that are not UTF-8 or repeat an earlier one byte for byte are left out."""
-    found, seen = {}, set()
-    for name, path in _python_paths():
-        content = path.read_bytes()
-        digest = sha256_hex(content)
-        if digest in seen or not content.strip() or b"\0" in content:
-            continue
-        try:
-            content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            continue
-        seen.add(digest)
-        found[name] = path
-    return dict(sorted(found.items()))
-
-
-def python_corpus():
-    """Python source that is on every machine that runs this: one document a file, 2% held out by hash of the name."""
-    files = python_files()
-    held_out = {name for name in files if int(sha256_hex(name)[:8], 16) % PYTHON_HELD_OUT == 0}
-    train = _mixed([path for name, path in files.items() if name not in held_out])
-    val = _grouped([files[name] for name in sorted(held_out)])
-    return Corpus("python", train, val, f"held out: {len(held_out)} of {len(files)} files, by hash of their names")
-
-
-def open_corpus(data, val_data):
-    """The Corpus that --data and --val-data name. Raises UsageError for whatever is wrong with them."""
-    if data == "python":
-        if val_data:
-            val = _grouped(find_files(val_data, "--val-data"))
-            return _checked(Corpus("python", python_corpus().train, val, f"validation: {val_data}"), val_data)
-        return python_corpus()
-    return local_corpus(data, val_data)
-
-
-def estimated_bytes(data):
-    """Bytes of --data from file sizes alone, for plans; no file is read."""
-    if data == "python":
-        return sum(path.stat().st_size for _, path in _python_paths())
-    return sum(path.stat().st_size for path in find_files(data))
+class DataFailed(Unavailable):
+    """Training data that cannot be had now: a download that failed for good, a full disk."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,67 +51,130 @@ def fit_tokenizer(corpus, kind, vocab_size):
     """The tokenizer of a run: trained on the training shards (for char: on all text, so that validation has no unknown).
 
     vocab_size -1 derives it from the data size. The result is kept under the base dir by data, kind and size."""
-    if kind == "bpe" and vocab_size == -1:
-        vocab_size = tokenizers.derived_vocab_size(corpus.train_bytes)
     if kind == "byte":
         return tokenizers.train("byte", [], -1)
-    key = sha256_hex(json.dumps([kind, vocab_size, tokenizers.SPLIT_PATTERN, corpus.fingerprint]))[:32]
-    folder = base_dir() / "tokenizers" / key
+    vocab_size, folder = _fitted(corpus, kind, vocab_size)
     if (folder / tokenizers.FILE_NAME).exists():
         return tokenizers.load(folder)
     if kind == "char":
-        texts = (document for shard in corpus.train + corpus.val for document in shard.load())
+        if not corpus.eager:
+            raise UsageError(f"--tokenizer=char: needs to see all text, and {corpus.name} is too large for that "
+                             f"({human_bytes(corpus.train_bytes)}); use bpe or byte")
+        texts = (document for shard in shards_to_fit(corpus, kind, vocab_size) for document in shard.documents())
     else:
-        texts = _sample_of(corpus.train, BPE_SAMPLE_BYTES)
+        texts = _sample_of(shards_to_fit(corpus, kind, vocab_size), BPE_SAMPLE_BYTES)
     fitted = tokenizers.train(kind, texts, vocab_size)
     fitted.save(folder)
     return fitted
 
 
+def _fitted(corpus, kind, vocab_size):
+    """(vocabulary size, folder where it is kept) of a tokenizer that is fitted to a corpus."""
+    if kind == "bpe" and vocab_size == -1:
+        vocab_size = tokenizers.derived_vocab_size(corpus.train_bytes)
+    key = sha256_hex(json.dumps([kind, vocab_size, tokenizers.SPLIT_PATTERN, corpus.fingerprint]))[:32]
+    return vocab_size, base_dir() / "tokenizers" / key
+
+
+def shards_to_fit(corpus, kind, vocab_size):
+    """The shards that fit_tokenizer() still has to read for this tokenizer: none if it is kept or needs no text; for bpe
+    evenly spread ones of about BPE_SAMPLE_BYTES, of a large remote corpus the first."""
+    if kind not in ("bpe", "char") or (_fitted(corpus, kind, vocab_size)[1] / tokenizers.FILE_NAME).exists():
+        return []
+    if kind == "char":
+        return corpus.train + corpus.val
+    return corpus.train[:: max(1, -(-corpus.train_bytes // BPE_SAMPLE_BYTES))]
+
+
+def load_tokenizer(args, corpus, of_run, of_source):
+    """The tokenizer of a run: the resumed run's (folder of_run), that of --init-from (of_source), or what --tokenizer says.
+
+    Made on rank 0, read by the others. UsageError if --tokenizer contradicts --init-from."""
+    def load():
+        if of_run or of_source and "tokenizer" not in args.given:
+            return tokenizers.load(of_run or of_source)
+        if args.tokenizer in tokenizers.KINDS:
+            return fit_tokenizer(corpus, args.tokenizer, args.vocab_size)
+        return tokenizers.gpt2() if args.tokenizer == "gpt2" else tokenizers.load(args.tokenizer)
+
+    from_rank0_or_raise(lambda: load().fingerprint)
+    tokenizer = load()
+    if of_source and tokenizer.fingerprint != tokenizers.load(of_source).fingerprint:
+        raise UsageError(f"--tokenizer={args.tokenizer}: not the tokenizer of --init-from={args.init_from}, whose weights mean nothing "
+                         f"to another; leave the flag out")
+    if args.vocab_size not in (-1, tokenizer.vocab_size):
+        print0(f"the text yields a vocabulary of {tokenizer.vocab_size:,} instead of --vocab-size={args.vocab_size}")
+    return tokenizer
+
+
 def _sample_of(shards, n_bytes):
-    """Documents of evenly spread shards, about n_bytes of them."""
-    total = sum(shard.n_bytes for shard in shards)
-    stride = max(1, -(-total // n_bytes))
-    for shard in shards[::stride]:
-        yield from shard.load()
+    """Documents of the shards, about n_bytes of them."""
+    for document in itertools.chain.from_iterable(shard.documents() for shard in shards):
+        yield document
+        n_bytes -= len(document)
+        if n_bytes <= 0:
+            return
 
 
 class TokenCache:
-    """Token ids of shards, one file a shard, made when first needed and shared by all runs and ranks of a machine."""
+    """Token ids of shards, one file a shard, made when first needed and shared by all runs and ranks of a machine.
 
-    def __init__(self, tokenizer, threads):
-        self.tokenizer, self.threads = tokenizer, threads
+    lengths: {shard fingerprint: tokens} of every shard seen; a resumed run brings those of its checkpoint along, so that
+    finding a row needs no shard but its own."""
+
+    def __init__(self, tokenizer, threads, lengths=None, report=print):
+        self.tokenizer, self.threads, self.report = tokenizer, threads, report
         self.folder = base_dir() / "tokens" / tokenizer.fingerprint[:32]
-        self.opened = {}
+        self.opened, self.lengths = {}, dict(lengths or {})
 
     def path(self, shard):
         return self.folder / f"{shard.fingerprint[:32]}.safetensors"
 
+    def length(self, shard):
+        """Tokens of a shard, the BOS after each document included."""
+        if shard.fingerprint not in self.lengths:
+            self.tokens(shard)
+        return self.lengths[shard.fingerprint]
+
     def tokens(self, shard):
         """(ids, offsets) of a shard: all documents' ids with a BOS after each, and the n + 1 places where they start.
 
-        ids is a lazily read slice object (ids[a:b] is a numpy array), offsets an int64 array. A damaged file is a
-        UsageError: the disk may be failing, so it is not silently replaced."""
-        if shard.fingerprint in self.opened:
-            return self.opened[shard.fingerprint]
-        path = self.path(shard)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks and runs wait here and then find the file
-            if not path.exists():
-                self._build(shard, path)
-        self.opened[shard.fingerprint] = self._open(shard, path)
-        os.utime(path)  # trim_cache() drops what was not used for longest
+        ids is a lazily read slice object (ids[a:b] is a numpy array), offsets an int64 array. Made first if there is no
+        file, which fetches remote text. A damaged file is a UsageError: the disk may be failing, so it is not silently
+        replaced. Raises DataFailed when the text cannot be fetched or the disk is full."""
+        from safetensors import SafetensorError
+        if shard.fingerprint not in self.opened:
+            path = self.path(shard)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(path.with_suffix(".lock"), "w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks and runs wait here and then find the file
+                    if not path.exists():
+                        self._build(shard, path)
+            except DownloadFailed as error:
+                raise DataFailed(str(error)) from None
+            except (OSError, SafetensorError) as error:
+                raise DataFailed(f"token cache: {path} cannot be written ({error}); free some space, or name another folder for "
+                                 f"caches by NANOCHAT_BASE_DIR") from None
+            while len(self.opened) >= OPEN_SHARDS:
+                self.opened.pop(next(iter(self.opened)))
+            self.opened[shard.fingerprint] = self._open(shard, path)
+            os.utime(path)  # trim_cache() drops what was not used for longest
+            self.lengths[shard.fingerprint] = int(self.opened[shard.fingerprint][1][-1])
         return self.opened[shard.fingerprint]
 
     def _build(self, shard, path):
         from safetensors.numpy import save_file
+        started = time.monotonic()
+        for abandoned in path.parent.glob(f"{path.stem}.*.partial"):  # of a process that was killed: the lock is ours
+            abandoned.unlink()
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        pieces, bos = [], np.array([self.tokenizer.bos], dtype=dtype)
-        for ids in self.tokenizer.encode_batch(shard.load(), self.threads):
-            pieces += [ids.astype(dtype), bos]
-        lengths = [len(ids) + 1 for ids in pieces[::2]]
-        ids, offsets = np.concatenate(pieces), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+        pieces, lengths, bos = [np.empty(0, dtype)], [0], np.array([self.tokenizer.bos], dtype=dtype)
+        for documents in _by_size(shard.documents(self.report), ENCODE_BYTES):
+            encoded = self.tokenizer.encode_batch(documents, self.threads)
+            lengths += [len(ids) + 1 for ids in encoded]
+            pieces.append(np.concatenate([part for ids in encoded for part in (ids.astype(dtype), bos)]))
+        ids, offsets = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             save_file({"ids": ids, "offsets": offsets}, partial, metadata={"sha256": self._digest(ids, offsets)})
@@ -349,6 +183,9 @@ class TokenCache:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        if shard.n_bytes >= ANNOUNCE_BYTES:
+            self.report(f"tokenized {shard.name}: {len(ids):,} tokens in {human_time(time.monotonic() - started)}")
+        trim_cache(self.folder.parent, keep={path, *(self.folder / f"{name[:32]}.safetensors" for name in self.opened)})
 
     def _open(self, shard, path):
         from safetensors import SafetensorError, safe_open
@@ -371,7 +208,19 @@ class TokenCache:
         """Tokenize the shards that are not cached yet. progress: wraps the list (a progress bar, or the list itself)."""
         for shard in progress([shard for shard in shards if not self.path(shard).exists()]):
             self.tokens(shard)
-        trim_cache(self.folder.parent, keep={self.path(shard) for shard in shards})
+
+
+def _by_size(documents, n_bytes):
+    """Lists of consecutive documents, each list of about n_bytes characters."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= n_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def trim_cache(folder, keep, limit_bytes=CACHE_LIMIT_BYTES):
@@ -391,40 +240,68 @@ def trim_cache(folder, keep, limit_bytes=CACHE_LIMIT_BYTES):
 
 
 class Rows:
-    """Random access to the rows of training, as the module docstring defines them."""
+    """Random access to the rows of training, as the module docstring defines them.
 
-    def __init__(self, shards, cache, row_tokens, seed):
-        self.shards, self.cache, self.T, self.seed = shards, cache, row_tokens, seed
+    Only the shards up to a row's own are looked at, and of those before it only the lengths."""
+
+    def __init__(self, corpus, cache, row_tokens, seed):
+        self.corpus, self.cache, self.T, self.seed = corpus, cache, row_tokens, seed
+        self.shards = corpus.train
         self.plans = {}  # (epoch, shard) -> what _plan() returns; the last few only
+        self.visits, self.ends = [], []  # (epoch, shard index) in reading order, and the number of rows up to its end
+        self.reading = 0  # place in `visits` of the last row read
 
     def shard_rows(self, shard_index):
         """Number of rows of a shard, the same in every epoch."""
-        return int(self.cache.tokens(self.shards[shard_index])[1][-1]) // self.T
+        return self.cache.length(self.shards[shard_index]) // self.T
 
-    def rows_per_epoch(self):
-        """Rows of one pass over all shards. UsageError, with numbers, if there is not even one."""
-        rows = sum(self.shard_rows(i) for i in range(len(self.shards)))
+    def shard_order(self, epoch):
+        """Indices of the shards in the order in which an epoch reads them."""
+        return np.random.default_rng(stream_seed(self.seed, "shards", epoch)).permutation(len(self.shards)).tolist()
+
+    def first_shards(self):
+        """The shards to tokenize before step 0: all of a small corpus, of a large one the first that is read (none if its
+        length is known already: a run that is resumed later in its data may never need it again)."""
+        return self.shards if self.corpus.eager else [shard for shard in self._counted_shards() if shard.fingerprint not in self.cache.lengths]
+
+    def _counted_shards(self):
+        """The shards from which the tokens of an epoch are counted or estimated."""
+        return self.shards if self.corpus.eager else [self.shards[self.shard_order(0)[0]]]
+
+    def tokens_per_epoch(self):
+        """Training tokens of one pass; of a large corpus an estimate from the first shard. UsageError, with numbers, if
+        there is not even one row."""
+        known = self._counted_shards()
+        tokens = sum(self.cache.length(shard) for shard in known)
+        rows = sum(self.cache.length(shard) // self.T for shard in known)
         if rows == 0:
-            tokens = sum(int(self.cache.tokens(shard)[1][-1]) for shard in self.shards)
-            raise UsageError(f"--data: {tokens:,} training tokens in {len(self.shards)} shards are too few for one row of "
+            raise UsageError(f"--data: {tokens:,} training tokens in {len(known)} shards are too few for one row of "
                              f"{self.T} tokens; give more text or lower --max-seq-len")
-        return rows
+        return rows * self.T if self.corpus.eager else round(
+            rows * self.T * self.corpus.train_bytes / max(1, sum(shard.n_bytes for shard in known)))
 
     def share_dropped(self):
-        """Share of an epoch's tokens that no row holds (the ends of the rings)."""
-        tokens = sum(int(self.cache.tokens(shard)[1][-1]) for shard in self.shards)
-        return 1 - self.rows_per_epoch() * self.T / tokens
+        """Share of the tokens that no row holds (the ends of the rings), in the whole of a small corpus, in the first shard
+        of a large one; None while their lengths are not known."""
+        if any(shard.fingerprint not in self.cache.lengths for shard in self._counted_shards()):
+            return None
+        lengths = [self.cache.length(shard) for shard in self._counted_shards()]
+        return 1 - sum(length // self.T * self.T for length in lengths) / sum(lengths)
 
     def locate(self, row):
         """(epoch, shard index, row of that shard before its permutation) of global row number `row`."""
-        epoch, row = divmod(row, self.rows_per_epoch())
-        order = np.random.default_rng(stream_seed(self.seed, "shards", epoch)).permutation(len(self.shards))
-        for shard_index in order.tolist():
-            n = self.shard_rows(shard_index)
-            if row < n:
-                return epoch, shard_index, row
-            row -= n
-        raise AssertionError("unreachable: row < rows_per_epoch")
+        while not self.ends or row >= self.ends[-1]:
+            epoch, place = divmod(len(self.visits), len(self.shards))
+            shard_index = self.shard_order(epoch)[place]
+            end = (self.ends[-1] if self.ends else 0) + self.shard_rows(shard_index)
+            if place == len(self.shards) - 1 and end == 0:
+                raise UsageError(f"--data: none of {len(self.shards)} shards holds one row of {self.T} tokens; give more text or "
+                                 f"lower --max-seq-len")
+            self.visits.append((epoch, shard_index))
+            self.ends.append(end)
+        place = bisect.bisect_right(self.ends, row)
+        self.reading = place
+        return *self.visits[place], row - (self.ends[place - 1] if place else 0)
 
     def _plan(self, epoch, shard_index):
         """(document order, ring position where each begins, ring offset, row order) of a shard in an epoch."""
@@ -465,11 +342,68 @@ class Rows:
         return rows[:, :-1], rows[:, 1:]
 
 
-class Prefetcher:
-    """Runs an iterator in a thread, a few items ahead. An exception there is raised at next() here."""
+class Ahead:
+    """A thread that fetches and tokenizes the shards that training will read next, up to AHEAD_SHARDS further on.
 
-    def __init__(self, iterator, depth=4):
-        self.queue, self.stopped = queue.Queue(depth), threading.Event()
+    Trouble is reported and tried again later: it ends training only when the shard itself is needed and still missing.
+    rows: those of this process, whose place is followed. last_row(): the end of the run, None while it is not known."""
+
+    def __init__(self, rows, first_row, last_row, report):
+        cache = TokenCache(rows.cache.tokenizer, max(1, rows.cache.threads // 2), rows.cache.lengths, report=report)
+        self.rows, self.own = rows, Rows(rows.corpus, cache, rows.T, rows.seed)  # its own cache: TokenCache is for one thread
+        self.last_row, self.report, self.stopped = last_row, report, threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(first_row,), daemon=True)
+        self.thread.start()
+
+    def _run(self, row):
+        while not self.stopped.is_set() and (self.last_row() is None or row < self.last_row()):
+            if self.own.reading > self.rows.reading + AHEAD_SHARDS:
+                self.stopped.wait(0.5)
+                continue
+            try:
+                self.own.locate(row)  # which makes the token file of the row's shard
+                row = self.own.ends[self.own.reading]
+            except (DataFailed, UsageError) as error:
+                self.report(f"reading ahead failed, training goes on: {error}")
+                self.stopped.wait(AHEAD_RETRY_SECONDS)
+
+    def close(self):
+        """Ask the thread to end. It is not waited for: it may be in the middle of a download, which the next run continues."""
+        self.stopped.set()
+
+
+def check_disk(rows, tokens, tokens_per_epoch):
+    """Raise UsageError, with numbers, if the disk has no room for what `tokens` of training still have to fetch and cache."""
+    corpus, order = rows.corpus, rows.shard_order(0)
+    n_shards = len(order) if corpus.eager else min(len(order), math.ceil(len(order) * tokens / tokens_per_epoch))
+    missing = [rows.shards[i] for i in order[:n_shards] if not rows.cache.path(rows.shards[i]).exists()
+               and rows.shards[i].fingerprint not in rows.cache.lengths]  # what a resumed run has read may be gone
+    download = sum(file.n_bytes for shard in missing for file in shard.remote_files() if not file.is_local())
+    id_bytes = 2 if rows.cache.tokenizer.vocab_size <= 1 << 16 else 4
+    token_bytes = id_bytes * tokens_per_epoch / max(1, corpus.train_bytes) * sum(shard.n_bytes for shard in missing)
+    free = shutil.disk_usage(base_dir()).free
+    if download + token_bytes > free:
+        raise UsageError(f"--data={corpus.name}: {tokens:,.0f} tokens of training need {len(missing)} more shards, {human_bytes(download)} "
+                         f"to fetch and {human_bytes(token_bytes)} of token cache, and the disk has {human_bytes(free)} free; free some, "
+                         f"name a folder on a larger disk by NANOCHAT_BASE_DIR, or give a shorter horizon")
+
+
+def describe_tokens(rows, tokens_per_epoch, pieces):
+    """A line on how the text became tokens."""
+    corpus, tokenizer = rows.corpus, rows.cache.tokenizer
+    share_dropped = rows.share_dropped()
+    dropped = f"{share_dropped:.3%} dropped; " if share_dropped is not None else ""
+    return (f"tokens: {'' if corpus.eager else 'about '}{tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a "
+            f"token, {dropped}{sum(map(len, pieces)) - len(pieces):,} to validate on; vocabulary {tokenizer.vocab_size:,} "
+            f"({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})")
+
+
+class Prefetcher:
+    """Runs an iterator in a thread, a few items ahead. An exception there is raised at next() here, and DataFailed when
+    interrupted() becomes true while an item is waited for: a download may take long, and the run is to leave."""
+
+    def __init__(self, iterator, depth=4, interrupted=lambda: False):
+        self.queue, self.stopped, self.interrupted = queue.Queue(depth), threading.Event(), interrupted
         self.thread = threading.Thread(target=self._run, args=(iterator,), daemon=True)
         self.thread.start()
 
@@ -490,14 +424,24 @@ class Prefetcher:
             self._put((None, error))
 
     def __next__(self):
-        item, error = self.queue.get()
-        if error is not None:
-            raise error
+        while True:
+            try:
+                item, error = self.queue.get(timeout=0.5)
+                break
+            except queue.Empty:
+                if self.interrupted():
+                    raise DataFailed("asked to stop while waiting for training data") from None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # or it would keep itself alive through this frame, and with it the frame of train.py and all that it holds
         return item
 
     def close(self):
+        """End the thread. One that is making a token file is left behind: it is a daemon, and the file is made again."""
         self.stopped.set()
-        self.thread.join()
+        self.thread.join(timeout=5)
 
 
 def held_out_pieces(shards, cache, row_tokens, max_tokens):
@@ -515,27 +459,3 @@ def held_out_pieces(shards, cache, row_tokens, max_tokens):
             if left == 0:
                 return pieces
     return pieces
-
-
-def compressed_bits_per_byte(shards, max_bytes=1 << 20):
-    """{compressor: bits per byte} of gzip -9 and xz -9 on the first max_bytes of held-out text: what a model has to beat."""
-    import gzip
-    import lzma
-    text = b""
-    for shard in shards:
-        text += "\n".join(shard.load()).encode("utf-8")
-        if len(text) >= max_bytes:
-            break
-    text = text[:max_bytes]
-    packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
-    return {name: round(8 * len(content) / len(text), 4) for name, content in packed.items()}
-
-
-def describe_corpus(corpus):
-    """Lines on what a corpus is: bytes and fingerprint of both sides, and what is held out."""
-    lines = [f"data: {corpus.name}, {corpus.note}"]
-    for side, shards in (("to train on", corpus.train), ("held out", corpus.val)):
-        fingerprint = sha256_hex(json.dumps([shard.fingerprint for shard in shards]))
-        n_bytes = sum(shard.n_bytes for shard in shards)
-        lines.append(f"  {side + ':':<12} {n_bytes:,} bytes in {len(shards)} shards, fingerprint {fingerprint[:16]}")
-    return lines

@@ -6,6 +6,7 @@ The prompt runs through the model once (prefill), whatever the number of samples
 sample. Choices are made on the CPU in fp64 from one seeded generator: a seed gives the same text on every run."""
 
 import codecs
+import itertools
 import math
 
 import torch
@@ -44,7 +45,7 @@ class KVCache:
     """What the model remembers of the tokens it has read: keys and values per layer, and what smear needs.
 
     length: positions read so far. previous_embedding: (B, 1, C), the normalised embedding of the last token, or None
-    before the first. layers: one LayerCache per layer. dtype is the model's compute dtype."""
+    before the first and in models without smear. layers: one LayerCache per layer. dtype is the model's compute dtype."""
 
     def __init__(self, config, batch_size, capacity, device, dtype):
         self.layers = [LayerCache(batch_size, capacity, config.n_kv_head, config.head_dim, device, dtype)
@@ -54,9 +55,10 @@ class KVCache:
         self.previous_embedding = None
 
     def advance(self, n_tokens, last_embedding_Bx1xC):
-        """Count n_tokens as read, once every layer has appended them."""
+        """Count n_tokens as read, once every layer has appended them. The embedding is None in models without smear."""
         self.length += n_tokens
-        self.previous_embedding = last_embedding_Bx1xC.expand(self.batch_size, -1, -1)
+        if last_embedding_Bx1xC is not None:
+            self.previous_embedding = last_embedding_Bx1xC.expand(self.batch_size, -1, -1)
 
 
 def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen_BxV=None):
@@ -215,3 +217,21 @@ def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens=256, **
     ids = prompt_with_bos(tokenizer, prompt)
     steps = list(generate_ids(model, ids, max_new_tokens, num_samples=num_samples, stop_id=tokenizer.bos, **sampling))
     return ["".join(text_pieces(tokenizer, (step[s] for step in steps))) for s in range(num_samples)]
+
+
+def sample_prompts(args, tokenizer, corpus):
+    """Prompts of the samples that training draws: the lines of --sample-prompts, or nothing at all and the beginnings of two
+    held-out documents. UsageError for a file that is no text or has what the tokenizer cannot encode."""
+    if args.sample_every == -1:
+        return []
+    if not args.sample_prompts:
+        documents = itertools.islice(corpus.val[0].documents(), 2)
+        return ["", *(tokenizer.decode(tokenizer.encode(document[:100])[:8]) for document in documents)]
+    try:
+        with open(args.sample_prompts, encoding="utf-8") as f:
+            prompts = [line.rstrip("\n") for line in f]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sample-prompts={args.sample_prompts}: cannot be read as text ({error})") from None
+    for prompt in prompts:
+        tokenizer.encode(prompt)
+    return prompts

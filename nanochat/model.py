@@ -1,11 +1,13 @@
-"""The GPT: a pre-norm decoder sized by its depth.
+"""The models: pre-norm decoders sized by their depth.
 
 Shape legend: B batch rows, T tokens of a row, C width, H query heads, K key/value heads, D head dim, V vocabulary.
 
-Beyond the plain decoder it has value embeddings (arXiv 2410.17897), residual and x0 lambdas, smear, backout, QK-norm,
-ReLU^2 and a logit softcap. Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
+GPT (--arch=speedrun) has, beyond the plain decoder, value embeddings (arXiv 2410.17897), residual and x0 lambdas, smear,
+backout, QK-norm, ReLU^2 and a logit softcap. Llama (--arch=llama) is the plain decoder that other programs know.
+Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,15 @@ from nanochat.common import round_up
 
 NORM_EPS = 1e-6
 ROPE_BASE = 100_000.0
+LLAMA_NORM_EPS = 1e-5
+LLAMA_ROPE_BASE = 10_000.0
+# Standard deviation of Llama's embedding table at initialisation, alone and when it is also the head. Nothing normalises what
+# it adds to the stream: at 1, as in GPT, it drowns the blocks' share for the whole of a small run (runs/LOG.md).
+LLAMA_TABLE_STD, TIED_TABLE_STD = 0.1, 0.02
 ROPE_REACH = 10  # rotary tables cover this many times max_seq_len: CORE prompts and long samples run past the context
 GATE_CHANNELS = 16  # leading channels of x that drive the value-embedding and smear gates (fewer if the width is smaller)
 LOGIT_SOFTCAP = 15.0
+ARCHITECTURES = ("speedrun", "llama")
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,15 @@ class GPTConfig:
     short_window: int = 1024  # keys that a token of an S layer sees, itself included
     dropout: float = 0.0
     arch: str = "speedrun"
+    tie_embeddings: bool = False  # llama: the head is the embedding table
 
     def __post_init__(self):
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"architecture {self.arch!r}; there are {', '.join(ARCHITECTURES)}")
+        if self.arch == "llama" and set(self.window_pattern) != {"L"}:
+            raise ValueError(f"windows: pattern {self.window_pattern!r}; a llama has full context in all layers, written L")
+        if self.arch == "speedrun" and self.tie_embeddings:
+            raise ValueError("tied embeddings are for llama; a speedrun model's table and head differ in scale by design")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(f"heads do not fit: {self.n_head} query, {self.n_kv_head} key/value, dim {self.head_dim}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"} or self.short_window < 1:
@@ -50,8 +65,8 @@ class GPTConfig:
         return [ROPE_REACH * self.max_seq_len if letter == "L" else self.short_window for letter in letters]
 
     def has_value_embedding(self, layer):
-        """Alternate layers have one, the last always."""
-        return layer % 2 == (self.depth - 1) % 2
+        """Alternate layers of a speedrun model have one, the last always."""
+        return self.arch == "speedrun" and layer % 2 == (self.depth - 1) % 2
 
 
 def width_for(depth, aspect_ratio, head_dim):
@@ -82,12 +97,15 @@ def rotate(x_BxTxHxD, cos_TxD2, sin_TxD2):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; in a speedrun model with QK-norm and on some layers value embeddings."""
+
     def __init__(self, config, layer, backend):
         super().__init__()
         C, H, K, D = config.width, config.n_head, config.n_kv_head, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = H, K, D
         self.window = config.windows()[layer]
         self.backend = backend
+        self.qk_norm = config.arch == "speedrun"
         self.dropout = config.dropout
         self.query = Linear(C, H * D)
         self.key = Linear(C, K * D)
@@ -103,7 +121,9 @@ class Attention(nn.Module):
         if self.value_gate is not None:  # a gate of 1 per head at initialisation, between 0 and 2 afterwards
             gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.value_gate.in_features]))
             v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.to(v.dtype).view_as(v)
-        q, k = norm(rotate(q, *rope)), norm(rotate(k, *rope))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.qk_norm:
+            q, k = norm(q), norm(k)
         if cache is not None:
             k, v = cache.append(k, v)
         out = attention(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
@@ -141,6 +161,16 @@ class GPT(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32, attention_backend="blocked"):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self._add_parts(attention_backend)
+        reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
+        self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
+        # plain functions, not bound methods: those would make the model hold itself in memory
+        self.run_mix_embedding, self.run_token_nats = type(self).mix_embedding, type(self).token_nats
+
+    def _add_parts(self, attention_backend):
+        """Make the modules and parameters, uninitialised."""
+        config = self.config
         C, KD = config.width, config.n_kv_head * config.head_dim
         self.embedding = nn.Embedding(config.vocab_size, C)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, KD)
@@ -152,18 +182,10 @@ class GPT(nn.Module):
         self.smear_gate = Linear(min(GATE_CHANNELS, C), 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
         self.backout_lambda = nn.Parameter(torch.empty(1))
-        reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
-        self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
-        self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
-        # plain functions, not bound methods: those would make the model hold itself in memory
-        self.run_mix_embedding, self.run_token_nats = GPT.mix_embedding, GPT.token_nats
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Fill every parameter and buffer; the same values on every rank and device (drawn on the CPU).
-
-        Projections back into the residual stream, gates and the smear start at zero, so that each block starts as the
-        identity; the head starts small, so that the first loss is ln(V)."""
+        """Fill every parameter and buffer; the same values on every rank and device (drawn on the CPU)."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal_(parameter, std):
@@ -172,6 +194,16 @@ class GPT(nn.Module):
         def uniform_(parameter, std):
             parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * (3**0.5 * std))
 
+        self._init_parts(normal_, uniform_)
+        angle = self._rotary_angles()
+        self.rope_cos.copy_(angle.cos())
+        self.rope_sin.copy_(angle.sin())
+
+    def _init_parts(self, normal_, uniform_):
+        """Fill the parameters. normal_ and uniform_ fill one (parameter, standard deviation) with random numbers.
+
+        Projections back into the residual stream, gates and the smear start at zero, so that each block starts as the
+        identity; the head starts small, so that the first loss is ln(V)."""
         std = self.config.width**-0.5
         normal_(self.embedding.weight, 1.0)
         for table in self.value_embeddings.values():
@@ -190,19 +222,20 @@ class GPT(nn.Module):
         nn.init.zeros_(self.smear_gate.weight)
         nn.init.zeros_(self.smear_lambda)
         nn.init.zeros_(self.backout_lambda)
-        # fp64 angles: at position 20,480 an fp32 product is already off by 1e-3 radians
+
+    def _rotary_angles(self):
+        """Radians by position and pair of channels, (positions, D/2), on the CPU."""
+        # fp64: at position 20,480 an fp32 product is already off by 1e-3 radians
         half = self.config.head_dim // 2
         frequency = ROPE_BASE ** -(torch.arange(half, dtype=torch.float64) / half)
-        angle = torch.outer(torch.arange(self.rope_cos.size(0), dtype=torch.float64), frequency)
-        self.rope_cos.copy_(angle.cos())
-        self.rope_sin.copy_(angle.sin())
+        return torch.outer(torch.arange(self.rope_cos.size(0), dtype=torch.float64), frequency)
 
     def compile_parts(self):
         """Compile each block, the embedding mix and the loss, not the whole: layers of one kind share one kernel set.
 
         Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled."""
-        self.run_mix_embedding = torch.compile(GPT.mix_embedding, dynamic=False)
-        self.run_token_nats = torch.compile(GPT.token_nats, dynamic=False)
+        self.run_mix_embedding = torch.compile(type(self).mix_embedding, dynamic=False)
+        self.run_token_nats = torch.compile(type(self).token_nats, dynamic=False)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -211,10 +244,12 @@ class GPT(nn.Module):
         return contextlib.nullcontext() if self.training else torch.compiler.set_stance("force_eager")
 
     def parameter_groups(self):
-        """{group name: {parameter name: parameter}}; every parameter is in exactly one group (asserted)."""
+        """{group name: {parameter name: parameter}}; every parameter is in exactly one group (asserted).
+
+        A table that is also the head is in "embedding", and "unembedding" is then empty."""
         groups = {"matrices": {}, "embedding": {}, "value_embeddings": {}, "unembedding": {}, "scalars": {}}
         for name, parameter in self.named_parameters():
-            if name.startswith("blocks.") and not name.endswith("value_gate.weight"):
+            if name.startswith("blocks.") and parameter.ndim == 2 and not name.endswith("value_gate.weight"):
                 group = "matrices"
             elif name == "embedding.weight":
                 group = "embedding"
@@ -223,7 +258,7 @@ class GPT(nn.Module):
             elif name == "head.weight":
                 group = "unembedding"
             else:
-                assert parameter.numel() <= GATE_CHANNELS * self.config.n_kv_head + self.config.depth, name
+                assert parameter.ndim == 1 or parameter.numel() <= GATE_CHANNELS * self.config.n_kv_head, name
                 group = "scalars"
             groups[group][name] = parameter
         placed = [name for group in groups.values() for name in group]
@@ -238,14 +273,16 @@ class GPT(nn.Module):
     def scaling_parameters(self):
         """N of the scaling rules: parameters of the transformer's matrices plus the head."""
         counts = self.count_parameters()
-        return counts["matrices"] + counts["unembedding"]
+        return counts["matrices"] + counts["embedding" if self.config.tie_embeddings else "unembedding"]
 
     def flops_per_token(self):
         """Training FLOPs (forward and backward) per token of a full row.
 
-        6 per parameter that multiplies a token (arXiv 2204.02311, appendix B: gates included, tables not), plus
-        attention: 12 x H x D x visible keys a layer, its window counted, no halving for causality."""
+        6 per parameter that multiplies a token (arXiv 2204.02311, appendix B: gates included, tables not, unless tied
+        to the head), plus attention: 12 x H x D x visible keys a layer, its window counted, no halving for causality."""
         multiplied = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        if self.config.tie_embeddings:
+            multiplied += self.embedding.weight.numel()
         keys = sum(min(window, self.config.max_seq_len) for window in self.config.windows())
         return 6 * multiplied + 12 * self.config.n_head * self.config.head_dim * keys
 
@@ -265,27 +302,32 @@ class GPT(nn.Module):
         if start + T > self.rope_cos.size(0):
             raise ValueError(f"{start + T} positions; this model was built for at most {self.rope_cos.size(0)}")
         rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        with self._stance():
+            hidden_BxTxC, last_Bx1xC = self._run_blocks(ids_BxT, rope, cache)
+        if cache is not None:
+            cache.advance(T, last_Bx1xC)
+        return hidden_BxTxC
+
+    def _run_blocks(self, ids_BxT, rope, cache):
+        """From ids to the normalised residual stream (B, T, C), and what the cache keeps of the last token for smear."""
         raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
             previous = torch.zeros_like(raw[:, :1])
         middle_block = max(0, self.config.depth // 2 - 1)
-        with self._stance():
-            x0, last = self.run_mix_embedding(self, raw, previous)
-            x = x0
-            for i, block in enumerate(self.blocks):
-                table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
-                value_embedding = F.embedding(ids_BxT, table) if table is not None else None
-                layer_cache = cache.layers[i] if cache is not None else None
-                x = block(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
-                if i == middle_block:
-                    middle = x
-        if cache is not None:
-            cache.advance(T, last)
-        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+        x0, last = self.run_mix_embedding(self, raw, previous)
+        x = x0
+        for i, block in enumerate(self.blocks):
+            table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
+            value_embedding = F.embedding(ids_BxT, table) if table is not None else None
+            layer_cache = cache.layers[i] if cache is not None else None
+            x = block(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
+            if i == middle_block:
+                middle = x
+        return norm(x - self.backout_lambda.to(x.dtype) * middle), last
 
     def logits(self, hidden):
-        """Softcapped fp32 logits, (..., V), of hidden states (..., C)."""
+        """Softcapped fp32 logits, (..., V), of hidden states (..., C) in the compute dtype."""
         return LOGIT_SOFTCAP * torch.tanh(self.head(hidden).float() / LOGIT_SOFTCAP)
 
     def token_nats(self, hidden_BxTxC, targets_BxT):
@@ -295,7 +337,7 @@ class GPT(nn.Module):
                                reduction="none").view_as(targets_BxT)
 
     def forward(self, ids_BxT, targets_BxT=None, cache=None):
-        """Token nats (B, T) when targets are given, otherwise softcapped logits (B, T, V). ids and targets are int64."""
+        """Token nats (B, T) when targets are given, otherwise logits (B, T, V). ids and targets are int64."""
         hidden = self.hidden(ids_BxT, cache)
         if targets_BxT is None:
             return self.logits(hidden)
@@ -303,10 +345,111 @@ class GPT(nn.Module):
             return self.run_token_nats(self, hidden, targets_BxT)
 
 
-def build(config, device, compute_dtype=torch.float32, attention_backend="blocked", seed=0):
-    """An initialised GPT on `device`."""
+class RMSNorm(nn.Module):
+    """Llama's norm over the last dimension, with a weight per channel."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=LLAMA_NORM_EPS)
+
+
+def swiglu_width(width):
+    """Hidden size of Llama's MLP: 8/3 of the width, so that its three matrices hold what two of 4 x the width would,
+    rounded up to a multiple of 64 for the kernels."""
+    return round_up(math.ceil(8 * width / 3), 64)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = swiglu_width(config.width)
+        self.gate = Linear(config.width, hidden)
+        self.up = Linear(config.width, hidden)
+        self.down = Linear(hidden, config.width)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        return F.dropout(self.down(F.silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
+
+
+class LlamaBlock(nn.Module):
+    """Attention and SwiGLU, each on a normalised copy and added back."""
+
+    def __init__(self, config, layer, backend):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = Attention(config, layer, backend)
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.attention(self.attention_norm(x), None, rope, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(GPT):
+    """The decoder of arXiv 2302.13971, as transformers' LlamaForCausalLM computes it; with config.tie_embeddings the
+    embedding table is the head."""
+
+    def _add_parts(self, attention_backend):
+        config = self.config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([LlamaBlock(config, i, attention_backend) for i in range(config.depth)])
+        self.final_norm = RMSNorm(config.width)
+        self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
+
+    def _init_parts(self, normal_, uniform_):
+        """As in GPT: blocks start as the identity, the first loss is ln(V).
+
+        A tied table cannot be as small as a head. It starts at the usual 0.02; the identity would then give every token
+        width x 0.02 as its own logit, so the last norm's weight takes that out."""
+        std, tied = self.config.width**-0.5, self.config.tie_embeddings
+        normal_(self.embedding.weight, TIED_TABLE_STD if tied else LLAMA_TABLE_STD)
+        for block in self.blocks:
+            attention, mlp = block.attention, block.mlp
+            for projection in (attention.query, attention.key, attention.value, mlp.gate, mlp.up):
+                uniform_(projection.weight, std)
+            nn.init.zeros_(attention.out.weight)
+            nn.init.zeros_(mlp.down.weight)
+            nn.init.ones_(block.attention_norm.weight)
+            nn.init.ones_(block.mlp_norm.weight)
+        nn.init.constant_(self.final_norm.weight, min(1.0, 1 / (TIED_TABLE_STD * self.config.width)) if tied else 1.0)
+        if not tied:
+            normal_(self.head.weight, 0.001)
+
+    def _rotary_angles(self):
+        # in fp32 and in this order, as transformers computes them: far positions would differ visibly otherwise
+        D = self.config.head_dim
+        frequency = 1.0 / (LLAMA_ROPE_BASE ** (torch.arange(0, D, 2).float() / D))
+        return torch.outer(torch.arange(self.rope_cos.size(0)).float(), frequency)
+
+    def _run_blocks(self, ids_BxT, rope, cache):
+        x = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, cache.layers[i] if cache is not None else None)
+        return self.final_norm(x), None
+
+    def logits(self, hidden):
+        """fp32 logits, (..., V), of hidden states (..., C) in the compute dtype."""
+        if self.head is None:
+            return F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float()
+        return self.head(hidden).float()
+
+
+def meta_model(config, compute_dtype=torch.float32, attention_backend="blocked"):
+    """The model of a config (GPT or Llama) on the meta device: shapes without memory, for counting and for build()."""
     with torch.device("meta"):
-        model = GPT(config, compute_dtype, attention_backend)
+        return (Llama if config.arch == "llama" else GPT)(config, compute_dtype, attention_backend)
+
+
+def build(config, device, compute_dtype=torch.float32, attention_backend="blocked", seed=0):
+    """An initialised model of config.arch on `device`."""
+    model = meta_model(config, compute_dtype, attention_backend)
     model.to_empty(device=device)
     model.init_weights(seed)
     return model

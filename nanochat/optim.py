@@ -199,9 +199,10 @@ class Optimizer:
             self.parts += [MatrixStack(stack, settings[group], dtype) for stack in by_shape.values()]
         self.parameters = [p for members in groups.values() for p in members.values()]
 
-    def zero_grad(self):
+    def zero_grad(self, to_zeros=False):
+        """Drop the gradients, or (to_zeros) make them zeros, for a rank that has to reduce() without a backward pass."""
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = torch.zeros_like(parameter) if to_zeros else None
 
     @torch.no_grad()
     def reduce(self):

@@ -9,28 +9,24 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import data, hardware, ranks, schedules, tokenizer as tokenizers
+from nanochat import corpus as corpora, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
 from nanochat.attention import BACKENDS
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
 from nanochat.model import GPT, GPTConfig, width_for
 
 HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
-MEMORY_SHARE = 0.6  # of the free memory that a device batch chosen for the user may be estimated to take
+# Share of the free memory that a device batch chosen for the user may be estimated to take: a GPU has no other users.
+MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}
 LONG_RUN_SECONDS = 2 * 86400
 # What the flags of the contract name and this version does not do yet: refused by name, never ignored.
 LATER = {
-    "run": "logging to Weights & Biases", "tensorboard": "logging to TensorBoard", "config": "starting from a config file",
     "activation_checkpointing": "activation checkpointing", "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
-    "fp8_recipe": "fp8 training", "tie_embeddings": "tied embeddings (they belong to --arch=llama)",
-    "init_from": "starting from another run's weights", "stop_at_bpb": "stopping at a given bits per byte",
-    "patience": "stopping for lack of improvement", "core_metric_every": "the CORE metric",
+    "fp8_recipe": "fp8 training", "core_metric_every": "the CORE metric",
     "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric", "debug_nans": "tracing non-finite values",
     "profile": "profiling",
 }
-LATER_VALUES = {("arch", "llama"): "the llama architecture", ("tokenizer", "gpt2"): "GPT-2's tokenizer",
-                ("dtype", "float16"): "float16 training (it needs loss scaling)"}
-REMOTE_DATA = ("climbmix", "fineweb-edu", "shakespeare", "tinystories")
+LATER_VALUES = {("dtype", "float16"): "float16 training (it needs loss scaling)"}
 
 
 def flag(name):
@@ -60,14 +56,24 @@ def check_flags(args):
             require(name, False, f"{feature} is not available in this version", "leave the flag out")
     for (name, value), feature in LATER_VALUES.items():
         require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
-    if args.data in REMOTE_DATA or args.data.startswith("hf:"):
-        require("data", False, "downloads are not available in this version", "use 'python' or a path, glob or folder")
     known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
     require("tokenizer", known, "neither a kind of tokenizer nor a folder",
-            f"choose {', '.join(tokenizers.KINDS)}, or a folder with a saved one")
-    for name in ("sample_prompts", "val_data"):
+            f"choose {', '.join(tokenizers.KINDS)}, gpt2, or a folder with a saved one")
+    for name in ("sample_prompts", "val_data", "init_from"):
         value = getattr(args, name)
-        require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file", "check the path")
+        require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file or folder", "check the path")
+    named = args.data == "python" or corpora.is_remote(args.data)
+    require("data", named or os.path.exists(args.data) or glob.glob(args.data, recursive=True),
+            "no such file or folder, no file matches it as a pattern, and it names no dataset",
+            f"give a path, python, {', '.join(hub.KNOWN)}, or hf:<dataset>")
+    require("init_from", not args.init_from or not args.resume_from_step != -1, "contradicts --resume-from-step", "give one of the two")
+    llama = args.arch == "llama"
+    require("tie_embeddings", llama or not args.tie_embeddings, "belongs to --arch=llama", "add that, or leave it out")
+    for name in ("window_pattern", "short_window"):
+        require(name, not llama or name not in args.given or getattr(args, name) in ("L", -1),
+                "--arch=llama sees the full context in every layer", "leave the flag out")
+    for name in ("stop_at_bpb", "patience"):
+        require(name, args.eval_every != -1 or getattr(args, name) == -1, "needs evaluations, and --eval-every is -1", "give --eval-every")
     require("depth", args.depth <= 1000, "deeper than any model this program can hold", "give at most 1000")
     require("aspect_ratio", args.depth * args.aspect_ratio <= 2**17, "wider than any model this program can hold", "give less")
     require("out_dir", args.out_dir, "empty", "name a folder, or leave the flag out")
@@ -86,12 +92,14 @@ def check_flags(args):
         require(name, getattr(args, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "n_kv_head",
                  "short_window", "vocab_size", "device_batch_size", "total_batch_size", "matrix_lr", "eval_every", "sample_every",
-                 "save_every", "save_every_minutes", "keep_last", "eval_tokens"):
+                 "save_every", "save_every_minutes", "keep_last", "eval_tokens", "stop_at_bpb", "patience"):
         value = getattr(args, name)
         require(name, value == -1 or value > 0, "must be positive, or -1 for off or automatic", "give one of these")
     for name in ("resume_from_step", "warmup_steps"):
         require(name, getattr(args, name) >= -1, "must be at least 0, or -1 for off or automatic", "give one of these")
-    for name in ("embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
+    for name in ("embedding_lr", "unembedding_lr"):
+        require(name, getattr(args, name) >= 0 or getattr(args, name) == -1, "must not be negative", "give 0 or more, or -1")
+    for name in ("scalar_lr", "weight_decay", "grad_clip"):
         require(name, getattr(args, name) >= 0, "must not be negative", "give 0 or more")
     for name in ("adam_beta1", "adam_beta2", "dropout"):
         require(name, 0 <= getattr(args, name) < 1, "must be at least 0 and below 1", "give such a number")
@@ -129,7 +137,7 @@ def check_flags(args):
     require("gpus", args.gpus >= 1, "must be at least 1", "give a positive number")
     require("gpu", not args.gpu or hardware.listed_gpu(args.gpu), "not in the table of GPUs",
             f"choose one of {', '.join(hardware.GPUS)}")
-    return problems
+    return problems + track.problems(args.run, args.tensorboard)
 
 
 def model_config(args, vocab_size):
@@ -139,9 +147,9 @@ def model_config(args, vocab_size):
     return GPTConfig(
         depth=args.depth, width=width, head_dim=args.head_dim, n_head=heads,
         n_kv_head=heads if args.n_kv_head == -1 else args.n_kv_head, vocab_size=vocab_size, max_seq_len=args.max_seq_len,
-        window_pattern=args.window_pattern,
+        window_pattern="L" if args.arch == "llama" else args.window_pattern,
         short_window=max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window,
-        dropout=args.dropout, arch=args.arch)
+        dropout=args.dropout, arch=args.arch, tie_embeddings=args.tie_embeddings)
 
 
 def meta_model(config):
@@ -170,6 +178,10 @@ class Plan:
     @property
     def flops(self):
         return self.tokens * self.flops_per_token
+
+    def last_row(self):
+        """Number of rows that the run reads, None while its time budget is not measured."""
+        return None if self.num_iterations is None else self.num_iterations * self.rows_per_step
 
     def fix_steps(self, steps, args):
         """Set the number of steps, once it is known, and what follows from it."""
@@ -238,7 +250,7 @@ def step_memory_bytes(config, parameters, rows, element_bytes):
     return 24 * parameters + activations + tokens * config.vocab_size * (12 + 2 * element_bytes)
 
 
-def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size):
+def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size, device_type):
     """Rows a device takes at once: as given, else the largest power of two that divides its rows and is estimated to fit.
 
     Raises UsageError if the given one does not divide the batch, or if not even one row fits."""
@@ -257,12 +269,12 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size)
         return args.device_batch_size
     candidates = [n for n in (2**i for i in range(20)) if rows % n == 0] + ([rows] if rows & (rows - 1) else [])
     fitting = [n for n in sorted(candidates)
-               if step_memory_bytes(config, plan.parameters["total"], n, element_bytes) <= MEMORY_SHARE * free_bytes]
+               if step_memory_bytes(config, plan.parameters["total"], n, element_bytes) <= MEMORY_SHARE[device_type] * free_bytes]
     if not fitting:
         need = step_memory_bytes(config, plan.parameters["total"], 1, element_bytes)
         raise UsageError(f"--depth={config.depth}: one row of {config.max_seq_len} tokens is estimated to need {human_bytes(need)}, "
                          f"and of the {human_bytes(free_bytes)} "
-                         f"free {MEMORY_SHARE:.0%} may be planned with; lower --max-seq-len or --depth, or give "
+                         f"free {MEMORY_SHARE[device_type]:.0%} may be planned with; lower --max-seq-len or --depth, or give "
                          f"--device-batch-size=1 to try it all the same")
     return fitting[-1]
 
@@ -349,13 +361,13 @@ def dry_run(args):
         device = torch.device(device_type)
         dtype, _ = hardware.pick_dtype(args.dtype, device_type)
         (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
-    n_bytes = data.estimated_bytes(args.data)
+    n_bytes = corpora.estimated_bytes(args.data)
     vocab_size = tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
     config = model_config(args, vocab_size)
     tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
     plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
     element_bytes = torch.finfo(dtype).bits // 8
-    device_batch = pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus)
+    device_batch = pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus, device_type)
     if args.json:
         print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
         return EXIT_COMPLETED

@@ -69,14 +69,16 @@ class RunFolder:
         """Delete the run that the folder holds (--overwrite), config.json first; files that no run writes stay."""
         for name in ("config.json", "metrics.jsonl", "samples.jsonl", "core.jsonl", "summary.json", "loss.png"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "tokenizer"):
+        for name in ("checkpoints", "tokenizer", "wandb", "tensorboard"):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
 
 
 def write_summary(path, **values):
-    """Replace summary.json. Numbers that do not exist (yet) are null."""
-    write_json(Path(path) / "summary.json", {"format": FORMAT, **finite_or_null(values)})
+    """Replace summary.json and return its content. Numbers that do not exist (yet) are null."""
+    summary = {"format": FORMAT, **finite_or_null(values)}
+    write_json(Path(path) / "summary.json", summary)
+    return summary
 
 
 def status_of(path):

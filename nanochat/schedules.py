@@ -12,7 +12,9 @@ REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_WIDTH = 768
 # Learning rates at the reference batch (Adam's: and width). Muon's is in units of spectral norm per update.
 MATRIX_LR = {"muon": 0.02, "adamw": 0.003}
-EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR = 0.3, 0.004, 0.5
+EMBEDDING_LR = {"speedrun": 0.3, "llama": 0.02}
+UNEMBEDDING_LR = {"speedrun": 0.004, "llama": 0.004}
+SCALAR_LR = 0.5
 WEIGHT_DECAY = 0.2
 ADAM_BETA1, ADAM_BETA2 = 0.8, 0.95
 MUON_BETA2 = 0.95
@@ -50,8 +52,8 @@ def decay_factor(batch_tokens, tokens, reference_tokens):
 def group_settings(args, batch_tokens, tokens, reference_tokens, width):
     """Optimizer settings of each parameter group ({group: dict}), as optim.Optimizer takes them.
 
-    args: embedding_lr, unembedding_lr, matrix_lr (-1: by optimizer), scalar_lr, weight_decay, adam_beta1, adam_beta2,
-    optimizer. The rates in args are those of the reference; the returned ones are what is applied."""
+    args: embedding_lr, unembedding_lr (-1: by arch), matrix_lr (-1: by optimizer), scalar_lr, weight_decay, adam_beta1,
+    adam_beta2, optimizer, arch. The rates in args are those of the reference; the returned ones are what is applied."""
     factor = lr_factor(batch_tokens)
     adam = factor * (width / REFERENCE_WIDTH) ** -0.5
     decay = args.weight_decay * decay_factor(batch_tokens, tokens, reference_tokens)
@@ -60,12 +62,14 @@ def group_settings(args, batch_tokens, tokens, reference_tokens, width):
         return {"lr": lr, "beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": eps, "weight_decay": weight_decay}
 
     matrix_lr = args.matrix_lr if args.matrix_lr != -1 else MATRIX_LR[args.optimizer]
+    embedding_lr = args.embedding_lr if args.embedding_lr != -1 else EMBEDDING_LR[args.arch]
+    unembedding_lr = args.unembedding_lr if args.unembedding_lr != -1 else UNEMBEDDING_LR[args.arch]
     if args.optimizer == "muon":
         matrices = {"lr": matrix_lr * factor, "beta2": MUON_BETA2, "weight_decay": decay}
     else:
         matrices = adamw(matrix_lr * adam, weight_decay=decay)
-    return {"matrices": matrices, "embedding": adamw(args.embedding_lr * adam),
-            "value_embeddings": adamw(args.embedding_lr * adam), "unembedding": adamw(args.unembedding_lr * adam),
+    return {"matrices": matrices, "embedding": adamw(embedding_lr * adam),
+            "value_embeddings": adamw(embedding_lr * adam), "unembedding": adamw(unembedding_lr * adam),
             "scalars": adamw(args.scalar_lr * SCALAR_LR_FACTOR * adam, eps=SCALAR_EPS)}
 
 

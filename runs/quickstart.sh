@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 RUN=out/quickstart
-python train.py --model-tag=quickstart --depth=4 --max-seq-len=512 --total-batch-size=2048 --target-minutes=5 "$@"
+python train.py --model-tag=quickstart --data=python --depth=4 --max-seq-len=512 --total-batch-size=2048 --target-minutes=5 "$@"
 nanochat report $RUN
 nanochat sample $RUN --prompt "    def forward(self, x):" --max-tokens 100 --repetition-penalty 1.15
 echo "run folder: $RUN      loss plot: $RUN/loss.png      more samples: nanochat sample $RUN --prompt 'import '"

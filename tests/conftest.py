@@ -1,7 +1,24 @@
 """Set-up shared by all tests. Run pytest from the repository root; pyproject.toml puts it on the import path."""
 
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+
 import pytest
 import torch
+
+# huggingface_hub and datasets read these once, when they are first imported, so they are set before any test module is.
+# Nothing listens on the port unless a test uses the fixture `hub`: without it, a test has no network.
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    HUB_PORT = free.getsockname()[1]
+os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=tempfile.mkdtemp(prefix="nanochat-hf-"),
+                  NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +31,11 @@ def settled_environment(tmp_path_factory):
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         yield
+
+
+@pytest.fixture
+def hub():
+    """A local stand-in for the Hugging Face hub (tests/hub_server.py), at the address that HF_ENDPOINT names."""
+    from hub_server import HubServer
+    with HubServer(HUB_PORT) as server:
+        yield server

@@ -1,4 +1,4 @@
-"""Sources, splits, the token cache, and rows as a pure function of (seed, row number)."""
+"""The token cache, and rows as a pure function of (seed, row number)."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from nanochat import data, tokenizer as tokenizers
+from nanochat import corpus as corpora, data, tokenizer as tokenizers
 from nanochat.common import UsageError
 
 BYTE = tokenizers.train("byte", [], -1)
@@ -17,10 +17,6 @@ def write(path, text):
     return path
 
 
-def text_of(shards):
-    return [document for shard in shards for document in shard.load()]
-
-
 def make_rows(tmp_path, documents_by_file, T, seed=1):
     folder = tmp_path / "docs"
     folder.mkdir(exist_ok=True)
@@ -28,88 +24,15 @@ def make_rows(tmp_path, documents_by_file, T, seed=1):
     for i, documents in enumerate(documents_by_file):
         path = folder / f"{i:03}.jsonl"
         write(path, "".join(json.dumps({"text": d}) + "\n" for d in documents))
-        shards.append(data._shard([path]))
-    return data.Rows(shards, data.TokenCache(BYTE, threads=1), T, seed)
-
-
-# ----- sources and splits
-
-
-def test_one_document_holds_out_its_last_tenth(tmp_path):
-    path = write(tmp_path / "a.txt", "".join(chr(97 + i % 26) for i in range(1003)))
-    corpus = data.local_corpus(str(path))
-    train, val = text_of(corpus.train), text_of(corpus.val)
-    assert (len(train), len(val)) == (1, 1)
-    assert len(val[0]) == 100
-    assert train[0] + val[0] == path.read_text()
-
-
-def test_one_file_of_documents_holds_out_the_last_tenth_of_them(tmp_path):
-    path = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(f"story {i}" for i in range(20)) + "\n<|endoftext|>\n")
-    corpus = data.local_corpus(str(path))
-    assert text_of(corpus.train) == [f"story {i}" for i in range(18)]
-    assert text_of(corpus.val) == ["story 18", "story 19"]
-
-
-def test_a_document_mark_inside_a_line_is_text(tmp_path):
-    assert data.read_documents(write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")) == ["x <|endoftext|> y", "z"]
-
-
-def test_several_files_hold_out_the_last(tmp_path):
-    for i in range(3):
-        write(tmp_path / f"{i}.jsonl", "".join(json.dumps({"text": f"{i}.{j}"}) + "\n" for j in range(4)))
-    corpus = data.local_corpus(str(tmp_path))
-    assert text_of(corpus.val) == [f"2.{j}" for j in range(4)]
-    assert len(text_of(corpus.train)) == 8
-
-
-def test_a_folder_of_single_documents_holds_out_two_percent(tmp_path):
-    for i in range(100):
-        write(tmp_path / f"{i:03}.txt", f"document {i}")
-    corpus = data.local_corpus(str(tmp_path / "*.txt"))
-    assert text_of(corpus.val) == ["document 98", "document 99"]
-    assert len(corpus.train) == 1  # small files share a shard
-
-
-def test_val_data_is_used_whole(tmp_path):
-    a, b = write(tmp_path / "a.txt", "train " * 50), write(tmp_path / "b.txt", "validate")
-    corpus = data.open_corpus(str(a), str(b))
-    assert text_of(corpus.train) == ["train " * 50]
-    assert text_of(corpus.val) == ["validate"]
-
-
-def test_parquet_and_blank_documents(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-    pyarrow.parquet.write_table(pa.table({"id": [1, 2, 3], "text": ["one", None, "  \n"]}), tmp_path / "a.parquet")
-    assert data.read_documents(tmp_path / "a.parquet") == ["one"]
-
-
-def test_fingerprint_follows_content_not_place(tmp_path):
-    for name in ("x", "y"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "a.txt", "same words " * 30)
-    x, y = (data.local_corpus(str(tmp_path / name / "a.txt")) for name in "xy")
-    assert x.fingerprint == y.fingerprint
-    write(tmp_path / "y" / "a.txt", "same words " * 29 + "other word ")
-    assert data.local_corpus(str(tmp_path / "y" / "a.txt")).fingerprint != x.fingerprint
-
-
-def test_python_corpus_is_split_by_name():
-    corpus = data.python_corpus()
-    train = {path for shard in corpus.train for path in shard.files}
-    val = {path for shard in corpus.val for path in shard.files}
-    assert val and not train & val
-    assert 0.01 < len(val) / len(train | val) < 0.03
-    assert any(path.name == "argparse.py" for path in train | val)
-    assert not any("test" in path.parts and "torch" not in path.parts for path in train | val)
+        shards.append(corpora.file_shard([path]))
+    return data.Rows(corpora.Corpus("docs", shards, [], ""), data.TokenCache(BYTE, threads=1), T, seed)
 
 
 # ----- cache
 
 
 def test_cache_is_reused_and_damage_is_refused(tmp_path):
-    shard = data._shard([write(tmp_path / "a.txt", "cache me " * 40)])
+    shard = corpora.file_shard([write(tmp_path / "a.txt", "cache me " * 40)])
     cache = data.TokenCache(BYTE, threads=1)
     ids, offsets = cache.tokens(shard)
     assert offsets.tolist() == [0, 361]
@@ -143,7 +66,7 @@ def test_cache_limit_drops_the_least_recently_used(tmp_path):
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     characters = "".join(chr(c) for c in range(0x10000, 0x10000 + 65600))
     tokenizer = tokenizers.train("char", [characters], -1)
-    ids, _ = data.TokenCache(tokenizer, 1).tokens(data._shard([write(tmp_path / "a.txt", characters)]))
+    ids, _ = data.TokenCache(tokenizer, 1).tokens(corpora.file_shard([write(tmp_path / "a.txt", characters)]))
     assert ids[65590:65600].tolist() == list(range(65590, 65600))
 
 
@@ -159,7 +82,7 @@ def documents(n, seed=0):
 def test_an_epoch_holds_every_token_once_but_the_ring_ends(tmp_path):
     files = [documents(40, 1), documents(7, 2), documents(60, 3)]
     rows = make_rows(tmp_path, files, T=32)
-    n = rows.rows_per_epoch()
+    n = rows.tokens_per_epoch() // rows.T
     for epoch in range(2):
         seen = np.concatenate([rows.row(epoch * n + i)[1:] for i in range(n)])
         stored = np.concatenate([BYTE.encode_batch([d])[0] for file in files for d in file])
@@ -175,7 +98,7 @@ def test_rows_begin_with_bos_and_hold_consecutive_text(tmp_path):
     files = [documents(30, 4)]
     rows = make_rows(tmp_path, files, T=16)
     everything = set(files[0])
-    for i in range(rows.rows_per_epoch()):
+    for i in range(rows.tokens_per_epoch() // rows.T):
         row = rows.row(i)
         assert row.dtype == np.int64 and row.shape == (17,) and row[0] == BYTE.bos
         parts = bytes(np.where(row[1:] == BYTE.bos, ord("|"), row[1:]).astype(np.uint8)).decode().split("|")
@@ -186,7 +109,7 @@ def test_rows_begin_with_bos_and_hold_consecutive_text(tmp_path):
 def test_order_is_a_function_of_seed_epoch_and_row_alone(tmp_path):
     files = [documents(50, i) for i in range(4)]
     rows, again, other = (make_rows(tmp_path, files, 16, seed) for seed in (7, 7, 8))
-    n = rows.rows_per_epoch()
+    n = rows.tokens_per_epoch() // rows.T
     numbers = list(range(2 * n))
     forward = [rows.row(i).tolist() for i in numbers]
     backward = [again.row(i).tolist() for i in reversed(numbers)][::-1]
@@ -208,14 +131,14 @@ def test_steps_take_the_same_rows_on_any_number_of_ranks(tmp_path):
 
 def test_fewer_rows_than_a_batch_spans_epochs(tmp_path):
     rows = make_rows(tmp_path, [["abcdefgh" * 3]], T=8)
-    assert rows.rows_per_epoch() == 3
+    assert rows.tokens_per_epoch() // rows.T == 3
     inputs, targets = rows.batch(0, 10, 0, 10, 0, 1)
     assert inputs.shape == targets.shape == (10, 8)
 
 
 def test_too_little_text_is_an_error_with_numbers(tmp_path):
     with pytest.raises(UsageError, match="4 training tokens in 1 shards .* one row of 8"):
-        make_rows(tmp_path, [["abc"]], T=8).rows_per_epoch()
+        make_rows(tmp_path, [["abc"]], T=8).tokens_per_epoch()
 
 
 # ----- validation pieces, prefetching
@@ -226,12 +149,12 @@ def test_held_out_pieces(tmp_path):
     cache = data.TokenCache(BYTE, 1)
 
     def pieces(limit):
-        return [bytes(piece[1:].astype(np.uint8)).decode() for piece in data.held_out_pieces([data._shard([path])], cache, 4, limit)]
+        return [bytes(piece[1:].astype(np.uint8)).decode() for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, limit)]
 
     assert pieces(10**9) == ["abcd", "efgh", "ij", "klm", "nopq", "rst"]
     assert pieces(15) == ["abcd", "efgh", "ij", "klm", "no"]
     assert pieces(10) == ["abcd", "efgh", "ij"]
-    assert all(piece[0] == BYTE.bos for piece in data.held_out_pieces([data._shard([path])], cache, 4, 99))
+    assert all(piece[0] == BYTE.bos for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, 99))
 
 
 def test_prefetcher_keeps_order_and_hands_over_exceptions():
@@ -251,11 +174,3 @@ def test_prefetcher_closes_while_full():
     next(prefetcher)
     prefetcher.close()
     assert not prefetcher.thread.is_alive()
-
-
-def test_compressors():
-    class Fixed:
-        def load(self):
-            return ["abcd" * 1000]
-    figures = data.compressed_bits_per_byte([Fixed()])
-    assert set(figures) == {"gzip -9", "xz -9"} and all(0 < bpb < 0.3 for bpb in figures.values())

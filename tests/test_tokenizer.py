@@ -1,13 +1,23 @@
-"""Tokenizers: reversible, special tokens never read from text, byte counts from raw bytes."""
+"""Tokenizers: reversible, special tokens never read from text, byte counts from raw bytes; GPT-2's ids are OpenAI's."""
 
 import json
+import os
+import random
+import shutil
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanochat import tokenizer as tokenizers
-from nanochat.common import UsageError
+from nanochat.common import UsageError, base_dir
 
+SHARED = Path(os.environ.get("NANOCHAT_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+GPT2_FOLDER = SHARED / "gpt2_bpe"
+needs_gpt2 = pytest.mark.skipif(not (GPT2_FOLDER / "encoder.json").exists(), reason=f"needs GPT-2's files in {GPT2_FOLDER}")
+# "he" and "ll" join first, then "hell", then " hell" where a blank leads
+MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "hell")]
 TEXT = "The café sold 12 crêpes — 日本語 too.\n\n    def f(x):\n        return x  # 🙂\n" * 3
 
 
@@ -91,10 +101,199 @@ def test_vocabulary_size_from_the_data_size():
     assert {n: tokenizers.derived_vocab_size(n) for n in sizes} == sizes
 
 
-@pytest.mark.parametrize("change", [{"format": 99}, {"kind": "unigram"}, {"tokens": []}, {"tokens": ["%%%"]}, {"pattern": "x"}])
+@pytest.mark.parametrize("change", [{"format": 99}, {"kind": "unigram"}, {"tokens": []}, {"tokens": ["%%%"]}, {"pattern": "x"},
+                                    {"pattern": tokenizers.GPT2_PATTERN}, {"pattern": ["x"]}, {"special": "<|x|>"}, {"tokens": ["YQ=="]},
+                                    {"tokens": 3}, {"kind": "byte"}, {"kind": "char", "pattern": None}])
 def test_damaged_or_foreign_files_are_refused(bpe, tmp_path, change):
     bpe.save(tmp_path)
     path = tmp_path / tokenizers.FILE_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match="tokenizer"):
         tokenizers.load(tmp_path)
+
+
+def test_files_of_earlier_versions_stay_valid():
+    """The fingerprint is the hash of the file: these were taken before GPT-2's tokenizer came."""
+    single = [bytes([i]) for i in range(256)]
+    assert tokenizers.train("byte", [], -1).fingerprint == "febcecb3e924e3bbe7820892d7e8e0a8b4303ea29f6bcf87bbfb61e52abde210"
+    assert tokenizers.train("char", ["abc"], -1).fingerprint == "68e34fc591edddca97834ba307f8a4d333888364c587e445b216e84bbe6486c0"
+    bpe = tokenizers.Tokenizer("bpe", [*single, b"ab"])
+    assert bpe.fingerprint == "1469baac4728877a158544402fa1c335438278cafad8064e83d06be33287646c"
+    assert (bpe.pattern, bpe.bos_text) == (tokenizers.SPLIT_PATTERN, "<|bos|>")
+
+
+def test_endless_blanks_are_encoded_and_trained_on():
+    """The regex engines give up beyond a million; shorter runs are not cut, so that their ids stay what they were."""
+    text = "x" + " " * 1_200_000 + "y"
+    bpe = tokenizers.train("bpe", [text + "ab" * 9], 270)
+    ids, short = bpe.encode_batch([text, "x  y"], threads=2)
+    assert bpe.decode(ids.tolist()) == text
+    assert bpe.decode(short.tolist()) == "x  y"
+    assert tokenizers._blanks_cut(" " * 500_000) == [" " * 500_000]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's format
+
+
+def write_gpt2_folder(folder, merges=MERGES, names=("encoder.json", "merges.txt"), header="", newline="\n", change=None):
+    """A small tokenizer in GPT-2's files. change: called with the {token: id} object before it is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*tokenizers.gpt2_byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]
+    encoder = {token: i for i, token in enumerate(tokens)}
+    if change:
+        change(encoder)
+    (folder / names[0]).write_text(json.dumps(encoder), encoding="utf-8")
+    lines = [header] * bool(header) + [" ".join(pair) for pair in merges]
+    (folder / names[1]).write_bytes("".join(line + newline for line in lines).encode("utf-8"))
+    return folder
+
+
+@pytest.mark.parametrize("layout", [{}, {"names": ("vocab.json", "merges.txt"), "header": "#version: 0.2"}, {"newline": "\r\n"}])
+def test_gpt2_format_is_read_and_kept(tmp_path, layout):
+    tokenizer = tokenizers.load(write_gpt2_folder(tmp_path / "in", **layout))
+    assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.bos) == ("bpe", 261, 260)
+    assert (tokenizer.pattern, tokenizer.bos_text) == (tokenizers.GPT2_PATTERN, "<|endoftext|>")
+    assert tokenizer.encode("hell hell") == [258, 259]
+    assert tokenizer.encode("!~\x00 ") == [0, 93, 188, 220]  # the byte order of GPT-2: what prints first
+    assert tokenizer.decode([258, 260]) == "hell<|endoftext|>"
+    assert tokenizer.bos not in tokenizer.encode("<|endoftext|>")
+    tokenizer.save(tmp_path / "out")
+    again = tokenizers.load(tmp_path / "out")
+    assert (again.fingerprint, again.pattern, again.bos_text) == (tokenizer.fingerprint, tokenizer.pattern, tokenizer.bos_text)
+    assert again.encode("hell hell") == [258, 259]
+
+
+def swap(a, b):
+    def change(encoder):
+        encoder[a], encoder[b] = encoder[b], encoder[a]
+    return change
+
+
+@pytest.mark.parametrize("layout, message", [
+    ({"change": swap("he", "ll")}, "merge 0 is 'h e', and token 256, which it should make, is 'll'"),
+    ({"change": swap("h", "ll")}, "ids 0 to 255 should be the single bytes"),
+    ({"change": swap("hell", "<|endoftext|>")}, "the last id, 260, should be"),
+    ({"change": lambda encoder: encoder.pop("ll")}, "the ids should be 0 to 259"),
+    ({"change": lambda encoder: encoder.update({"he": "256"})}, "the ids should be"),
+    ({"change": lambda encoder: encoder.update({"<|endoftext|>": 261, "x y": 260})}, "4 merges make 261 tokens .* there are 262"),
+    ({"change": lambda encoder: (encoder.pop("ll"), encoder.update({"日": 257}))}, "token 257, '日', is not written in"),
+    ({"change": lambda encoder: encoder.clear()}, "the ids should be"),
+    ({"merges": [("h", "e"), ("l", "l", "l")]}, "merge 1 is 'l l l'"),
+    ({"merges": [("h", "e"), ("e", "l"), ("h", "el")]}, "merge 2, 'h el', can never happen"),
+    ({"merges": [("he", "l")]}, "merge 0, 'he l', can never happen"),
+])
+def test_files_that_disagree_are_refused(tmp_path, layout, message):
+    with pytest.raises(UsageError, match=message):
+        tokenizers.load(write_gpt2_folder(tmp_path, **layout))
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        tokenizers.load(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="neither vocab.json, nor GPT-2's encoder.json"):
+        tokenizers.load(tmp_path)
+    folder = write_gpt2_folder(tmp_path)
+    with pytest.raises(UsageError, match="encoder.json is not a folder"):
+        tokenizers.load(folder / "encoder.json")
+    content = (folder / "encoder.json").read_text()
+    (folder / "encoder.json").write_text(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="encoder.json cannot be read as JSON"):
+        tokenizers.load(folder)
+    (folder / "encoder.json").write_text(content)
+    (folder / "merges.txt").write_bytes(b"h \xff\n")
+    with pytest.raises(UsageError, match="merges.txt cannot be read as UTF-8"):
+        tokenizers.load(folder)
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UsageError, match="merges.txt is missing"):
+        tokenizers.load(folder)
+
+
+def test_plans_know_gpt2():
+    assert tokenizers.expected_vocab_size("gpt2", -1, 10**9) == 50257
+    assert tokenizers.EXPECTED_BYTES_PER_TOKEN["gpt2"] == 4
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return tokenizers.load(GPT2_FOLDER)
+
+
+@needs_gpt2
+@pytest.mark.parametrize("text, ids", [
+    ("Hello world", [15496, 995]),
+    ("hello world", [31373, 995]),
+    ("0", [15]), ("00", [405]), ("000", [830]), ("0000", [2388]), ("00000", [20483]), ("000000", [10535]), ("0000000", [24598]),
+    ("today\n  \n", [40838, 198, 220, 220, 198]),
+    ("👍", [41840, 235]),
+    ("", []),
+])
+def test_gpt2_ids_are_openais(gpt2, text, ids):
+    """As tiktoken's own tests have them."""
+    assert gpt2.encode(text) == ids
+
+
+@needs_gpt2
+def test_gpt2_is_the_pinned_one(gpt2):
+    assert gpt2.fingerprint == tokenizers.GPT2_FINGERPRINT
+    assert (gpt2.vocab_size, gpt2.bos, gpt2.bos_text) == (tokenizers.GPT2_VOCAB_SIZE, 50256, "<|endoftext|>")
+
+
+@needs_gpt2
+def test_gpt2_ids_are_those_of_another_implementation(gpt2):
+    """Hugging Face's, which splits by the first published pattern and joins by merges.txt: shared text, random Unicode."""
+    other = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(str(GPT2_FOLDER / "encoder.json"), str(GPT2_FOLDER / "merges.txt"))
+    draw = random.Random(0)
+    assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    tricky = " \n\t\r\u00a0\u2003's'll'RE_a9,"
+    texts = ["".join(draw.choice(assigned if draw.random() < 0.5 else tricky) for _ in range(draw.randrange(60))) for _ in range(5000)]
+    with open(SHARED / "general_english" / "val.jsonl", encoding="utf-8") as lines:
+        texts += [json.loads(line)["text"] for line in lines]
+    texts += [(SHARED / "tinyshakespeare.txt").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")]
+    for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
+        assert ids.tolist() == other.encode(text).ids, repr(text[:100])
+        assert gpt2.decode(ids.tolist()) == text
+
+
+@pytest.fixture
+def empty_base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+
+
+@needs_gpt2
+def test_gpt2_by_name_is_fetched_once(empty_base, monkeypatch, gpt2):
+    import huggingface_hub
+    fetched = []
+
+    def from_shared(repo, name, local_dir):
+        fetched.append((repo, name))
+        shutil.copy(GPT2_FOLDER / {"vocab.json": "encoder.json"}.get(name, name), Path(local_dir) / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", from_shared)
+    assert tokenizers.gpt2(download=False) is None
+    assert tokenizers.gpt2().fingerprint == gpt2.fingerprint
+    assert tokenizers.gpt2(download=False).encode("Hello world") == [15496, 995]
+    assert fetched == [("openai-community/gpt2", "vocab.json"), ("openai-community/gpt2", "merges.txt")]
+    assert [path.name for path in base_dir().iterdir()] == ["tokenizers"]
+
+
+def test_gpt2_without_network_says_what_to_do(empty_base, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(UsageError, match=r"no route to host.*merges.txt into .*gpt2, or into any folder"):
+        tokenizers.gpt2()
+
+
+def test_something_else_under_gpt2s_name_is_refused(empty_base, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repo, name, local_dir: write_gpt2_folder(Path(local_dir), names=("vocab.json", "merges.txt")))
+    with pytest.raises(UsageError, match="sent is not GPT-2's tokenizer"):
+        tokenizers.gpt2()
+    folder = write_gpt2_folder(base_dir() / "tokenizers" / "gpt2")
+    with pytest.raises(UsageError, match=f"{folder} does not hold GPT-2's tokenizer"):
+        tokenizers.gpt2(download=False)

@@ -8,7 +8,7 @@ import small
 import torch
 
 import train
-from nanochat import checkpoint, model as models, optim
+from nanochat import checkpoint, corpus as corpora, model as models, optim
 from nanochat.common import base_dir
 from nanochat.evaluate import bits_per_byte
 
@@ -85,9 +85,9 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     flags = ("--num-iterations=1", "--grad-clip=1", "--device-batch-size=4", "--eval-every=-1", "--sample-every=-1", "--no-save",
              "--save-every=-1")
     assert small.run(tmp_path, *flags) == 0
-    micro = ["batch", "forward", "backward"]
+    micro = ["forward", "backward"]
     warm_up = ["forward", "backward", "zero grad"]
-    assert calls == warm_up + ["zero grad", *micro, *micro, "clip", "set lr", "step"]
+    assert calls == warm_up + ["zero grad", "batch", *micro, *micro, "clip", "set lr", "step"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -137,7 +137,7 @@ def test_resume_needs_no_flags_but_the_folder(tmp_path, finished):
 def test_a_completed_run_has_nothing_to_resume(finished, capsys):
     before = (finished / "run" / "metrics.jsonl").read_bytes()
     assert small.run(finished, "--resume") == 0
-    assert "is complete: all 12 steps are done" in capsys.readouterr().out
+    assert "is complete at step 12" in capsys.readouterr().out
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -241,14 +241,12 @@ def test_an_evaluation_that_is_not_a_number_does_not_end_a_run(tmp_path, monkeyp
 def test_a_run_that_appeared_meanwhile_is_not_lost(tmp_path, finished, monkeypatch, capsys):
     """Another process trains here while this one reads its data: claiming the folder looks again."""
     import shutil
-
-    from nanochat import data
-    original = data.open_corpus
+    original = corpora.open_corpus
 
     def meanwhile(*args):
         shutil.copytree(finished / "run", tmp_path / "run")
         return original(*args)
-    monkeypatch.setattr(data, "open_corpus", meanwhile)
+    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
     assert small.run(tmp_path) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "run" / "metrics.jsonl").read_bytes()
@@ -347,7 +345,7 @@ def test_bits_per_byte_does_not_depend_on_batching(finished):
     import nanochat
     from nanochat import data
     model, tokenizer = nanochat.load(finished / "run")
-    corpus = data.local_corpus(str(finished / "text.txt"))
+    corpus = corpora.local_corpus(str(finished / "text.txt"))
     pieces = data.held_out_pieces(corpus.val, data.TokenCache(tokenizer, 1), 32, 10**9)
     results = [bits_per_byte(model, pieces, tokenizer.byte_counts(), n, torch.device("cpu"))["bpb"] for n in (1, 100, 10**6)]
     assert results == pytest.approx([results[0]] * 3, rel=1e-5)

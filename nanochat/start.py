@@ -1,0 +1,189 @@
+"""How a run starts: from flags and a config file, resumed, extended to a longer horizon, or with another run's weights."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import NamedTuple
+
+from nanochat import checkpoint
+from nanochat.common import UsageError, read_json
+from nanochat.model import GPTConfig
+from nanochat.plan import HORIZONS, flag, make_plan
+from nanochat.runlog import RunFolder, read_lines, status_of
+
+# Flags of one start, not of the run: never taken from a run's config.json, and not kept when it is resumed.
+OF_THIS_START = ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "config", "dry_run", "json", "gpus", "gpu")
+# Flags that a resumed run may change. All others stay as the run was started: they decide what the model becomes.
+FREE_ON_RESUME = {
+    *OF_THIS_START, "run", "tensorboard", "device_type", "dtype", "compile", "attention", "activation_checkpointing", "shard",
+    "device_batch_size", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle",
+    "sample_every", "sample_prompts", "save_every", "save_every_minutes", "keep_last", "no_save", "stop_at_bpb", "patience",
+    "max_skipped", "debug_nans", "profile"}
+MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern", "arch", "tie_embeddings")
+
+
+def config_flags(path, known):
+    """The command line that a JSON file stands for: a run's config.json, or an object of flag names and values.
+
+    known: {flag name: its argparse action}. Values equal to the default are left out. UsageError for anything else."""
+    content = read_json(path, "--config")
+    flags = content.get("args") if isinstance(content, dict) and "args" in content else content
+    if not isinstance(flags, dict):
+        raise UsageError(f"--config={path}: neither a run's config.json nor an object of flags")
+    if flags is not content:
+        flags = {name: value for name, value in flags.items() if name not in OF_THIS_START}
+    flags = {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
+    unknown = [name for name in flags if name not in known or name == "config"]
+    if unknown:
+        raise UsageError(f"--config={path}: no such flag: {', '.join(map(flag, unknown))}")
+    words = []
+    for name, value in flags.items():
+        if value == known[name].default:
+            continue
+        if isinstance(known[name].default, bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"--config={path}: {flag(name)} is {value!r}; give true or false")
+            words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            words.append(f"{flag(name)}={value}")
+        else:
+            raise UsageError(f"--config={path}: {flag(name)} is {json.dumps(value)}; give a number or a string")
+    return words
+
+
+def merge_with_run(args, config):
+    """The flags to resume a run with: its own, except those given now that may change.
+
+    Returns (args, lines on what changed, True if the horizon did). Raises UsageError for given flags that may not differ."""
+    merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
+    for name in OF_THIS_START:
+        setattr(merged, name, getattr(args, name))
+    horizon_changed = False
+    for name in sorted(args.given & set(config["args"])):
+        was, now = getattr(merged, name), getattr(args, name)
+        if was != now:
+            horizon_changed |= name in HORIZONS
+            (changed if name in FREE_ON_RESUME or name in HORIZONS else refused).append(f"{flag(name)}={now} (was {was})")
+            setattr(merged, name, now)
+    if refused:
+        raise UsageError("this run was started with other settings, which a resumed run cannot change: " + ", ".join(refused)
+                         + "; leave them out, or start another run with --model-tag")
+    if horizon_changed:  # the horizon given now counts, whatever the run had
+        for name in HORIZONS[:-1]:
+            if name not in args.given:
+                setattr(merged, name, -1)
+    return merged, changed, horizon_changed
+
+
+def wanted_step(args, folder):
+    """The step to resume from, or None to start fresh. Refuses a folder whose run would be lost or silently continued."""
+    if not folder.holds_run():
+        if (left := folder.remains()) and not args.overwrite:
+            raise UsageError(f"--model-tag={args.model_tag}: {folder.path} holds {', '.join(left)} but no config.json of a run; restore "
+                             f"that file, give another --model-tag, or --overwrite to delete them")
+        if args.resume_from_step != -1:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} holds no run; check --out-dir and --model-tag")
+        return None
+    steps = checkpoint.steps_of(folder.path)
+    if args.resume_from_step != -1:
+        if args.resume_from_step not in steps:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: no such checkpoint in {folder.path} "
+                             f"(it has: {', '.join(map(str, steps)) or 'none'})")
+        if problem := checkpoint.damage(folder.path, args.resume_from_step):
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: that checkpoint is damaged ({problem}); choose another")
+        if steps[-1] > args.resume_from_step and not args.overwrite:
+            raise UsageError(f"--resume-from-step={args.resume_from_step}: {folder.path} has later checkpoints (up to {steps[-1]}), "
+                             f"which going on from there would replace; add --overwrite if that is meant")
+        return args.resume_from_step
+    if args.resume:
+        step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
+        if step is None and steps:
+            raise UsageError(f"--resume: no checkpoint in {folder.path} is intact; restore one, or start again with --overwrite")
+        return step
+    if not args.overwrite:
+        raise UsageError(f"--model-tag={args.model_tag}: {folder.path} already holds a run ({len(steps)} checkpoints"
+                         + (f", the newest at step {steps[-1]}" if steps else "") + "); add --resume to go on with it, "
+                         "--model-tag=NAME to start another beside it, or --overwrite to delete it and start again")
+    return None
+
+
+def is_over(args, folder, start_step):
+    """Why there is nothing to resume, or None: the run's last checkpoint is its final one, and no rule for an early end
+    was lifted now."""
+    if start_step is None or checkpoint.kind_of(folder.path, start_step) != "final" or {"stop_at_bpb", "patience"} & args.given:
+        return None
+    if status_of(folder.path) != "completed":  # killed after the last save: evaluation and samples are still to come
+        return None
+    reason = read_json(folder.path / "summary.json", "run folder").get("reason")
+    return f"{folder.path} is complete at step {start_step}" + (f" ({reason})" if reason else "") + (
+        "; nothing to resume. A longer horizon, for example a larger --num-iterations, extends it")
+
+
+def extend(args, plan, config, tokens_per_epoch, peak_flops, world_size, folder, start_step):
+    """Give a run the longer horizon of args: changes `plan` in place, returns the step of the checkpoint to go on from.
+
+    That is the newest intact one at which the learning rate had not begun to fall, neither in the old schedule nor in the
+    new; batch, rates and decay stay as they were derived. Raises UsageError for a horizon that is not longer, or a run
+    that has no such checkpoint."""
+    if plan.num_iterations is None:
+        raise UsageError("the number of steps of this run's time budget is not measured yet; resume it once without changing the horizon")
+    if args.lr_schedule == "cosine":
+        raise UsageError(f"{folder.path}: a cosine schedule falls from the start and cannot be extended; start another run with "
+                         f"--init-from={folder.path}")
+    fresh = make_plan(argparse.Namespace(**{**vars(args), "total_batch_size": plan.total_batch_tokens}), config, tokens_per_epoch,
+                      peak_flops, world_size)
+    named = f"{flag(fresh.horizon)}={getattr(args, fresh.horizon)}"
+    spent = max((line["total_training_time"] for line in read_lines(folder.path / "metrics.jsonl")), default=0.0)
+    if fresh.num_iterations is None and 60 * args.target_minutes <= spent:
+        raise UsageError(f"{named}: not longer than the {spent / 60:.1f} minutes that this run has trained; give more")
+    if fresh.num_iterations is not None and fresh.num_iterations <= plan.num_iterations:
+        raise UsageError(f"{named}: {fresh.num_iterations} steps, and this run has {plan.num_iterations}; give a longer horizon, or "
+                         f"start another run with --model-tag")
+    falls_at = plan.num_iterations - plan.warmdown_steps
+    if fresh.num_iterations is not None:
+        falls_at = min(falls_at, fresh.num_iterations - fresh.warmdown_steps)
+    usable = [step for step in checkpoint.steps_of(folder.path)
+              if step <= min(falls_at, start_step) and checkpoint.damage(folder.path, step) is None]
+    if not usable and start_step:
+        raise UsageError(f"{named}: this run has no intact checkpoint from before step {falls_at}, where its learning rate begins to "
+                         f"fall, so it cannot be extended; start another run with --init-from={folder.path}")
+    plan.horizon, warmup_steps = fresh.horizon, plan.warmup_steps
+    if fresh.num_iterations is None:
+        plan.num_iterations, plan.tokens = None, fresh.tokens
+    else:
+        plan.fix_steps(fresh.num_iterations, args)
+    plan.warmup_steps = warmup_steps
+    return usable[-1] if usable else 0
+
+
+class Source(NamedTuple):
+    """What --init-from starts from: the model to build, the step whose weights it takes, the tokenizer's folder, and the
+    values that the flags of the shape take over from that run."""
+    model: GPTConfig
+    step: int
+    tokenizer: str
+    flags: dict
+
+
+def source_of_weights(args):
+    """The Source that --init-from names: its newest intact checkpoint.
+
+    The shape is the source's; context, short window and dropout may be new. UsageError for flags of the shape that were
+    given and differ."""
+    folder = RunFolder(args.init_from)
+    if not folder.holds_run():
+        raise UsageError(f"--init-from={args.init_from}: not a run folder (it has no config.json of a run)")
+    config = folder.read_config()
+    step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
+    if step is None:
+        raise UsageError(f"--init-from={args.init_from}: that run has no intact checkpoint")
+    of_source = {name: config["args"][name] for name in MODEL_FLAGS if name in config["args"]}
+    differing = [name for name in of_source if name in args.given and getattr(args, name) != of_source[name]]
+    if differing:
+        raise UsageError(f"--init-from={args.init_from}: its model has " + ", ".join(f"{flag(n)}={of_source[n]}" for n in differing)
+                         + "; leave these flags out")
+    model = GPTConfig(**checkpoint.read_state(folder.path, step)["model"])
+    short_window = max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window
+    model = dataclasses.replace(model, max_seq_len=args.max_seq_len, short_window=short_window, dropout=args.dropout)
+    return Source(model, step, str(folder.path / "tokenizer"), of_source)
