@@ -158,7 +158,7 @@ def main(args):
     if folder.holds_run() and (args.resume or args.resume_from_step != -1):
         config = folder.read_config()
         args, changed, extending = start.merge_with_run(args, config)
-        if (over := start.is_over(args, folder, start_step)) and not extending:
+        if (over := start.is_over(args, config, folder, start_step)) and not extending:
             print0(over)
             ranks.close()
             return EXIT_COMPLETED
@@ -249,6 +249,7 @@ def main(args):
             if source:
                 config["init_from"] = {"run": args.init_from, "step": source.step}
             print0("held-out text compressed:", ", ".join(f"{k} {v} bits per byte" for k, v in config["data"]["compressed_bpb"].items()))
+        config["args"] |= {"data": args.data, "val_data": args.val_data}  # the same text may have moved
         if extending:
             config["args"] |= {name: getattr(args, name) for name in plans.HORIZONS}
             config["plan"] = plan.as_dict()
@@ -494,7 +495,8 @@ def main(args):
             error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
         if main_rank:
             interrupted = isinstance(error, KeyboardInterrupt)
-            summary = summarize("stopped" if interrupted else "failed", "interrupted" if interrupted else f"{type(error).__name__}: {error}")
+            why = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            summary = summarize("stopped" if interrupted else "failed", why)
             if trackers:
                 trackers.finish(summary, EXIT_STOPPED if interrupted else EXIT_FAILED)
         raise error

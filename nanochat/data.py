@@ -441,7 +441,7 @@ class Prefetcher:
     def close(self):
         """End the thread. One that is making a token file is left behind: it is a daemon, and the file is made again."""
         self.stopped.set()
-        self.thread.join(timeout=5)
+        self.thread.join(timeout=1)
 
 
 def held_out_pieces(shards, cache, row_tokens, max_tokens):

@@ -19,6 +19,7 @@ SAMPLE_SHARDS, SAMPLE_DOCUMENTS = 8, 2000  # `inspect` measures documents from t
 PERCENTILES = (5, 25, 50, 75, 95)
 EXAMPLES, EXAMPLE_LINES, EXAMPLE_WIDTH = 3, 3, 100
 COUNT_BYTES = 8 << 20  # `fetch` counts the tokens of so much text of a shard, and estimates the rest from it ...
+BYTES_PER_TOKEN = 5  # of a shard that is missing, so that it is not known better
 COUNT_MARGIN = 0.02  # ... as this much less than it seems: a shard too many does no harm, one too few does
 DEFAULT_SHARD_BYTES = 64 << 20
 HELD_OUT_SHARE = 0.02  # of a mix
@@ -130,13 +131,21 @@ def facts(args):
             if len(examples) < wanted:
                 examples.append(beginning(document))
     known = known_facts(args.data)
-    sources = Path(args.data) / "sources.json"  # of a folder that `mix` wrote
     return {"data": args.data, **known, "revision": corpus.revision, "held_out": corpus.note, "fingerprint": corpus.fingerprint,
             "train": side_facts(corpus.train), "val": side_facts(corpus.val), "tokenized_before_training": corpus.eager,
-            "sources": json.loads(sources.read_text(encoding="utf-8"))["sources"] if sources.is_file() else None,
+            "sources": mixed_from(args.data),
             "documents": length_facts(sampled, len(shards)) if sampled else None,
             "reason": "" if sampled else "its text is not on this disk; --documents N fetches a file of it to look into",
             "examples": examples, "base_dir": str(base_dir()) if corpora.is_remote(args.data) else None}
+
+
+def mixed_from(folder):
+    """The sources of a folder that `mix` wrote, as its sources.json says; None for any other data."""
+    try:
+        found = json.loads((Path(folder) / "sources.json").read_text(encoding="utf-8"))
+        return [{name: source[name] for name in ("source", "share", "licence", "fingerprint")} for source in found["sources"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def listed_corpus(data, val_data, fetch):
@@ -272,13 +281,12 @@ def run_fetch(args):
         for shard in order[:n_shards]:
             fetch(shard)
         summary = f"{_n(min(n_shards, len(order)), 'training shard')} of {len(order):,}"
-    elif missing and args.tokenizer in ("bpe", "char"):
-        raise_missing(missing, "the tokenizer cannot be made, which says how many shards the tokens need")
     else:
-        cache = data.TokenCache(made_tokenizer(args, corpus), 1)
+        can_count = not any(file in missing for shard in tokenizer_shards(args, corpus) for file in shard.remote_files())
+        cache = data.TokenCache(made_tokenizer(args, corpus), 1) if can_count else None
         tokens, n = 0, 0
-        for n, shard in enumerate(order, 1):  # noqa: B007 (n is read below)
-            size = counted_tokens(shard, cache) if fetch(shard) else shard.n_bytes / 5
+        for n, shard in enumerate(order, 1):
+            size = counted_tokens(shard, cache) if fetch(shard) and cache else shard.n_bytes / BYTES_PER_TOKEN
             tokens += size // args.max_seq_len * args.max_seq_len
             if tokens >= args.tokens:
                 break
@@ -322,10 +330,10 @@ def run_tokenize(args):
 
     held_out = sum(length(shard) or 0 for shard in corpus.val)
     rows, n, trained = 0, 0, 0
-    for n, shard in enumerate(order[:n_shards], 1):  # noqa: B007 (n is read below)
+    for n, shard in enumerate(order[:n_shards], 1):
         size = length(shard)
         trained += size or 0
-        rows += (shard.n_bytes / 5 if size is None else size) // args.max_seq_len
+        rows += (shard.n_bytes / BYTES_PER_TOKEN if size is None else size) // args.max_seq_len
         if n_shards is None and rows * args.max_seq_len >= args.tokens:
             break
     if missing:

@@ -146,7 +146,7 @@ def merges_of(tokenizer):
     pairs = []
     for token in tokenizer.tokens:
         if len(token) > 1:
-            pair = ours._parts(token, ranks)
+            pair = ours.parts_of(token, ranks)
             if len(pair) != 2:
                 raise UsageError(f"the tokenizer's token {ranks[token]} ({token!r}) is not one merge of two earlier tokens; "
                                  "tokenizer.json has no form for that")

@@ -12,7 +12,7 @@ import torch
 from nanochat import corpus as corpora, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
 from nanochat.attention import BACKENDS
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
-from nanochat.model import GPT, GPTConfig, width_for
+from nanochat.model import GPTConfig, meta_model, width_for
 
 HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
@@ -150,12 +150,6 @@ def model_config(args, vocab_size):
         window_pattern="L" if args.arch == "llama" else args.window_pattern,
         short_window=max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window,
         dropout=args.dropout, arch=args.arch, tie_embeddings=args.tie_embeddings)
-
-
-def meta_model(config):
-    """The model without weights, for counting."""
-    with torch.device("meta"):
-        return GPT(config)
 
 
 @dataclass
@@ -312,7 +306,8 @@ def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, 
                   "width": f"{config.width} ({args.depth} x {args.aspect_ratio}, rounded up to heads of {config.head_dim})",
                   "heads": f"{config.n_head} query, {config.n_kv_head} key/value", "context": config.max_seq_len,
                   "windows": " ".join(str(min(w, config.max_seq_len)) for w in config.windows()), "vocabulary": config.vocab_size},
-        "parameters": {**{k: f"{v:,}" for k, v in plan.parameters.items()}, "scaling (matrices + head)": f"{plan.scaling_parameters:,}"},
+        "parameters": {**{k: f"{v:,}" for k, v in plan.parameters.items() if v},
+                       "scaling (matrices + head)": f"{plan.scaling_parameters:,}"},
         "horizon": {"decided by": f"{flag(plan.horizon)}={getattr(args, plan.horizon)}", "steps": steps,
                     "tokens": f"{plan.tokens:,.0f}" + (" (estimate)" if plan.num_iterations is None else ""),
                     "epochs": f"{plan.tokens / tokens_per_epoch:.2f}" + (": the data repeats" if plan.tokens > tokens_per_epoch else ""),
@@ -320,7 +315,8 @@ def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, 
                     "FLOPs": f"{plan.flops:.3e} ({plan.flops_per_token:,} a token)"},
         "batch": {"tokens a step": f"{plan.rows_per_step} x {config.max_seq_len} = {plan.total_batch_tokens:,}",
                   "rows": f"{device_batch} a device x {devices} devices x {accumulation} accumulated = {plan.rows_per_step}"},
-        "optimizer": {**{name: ", ".join(f"{k} {v:.4g}" for k, v in group.items()) for name, group in plan.groups.items()},
+        "optimizer": {**{name: ", ".join(f"{k} {v:.4g}" for k, v in group.items()) for name, group in plan.groups.items()
+                         if plan.parameters[name]},
                       "schedule": f"{args.lr_schedule}, warm-up {plan.warmup_steps} steps, "
                                   + (f"warm-down {plan.warmdown_steps}" if plan.num_iterations is not None
                                      else f"warm-down {args.warmdown_ratio:.0%}") + f" to {args.final_lr_frac:g}"},

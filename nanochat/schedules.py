@@ -12,7 +12,7 @@ REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_WIDTH = 768
 # Learning rates at the reference batch (Adam's: and width). Muon's is in units of spectral norm per update.
 MATRIX_LR = {"muon": 0.02, "adamw": 0.003}
-EMBEDDING_LR = {"speedrun": 0.3, "llama": 0.02}
+EMBEDDING_LR = {"speedrun": 0.3, "llama": 0.012}
 UNEMBEDDING_LR = {"speedrun": 0.004, "llama": 0.004}
 SCALAR_LR = 0.5
 WEIGHT_DECAY = 0.2

@@ -14,10 +14,11 @@ from nanochat.runlog import RunFolder, read_lines, status_of
 
 # Flags of one start, not of the run: never taken from a run's config.json, and not kept when it is resumed.
 OF_THIS_START = ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "config", "dry_run", "json", "gpus", "gpu")
-# Flags that a resumed run may change. All others stay as the run was started: they decide what the model becomes.
+# Flags that a resumed run may change; --data and --val-data to another place of the same text, whose fingerprint is compared.
+# All others stay as the run was started: they decide what the model becomes.
 FREE_ON_RESUME = {
-    *OF_THIS_START, "run", "tensorboard", "device_type", "dtype", "compile", "attention", "activation_checkpointing", "shard",
-    "device_batch_size", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle",
+    *OF_THIS_START, "data", "val_data", "run", "tensorboard", "device_type", "dtype", "compile", "attention",
+    "activation_checkpointing", "shard", "device_batch_size", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle",
     "sample_every", "sample_prompts", "save_every", "save_every_minutes", "keep_last", "no_save", "stop_at_bpb", "patience",
     "max_skipped", "debug_nans", "profile"}
 MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern", "arch", "tie_embeddings")
@@ -108,10 +109,12 @@ def wanted_step(args, folder):
     return None
 
 
-def is_over(args, folder, start_step):
+def is_over(args, config, folder, start_step):
     """Why there is nothing to resume, or None: the run's last checkpoint is its final one, and no rule for an early end
-    was lifted now."""
-    if start_step is None or checkpoint.kind_of(folder.path, start_step) != "final" or {"stop_at_bpb", "patience"} & args.given:
+    was changed now."""
+    if any(getattr(args, name) != config["args"][name] for name in ("stop_at_bpb", "patience")):
+        return None
+    if start_step is None or checkpoint.kind_of(folder.path, start_step) != "final":
         return None
     if status_of(folder.path) != "completed":  # killed after the last save: evaluation and samples are still to come
         return None

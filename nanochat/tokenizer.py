@@ -221,12 +221,12 @@ def _from_gpt2_files(path, encoder, merges_path):
     for i, pair in enumerate(merges):
         if len(pair) != 2 or "".join(pair) != by_id[256 + i]:
             refuse(f"merge {i} is {' '.join(pair)!r}, and token {256 + i}, which it should make, is {by_id[256 + i]!r}")
-        if _parts(tokens[256 + i], ranks) != [bytes(byte_of[character] for character in part) for part in pair]:
+        if parts_of(tokens[256 + i], ranks) != [bytes(byte_of[character] for character in part) for part in pair]:
             refuse(f"merge {i}, {' '.join(pair)!r}, can never happen: the merges before it arrange these bytes otherwise")
     return Tokenizer("bpe", tokens, GPT2_PATTERN)
 
 
-def _parts(token, ranks):
+def parts_of(token, ranks):
     """What a token's bytes become by the merges before its own."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:

@@ -157,6 +157,21 @@ def test_fetch_has_the_text_of_the_tokenizer_too(hub, tmp_path):
         data.BPE_SAMPLE_BYTES = corpora_bytes
 
 
+def test_a_tokenizer_that_cannot_be_made(hub):
+    """The other shards are fetched all the same."""
+    hub.add(CLIMBMIX, shards())
+    hub.fault("shard_00000", "status", None, code=404)
+    hub.fault(VAL, "status", None, code=404)
+    flags = ["climbmix", "--tokens=500", "--max-seq-len=32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "BPE_SAMPLE_BYTES", 100)
+        with pytest.raises(Unavailable, match="(?s)2 files could not be had.*shard_00000"):
+            app.main(["fetch", *flags])
+        assert bodies(hub)[:1] == order()[:1]
+        with pytest.raises(Unavailable, match="404"):
+            app.main(["tokenize", *flags])
+
+
 @pytest.mark.parametrize("command", ["fetch", "tokenize"])
 def test_what_is_missing_is_listed_and_the_rest_had(hub, capsys, command):
     hub.add(CLIMBMIX, shards())

@@ -35,8 +35,12 @@ corpus.EAGER_BYTES, data.AHEAD_RETRY_SECONDS, hub.BACKOFF_S, hub.ATTEMPTS = 1000
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """An empty base folder; anything is a large data set; short pauses."""
+    """An empty base folder; anything is a large data set; short pauses. No download outlives its test."""
     limit(monkeypatch, tmp_path / "base")
+    yield
+    for thread in threading.enumerate():
+        if "(_run)" in thread.name:
+            thread.join(10)
 
 
 def limit(patch, base):

@@ -92,7 +92,8 @@ def test_order_of_a_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     (), ("--dtype=bfloat16", "--dropout=0.2", "--device-batch-size=4"), ("--optimizer=adamw", "--lr-schedule=cosine", "--n-kv-head=1"),
-], ids=["fp32", "bf16 dropout accumulation", "adamw cosine gqa"])
+    ("--arch=llama", "--n-kv-head=1", "--tie-embeddings", "--grad-clip=1", "--warmup-steps=3"), ("--arch=llama", "--optimizer=adamw"),
+], ids=["fp32", "bf16 dropout accumulation", "adamw cosine gqa", "llama", "llama adamw"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, flags):
     """SIGKILL at three steps that are no save points, in one run: everything but the clock is equal with ==."""
     assert small.run(tmp_path, *flags, tag="whole") == 0

@@ -186,7 +186,7 @@ TAKEN = {
     "in use by a finished run": (None, (), ["already holds a run", "--resume", "--model-tag", "--overwrite"]),
     "resumed with another seed": (None, ("--resume", "--seed=1"), ["--seed=1 (was 42)", "--model-tag"]),
     "resumed with another depth": (None, ("--resume", "--depth=3"), ["--depth=3 (was 2)"]),
-    "resumed with other text": (None, ("--resume", other_text), ["--data"]),
+    "resumed with other text": (unfinished, ("--resume", other_text), ["--data"]),
     "text changed in place": (changed_text, ("--resume", "--keep-last=3"), ["fingerprint"]),
     "later checkpoints": (None, ("--resume-from-step=4",), ["later checkpoints", "--overwrite"]),
     "no such checkpoint": (None, ("--resume-from-step=5",), ["--resume-from-step=5", "4, 6, 8, 12"]),

@@ -1,0 +1,206 @@
+"""How runs start: from a config file, extended to a longer horizon, with another run's weights; and how they end early."""
+
+import json
+import shutil
+
+import pytest
+import small
+import torch
+import train
+
+from nanochat import checkpoint, evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with one finished run of 12 steps, warm-down from step 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert small.run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A folder of its own with that run."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def config(folder, tag="run"):
+    return json.loads((folder / tag / "config.json").read_text())
+
+
+# ----- extending
+
+
+def test_an_extended_run_is_the_run_of_that_length(copy, capsys):
+    """From the checkpoint before the warm-down; so short a run derives the same rates and decay at either length."""
+    assert small.run(copy, "--resume", "--num-iterations=20") == 0
+    assert "extended from 12 to 20 steps" in capsys.readouterr().out
+    assert small.run(copy, "--num-iterations=20", tag="whole") == 0
+    assert small.timeless(small.lines(copy)) == small.timeless(small.lines(copy, "whole"))
+    extended, whole = small.weights(copy, 20), small.weights(copy, 20, "whole")
+    assert all(torch.equal(extended[name], whole[name]) for name in whole)
+    assert config(copy)["extended"] == [{"from_step": 6, "steps_before": 12}]
+    assert config(copy)["args"]["num_iterations"] == config(copy)["plan"]["num_iterations"] == 20
+    assert small.summary(copy)["status"] == "completed" and small.summary(copy)["step"] == 20
+    assert [path.name for path in (copy / "run" / "checkpoints").glob("set_aside*step_000012")] == ["set_aside_1_step_000012"]
+
+
+def test_an_extended_run_is_killed_and_resumed_and_extended_again(copy):
+    assert small.run_killed(copy, 9, "--resume", "--num-iterations=20") == -9
+    assert small.run(copy, "--resume", "--num-iterations=20") == 0
+    assert small.run(copy, "--resume", "--num-iterations=-1", "--target-tokens=7168") == 0  # 28 steps of 256 tokens
+    assert small.run(copy, "--num-iterations=28", tag="whole") == 0
+    assert small.timeless(small.lines(copy)) == small.timeless(small.lines(copy, "whole"))
+    assert [entry["steps_before"] for entry in config(copy)["extended"]] == [12, 20]
+
+
+def test_a_stopped_run_is_extended_where_it_stands(copy):
+    checkpoint.set_aside_after(copy / "run", 4)
+    assert small.run(copy, "--resume", "--num-iterations=20") == 0
+    assert config(copy)["extended"] == [{"from_step": 4, "steps_before": 12}]
+
+
+def test_extending_by_a_time_budget(copy):
+    assert small.run(copy, "--resume", "--num-iterations=-1", "--target-minutes=0.02") == 0
+    assert small.summary(copy)["step"] == config(copy)["plan"]["num_iterations"] > 12
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--num-iterations=8",), ["--num-iterations=8", "has 12", "longer"]),
+    (("--num-iterations=-1", "--target-tokens=3000"), ["--target-tokens=3000", "has 12"]),
+    (("--num-iterations=-1", "--target-minutes=0.00001"), ["--target-minutes", "give more"]),
+    (("--num-iterations=40", "--total-batch-size=512"), ["--total-batch-size=512 (was 256)"]),
+])
+def test_what_does_not_extend_a_run(copy, capsys, flags, words):
+    before = {path: path.read_bytes() for path in (copy / "run").rglob("*") if path.is_file()}
+    assert small.run(copy, "--resume", *flags) == 2
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == []
+    assert {path: path.read_bytes() for path in (copy / "run").rglob("*") if path.is_file() and path.name != ".lock"} == {
+        path: content for path, content in before.items() if path.name != ".lock"}
+
+
+def test_a_run_without_a_checkpoint_before_its_warm_down_is_not_extended(copy, capsys):
+    for step in (4, 6):
+        shutil.rmtree(checkpoint.folder_of(copy / "run", step))
+    assert small.run(copy, "--resume", "--num-iterations=20") == 2
+    assert "--init-from" in capsys.readouterr().err
+
+
+def test_a_cosine_run_is_not_extended(tmp_path, capsys):
+    assert small.run(tmp_path, "--lr-schedule=cosine") == 0
+    assert small.run(tmp_path, "--lr-schedule=cosine", "--resume", "--num-iterations=20") == 2
+    assert "cosine" in capsys.readouterr().err
+
+
+# ----- config files
+
+
+def test_a_runs_config_repeats_it_and_the_command_line_wins(finished, tmp_path):
+    path = finished / "run" / "config.json"
+    assert train.run([f"--config={path}", f"--out-dir={tmp_path}", "--model-tag=again"]) == 0
+    assert small.timeless(small.lines(tmp_path, "again")) == small.timeless(small.lines(finished))
+    args = train.parse_args([f"--config={path}", "--seed=7", "--compile"])
+    assert (args.seed, args.depth, args.dtype, args.compile, args.model_tag) == (7, 2, "float32", True, "d2")
+    assert {"seed", "depth", "dtype"} <= args.given and "grad_clip" not in args.given
+
+
+def test_a_config_of_flags(tmp_path):
+    path = tmp_path / "flags.json"
+    path.write_text('{"depth": 3, "--head-dim": 32, "compile": false, "tensorboard": true, "model_tag": "mine", "grad_clip": 1}')
+    args = train.parse_args([f"--config={path}"])
+    assert (args.depth, args.head_dim, args.compile, args.tensorboard, args.model_tag, args.grad_clip) == (3, 32, False, True, "mine", 1.0)
+
+
+# ----- another run's weights
+
+
+def test_init_from(finished, tmp_path, capsys):
+    assert small.run(tmp_path, f"--init-from={finished / 'run'}", "--eval-every=-1", "--matrix-lr=0.0001", "--max-seq-len=16") == 0
+    first = small.losses(tmp_path)[0]
+    assert first < small.losses(finished)[0] - 0.5, "it starts where the other run ended"
+    assert config(tmp_path)["init_from"] == {"run": str(finished / "run"), "step": 12}
+    assert config(tmp_path)["model"]["max_seq_len"] == 16
+    assert small.run_killed(tmp_path, 2, f"--init-from={finished / 'run'}", tag="broken") == -9  # before any checkpoint
+    assert small.run(tmp_path, "--resume", f"--init-from={finished / 'run'}", tag="broken") == 0
+    assert small.run(tmp_path, f"--init-from={finished / 'run'}", tag="whole") == 0
+    assert small.timeless(small.lines(tmp_path, "broken")) == small.timeless(small.lines(tmp_path, "whole"))
+
+
+def test_init_from_takes_the_shape_and_tokenizer_of_the_source(finished, tmp_path):
+    assert train.run([f"--init-from={finished / 'run'}", small.corpus(tmp_path), f"--out-dir={tmp_path}", "--model-tag=run", "--no-compile",
+                      "--max-seq-len=32", "--num-iterations=1", "--total-batch-size=256", "--no-save", "--sample-every=-1"]) == 0
+    assert config(tmp_path)["args"]["depth"] == 2 and config(tmp_path)["tokenizer"]["kind"] == "byte"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--depth=3",), ["--init-from", "--depth=2"]), (("--arch=llama",), ["--arch=speedrun"]), (("--tokenizer=char",), ["--tokenizer=char"]),
+])
+def test_init_from_another_shape_is_refused(finished, tmp_path, capsys, flags, words):
+    assert small.run(tmp_path, f"--init-from={finished / 'run'}", *flags) == 2
+    error = capsys.readouterr().err
+    assert [word for word in words if word not in error] == []
+    assert not (tmp_path / "run").exists()
+
+
+# ----- early ends
+
+
+def scripted_evaluation(monkeypatch, values):
+    """Validation gives these bits per byte, one after another."""
+    left = iter(values)
+    monkeypatch.setattr(evaluate, "bits_per_byte", lambda *args, **options: {"bpb": next(left), "loss": 1.0, "tokens": 1, "bytes": 1})
+
+
+def test_patience(tmp_path, monkeypatch, capsys):
+    scripted_evaluation(monkeypatch, [2.0, 1.9, 1.95, 1.91])
+    assert small.run(tmp_path, "--patience=2", "--eval-every=2", "--save-every=-1", "--warmdown-ratio=0") == 0
+    summary = small.summary(tmp_path)
+    assert summary["status"] == "completed" and summary["step"] == 8 and "--patience" in summary["reason"]
+    assert summary["val_bpb"] == 1.91 and summary["min_val_bpb"] == 1.9
+    assert checkpoint.best_step(tmp_path / "run") == 4
+    assert checkpoint.steps_of(tmp_path / "run") == [4, 8], "the best and the last"
+    capsys.readouterr()
+    assert small.run(tmp_path, "--resume", "--save-every=-1", "--patience=2", "--eval-every=2", "--warmdown-ratio=0") == 0
+    assert "complete at step 8" in capsys.readouterr().out
+
+
+def test_patience_survives_a_restart(tmp_path, monkeypatch):
+    """The state in a checkpoint is from before the evaluation of its step, which is made again."""
+    scripted_evaluation(monkeypatch, [2.0, 2.1])
+    original = train.schedules.muon_momentum
+    monkeypatch.setattr(train.schedules, "muon_momentum", lambda step: 1 / 0 if step == 5 else original(step))
+    flags = ("--patience=3", "--eval-every=2", "--save-every=4")
+    with pytest.raises(ZeroDivisionError):
+        small.run(tmp_path, *flags)
+    monkeypatch.setattr(train.schedules, "muon_momentum", original)
+    scripted_evaluation(monkeypatch, [2.1, 2.2, 2.3])  # steps 4, 6 and 8
+    assert small.run(tmp_path, *flags, "--resume") == 0
+    assert small.summary(tmp_path)["step"] == 8
+
+
+def test_stop_at_bpb(tmp_path, monkeypatch, capsys):
+    scripted_evaluation(monkeypatch, [2.0, 1.5])
+    assert small.run(tmp_path, "--stop-at-bpb=1.6", "--eval-every=3") == 0
+    summary = small.summary(tmp_path)
+    assert summary["status"] == "completed" and summary["step"] == 6 and "--stop-at-bpb=1.6" in summary["reason"]
+    assert checkpoint.kind_of(tmp_path / "run", 6) == "final"
+    scripted_evaluation(monkeypatch, [1.5, 1.45, 1.4])
+    assert small.run(tmp_path, "--resume", "--stop-at-bpb=-1", "--eval-every=3") == 0  # the rule lifted, it goes on
+    assert small.summary(tmp_path)["step"] == 12
+
+
+# ----- three records of one run
+
+
+def test_wandb_and_tensorboard_hold_the_numbers_of_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    pytest.importorskip("tensorboard")
+    import test_track
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = ("--run=first", "--tensorboard")
+    assert small.run_killed(tmp_path, 7, *flags, signal="SIGTERM") == 75
+    assert small.run(tmp_path, *flags, "--resume") == 0
+    test_track.assert_all_agree(tmp_path / "run")
