@@ -292,8 +292,10 @@ def main(args):
             checkpoint.prune(folder.path, args.keep_last)
 
     def batches_of_steps(first_step):
-        for at in range(first_step, sys.maxsize):
+        at = first_step
+        while at == first_step or plan.num_iterations is None or at < plan.num_iterations:  # no shard past the horizon is fetched
             yield [rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size) for micro in range(accumulation)]
+            at += 1
 
     def forward_backward(batch, at, micro):
         """Backward pass of one micro-batch; returns its mean loss in nats, detached."""
@@ -333,7 +335,7 @@ def main(args):
         optimizer.zero_grad()
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
-        batches = data.Prefetcher(batches_of_steps(start_step))
+        batches = data.Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
         if not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process a machine reads ahead
             ahead = data.Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
 
@@ -422,7 +424,7 @@ def main(args):
             try:
                 for micro, batch in enumerate(next(batches)):
                     loss += forward_backward(batch, step, micro) / accumulation
-            except data.DataFailed as error:  # the other ranks are in the middle of the step: take part in it, then save and leave
+            except (data.DataFailed, UsageError) as error:  # the other ranks are in this step: take part, then save and leave
                 data_failure = str(error)
                 optimizer.zero_grad(to_zeros=True)
             grad_norm = optimizer.reduce()
@@ -433,8 +435,9 @@ def main(args):
             votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor(
                 [stop.requested, due, measured, bool(data_failure)])]))
             loss, (stopping, rolling_due, measured, no_data) = votes[0].item(), (votes[1:] > 0).tolist()
-            if no_data:
-                stopping, data_failure = True, data_failure or "another rank has no training data"
+            if no_data:  # told to stop while waiting for it, or it cannot be had
+                data_failure = "" if stopping else ranks.first_word(data_failure)
+                stopping = True
                 optimizer.drop_gradients()
                 continue
             grad_norm = grad_norm.item()
@@ -521,7 +524,7 @@ def main(args):
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
-            print0(f"stopped at step {step}: {data_failure or 'as asked'}; {saved}"
+            print0(f"stopped at step {step}: {data_failure.rstrip('.') or 'as asked'}; {saved}"
                    + ("" if args.no_save else f"; add --resume to go on: {folder.path}"))
     ranks.close()
     return code

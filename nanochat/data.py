@@ -262,7 +262,8 @@ class Rows:
     def first_shards(self):
         """The shards to tokenize before step 0: all of a small corpus, of a large one the first that is read (none if its
         length is known already: a run that is resumed later in its data may never need it again)."""
-        return self.shards if self.corpus.eager else [shard for shard in self._counted_shards() if shard.fingerprint not in self.cache.lengths]
+        return self.shards if self.corpus.eager else [
+            shard for shard in self._counted_shards() if shard.fingerprint not in self.cache.lengths]
 
     def _counted_shards(self):
         """The shards from which the tokens of an epoch are counted or estimated."""
@@ -356,6 +357,7 @@ class Ahead:
         self.thread.start()
 
     def _run(self, row):
+        told = ""
         while not self.stopped.is_set() and (self.last_row() is None or row < self.last_row()):
             if self.own.reading > self.rows.reading + AHEAD_SHARDS:
                 self.stopped.wait(0.5)
@@ -364,7 +366,9 @@ class Ahead:
                 self.own.locate(row)  # which makes the token file of the row's shard
                 row = self.own.ends[self.own.reading]
             except (DataFailed, UsageError) as error:
-                self.report(f"reading ahead failed, training goes on: {error}")
+                if str(error) != told:  # once, not at every attempt
+                    told = str(error)
+                    self.report(f"reading ahead failed, training goes on: {error}")
                 self.stopped.wait(AHEAD_RETRY_SECONDS)
 
     def close(self):

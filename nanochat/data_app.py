@@ -49,8 +49,8 @@ def build_parser():
                                             "--tokenizer and --max-seq-len, and those to validate on. Says what is missing, and exits "
                                             "with 1 if anything is. A data set that is small is fetched whole, as train.py does.")
     tokenize = commands.add_parser("tokenize", allow_abbrev=False, help="download and tokenize what a training run will read",
-                                   description="Do now what train.py does while it trains: download the shards of DATA, make the tokenizer, "
-                                               "and write the token files that every later run with the same tokenizer finds.")
+                                   description="Do now what train.py does while it trains: download the shards of DATA, make the "
+                                               "tokenizer, and write the token files that every later run with it finds.")
     for command in (fetch, tokenize):
         command.add_argument("data", metavar="DATA", help=data_help)
         amount = command.add_mutually_exclusive_group()
@@ -61,16 +61,17 @@ def build_parser():
         command.add_argument("--tokenizer", default="bpe", metavar="NAME",
                              help="the run's: bpe, char, byte, gpt2, or a folder with one (default %(default)s)")
         command.add_argument("--vocab-size", type=int, default=-1, metavar="N", help="the run's (-1: from the size of the data)")
-        command.add_argument("--seed", type=int, default=42, metavar="N", help="the run's: shards are read in its order (default %(default)s)")
+        command.add_argument("--seed", type=int, default=42, metavar="N", help="the run's, which orders the shards (default %(default)s)")
         command.add_argument("--max-seq-len", type=int, default=2048, metavar="N", help="the run's (default %(default)s)")
 
     mix = commands.add_parser("mix", allow_abbrev=False, help="write a folder of documents drawn from several data sets",
-                              description="Write a folder for train.py's --data=OUT: documents of the sources in shuffled order, their shares "
-                                          "of the bytes as the weights say, none drawn twice; in the last file by name documents that the "
-                                          "sources hold out; in sources.json what came from where. A document is cut only where a source "
-                                          "reaches its share.")
+                              description="Write a folder for train.py's --data=OUT: documents of the sources in shuffled order, their "
+                                          "shares of the bytes as the weights say, none drawn twice; in the last file by name "
+                                          "documents that the sources hold out; in sources.json what came from where. A document is "
+                                          "cut only where a source reaches its share.")
     mix.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
-    mix.add_argument("sources", metavar="SOURCE=WEIGHT", nargs="+", help="data as train.py's --data takes it, and its weight, such as python=0.5")
+    mix.add_argument("sources", metavar="SOURCE=WEIGHT", nargs="+",
+                     help="data as train.py's --data takes it, and its weight, such as python=0.5")
     mix.add_argument("--bytes", type=_count, required=True, metavar="N", help="bytes of text to train on, such as 2e9")
     mix.add_argument("--val-bytes", type=_count, default=-1, metavar="N",
                      help=f"bytes of text to validate on (-1: {HELD_OUT_SHARE:.0%} of --bytes, at most a shard)")
@@ -213,8 +214,8 @@ def fact_lines(found):
         yield f"revision      {found['revision']}"
     yield f"fingerprint   {found['fingerprint']}"
     for name, side in (("to train on", found["train"]), ("to validate", found["val"])):
-        text = (f"about {human_bytes(side['text_bytes'])}" if side["text_bytes_estimated"] else f"{side['text_bytes']:,} bytes") + " of text"
-        yield f"{name:<13} {text} in {_n(side['shards'], 'shard')}" + (
+        size = f"about {human_bytes(side['text_bytes'])}" if side["text_bytes_estimated"] else f"{side['text_bytes']:,} bytes"
+        yield f"{name:<13} {size} of text in {_n(side['shards'], 'shard')}" + (
             f"; {side['files_here']:,} of {_n(side['files'], 'file')} here ({human_bytes(side['file_bytes_here'])} of "
             f"{human_bytes(side['file_bytes'])})" if side["file_bytes"] is not None else f", {_n(side['files'], 'file')} on this disk")
     yield f"{'':<13} {found['held_out']}"
@@ -342,7 +343,8 @@ def run_tokenize(args):
     short = "" if n_shards is not None or rows * args.max_seq_len >= args.tokens else (
         f" ({args.tokens:,} tokens are {args.tokens / max(1, rows * args.max_seq_len):.1f} epochs)")
     print(f"made {_n(made, 'token file')}; here are {_n(n, 'training shard')} of {len(order):,} with {trained:,} tokens{short}, and "
-          f"{held_out:,} tokens to validate on; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}); {human_bytes(on_disk)} in {cache.folder}")
+          f"{held_out:,} tokens to validate on; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}); {human_bytes(on_disk)} in "
+          f"{cache.folder}")
     return EXIT_COMPLETED
 
 
@@ -362,8 +364,8 @@ def opened(args):
     corpus = corpora.open_corpus(args.data, args.val_data)
     nothing_to_choose = corpus.eager or args.command == "fetch" and not corpora.is_remote(args.data)
     if not (args.tokens or args.shards or args.all or nothing_to_choose):
-        raise UsageError(f"{args.data} has {_n(len(corpus.train), 'shard')} with about {human_bytes(corpus.train_bytes)} of text: say how much "
-                         f"of it, with --tokens N, --shards N or --all")
+        raise UsageError(f"{args.data} has {_n(len(corpus.train), 'shard')} with about {human_bytes(corpus.train_bytes)} of text: say how "
+                         f"much of it, with --tokens N, --shards N or --all")
     print("\n".join(corpora.describe_corpus(corpus)), flush=True)
     return corpus
 
@@ -562,7 +564,7 @@ def shuffled(source, shards, buffer_bytes, seed, repeat, known):
     buffer_bytes (characters stand for bytes) from which they are taken at random. With repeat without end."""
     import numpy as np
     while True:
-        generator = np.random.default_rng(stream_seed(seed[0], "mix", seed[1], source.name, source.passes))
+        generator = np.random.default_rng(stream_seed(seed[0], "mix", seed[1], source.corpus.fingerprint, source.passes))
         source.passes += 1
         buffer, size, empty = [], 0, True
         for i in generator.permutation(len(shards)).tolist():
@@ -672,4 +674,5 @@ def mix_lines(summary, args, out):
                f"{source['val_share']:.2%}, {source['val_documents']:,} documents" + "".join(f"; {note}" for note in notes))
     if summary["train_bytes"] < 0.99 * args.bytes:
         yield f"all sources ran out: {summary['train_bytes']:,} bytes instead of {args.bytes:,}; --repeat draws from them again"
-    yield f"wrote {out}: {summary['train_bytes']:,} bytes to train on, {summary['val_bytes']:,} held out; use it: python train.py --data={out}"
+    yield (f"wrote {out}: {summary['train_bytes']:,} bytes to train on, {summary['val_bytes']:,} held out; use it: "
+           f"python train.py --data={out}")

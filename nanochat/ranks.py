@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UsageError
+from nanochat.common import Unavailable, UsageError
 
 
 def rank():
@@ -78,14 +78,23 @@ def from_rank0(value):
 
 
 def from_rank0_or_raise(action):
-    """action()'s small picklable result, computed on rank 0 only; a UsageError there is raised on every rank."""
+    """action()'s small picklable result, computed on rank 0 only; a UsageError or Unavailable there is raised on every rank."""
     result, problem = None, None
     if rank() == 0:
         try:
             result = action()
-        except UsageError as error:
-            problem = str(error)
+        except (UsageError, Unavailable) as error:
+            problem = error
     result, problem = from_rank0((result, problem))
-    if problem:
-        raise UsageError(problem)
+    if problem is not None:
+        raise problem
     return result
+
+
+def first_word(text):
+    """The first text among all ranks' that is not empty ("" if there is none), on every rank."""
+    if world_size() == 1:
+        return text
+    texts = [""] * world_size()
+    dist.all_gather_object(texts, text)
+    return next(filter(None, texts), "")

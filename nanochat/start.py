@@ -18,7 +18,8 @@ OF_THIS_START = ("resume", "resume_from_step", "overwrite", "out_dir", "model_ta
 # All others stay as the run was started: they decide what the model becomes.
 FREE_ON_RESUME = {
     *OF_THIS_START, "data", "val_data", "run", "tensorboard", "device_type", "dtype", "compile", "attention",
-    "activation_checkpointing", "shard", "device_batch_size", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "core_bundle",
+    "activation_checkpointing", "shard", "device_batch_size", "eval_every", "eval_tokens", "core_metric_every",
+    "core_metric_max_per_task", "core_bundle",
     "sample_every", "sample_prompts", "save_every", "save_every_minutes", "keep_last", "no_save", "stop_at_bpb", "patience",
     "max_skipped", "debug_nans", "profile"}
 MODEL_FLAGS = ("depth", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern", "arch", "tie_embeddings")

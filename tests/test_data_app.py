@@ -39,7 +39,8 @@ def inspect(capsys, *argv):
 
 
 def test_help_is_complete_and_light():
-    code = "import sys\nfrom nanochat.__main__ import main\ntry:\n    main(['data', '--help'])\nfinally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = ("import sys\nfrom nanochat.__main__ import main\ntry:\n    main(['data', '--help'])\n"
+            "finally:\n    assert not {'torch', 'numpy'} & set(sys.modules)")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(app.__file__).parents[1])
     for word in ("inspect", "fetch", "tokenize", "mix", "--documents", "--tokens", "--shards", "--all", "--seed", "--max-seq-len",
                  "--vocab-size", "--bytes", "--shard-bytes", "--repeat", "--json", "--val-data"):
@@ -258,7 +259,8 @@ def test_mix(sources, tmp_path, capsys):
     a, b = sources
     out = tmp_path / "deep" / "out"
     assert app.main(["mix", str(out), f"{a}=3", f"{b}=1", "--bytes=2e5", "--val-bytes=2e4", "--shard-bytes=50000"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["sources.json", *(f"train_{i:05}.parquet" for i in range(4)), "validation.parquet"]
+    names = ["sources.json", *(f"train_{i:05}.parquet" for i in range(4)), "validation.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
     assert f"--data={out}" in capsys.readouterr().out
     found, summary = mixed(out)
     assert corpora.open_corpus(str(out)).note == "held out: the last file, validation.parquet"
@@ -267,14 +269,16 @@ def test_mix(sources, tmp_path, capsys):
         assert n_bytes - 20 <= sum(len(text.encode()) for text, _ in rows) <= n_bytes
         assert share(rows, a) == pytest.approx(0.75, abs=0.001)
         assert max(Counter(text for text, _ in rows).values()) == 1
-        assert all(text.startswith(Path(source).name) for text, source in rows)
-        assert all((" 3." in text[:6]) == (side == "val") for text, _ in rows)
+        whole = [row for row in rows if len(row[0]) > 6]
+        assert len(whole) >= len(rows) - 2, "two may be cut"
+        assert all(text.startswith(Path(source).name) and (" 3." in text[:6]) == (side == "val") for text, source in whole)
         switches = sum(x[1] != y[1] for x, y in zip(rows, rows[1:], strict=False))
         assert switches > len(rows) / 5, "the sources take turns"
     for path in out.glob("train_*.parquet"):
         texts = set(corpora.read_documents(path))
         rows = [row for row in found["train"] if row[0] in texts]
-        assert share(rows, a) == pytest.approx(0.75, abs=0.02) and sum(len(text.encode()) for text in texts) == pytest.approx(50_000, abs=600)
+        assert share(rows, a) == pytest.approx(0.75, abs=0.02)
+        assert sum(len(text.encode()) for text in texts) == pytest.approx(50_000, abs=600)
     assert summary["train_bytes"] == sum(len(text.encode()) for text, _ in found["train"])
     assert [source["share_asked_for"] for source in summary["sources"]] == [0.75, 0.25]
     assert summary["sources"][0]["fingerprint"] == corpora.open_corpus(a).fingerprint
@@ -295,7 +299,8 @@ def test_mix_depends_on_its_seed_alone(sources, tmp_path):
 def test_a_source_that_runs_out(sources, tmp_path, capsys):
     """The others fill its place, and the shares really reached are said; with --repeat it is drawn from again."""
     a, b = sources
-    small_one = write(tmp_path / "small", [[f"small {i} " + "s" * 90 for i in range(100)], ["small held " + "s" * 90 + str(i) for i in range(20)]])
+    small_one = write(tmp_path / "small", [[f"small {i} " + "s" * 90 for i in range(100)],
+                                           ["small held " + "s" * 90 + str(i) for i in range(20)]])
     assert app.main(["mix", str(tmp_path / "x"), f"{a}=1", f"{small_one}=1", "--bytes=1e5"]) == 0
     shown = capsys.readouterr().out
     found, summary = mixed(tmp_path / "x")
@@ -317,7 +322,8 @@ def test_long_documents_and_hidden_twins(tmp_path):
     (tmp_path / "long.txt").write_text(long)
     one = write(tmp_path / "one", [[f"one {i} {'x' * 50}" for i in range(100)], [twin] * 2])
     two = write(tmp_path / "two", [[twin, *(f"two {i} {'x' * 50}" for i in range(100))], ["two held out " + str(i) for i in range(9)]])
-    assert app.main(["mix", str(tmp_path / "out"), f"{tmp_path}/long.txt=2", f"{one}=1", f"{two}=1", "--bytes=8000", "--val-bytes=200"]) == 0
+    assert app.main(["mix", str(tmp_path / "out"), f"{tmp_path}/long.txt=2", f"{one}=1", f"{two}=1", "--bytes=8000",
+                     "--val-bytes=200"]) == 0
     found, summary = mixed(tmp_path / "out")
     assert [source["share"] for source in summary["sources"]] == [0.5, 0.25, 0.25]
     assert [text for text, _ in found["train"] if text in long] == [long[:4000]]
@@ -386,7 +392,7 @@ def test_mix_without_pyarrow(sources, tmp_path, monkeypatch):
 def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
     """Of a source of many documents no more are held than a shard's worth, twice: the buffer, and the file to write."""
     held, most = 0, 0
-    corpus = corpora.Corpus("", [SimpleNamespace(documents=lambda report: counted(5000))], [], "")
+    corpus = corpora.Corpus("", [SimpleNamespace(documents=lambda report: counted(5000), fingerprint="x")], [], "")
 
     def counted(n):
         nonlocal held, most

@@ -150,7 +150,6 @@ def test_shards_are_fetched_while_training(hub, tmp_path, reference, monkeypatch
     assert config["data"]["revision"] == list(hub.repos[CLIMBMIX].commits)[-1] and VAL in config["data"]["note"]
 
 
-@pytest.mark.xfail(strict=False, reason="train.py's batches_of_steps goes on beyond the horizon, into the next shard")
 def test_nothing_is_fetched_beyond_the_horizon(hub, tmp_path):
     """18 steps end six rows before the end of the third shard."""
     hub.add(CLIMBMIX, shards())
@@ -258,7 +257,7 @@ def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
 def failed_as_it_should(folder, output, step=12):
     """The run stands at the last step that had data, and the user reads why, and how to go on."""
     summary = small.summary(folder)
-    assert summary["status"] == "failed" and summary["step"] == step and summary["reason"]
+    assert summary["status"] == "failed" and summary["step"] == step and order()[2] in summary["reason"]
     assert order()[2] in output and "the server answers 500" in output and "Start again later" in output and "--resume" in output
     assert checkpoint.steps_of(folder / "run")[-1] == step
     assert list(small.losses(folder)) == list(range(step))
@@ -294,7 +293,6 @@ def test_a_shard_that_never_comes_to_two_ranks(hub, tmp_path, reference):
     assert small.losses(tmp_path) == pytest.approx(reference[0], abs=1e-5)
 
 
-@pytest.mark.xfail(strict=False, reason="train.py catches DataFailed alone while it trains")
 def test_a_shard_that_is_no_text(hub, tmp_path, capsys):
     """What is wrong with a later shard ends the run as a missing one does: saved, exit code 1."""
     hub.add(CLIMBMIX, shards() | {order()[2]: parquet(["x"], "words")})
@@ -322,7 +320,6 @@ def test_waiting_for_data_can_be_interrupted():
     prefetcher.close()
 
 
-@pytest.mark.xfail(strict=False, reason="train.py's Prefetcher is not told of the signal")
 def test_a_signal_while_waiting_for_a_shard(hub, tmp_path, monkeypatch, reference):
     """SIGTERM while the third shard does not come: saved at once, exit code 75."""
     hub.add(CLIMBMIX, shards())
@@ -397,8 +394,10 @@ def test_a_column_of_csv_files_with_a_validation_split(hub, tmp_path):
 
 def test_jsonl_with_a_config_and_a_split(hub, tmp_path):
     lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()
-    readme = "---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n- config_name: new\n  data_files:\n  - split: extra\n    path: new/*.jsonl\n---\n"
-    hub.add("me/json", {"README.md": readme.encode(), "old/a.jsonl": b'{"body": "x"}\n', "new/a.jsonl": lines, "new/b.jsonl": lines[: lines.index(b"\n", 3000)]})
+    readme = ("---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n- config_name: new\n  data_files:\n"
+              "  - split: extra\n    path: new/*.jsonl\n---\n")
+    hub.add("me/json", {"README.md": readme.encode(), "old/a.jsonl": b'{"body": "x"}\n', "new/a.jsonl": lines,
+                        "new/b.jsonl": lines[: lines.index(b"\n", 3000)]})
     assert small.run(tmp_path, *SHORT, "--data=hf:me/json:new:extra:body") == 0
     assert set(bodies(hub)) >= {"a.jsonl", "b.jsonl"} and not any("/old/" in r.path for r in hub.requests if r.start is not None)
     assert "the last file, b.jsonl" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["note"]
