@@ -249,6 +249,7 @@ def main(args):
             if source:
                 config["init_from"] = {"run": args.init_from, "step": source.step}
             print0("held-out text compressed:", ", ".join(f"{k} {v} bits per byte" for k, v in config["data"]["compressed_bpb"].items()))
+        checkpoint.set_aside_after(folder.path, start_step)  # before the new plan of an extended run, which they are no part of
         config["args"] |= {"data": args.data, "val_data": args.val_data}  # the same text may have moved
         if extending:
             config["args"] |= {name: getattr(args, name) for name in plans.HORIZONS}
@@ -257,7 +258,6 @@ def main(args):
         if extending or "wandb_id" not in config:  # an extended run leaves the old curve where the warm-down began: a new one in W&B
             config["wandb_id"] = track.new_run_id()
         folder.write_config(config)
-        checkpoint.set_aside_after(folder.path, start_step)
         metrics.keep_before(start_step)
         samples.keep_before(start_step)
 
@@ -358,8 +358,8 @@ def main(args):
                 last_save = time.monotonic()
 
             # evaluate: all ranks
-            due = args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0)
-            if due and evaluated != step and not stopping:
+            evaluation_due = args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0)
+            if evaluation_due and evaluated != step and not stopping:
                 before = dict(state)  # a checkpoint holds the state from before the evaluation, which a resumed run repeats
                 try:
                     result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,

@@ -1,8 +1,11 @@
 """What every layer uses: errors, exit codes, paths, seeds, atomic files, formatted numbers. Imports no torch."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -80,6 +83,46 @@ def write_atomic(path, text):
             os.unlink(temporary)
         raise
     fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """A temporary folder beside `out` that gets its name when the `with` ends well, and is deleted when it does not.
+
+    UsageError if `out` is there and not an empty folder, cannot be made, or is being made by another process; Unavailable if
+    the disk fails later. What a killed process left is deleted."""
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty folder; name another one, or delete it first")
+    folder = out.with_name(f".{out.name}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made ({error.strerror}); name a folder that can be written") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{out} is being written by another process") from None
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield folder
+            for path in folder.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private
+                if path.is_file():
+                    with open(path, "rb") as f:
+                        os.fsync(f.fileno())
+            fsync_dir(folder)
+            folder.rename(out)
+            fsync_dir(out.parent)
+        except OSError as error:
+            raise Unavailable(f"{out} cannot be written ({error.strerror or error}); nothing of it is left") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def write_json(path, value):

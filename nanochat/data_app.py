@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -12,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import (EXIT_COMPLETED, Unavailable, UsageError, base_dir, fsync_dir, human_bytes, human_time, stream_seed,
+from nanochat.common import (EXIT_COMPLETED, Unavailable, UsageError, base_dir, human_bytes, human_time, new_folder, stream_seed,
                              write_json)
 
 SAMPLE_SHARDS, SAMPLE_DOCUMENTS = 8, 2000  # `inspect` measures documents from the beginnings of so many shards
@@ -619,38 +618,6 @@ def write_documents(path, documents, seed):
                 f.write(json.dumps({"text": documents[i][0], "source": documents[i][1]}, ensure_ascii=False) + "\n")
     with open(path, "rb") as f:
         os.fsync(f.fileno())
-
-
-@contextlib.contextmanager
-def new_folder(out):
-    """A temporary folder beside `out` that gets its name when the `with` ends well, and is deleted when it does not.
-
-    UsageError if it cannot be made or another process writes the same one, Unavailable if the disk fails later; what a killed
-    process left is deleted."""
-    folder = out.absolute().with_name(f".{out.absolute().name}.partial")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be made ({error.strerror}); name a folder that can be written") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{out}: another process is writing it") from None
-        try:
-            for left in folder.iterdir():
-                left.unlink()
-            yield folder
-            fsync_dir(folder)
-            folder.rename(out)
-            fsync_dir(out.absolute().parent)
-        except OSError as error:
-            raise Unavailable(f"{out}: cannot be written ({error.strerror or error}); nothing of it is left") from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def mix_summary(sources, args):

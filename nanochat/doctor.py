@@ -27,6 +27,7 @@ NEEDED = {"torch": ("torch==2.13.0", "everything"), "numpy": ("numpy", "everythi
           "tqdm": ("tqdm", "progress bars")}
 OPTIONAL = {"datasets": ("datasets", "--data=hf:..."), "wandb": ("wandb", "--run"), "torchao": ("torchao==0.18.0", "--fp8"),
             "matplotlib": ("matplotlib", "nanochat report"), "tensorboard": ("tensorboard", "--tensorboard"),
+            "transformers": ("transformers>=4.57", "nanochat export"), "tokenizers": ("tokenizers", "nanochat export"),
             "fastapi": ("fastapi", "nanochat serve"), "uvicorn": ("uvicorn", "nanochat serve"), "pytest": ("pytest", "the tests"),
             "triton": ("triton==3.7.1", "torch.compile on NVIDIA GPUs")}
 NETWORK_SECONDS = 6  # to wait for the dataset hub, name look-up included

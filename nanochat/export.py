@@ -7,6 +7,7 @@ import argparse
 import atexit
 import contextlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, fsync_dir, install_hint, read_json, write_atomic, write_json
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, install_hint, new_folder, read_json, write_atomic, write_json
 
 TOLERANCE = 1e-5  # of logits in fp32, relative to the largest one
 # Sharp models amplify rounding beyond that. What rounding alone does is measured: the same model by two attention backends.
@@ -73,32 +74,6 @@ def main(argv):
         print(f"nanochat export: failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_COMPLETED
-
-
-@contextlib.contextmanager
-def new_folder(out):
-    """A temporary folder beside `out` that gets its name if the block ends well, and is deleted if not.
-
-    UsageError if `out` is there and not an empty folder, or cannot be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; name another one, or delete it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    except OSError as error:
-        raise UsageError(f"{out} cannot be made ({error.strerror})") from None
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private, mkdtemp its folder
-            if path.is_file():
-                with open(path, "rb") as f:
-                    os.fsync(f.fileno())
-        temporary.chmod(0o755)
-        os.rename(temporary, out)
-        fsync_dir(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- the tokenizer ----
@@ -377,13 +352,15 @@ def verify(folder, model, tokenizer):
 
 @contextlib.contextmanager
 def _quiet(transformers):
-    """No progress bars and no advice: neither is about what is being checked here."""
+    """No progress bars, no advice, no log lines of what transformers imports: none is about what is being checked here."""
+    logging.disable(logging.WARNING)
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.disable(logging.NOTSET)
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()

@@ -365,7 +365,7 @@ def test_mix_leaves_nothing_when_it_fails(sources, tmp_path, monkeypatch, hub):
     assert not out.exists() and not list(tmp_path.glob(".*"))
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "train_00000.parquet").write_text("torn")
-    with app.new_folder(tmp_path / "other"), pytest.raises(UsageError, match="another process is writing it"):
+    with app.new_folder(tmp_path / "other"), pytest.raises(UsageError, match="being written by another process"):
         app.main(["mix", str(tmp_path / "other"), f"{a}=1", "--bytes=1e4"])
     (tmp_path / "other").rmdir()
     assert app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"]) == 0
