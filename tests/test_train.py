@@ -353,12 +353,14 @@ def test_bits_per_byte_does_not_depend_on_batching(finished):
     assert small.summary(finished)["val_bpb"] == pytest.approx(results[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer, accumulation, arch", [("muon", 1, "speedrun"), ("muon", 2, "speedrun"), ("adamw", 2, "speedrun"),
-                                                           ("muon", 1, "llama"), ("adamw", 1, "llama")])
-def test_two_ranks_equal_one(tmp_path, optimizer, accumulation, arch):
+@pytest.mark.parametrize("optimizer, accumulation, more", [
+    ("muon", 1, []), ("muon", 2, []), ("adamw", 2, []),
+    # at its default rate this tiny llama amplifies rounding a thousandfold within 20 steps, on one rank too (runs/LOG.md)
+    ("muon", 1, ["--arch=llama", "--matrix-lr=0.005"]), ("adamw", 1, ["--arch=llama", "--matrix-lr=0.0015"])])
+def test_two_ranks_equal_one(tmp_path, optimizer, accumulation, more):
     """100 fp32 steps; depth 3 gives 3 square matrices of most shapes, which 2 ranks cannot share evenly."""
-    flags = ["--depth=3", "--num-iterations=100", f"--optimizer={optimizer}", f"--arch={arch}", "--eval-every=50",
-             "--sample-every=-1"]
+    flags = ["--depth=3", "--num-iterations=100", f"--optimizer={optimizer}", "--eval-every=50",
+             "--sample-every=-1", *more]
     assert small.run(tmp_path, *flags, tag="one") == 0
     finished = small.run_ranks(tmp_path, 2, *flags, f"--device-batch-size={4 // accumulation}", tag="two")
     assert finished.returncode == 0, finished.stderr
