@@ -126,7 +126,6 @@ def parse_args(argv=None):
     marker = object()
     parser.set_defaults(**dict.fromkeys(vars(args), marker))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not marker}
-    args.model_tag = args.model_tag or f"d{args.depth}"
     return args
 
 
@@ -141,7 +140,9 @@ def main(args):
     if problems := plans.check_flags(args):
         raise UsageError("\n".join(problems))
     if args.dry_run:
-        return plans.dry_run(args)
+        source = start.source_of_weights(args) if args.init_from else None
+        vars(args).update(source.flags if source else {})
+        return plans.dry_run(args, source and source.model)
 
     # ----- the machine
     device_type = hardware.pick_device_type(args.device_type)
@@ -152,6 +153,7 @@ def main(args):
     main_rank = rank == 0
 
     # ----- the run folder: new, resumed, or refused
+    args.model_tag = args.model_tag or ranks.from_rank0_or_raise(lambda: start.default_tag(args))
     folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
     start_step = ranks.from_rank0_or_raise(lambda: start.wanted_step(args, folder))
     config, changed, extending = None, [], False
@@ -169,7 +171,9 @@ def main(args):
     elif args.resume:
         print0(f"{folder.path} holds no run yet: starting a new one")
     start_step = start_step or 0
-    source = ranks.from_rank0_or_raise(lambda: start.source_of_weights(args)) if args.init_from and not start_step else None
+    source = None
+    if args.init_from and not start_step:
+        source = ranks.from_rank0_or_raise(lambda: start.source_of_weights(args, folder, config and config["init_from"]["step"]))
     vars(args).update(source.flags if source else {})
     dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
     backend, backend_reason = attention.pick_backend(args.attention, device_type)
@@ -178,7 +182,7 @@ def main(args):
 
     # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
     corpus = ranks.from_rank0_or_raise(lambda: corpora.open_corpus(
-        args.data, args.val_data, config["data"]["revision"] if config else "", print0))
+        args.data, args.val_data, config["data"].get("revision", "") if config else "", print0))
     if config and corpus.fingerprint != config["data"]["fingerprint"]:
         raise UsageError(f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
                          f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag")
@@ -214,7 +218,8 @@ def main(args):
     ranks.from_rank0_or_raise(lambda: data.check_disk(rows, plan.tokens, tokens_per_epoch))
     element_bytes = torch.finfo(dtype).bits // 8
     free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
-    device_batch = ranks.from_rank0(plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes, world_size, device_type))
+    device_batch = ranks.from_rank0_or_raise(lambda: plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes,
+                                                                             world_size, device_type))
     accumulation = plan.rows_per_step // (device_batch * world_size)
     print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes,
                                             tokens_per_epoch)))
@@ -223,6 +228,10 @@ def main(args):
     print0(f"runtime: {device_type} x {world_size}, {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention: {backend} "
            f"({backend_reason}); " + (f"eager ({no_compiler})" if no_compiler else "compiled per block")
            + "; loss: cross-entropy in fp32; fp32 products in full precision; deterministic algorithms on")
+
+    compressed = config["data"]["compressed_bpb"] if config else ranks.from_rank0_or_raise(
+        lambda: corpora.compressed_bits_per_byte(corpus.val))
+    print0("held-out text compressed:", ", ".join(f"{name} {bits} bits per byte" for name, bits in compressed.items()))
 
     # ----- from here on the disk changes
     def claim():
@@ -241,21 +250,22 @@ def main(args):
                       "model": vars(model_config), "seed": args.seed,
                       "data": {"name": corpus.name, "revision": corpus.revision, "fingerprint": corpus.fingerprint,
                                "train_bytes": corpus.train_bytes, "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
-                               "compressed_bpb": corpora.compressed_bits_per_byte(corpus.val)},
+                               "compressed_bpb": compressed},
                       "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
                       "runtime": {"dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
                                   "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
                       "hardware": hardware.describe(device), **runlog.provenance()}
             if source:
                 config["init_from"] = {"run": args.init_from, "step": source.step}
-            print0("held-out text compressed:", ", ".join(f"{k} {v} bits per byte" for k, v in config["data"]["compressed_bpb"].items()))
-        checkpoint.set_aside_after(folder.path, start_step)  # before the new plan of an extended run, which they are no part of
-        config["args"] |= {"data": args.data, "val_data": args.val_data}  # the same text may have moved
+        aside = checkpoint.set_aside_after(folder.path, start_step)  # before the new plan of an extended run, which they are no part of
+        # the same text may have moved, and a rule for an early end that was changed counts from now on
+        config["args"] |= {name: getattr(args, name) for name in ("data", "val_data", "stop_at_bpb", "patience")}
         if extending:
             config["args"] |= {name: getattr(args, name) for name in plans.HORIZONS}
             config["plan"] = plan.as_dict()
             config["extended"] = [*config.get("extended", []), {"from_step": start_step, "steps_before": was}]
-        if extending or "wandb_id" not in config:  # an extended run leaves the old curve where the warm-down began: a new one in W&B
+        # where a run leaves the curve that it drew before, W&B gets a new one
+        if extending or aside and args.resume_from_step != -1 or "wandb_id" not in config:
             config["wandb_id"] = track.new_run_id()
         folder.write_config(config)
         metrics.keep_before(start_step)
@@ -293,7 +303,8 @@ def main(args):
 
     def batches_of_steps(first_step):
         at = first_step
-        while at == first_step or plan.num_iterations is None or at < plan.num_iterations:  # no shard past the horizon is fetched
+        # past the horizon no shard is fetched, but for the pass that compiles the model of a run that only has its end to do
+        while at == first_step or plan.num_iterations is None or at < plan.num_iterations:
             yield [rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size) for micro in range(accumulation)]
             at += 1
 
@@ -312,13 +323,13 @@ def main(args):
     cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
-    evaluated, reason = None, ""  # the step evaluated last, why the run ends early
+    evaluated, before, reason = None, None, ""  # the step evaluated last, the state before that, why the run ends early
     if main_rank:
         summarize("running")
     try:
         if main_rank:
             trackers = track.Trackers(folder.path, args.run, args.tensorboard, config, config["wandb_id"], start_step, progress.message,
-                                      earlier=runlog.read_lines(metrics.path))
+                                      runlog.read_lines(metrics.path) if args.tensorboard or args.run != "dummy" else ())
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
         model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
         optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
@@ -354,13 +365,13 @@ def main(args):
             elif rolling_due or stopping:
                 kind = "rolling"
             if kind and not args.no_save and (step > start_step or kind == "final"):
-                save(kind, state)
+                save(kind, before if evaluated == step else state)
                 last_save = time.monotonic()
 
             # evaluate: all ranks
             evaluation_due = args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0)
             if evaluation_due and evaluated != step and not stopping:
-                before = dict(state)  # a checkpoint holds the state from before the evaluation, which a resumed run repeats
+                before = dict(state)  # for the checkpoint of this step: a resumed run repeats the evaluation
                 try:
                     result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
                                                     interrupted=lambda: world_size == 1 and stop.requested)
@@ -377,7 +388,11 @@ def main(args):
                     better = result["bpb"] < (state["min_val_bpb"] or math.inf)
                     state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
                     state["stale_evaluations"] = 0 if better else state["stale_evaluations"] + 1
-                    if better and args.patience != -1 and not args.no_save:  # the model that patience will have been for
+                    if result["bpb"] <= args.stop_at_bpb:
+                        reason = f"val/bpb {result['bpb']:.4f} reached --stop-at-bpb={args.stop_at_bpb}"
+                    elif 0 < args.patience <= state["stale_evaluations"]:
+                        reason = f"{args.patience} evaluations without improvement (--patience)"
+                    if better and (args.patience != -1 or reason) and not args.no_save:  # the model that the rule is there for
                         save("rolling", before)
                     if main_rank:
                         log(**position(step), **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
@@ -386,10 +401,6 @@ def main(args):
                         if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
                             state["best_saved_bpb"] = result["bpb"]
                             checkpoint.mark_best(folder.path, step)
-                    if result["bpb"] <= args.stop_at_bpb:
-                        reason = f"val/bpb {result['bpb']:.4f} reached --stop-at-bpb={args.stop_at_bpb}"
-                    elif 0 < args.patience <= state["stale_evaluations"]:
-                        reason = f"{args.patience} evaluations without improvement (--patience)"
                 evaluated = step
                 if main_rank:
                     summarize("running")
@@ -468,7 +479,7 @@ def main(args):
                     **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
-            if step == 1 and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
+            if step == 1 and not source and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
                 progress.message(f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f} "
                                  f"is what an untrained model should have")
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
@@ -481,7 +492,7 @@ def main(args):
                                          f"checkpoint is " + (f"step {saved[-1]}" if saved else "none"))
             if measured:
                 left = 60 * args.target_minutes - state["training_seconds"]
-                plan.fix_steps(ranks.from_rank0(step + max(1, round(left * measured_steps / measured_seconds))), args)
+                plan.fix_steps(ranks.from_rank0(step + max(1, round(left * measured_steps / measured_seconds))), args, done=step)
                 if main_rank:
                     config["plan"] = plan.as_dict()
                     folder.write_config(config)
@@ -518,14 +529,15 @@ def main(args):
         trackers.finish(summarize(status, data_failure or reason or ("" if completed else "asked to stop by a signal")), code)
         metrics.close()
         samples.close()
-        saved = "nothing was saved (--no-save)" if args.no_save else f"checkpoint at step {step}"
+        is_saved = step in checkpoint.steps_of(folder.path)
+        saved = f"checkpoint at step {step}" if is_saved else "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
         if completed:
             bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
             print0(f"stopped at step {step}: {data_failure.rstrip('.') or 'as asked'}; {saved}"
-                   + ("" if args.no_save else f"; add --resume to go on: {folder.path}"))
+                   + (f"; add --resume to go on: {folder.path}" if is_saved else ""))
     ranks.close()
     return code
 

@@ -93,16 +93,17 @@ def prune(run_path, keep_last):
 
 
 def set_aside_after(run_path, step):
-    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted.
+    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted. Returns their steps.
 
     checkpoints/best goes if it named one of them."""
-    for later in steps_of(run_path):
-        if later > step:
-            folder = folder_of(run_path, later)
-            times = len(list(folder.parent.glob(f"set_aside_*_{folder.name}")))
-            os.rename(folder, folder.with_name(f"set_aside_{times + 1}_{folder.name}"))
+    aside = [later for later in steps_of(run_path) if later > step]
+    for later in aside:
+        folder = folder_of(run_path, later)
+        times = len(list(folder.parent.glob(f"set_aside_*_{folder.name}")))
+        os.rename(folder, folder.with_name(f"set_aside_{times + 1}_{folder.name}"))
     if (best := best_step(run_path)) is not None and best > step:
         (Path(run_path) / "checkpoints" / "best").unlink()
+    return aside
 
 
 def best_step(run_path):

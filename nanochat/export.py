@@ -260,7 +260,7 @@ def model_card(run, config, step, model, tokenizer, dtype):
         "parameters": f"{model.count_parameters()['total']:,}",
         "context": f"{c.max_seq_len} tokens, the length it was trained at",
         "vocabulary": f"{c.vocab_size:,} ({tokenizer.kind})",
-        "weights": dtype, "training data": data.get("name"), "training step": f"{step:,}",
+        "weights": dtype, "training data": _public(data.get("name")), "training step": f"{step:,}",
         "training tokens": f"{step * batch:,}" if batch else None,
         "training FLOPs": f"{step * batch * model.flops_per_token():.3e}" if batch else None,
         "held-out bits per byte": _shown(measured(run, step, "val/bpb", "val_bpb")),
@@ -268,7 +268,7 @@ def model_card(run, config, step, model, tokenizer, dtype):
     }
     table = "\n".join(f"| {name} | {value if value is not None else 'not measured at this step'} |" for name, value in rows.items()
                       if value is not None or name != "CORE")
-    settings = json.dumps({k: v for k, v in (config.get("args") or {}).items() if k != "out_dir"}, indent=1)  # it may tell a home folder
+    settings = json.dumps({name: _public(value) for name, value in (config.get("args") or {}).items() if name != "out_dir"}, indent=1)
     remote = "" if llama else ", trust_remote_code=True"
     return f"""---
 library_name: transformers
@@ -305,6 +305,11 @@ Settings of the run:
 def _version():
     from nanochat import __version__
     return __version__
+
+
+def _public(value):
+    """A setting without the folders that a path names: they may tell a name or a home. Names of hub data keep their slash."""
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and "/" in value and not value.startswith("hf:") else value
 
 
 def _shown(value):

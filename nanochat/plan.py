@@ -177,11 +177,13 @@ class Plan:
         """Number of rows that the run reads, None while its time budget is not measured."""
         return None if self.num_iterations is None else self.num_iterations * self.rows_per_step
 
-    def fix_steps(self, steps, args):
-        """Set the number of steps, once it is known, and what follows from it."""
+    def fix_steps(self, steps, args, done=0):
+        """Set the number of steps, once it is known, and what follows from it. done: steps that are behind; a warm-up that
+        is over is not begun again, and the warm-down does not begin in the past."""
         self.num_iterations, self.tokens = steps, steps * self.total_batch_tokens
-        self.warmup_steps = args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps)
-        self.warmdown_steps = 0 if args.lr_schedule == "cosine" else round(args.warmdown_ratio * steps)
+        if done <= self.warmup_steps:
+            self.warmup_steps = args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps)
+        self.warmdown_steps = 0 if args.lr_schedule == "cosine" else min(round(args.warmdown_ratio * steps), steps - done)
 
     def as_dict(self):
         return dataclasses.asdict(self)
@@ -348,8 +350,9 @@ def long_run_advice(args, plan, seconds):
     return advice + f"--depth={depth}, or a time budget such as --target-minutes=600"
 
 
-def dry_run(args):
-    """Print the plan of flags without reading data or building weights. Returns the exit code."""
+def dry_run(args, model=None):
+    """Print the plan of flags without reading data or building weights. model: the GPTConfig to start from, if --init-from
+    names one. Returns the exit code."""
     device_type = "cuda" if args.gpu else hardware.pick_device_type(args.device_type)
     if args.gpu:
         dtype, (peak, free_bytes), peak_label = torch.bfloat16, hardware.listed_gpu(args.gpu), f"listed bf16 peak of {args.gpu}"
@@ -358,8 +361,7 @@ def dry_run(args):
         dtype, _ = hardware.pick_dtype(args.dtype, device_type)
         (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
     n_bytes = corpora.estimated_bytes(args.data)
-    vocab_size = tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
-    config = model_config(args, vocab_size)
+    config = model or model_config(args, tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes))
     tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
     plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
     element_bytes = torch.finfo(dtype).bits // 8

@@ -118,7 +118,7 @@ class Metrics:
         Run on resume from `step`: what follows is written again, so that each step stands once."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _step_of(line) < step]
+        kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if (value := _parsed(line)) and value["step"] < step]
         temporary = self.path.with_suffix(".partial")
         with open(temporary, "w", encoding="utf-8") as f:
             f.write("".join(line + "\n" for line in kept))
@@ -137,19 +137,20 @@ class Metrics:
             self.file.close()
 
 
-def _step_of(line):
-    """The step of a metrics line; infinity for a torn or foreign one, so that it is cut."""
+def _parsed(line):
+    """The object in a metrics line; None for a torn or foreign one."""
     try:
-        return json.loads(line)["step"]
+        value = json.loads(line)
+        return value if isinstance(value["step"], int) else None
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return None
 
 
 def read_lines(path):
     """The objects of a .jsonl file as a list, a torn last line left out; [] if there is no file."""
     if not Path(path).exists():
         return []
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if _step_of(line) != math.inf]
+    return [value for line in Path(path).read_text(encoding="utf-8").split("\n") if (value := _parsed(line)) is not None]
 
 
 def bar(items, text, unit):

@@ -93,13 +93,15 @@ def describe(path):
     if status == "running" and not is_held(path / ".lock"):
         status = "died"
     seconds, tokens = at["total_training_time"], at["tokens"]
-    numbers = (*at.values(), config["args"]["depth"], config["plan"]["parameters"]["total"], config["plan"]["num_iterations"],
+    # what `nanochat export --format run` made was never planned
+    plan = {"parameters": {"total": None}, "num_iterations": None} if "imported_from" in config else config["plan"]
+    numbers = (*at.values(), config["args"]["depth"], plan["parameters"]["total"], plan["num_iterations"],
                *(summary.get(name) for name in ("val_bpb", "min_val_bpb", "core_metric")))
     if not all(value is None or isinstance(value, int | float) for value in numbers):
         raise ValueError("a number in config.json or summary.json is none")
     files = [path / name for name in ("config.json", "metrics.jsonl", "summary.json") if (path / name).exists()]
     return {"path": str(path), "status": status, "reason": summary.get("reason") or "", "depth": config["args"]["depth"],
-            "parameters": config["plan"]["parameters"]["total"], **at, "steps": config["plan"]["num_iterations"],
+            "parameters": plan["parameters"]["total"], **at, "steps": plan["num_iterations"],
             "tok_per_sec": tokens / seconds if tokens and seconds else None, "val_bpb": summary.get("val_bpb"),
             "min_val_bpb": summary.get("min_val_bpb"), "core_metric": summary.get("core_metric"),
             "updated": max(file.stat().st_mtime for file in files)}

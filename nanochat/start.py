@@ -58,6 +58,9 @@ def merge_with_run(args, config):
     """The flags to resume a run with: its own, except those given now that may change.
 
     Returns (args, lines on what changed, True if the horizon did). Raises UsageError for given flags that may not differ."""
+    if "imported_from" in config:
+        raise UsageError(f"--resume: the run folder {args.model_tag} holds imported weights and no training to go on with; start a run "
+                         f"from them: --init-from={args.out_dir}/{args.model_tag} --model-tag=NAME")
     merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
     for name in OF_THIS_START:
         setattr(merged, name, getattr(args, name))
@@ -76,6 +79,13 @@ def merge_with_run(args, config):
             if name not in args.given:
                 setattr(merged, name, -1)
     return merged, changed, horizon_changed
+
+
+def default_tag(args):
+    """The run folder's name where --model-tag names none: by the depth, which --init-from takes over from its source."""
+    if args.init_from and "depth" not in args.given:
+        return f"d{source_of_weights(args).flags['depth']}"
+    return f"d{args.depth}"
 
 
 def wanted_step(args, folder):
@@ -113,7 +123,7 @@ def wanted_step(args, folder):
 def is_over(args, config, folder, start_step):
     """Why there is nothing to resume, or None: the run's last checkpoint is its final one, and no rule for an early end
     was changed now."""
-    if any(getattr(args, name) != config["args"][name] for name in ("stop_at_bpb", "patience")):
+    if any(getattr(args, name) != config["args"].get(name, -1) for name in ("stop_at_bpb", "patience")):
         return None
     if start_step is None or checkpoint.kind_of(folder.path, start_step) != "final":
         return None
@@ -170,24 +180,31 @@ class Source(NamedTuple):
     flags: dict
 
 
-def source_of_weights(args):
-    """The Source that --init-from names: its newest intact checkpoint.
+def source_of_weights(args, own=None, step=None):
+    """The Source that --init-from names. own: the RunFolder of this run, which cannot be its own source. step: of the
+    weights that this run began with, if it began before; None for the newest intact ones.
 
     The shape is the source's; context, short window and dropout may be new. UsageError for flags of the shape that were
-    given and differ."""
-    folder = RunFolder(args.init_from)
+    given and differ, and for weights that are not there or damaged."""
+    folder, named = RunFolder(args.init_from), f"--init-from={args.init_from}"
     if not folder.holds_run():
-        raise UsageError(f"--init-from={args.init_from}: not a run folder (it has no config.json of a run)")
+        raise UsageError(f"{named}: not a run folder (it has no config.json of a run)")
+    if own and own.path.resolve() == folder.path.resolve():
+        raise UsageError(f"{named}: that is this run's own folder; give the new run another --model-tag, or --resume the old one")
     config = folder.read_config()
-    step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
     if step is None:
-        raise UsageError(f"--init-from={args.init_from}: that run has no intact checkpoint")
-    of_source = {name: config["args"][name] for name in MODEL_FLAGS if name in config["args"]}
-    differing = [name for name in of_source if name in args.given and getattr(args, name) != of_source[name]]
-    if differing:
-        raise UsageError(f"--init-from={args.init_from}: its model has " + ", ".join(f"{flag(n)}={of_source[n]}" for n in differing)
-                         + "; leave these flags out")
+        step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
+        if step is None:
+            raise UsageError(f"{named}: that run has no intact checkpoint")
+    elif problem := checkpoint.damage(folder.path, step):
+        raise UsageError(f"{named}: this run began with the weights of step {step}, which cannot be read any more ({problem}); restore "
+                         f"them, or start again with --overwrite")
     model = GPTConfig(**checkpoint.read_state(folder.path, step)["model"])
+    of_source = {name: config["args"][name] for name in MODEL_FLAGS if name in config["args"]}
+    fixed = {**of_source, "vocab_size": model.vocab_size}
+    differing = [name for name in fixed if name in args.given and getattr(args, name) not in (fixed[name], -1)]
+    if differing:
+        raise UsageError(f"{named}: its model has " + ", ".join(f"{flag(n)}={fixed[n]}" for n in differing) + "; leave these flags out")
     short_window = max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window
     model = dataclasses.replace(model, max_seq_len=args.max_seq_len, short_window=short_window, dropout=args.dropout)
     return Source(model, step, str(folder.path / "tokenizer"), of_source)

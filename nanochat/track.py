@@ -48,7 +48,7 @@ class Trackers:
         run_id: new_run_id(), kept there; first_step: where this start begins; report(text) prints a line; earlier: the lines
         of metrics.jsonl before first_step, of which each tracker is given what it lacks (all, if it was not on until now)."""
         self.report, self.active = report, {}
-        config, earlier = _flags_first(config), [_numbers(line) for line in earlier]
+        config = _flags_first(config)
         if run_name != "dummy":
             self._try("W&B", lambda: _Wandb(Path(folder), run_name, config, run_id, report), earlier)
         if tensorboard:
@@ -85,20 +85,28 @@ class Trackers:
         except Exception as error:  # whatever it is, a tracker is not worth the run
             self.report(f"{name}: could not be started, training goes on without it ({_in_a_line(error)})")
             return
-        if tracker.on:
-            self.active[name] = tracker
-            self._each(lambda each: [each.log(line) for line in earlier] if each is tracker else None)
+        if not tracker.on:
+            return
+        self.active[name] = tracker
+        for line in earlier:
+            self._do(name, lambda tracker, values=_numbers(line): tracker.log(values))
 
     def _each(self, action):
-        """action(tracker) for each one that is on; one that raises is switched off."""
-        for name, tracker in list(self.active.items()):
-            try:
-                action(tracker)
-            except Exception as error:  # as above
-                del self.active[name]
-                self.report(f"{name}: switched off, training goes on ({_in_a_line(error)}); metrics.jsonl has everything")
-                with contextlib.suppress(Exception):
-                    tracker.abandon()
+        """action(tracker) for each one that is on."""
+        for name in list(self.active):
+            self._do(name, action)
+
+    def _do(self, name, action):
+        """action(tracker) if it is on; one that raises is switched off."""
+        if (tracker := self.active.get(name)) is None:
+            return
+        try:
+            action(tracker)
+        except Exception as error:  # as above
+            del self.active[name]
+            self.report(f"{name}: switched off, training goes on ({_in_a_line(error)}); metrics.jsonl has everything")
+            with contextlib.suppress(Exception):
+                tracker.abandon()
 
 
 class _Wandb:

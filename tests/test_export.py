@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import nanochat
 import small
-from nanochat import checkpoint, export, runlog, tokenizer as tokenizers
+import train
+from nanochat import checkpoint, export, runlog, runs, tokenizer as tokenizers
 from nanochat.common import UsageError
 from nanochat.engine import generate_ids
 from nanochat.model import GPTConfig, build
@@ -44,8 +45,8 @@ def make_run(folder, shape, kind="bpe", step=7):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     folder = runlog.RunFolder(folder)
     folder.path.mkdir()
-    folder.write_config({"args": {"depth": shape["depth"], "data": "made up"}, "model": asdict(model.config),
-                         "plan": {"total_batch_tokens": 256}, "data": {"name": "a test's text"}})
+    folder.write_config({"args": {"depth": shape["depth"], "data": "/home/somebody/text.txt"}, "model": asdict(model.config),
+                         "plan": {"total_batch_tokens": 256}, "data": {"name": "/home/somebody/text.txt"}})
     tokenizer.save(folder.path / "tokenizer")
     checkpoint.save(folder.path, step, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
     metrics = runlog.Metrics(folder.path / "metrics.jsonl")
@@ -203,7 +204,7 @@ def test_folder_of_a_llama_is_plain(made):
 def test_model_card_tells_settings_and_results(made):
     for name in ("llama_tied", "speedrun"):
         card = (made[name][1] / "README.md").read_text()
-        assert all(part in card for part in ("1.2345", "a test's text", "1,792", "32 tokens, the length it was trained at"))
+        assert all(part in card for part in ("1.2345", "| training data | text.txt |", "1,792", "32 tokens, the length it was trained at"))
         assert ("trust_remote_code" in card) == (name == "speedrun")
 
 
@@ -370,6 +371,25 @@ def test_back_to_a_run_gives_the_same_weights(made, tmp_path, name):
     assert checkpoint.load_optimizer(tmp_path / "run", 0) == {}
     assert export.main([str(tmp_path / "run"), str(tmp_path / "again")]) == 0  # and once more there
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_an_imported_run_is_listed_and_started_from_but_not_resumed(made, tmp_path, capsys):
+    assert export.main([str(made["llama"][1]), "--format", "run", str(tmp_path / "imported")]) == 0
+    assert runs.main([str(tmp_path)]) == 0
+    assert "imported  completed" in capsys.readouterr().out
+    flags = [small.corpus(tmp_path), f"--out-dir={tmp_path}", "--no-compile", "--num-iterations=2", "--total-batch-size=256",
+             "--max-seq-len=32"]
+    assert train.run([*flags, "--model-tag=imported", "--resume"]) == 2
+    assert "--init-from=" in capsys.readouterr().err
+    assert train.run([*flags, f"--init-from={tmp_path / 'imported'}", "--model-tag=mine"]) == 0
+    assert small.summary(tmp_path, "mine")["step"] == 2
+
+
+def test_the_model_card_names_no_folders(made):
+    card = (made["llama"][1] / "README.md").read_text()
+    assert "somebody" not in card and "text.txt" in card
+    assert [export._public(value) for value in ("/home/me/text.txt", "text/*.jsonl", "hf:a/b", "climbmix", 3)] == [
+        "text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)

@@ -9,6 +9,7 @@ import torch
 import train
 
 from nanochat import checkpoint, evaluate
+from nanochat.plan import Plan
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,17 @@ def test_a_stopped_run_is_extended_where_it_stands(copy):
     assert config(copy)["extended"] == [{"from_step": 4, "steps_before": 12}]
 
 
-def test_extending_by_a_time_budget(copy):
-    assert small.run(copy, "--resume", "--num-iterations=-1", "--target-minutes=0.02") == 0
-    assert small.summary(copy)["step"] == config(copy)["plan"]["num_iterations"] > 12
+def test_extending_by_a_time_budget(tmp_path):
+    """The warm-up stays the one that is over, and the learning rate does not jump where the steps are counted out."""
+    flags = ("--warmup-ratio=0.25", "--warmdown-ratio=0.9")
+    assert small.run(tmp_path, *flags, "--warmdown-ratio=0.25") == 0
+    plan = config(tmp_path)["plan"]
+    plan_after = Plan(**plan)
+    plan_after.fix_steps(40, train.parse_args(flags), done=10)
+    assert (plan["warmup_steps"], plan_after.warmup_steps, plan_after.warmdown_steps) == (3, 3, 30), "not 10, not 36"
+    assert small.run(tmp_path, *flags[:1], "--warmdown-ratio=0.25", "--resume", "--num-iterations=-1", "--target-minutes=0.02") == 0
+    assert small.summary(tmp_path)["step"] == config(tmp_path)["plan"]["num_iterations"] > 12
+    assert config(tmp_path)["plan"]["warmup_steps"] == 3
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -103,7 +112,7 @@ def test_a_runs_config_repeats_it_and_the_command_line_wins(finished, tmp_path):
     assert train.run([f"--config={path}", f"--out-dir={tmp_path}", "--model-tag=again"]) == 0
     assert small.timeless(small.lines(tmp_path, "again")) == small.timeless(small.lines(finished))
     args = train.parse_args([f"--config={path}", "--seed=7", "--compile"])
-    assert (args.seed, args.depth, args.dtype, args.compile, args.model_tag) == (7, 2, "float32", True, "d2")
+    assert (args.seed, args.depth, args.dtype, args.compile, args.model_tag) == (7, 2, "float32", True, "")
     assert {"seed", "depth", "dtype"} <= args.given and "grad_clip" not in args.given
 
 
@@ -137,12 +146,70 @@ def test_init_from_takes_the_shape_and_tokenizer_of_the_source(finished, tmp_pat
 
 @pytest.mark.parametrize("flags, words", [
     (("--depth=3",), ["--init-from", "--depth=2"]), (("--arch=llama",), ["--arch=speedrun"]), (("--tokenizer=char",), ["--tokenizer=char"]),
+    (("--tokenizer=bpe", "--vocab-size=300"), ["--vocab-size=257"]),
 ])
 def test_init_from_another_shape_is_refused(finished, tmp_path, capsys, flags, words):
     assert small.run(tmp_path, f"--init-from={finished / 'run'}", *flags) == 2
     error = capsys.readouterr().err
     assert [word for word in words if word not in error] == []
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_started_from_itself(copy, capsys):
+    before = {path: path.read_bytes() for path in (copy / "run").rglob("*") if path.is_file()}
+    assert small.run(copy, f"--init-from={copy / 'sub' / '..' / 'run'}", "--overwrite") == 2
+    (copy / "sub").mkdir()
+    assert small.run(copy, f"--init-from={copy / 'sub' / '..' / 'run'}", "--overwrite") == 2
+    assert "own folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (copy / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_begins_again_with_the_weights_it_began_with(copy, capsys):
+    """Killed before its first checkpoint, it does not take what its source has learnt since; nor anything if they are gone."""
+    source, flags = copy / "run", (f"--init-from={copy / 'run'}", "--eval-every=-1")
+    later = shutil.move(checkpoint.folder_of(source, 12), copy / "later")
+    assert small.run_killed(copy, 2, *flags, tag="broken") == -9
+    assert config(copy, "broken")["init_from"]["step"] == 8
+    assert small.run(copy, *flags, tag="whole") == 0
+    shutil.move(later, checkpoint.folder_of(source, 12))
+    assert small.run(copy, "--resume", *flags, tag="broken") == 0
+    assert small.losses(copy, "broken") == small.losses(copy, "whole")
+
+    assert small.run_killed(copy, 2, *flags, tag="orphan") == -9
+    weights = checkpoint.folder_of(source, 12) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert small.run(copy, "--resume", *flags, tag="orphan") == 2
+    assert "step 12" in capsys.readouterr().err
+
+
+def test_init_from_decides_the_default_folder_and_the_plan(copy, capsys):
+    shutil.move(copy / "run", copy / "source")
+    flags = [f"--init-from={copy / 'source'}", small.corpus(copy), f"--out-dir={copy}", "--num-iterations=1", "--total-batch-size=256",
+             "--max-seq-len=32"]
+    assert train.run([*flags, "--dry-run", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert (model["depth"], model["width"], model["vocab_size"], model["max_seq_len"]) == (2, 32, 257, 32)
+    assert train.run([*flags, "--no-compile", "--no-save", "--sample-every=-1"]) == 0
+    assert (copy / "d2" / "config.json").exists()
+    assert "is what an untrained model should have" not in capsys.readouterr().out
+
+
+# ----- runs of earlier versions
+
+
+def test_a_run_of_an_earlier_version_goes_on(copy):
+    """What has come into config.json since then is not asked for."""
+    checkpoint.set_aside_after(copy / "run", 8)
+    path, content = copy / "run" / "config.json", config(copy)
+    del content["data"]["revision"], content["wandb_id"]
+    for name in ("arch", "tie_embeddings"):
+        del content["model"][name]
+    for name in ("arch", "tie_embeddings", "init_from", "config", "tensorboard", "stop_at_bpb", "patience", "lr_schedule"):
+        del content["args"][name]
+    path.write_text(json.dumps(content))
+    assert small.run(copy, "--resume") == 0
+    assert small.run(copy, tag="whole") == 0
+    assert small.losses(copy) == small.losses(copy, "whole")
 
 
 # ----- early ends
@@ -181,12 +248,25 @@ def test_patience_survives_a_restart(tmp_path, monkeypatch):
     assert small.summary(tmp_path)["step"] == 8
 
 
+def test_more_patience_than_before(tmp_path, monkeypatch):
+    """The evaluation at which patience ended is made again, and counted once."""
+    scripted_evaluation(monkeypatch, [2.0, 2.1, 2.2])
+    flags = ("--eval-every=2", "--save-every=-1", "--warmdown-ratio=0")
+    assert small.run(tmp_path, "--patience=2", *flags) == 0
+    assert small.summary(tmp_path)["step"] == 6
+    scripted_evaluation(monkeypatch, [2.2, 2.3])  # steps 6 and 8
+    assert small.run(tmp_path, "--resume", "--patience=3", *flags) == 0
+    assert small.summary(tmp_path)["step"] == 8
+    assert config(tmp_path)["args"]["patience"] == 3
+
+
 def test_stop_at_bpb(tmp_path, monkeypatch, capsys):
     scripted_evaluation(monkeypatch, [2.0, 1.5])
     assert small.run(tmp_path, "--stop-at-bpb=1.6", "--eval-every=3") == 0
     summary = small.summary(tmp_path)
     assert summary["status"] == "completed" and summary["step"] == 6 and "--stop-at-bpb=1.6" in summary["reason"]
     assert checkpoint.kind_of(tmp_path / "run", 6) == "final"
+    assert checkpoint.best_step(tmp_path / "run") == 6
     scripted_evaluation(monkeypatch, [1.5, 1.45, 1.4])
     assert small.run(tmp_path, "--resume", "--stop-at-bpb=-1", "--eval-every=3") == 0  # the rule lifted, it goes on
     assert small.summary(tmp_path)["step"] == 12
