@@ -8,13 +8,12 @@ The flags, then the loop (save / evaluate / sample / stop? / step / log), top to
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 
-from nanochat import schedules
-from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, Unavailable, UsageError, human_bytes, human_time,
-                             stream_seed)
+from nanochat import schedules, signals
+from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, TrainingFailed, Unavailable, UsageError,
+                             human_bytes, human_time, stream_seed)
 
 
 def parse_args(argv=None):
@@ -109,7 +108,7 @@ def parse_args(argv=None):
     group.add_argument("--no-save", action="store_true", help="write no checkpoint at all")
     group = parser.add_argument_group("faults")
     group.add_argument("--max-skipped", type=int, default=10, help="steps in a row that may be skipped for non-finite numbers")
-    group.add_argument("--debug-nans", action="store_true", help="find the first non-finite tensor (not available yet)")
+    group.add_argument("--debug-nans", action="store_true", help="at the first such step: find the module that made it, and stop")
     group.add_argument("--profile", action="store_true", help="trace a few steps (not available yet)")
     group = parser.add_argument_group("planning")
     group.add_argument("--dry-run", action="store_true", help="print the plan and exit")
@@ -129,11 +128,12 @@ def parse_args(argv=None):
     return args
 
 
-def main(args):
-    """Train. Returns the exit code: 0 completed, 75 stopped early on request and resumable. Raises UsageError."""
+def main(args, stop):
+    """Train. stop: the StopSignals of this process. Returns the exit code: 0 completed, 75 stopped early on request and
+    resumable, 1 ended with everything saved for want of data or disk. Raises UsageError, TrainingFailed, Stopped."""
     import torch
 
-    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, hardware, model as models, optim
+    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, hardware, model as models, optim
     from nanochat import plan as plans, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
@@ -233,14 +233,18 @@ def main(args):
         lambda: corpora.compressed_bits_per_byte(corpus.val))
     print0("held-out text compressed:", ", ".join(f"{name} {bits} bits per byte" for name, bits in compressed.items()))
 
-    # ----- from here on the disk changes
+    # ----- from here on the disk changes: a signal waits until that is done
+    stop.at_once = False
+
     def claim():
         folder.claim()
+        checkpoint.sweep(folder.path)
         if config is None:  # another process may have trained here while this one read its data
             start.wanted_step(args, folder)
 
     ranks.from_rank0_or_raise(claim)
-    metrics, samples = runlog.Metrics(folder.path / "metrics.jsonl"), runlog.Metrics(folder.path / "samples.jsonl")
+    progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
+    metrics, samples = (runlog.Metrics(folder.path / f"{name}.jsonl", progress.message) for name in ("metrics", "samples"))
     if main_rank:
         if config is None:
             if args.overwrite:
@@ -273,8 +277,8 @@ def main(args):
 
     # ----- the state of the loop: all that must survive a restart besides tensors
     step = start_step
-    state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "best_saved_bpb": None,
-             "stale_evaluations": 0, "shard_tokens": {}, "tokenizer": tokenizer.fingerprint}
+    state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "stale_evaluations": 0,
+             "recent_losses": [], "shard_tokens": {}, "tokenizer": tokenizer.fingerprint}
     state |= {name: value for name, value in saved_state.items() if name in state}
 
     def position(at):
@@ -286,10 +290,16 @@ def main(args):
     def summarize(status, reason=""):
         seconds = state["training_seconds"]
         speed = step * plan.total_batch_tokens / seconds if seconds else None
-        return runlog.write_summary(folder.path, status=status, reason=reason, **position(step), val_bpb=state["val_bpb"],
-                                    min_val_bpb=state["min_val_bpb"], core_metric=None, core_metric_n=None, tok_per_sec=speed,
-                                    mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
-                                    peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
+        summary = dict(status=status, reason=reason, **position(step), val_bpb=state["val_bpb"], min_val_bpb=state["min_val_bpb"],
+                       core_metric=None, core_metric_n=None, tok_per_sec=speed,
+                       mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
+                       peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
+        try:
+            folder.write_config(config)  # again: a full disk may have refused it when the steps were fixed
+            runlog.write_summary(folder.path, **summary)
+        except OSError as error:
+            progress.message(f"config.json and summary.json cannot be written ({error})")
+        return summary
 
     def log(**values):
         metrics.write(**values)
@@ -298,8 +308,12 @@ def main(args):
     def save(kind, loop_state):
         optimizer_state = optimizer.state()  # all ranks: it gathers
         if main_rank:
-            checkpoint.save(folder.path, step, kind, model, optimizer_state, {**loop_state, "shard_tokens": dict(rows.cache.lengths)})
-            checkpoint.prune(folder.path, args.keep_last)
+            saver.save(step, kind, model, optimizer_state, {**loop_state, "recent_losses": list(loop_state["recent_losses"]),
+                                                            "shard_tokens": dict(rows.cache.lengths)})
+
+    def asked_meanwhile():
+        watchdog.move(f"the evaluation of step {step}")
+        return stop.requested
 
     def batches_of_steps(first_step):
         at = first_step
@@ -317,9 +331,8 @@ def main(args):
         (loss / accumulation).backward()
         return loss.detach()
 
-    stop = StopSignals(speaks=main_rank)
-    batches, ahead, data_failure, trackers = None, None, "", None
-    progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
+    batches, ahead, trackers, saver, watchdog = None, None, None, None, None
+    failure = ""  # what ends the run with exit code 1 although all is saved: no data
     cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
@@ -328,8 +341,11 @@ def main(args):
         summarize("running")
     try:
         if main_rank:
+            saver = checkpoint.Saver(folder.path, args.keep_last, progress.message, (metrics, samples))
             trackers = track.Trackers(folder.path, args.run, args.tensorboard, config, config["wandb_id"], start_step, progress.message,
                                       runlog.read_lines(metrics.path) if args.tensorboard or args.run != "dummy" else ())
+        stop.at_once = True
+        stop.check()
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
         model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
         optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
@@ -346,6 +362,8 @@ def main(args):
         optimizer.zero_grad()
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
+        stop.at_once = False
+        watchdog = faults.Watchdog(lambda text: print(f"rank {rank}: {text}" if world_size > 1 else text, file=sys.stderr, flush=True))
         batches = data.Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
         if not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process a machine reads ahead
             ahead = data.Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
@@ -373,8 +391,7 @@ def main(args):
             if evaluation_due and evaluated != step and not stopping:
                 before = dict(state)  # for the checkpoint of this step: a resumed run repeats the evaluation
                 try:
-                    result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device,
-                                                    interrupted=lambda: world_size == 1 and stop.requested)
+                    result = evaluate.bits_per_byte(model, pieces, byte_counts, device_batch * T, device, interrupted=asked_meanwhile)
                 except evaluate.EvaluationFailed as error:
                     progress.message(f"step {step}: the evaluation failed, training goes on ({error})")
                     state["val_bpb"] = None
@@ -398,9 +415,7 @@ def main(args):
                         log(**position(step), **{"val/bpb": result["bpb"], "val/loss": result["loss"]})
                         progress.message(f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
                                          f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)")
-                        if step in checkpoint.steps_of(folder.path) and result["bpb"] < (state["best_saved_bpb"] or math.inf):
-                            state["best_saved_bpb"] = result["bpb"]
-                            checkpoint.mark_best(folder.path, step)
+                        saver.mark_best(step, result["bpb"])
                 evaluated = step
                 if main_rank:
                     summarize("running")
@@ -408,20 +423,20 @@ def main(args):
                     progress.message(f"step {step}: ending here, {reason}")
                     continue
 
-            # sample: rank 0
-            if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping and main_rank:
-                for i, prompt in enumerate(prompts):
-                    try:
-                        text = "".join(engine.generate_text(
-                            model, tokenizer, prompt, max_new_tokens=min(SAMPLE_TOKENS, 4 * T), temperature=0.8, top_k=50,
-                            seed=stream_seed(args.seed, "sample", step, i)))
-                    except Exception as error:  # whatever it is, a sample is not worth the run
-                        samples.write(step=step, prompt=prompt, text=None, reason=f"{type(error).__name__}: {error}")
-                        progress.message(f"step {step}: sampling failed, training goes on ({type(error).__name__}: {error})")
+            # sample: rank 0; the others wait for its word whether it was told to stop meanwhile
+            if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping:
+                watchdog.move(f"the samples of step {step}")
+                for prompt, text, problem in engine.draw_samples(model, tokenizer, prompts if main_rank else [], args.seed, step, stop):
+                    samples.write(step=step, prompt=prompt, text=text, **({"reason": problem} if problem else {}))
+                    if problem:
+                        progress.message(f"step {step}: sampling failed, training goes on ({problem})")
                     else:
-                        samples.write(step=step, prompt=prompt, text=text)
                         trackers.text(step, prompt, text)
                         progress.message(f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}")
+
+                if ranks.from_rank0(stop.requested):  # once more round, to save and leave; a resumed run samples here again
+                    stopping = True
+                    continue
 
             # stop?
             if finished or stopping:
@@ -433,25 +448,27 @@ def main(args):
             optimizer.zero_grad()
             loss = torch.zeros((), device=device)
             try:
-                for micro, batch in enumerate(next(batches)):
+                micro_batches = next(batches)
+                for micro, batch in enumerate(micro_batches):
                     loss += forward_backward(batch, step, micro) / accumulation
             except (data.DataFailed, UsageError) as error:  # the other ranks are in this step: take part, then save and leave
-                data_failure = str(error)
+                failure = str(error)
                 optimizer.zero_grad(to_zeros=True)
             grad_norm = optimizer.reduce()
             # one more exchange: mean loss, was any rank told to stop, has one no data; from rank 0, whose clock counts: is a
             # rolling checkpoint due, is the time budget measured
             measured = main_rank and plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 6 * args.target_minutes
-            due = main_rank and args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes
+            due = main_rank and not args.no_save and not saver.busy() and (saver.retry_due() or (
+                args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes))
             votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor(
-                [stop.requested, due, measured, bool(data_failure)])]))
-            loss, (stopping, rolling_due, measured, no_data) = votes[0].item(), (votes[1:] > 0).tolist()
+                [stop.requested, due, measured, bool(failure)])]))
+            loss, stopping, rolling_due, measured, no_data, grad_norm = torch.cat((votes, grad_norm[None])).tolist()
+            stopping = stopping > 0
             if no_data:  # told to stop while waiting for it, or it cannot be had
-                data_failure = "" if stopping else ranks.first_word(data_failure)
+                failure = "" if stopping else next(filter(None, ranks.from_all(failure)))
                 stopping = True
                 optimizer.drop_gradients()
                 continue
-            grad_norm = grad_norm.item()
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite and args.grad_clip:
                 optimizer.clip(grad_norm, args.grad_clip)
@@ -469,6 +486,7 @@ def main(args):
             step += 1
 
             # log: the line of the state before the update, with the loss of the update
+            z = faults.spike(loss, state["recent_losses"]) if finite else None
             speed = plan.total_batch_tokens / dt
             mfu = 100 * speed * plan.flops_per_token / (peak * world_size)
             if main_rank:
@@ -476,57 +494,69 @@ def main(args):
                     **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
                        "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
                        "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch},
+                    **({} if z is None else {"spike": z}),
                     **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
             if step == 1 and not source and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
                 progress.message(f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f} "
                                  f"is what an untrained model should have")
+            if z is not None:
+                progress.message(f"step {step - 1}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the last "
+                                 f"{len(state['recent_losses']) - 1}")
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if not finite:
                 state["skipped_steps"] += 1
                 progress.message(f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone")
-                if skipped_in_a_row >= args.max_skipped:
-                    saved = checkpoint.steps_of(folder.path)
-                    raise TrainingFailed(f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient; the last good "
-                                         f"checkpoint is " + (f"step {saved[-1]}" if saved else "none"))
+                if args.debug_nans or skipped_in_a_row >= args.max_skipped:
+                    optimizer.zero_grad()
+                    located = faults.locate(model, lambda: [forward_backward(batch, step - 1, micro)
+                                                            for micro, batch in enumerate(micro_batches)])
+                    raise TrainingFailed(faults.conclude(located, skipped_in_a_row, folder.path, rows, step - 1, plan.rows_per_step, saver))
             if measured:
                 left = 60 * args.target_minutes - state["training_seconds"]
                 plan.fix_steps(ranks.from_rank0(step + max(1, round(left * measured_steps / measured_seconds))), args, done=step)
                 if main_rank:
                     config["plan"] = plan.as_dict()
-                    folder.write_config(config)
+                    summarize("running")
                     trackers.update_config(config)
                     progress.message(f"time budget: {plan.num_iterations} steps at {1000 * measured_seconds / measured_steps:.0f} ms, "
                                      f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}")
+            watchdog.step(step, dt)
             smooth_loss = loss if smooth_loss is None or not finite else 0.95 * smooth_loss + 0.05 * loss
             left = (plan.num_iterations - step) * measured_seconds / measured_steps if plan.num_iterations is not None else None
             progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
     except BaseException as error:
         if hardware.is_out_of_memory(error):
-            fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
-            smaller = f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
-            error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
+            error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {plans.smaller(device_batch)} ({error})")
+        elif world_size > 1 and isinstance(error, RuntimeError):  # an exchange that failed: because of whom?
+            if gone := ranks.who_is_gone():
+                error = TrainingFailed(f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint")
+            elif stop.requested:
+                error = signals.Stopped()
+        ranks.last_word(f"{type(error).__name__}: {error}")
         if main_rank:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            why = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
-            summary = summarize("stopped" if interrupted else "failed", why)
+            stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
+            if saver is not None and not isinstance(error, KeyboardInterrupt):  # who interrupts twice waits for nothing
+                saver.wait()
+            why = "asked to stop by a signal" if stopped else f"{type(error).__name__}: {error}"
+            summary = summarize("stopped" if stopped else "failed", why)
             if trackers:
-                trackers.finish(summary, EXIT_STOPPED if interrupted else EXIT_FAILED)
+                trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        stop.restore()
-        for worker in (batches, ahead):
+        for worker in (batches, ahead, watchdog):
             if worker is not None:
                 worker.close()
         progress.close()
 
     # ----- the end
-    completed = finished and not stopping
-    code = EXIT_FAILED if data_failure else EXIT_COMPLETED if completed else EXIT_STOPPED
+    failure = "; ".join(filter(None, (failure, ranks.from_rank0(saver.finish() if main_rank else ""))))
+    completed = finished and not stopping and not failure
+    code = EXIT_FAILED if failure else EXIT_COMPLETED if completed else EXIT_STOPPED
     if main_rank:
-        status = "failed" if data_failure else "completed" if completed else "stopped"
-        trackers.finish(summarize(status, data_failure or reason or ("" if completed else "asked to stop by a signal")), code)
+        status = "failed" if failure else "completed" if completed else "stopped"
+        trackers.finish(summarize(status, failure or reason or ("" if completed else "asked to stop by a signal")), code)
         metrics.close()
         samples.close()
         is_saved = step in checkpoint.steps_of(folder.path)
@@ -536,52 +566,35 @@ def main(args):
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
-            print0(f"stopped at step {step}: {data_failure.rstrip('.') or 'as asked'}; {saved}"
+            print0(f"stopped at step {step}: {failure.rstrip('.') or 'as asked'}; {saved}"
                    + (f"; add --resume to go on: {folder.path}" if is_saved else ""))
     ranks.close()
     return code
 
 
-SAMPLE_TOKENS = 96  # length of the samples drawn during training
-
-
-class TrainingFailed(Exception):
-    """Training cannot go on; the message says why and what is left. Exit code 1."""
-
-
-class StopSignals:
-    """SIGTERM and the first SIGINT set `requested`, which the loop reads once a step; a second SIGINT interrupts at once."""
-
-    def __init__(self, speaks):
-        self.requested, self.speaks = False, speaks
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.requested and self.speaks:  # os.write: print() is not safe inside a signal handler
-            os.write(2, b"\nstopping after this step, saving first; Ctrl-C again leaves at once without saving\n")
-        self.requested = True
-
-    def restore(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 def run(argv=None):
     """parse_args() and main() with errors as messages and exit codes: 2 for wrong usage or input, 1 for a failed run."""
+    args = parse_args(argv)
+    stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
-        return main(parse_args(argv))
+        return main(args, stop)
     except UsageError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except signals.Stopped:
+        print("train.py: stopped, as asked, before a step was done", file=sys.stderr)
+        return EXIT_STOPPED
     except (TrainingFailed, Unavailable) as error:
         print(f"train.py: training failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return EXIT_STOPPED
+    finally:
+        stop.restore()
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    signals.ignore()
+    sys.exit(code)

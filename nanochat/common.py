@@ -1,6 +1,7 @@
 """What every layer uses: errors, exit codes, paths, seeds, atomic files, formatted numbers. Imports no torch."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,9 +22,18 @@ class Unavailable(Exception):
     trying again later may help."""
 
 
+class TrainingFailed(Exception):
+    """Training cannot go on; the message says why and what is left. Shown without a traceback, exit code 1."""
+
+
 def install_hint(package, purpose):
     """The UsageError to raise when an optional package is missing."""
     return UsageError(f"{purpose} needs the package '{package}', which is not installed: pip install {package}")
+
+
+def in_a_line(error):
+    """What an exception says, cut to its first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def base_dir():
@@ -90,7 +100,8 @@ def new_folder(out):
     """A temporary folder beside `out` that gets its name when the `with` ends well, and is deleted when it does not.
 
     UsageError if `out` is there and not an empty folder, cannot be made, or is being made by another process; Unavailable if
-    the disk fails later. What a killed process left is deleted."""
+    it cannot be written later. Other errors of the body, such as of files that it reads, pass. What a killed process left is
+    deleted."""
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not an empty folder; name another one, or delete it first")
@@ -105,10 +116,13 @@ def new_folder(out):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{out} is being written by another process") from None
+        in_body = False
         try:
             for left in folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+            in_body = True
             yield folder
+            in_body = False
             for path in folder.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private
                 if path.is_file():
@@ -118,11 +132,21 @@ def new_folder(out):
             folder.rename(out)
             fsync_dir(out.parent)
         except OSError as error:
+            if in_body and not _is_of_writing(error, folder):
+                raise
             raise Unavailable(f"{out} cannot be written ({error.strerror or error}); nothing of it is left") from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _is_of_writing(error, folder):
+    """Whether an OSError is about a file inside a folder, or names no file and is of a disk that takes no more."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    if not names:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)
 
 
 def write_json(path, value):

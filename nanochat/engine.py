@@ -11,7 +11,9 @@ import math
 
 import torch
 
-from nanochat.common import UsageError
+from nanochat.common import UsageError, stream_seed
+
+SAMPLE_TOKENS = 96  # length of the samples drawn during training
 
 
 class LayerCache:
@@ -217,6 +219,25 @@ def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens=256, **
     ids = prompt_with_bos(tokenizer, prompt)
     steps = list(generate_ids(model, ids, max_new_tokens, num_samples=num_samples, stop_id=tokenizer.bos, **sampling))
     return ["".join(text_pieces(tokenizer, (step[s] for step in steps))) for s in range(num_samples)]
+
+
+def draw_samples(model, tokenizer, prompts, seed, step, stop):
+    """Yields (prompt, text, "") for each prompt, as training samples at a step, or (prompt, None, reason) where it fails.
+
+    stop: StopSignals; once stop.requested is set nothing more is yielded, half a text neither."""
+    n_tokens = min(SAMPLE_TOKENS, 4 * model.config.max_seq_len)
+    for i, prompt in enumerate(prompts):
+        pieces = []
+        try:
+            for piece in generate_text(model, tokenizer, prompt, max_new_tokens=n_tokens, temperature=0.8, top_k=50,
+                                       seed=stream_seed(seed, "sample", step, i)):
+                pieces.append(piece)
+                if stop.requested:
+                    return
+        except Exception as error:  # whatever it is, a sample is not worth the run
+            yield prompt, None, f"{type(error).__name__}: {error}"
+        else:
+            yield prompt, "".join(pieces), ""
 
 
 def sample_prompts(args, tokenizer, corpus):

@@ -17,18 +17,19 @@ def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=
     """Score held-out pieces (data.held_out_pieces), each alone in its row after a BOS.
 
     byte_counts: int64 (V,), bytes of each token id, 0 for special tokens. batch_tokens: padded tokens a batch at most.
-    interrupted: asked before each batch on one rank alone; true leaves early.
-    Returns {"bpb": sum nats / (ln 2 * sum bytes), "loss": nats per token, "tokens", "bytes"} over all ranks, or None
-    when interrupted. Sums are in fp64, so that neither batching nor the number of ranks changes the result.
+    interrupted: asked before each batch; true leaves early.
+    Returns {"bpb": sum nats / (ln 2 * sum bytes), "loss": nats per token, "tokens", "bytes"} over all ranks, or None on
+    every rank when any was interrupted. Sums are in fp64, so that neither batching nor the number of ranks changes the result.
     Raises EvaluationFailed on every rank when any rank could not finish its share."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # nats, tokens, bytes, ranks that failed
+    sums = torch.zeros(5, dtype=torch.float64)  # nats, tokens, bytes, ranks that failed, ranks that were interrupted
     problem = None
     try:
         for batch in batches_by_length(pieces[rank() :: world_size()], batch_tokens):
             if interrupted():
-                return None
+                sums[4] = 1
+                break
             ids, targets = pad(batch)
             nats = model(ids.to(device), targets.to(device)).cpu().double()
             n_bytes = torch.as_tensor(byte_counts)[targets.clamp_min(0)] * (targets >= 0)
@@ -37,7 +38,9 @@ def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=
         problem, sums[3] = error, 1
     finally:
         model.train(was_training)
-    nats, tokens, n_bytes, failed = sum_over_ranks(sums.to(device if device.type == "cuda" else "cpu")).tolist()
+    nats, tokens, n_bytes, failed, left = sum_over_ranks(sums.to(device if device.type == "cuda" else "cpu")).tolist()
+    if left:
+        return None
     if failed:
         raise EvaluationFailed(f"{type(problem).__name__}: {problem}" if problem else "another rank failed") from problem
     if not math.isfinite(nats) or n_bytes == 0:

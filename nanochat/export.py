@@ -318,10 +318,9 @@ def _shown(value):
 
 def measured(run, step, metric, summary_name):
     """A number measured at exactly this step, from metrics.jsonl or summary.json; None if there is none."""
-    from nanochat.runlog import read_lines
-    found = [line[metric] for line in read_lines(Path(run) / "metrics.jsonl") if line["step"] == step and line.get(metric) is not None]
-    if found:
-        return found[-1]
+    from nanochat.runlog import Metrics
+    if (found := Metrics(Path(run) / "metrics.jsonl").value_at(step, metric)) is not None:
+        return found
     path = Path(run) / "summary.json"
     summary = read_json(path, "run folder") if path.exists() else {}
     return summary.get(summary_name) if summary.get("step") == step else None

@@ -23,7 +23,7 @@ LONG_RUN_SECONDS = 2 * 86400
 LATER = {
     "activation_checkpointing": "activation checkpointing", "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
     "fp8_recipe": "fp8 training", "core_metric_every": "the CORE metric",
-    "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric", "debug_nans": "tracing non-finite values",
+    "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric",
     "profile": "profiling",
 }
 LATER_VALUES = {("dtype", "float16"): "float16 training (it needs loss scaling)"}
@@ -273,6 +273,12 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size,
                          f"free {MEMORY_SHARE[device_type]:.0%} may be planned with; lower --max-seq-len or --depth, or give "
                          f"--device-batch-size=1 to try it all the same")
     return fitting[-1]
+
+
+def smaller(device_batch):
+    """What to do when so many rows do not fit into memory."""
+    fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
+    return f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
 
 
 def estimated_seconds(plan, args, peak_flops, devices):

@@ -1,7 +1,9 @@
 """The few places where ranks meet. With one process every function here is the identity."""
 
+import contextlib
 import datetime
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -91,10 +93,41 @@ def from_rank0_or_raise(action):
     return result
 
 
-def first_word(text):
-    """The first text among all ranks' that is not empty ("" if there is none), on every rank."""
+def from_all(value):
+    """Every rank's value of a small picklable Python object, as a list by rank, on every rank."""
     if world_size() == 1:
-        return text
-    texts = [""] * world_size()
-    dist.all_gather_object(texts, text)
-    return next(filter(None, texts), "")
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+LOST = "lost the others"  # last word of a rank that ends because another did
+
+
+def last_word(text):
+    """Leave word, for the other ranks, of why this one ends. Nothing happens if nobody can be reached any more."""
+    if dist.is_initialized() and world_size() > 1:
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            dist.distributed_c10d._get_default_store().set(f"last_word/{rank()}", text)
+
+
+def who_is_gone(patience_seconds=3.0):
+    """After a failed exchange: a sentence on the ranks that caused it and their last words; "" if no rank did.
+
+    Ranks that only lost another one say LOST; this one does too."""
+    last_word(LOST)
+    store, words = dist.distributed_c10d._get_default_store(), {}
+    deadline = time.monotonic() + patience_seconds
+    try:
+        while len(words) < world_size():
+            for other in set(range(world_size())) - set(words):
+                if store.check([f"last_word/{other}"]):
+                    words[other] = store.get(f"last_word/{other}").decode()
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    except RuntimeError:  # the store is gone, and with it the launcher: nobody is to blame
+        return ""
+    return " and ".join(f"rank {other} " + (f"failed ({words[other]})" if other in words else "died without a word")
+                        for other in range(world_size()) if words.get(other) != LOST)

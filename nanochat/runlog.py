@@ -1,5 +1,7 @@
 """The run folder's records: config.json, metrics.jsonl, summary.json, samples.jsonl; and the lines on the screen."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -69,6 +71,8 @@ class RunFolder:
         """Delete the run that the folder holds (--overwrite), config.json first; files that no run writes stay."""
         for name in ("config.json", "metrics.jsonl", "samples.jsonl", "core.jsonl", "summary.json", "loss.png"):
             (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob("fault_step_*.json"):
+            path.unlink()
         for name in ("checkpoints", "tokenizer", "wandb", "tensorboard"):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
@@ -109,8 +113,9 @@ def finite_or_null(values):
 class Metrics:
     """metrics.jsonl and its like: JSON objects, one a line, appended and flushed."""
 
-    def __init__(self, path):
-        self.path, self.file = Path(path), None
+    def __init__(self, path, report=print):
+        self.path, self.report, self.file = Path(path), report, None
+        self.size, self.kept, self.refused = 0, [], False  # bytes written, lines not written yet, whether that was said
 
     def keep_before(self, step):
         """Cut the lines of this step and later ones, and a torn last line; the file is replaced atomically.
@@ -127,10 +132,36 @@ class Metrics:
         os.replace(temporary, self.path)
 
     def write(self, **values):
-        if self.file is None:
-            self.file = open(self.path, "a", encoding="utf-8")
-        self.file.write(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
-        self.file.flush()
+        """Append a line. If the disk refuses it is kept, and written with a later one; report() is told once."""
+        self.kept.append(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
+        content = "".join(self.kept).encode()
+        try:
+            if self.file is None:
+                self.file = open(self.path, "ab", buffering=0)
+                self.size = self.file.seek(0, os.SEEK_END)
+            if (written := self.file.write(content)) < len(content):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes were taken")
+        except OSError as error:
+            if not self.refused:
+                self.report(f"{self.path.name} cannot be written ({error}); its lines are kept in memory, training goes on")
+            self.refused = True
+            if self.file is not None:
+                with contextlib.suppress(OSError):  # what was torn
+                    self.file.truncate(self.size)
+            return
+        if self.refused:
+            self.report(f"{self.path.name}: all lines are written now")
+        self.size, self.refused, self.kept = self.size + len(content), False, []
+
+    def value_at(self, step, name):
+        """The value of that name that was written last for a step, or None."""
+        found = [line[name] for line in read_lines(self.path) if line["step"] == step and line.get(name) is not None]
+        return found[-1] if found else None
+
+    def sync(self):
+        """Bring what was written to the disk. Raises OSError."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def close(self):
         if self.file is not None:

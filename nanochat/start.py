@@ -199,7 +199,7 @@ def source_of_weights(args, own=None, step=None):
     elif problem := checkpoint.damage(folder.path, step):
         raise UsageError(f"{named}: this run began with the weights of step {step}, which cannot be read any more ({problem}); restore "
                          f"them, or start again with --overwrite")
-    model = GPTConfig(**checkpoint.read_state(folder.path, step)["model"])
+    model = checkpoint.model_config(folder.path, step)
     of_source = {name: config["args"][name] for name in MODEL_FLAGS if name in config["args"]}
     fixed = {**of_source, "vocab_size": model.vocab_size}
     differing = [name for name in fixed if name in args.given and getattr(args, name) not in (fixed[name], -1)]

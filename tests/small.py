@@ -51,9 +51,9 @@ def run_killed(folder, step, *flags, signal="SIGKILL", tag="run"):
                           env=environment(), capture_output=True, timeout=240).returncode
 
 
-def run_ranks(folder, n, *flags, tag="run"):
-    """train.py under torchrun with n processes on this machine; returns the finished process."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / "train.py"),
+def run_ranks(folder, n, *flags, tag="run", script=ROOT / "train.py"):
+    """train.py (or a script that calls it) under torchrun with n processes on this machine; returns the finished process."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(script),
                            *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
                           env=environment(), capture_output=True, text=True, timeout=240)
 

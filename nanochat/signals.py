@@ -1,0 +1,43 @@
+"""SIGTERM and SIGINT: finish the step, save, leave. Imports no torch, so that a signal is heard from the first second on."""
+
+import os
+import signal
+
+
+class Stopped(BaseException):
+    """Asked to stop where there is no step to finish and nothing to save. Exit code 75."""
+
+
+class StopSignals:
+    """SIGTERM and the first SIGINT set `requested`, which the loop reads once a step; a second SIGINT interrupts at once.
+
+    at_once: while there is no step to finish (data, tokenizer, compilation) the first one raises Stopped where it comes."""
+
+    def __init__(self, speaks):
+        self.requested, self.at_once, self.speaks = False, True, speaks
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.requested:
+            return
+        self.requested = True
+        if self.speaks and not self.at_once:  # os.write: print() is not safe inside a signal handler
+            os.write(2, b"\nstopping after this step, saving first; Ctrl-C again leaves at once without saving\n")
+        self.check()
+
+    def check(self):
+        """Raise Stopped if that was asked for and nothing has to be finished first."""
+        if self.requested and self.at_once:
+            raise Stopped
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def ignore():
+    """For the last moments of a process: torchrun ends all ranks by SIGTERM when the first is done, and the exit code of this
+    one should stand."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,229 @@
+"""Faults are found by name: the module and pass of the first bad number, the batch, a loss that jumps, a loop that hangs."""
+
+import json
+
+import pytest
+import small
+import torch
+
+from nanochat import attention, faults, model as models
+
+CONFIG = {"depth": 3, "width": 32, "head_dim": 16, "n_head": 2, "n_kv_head": 2, "vocab_size": 50, "max_seq_len": 16, "short_window": 8}
+# On rank 1 only, from the 7th backward pass on, the gradient that leaves block 1's MLP is infinite.
+ONE_RANK = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, train
+from nanochat import model as models
+import test_faults
+original, count = models.MLP.forward, [0]
+def forward(self, x):
+    count[0] += self.training
+    out = original(self, x)
+    return test_faults.Backward.apply(out, float("inf")) if os.environ["RANK"] == "1" and count[0] > 6 * 2 and count[0] % 2 == 0 else out
+models.MLP.forward = forward
+sys.exit(train.run(sys.argv[1:]))
+"""
+
+
+class Backward(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def make(dtype=torch.float32, **changes):
+    """A model with noise on every weight, in training mode, and a function that makes a forward and backward pass."""
+    model = models.build(models.GPTConfig(**CONFIG | changes), "cpu", dtype, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    ids = torch.randint(50, (2, 17), generator=generator)
+
+    def rerun():
+        loss = model(ids[:, :-1], ids[:, 1:]).mean()
+        loss.backward()
+        return [loss.detach()]
+    return model.train(), rerun
+
+
+def test_a_healthy_step_shows_nothing_and_keeps_no_hooks():
+    model, rerun = make()
+    expected = rerun()[0]
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    seen = []
+    assert faults.locate(model, lambda: seen.append(rerun()[0]) or seen) == ""
+    assert seen[0] == expected
+    assert all(torch.allclose(p.grad, gradients[name], rtol=1e-5, atol=1e-7) for name, p in model.named_parameters())
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("arch, layer, child, factor, word", [
+    ("speedrun", 1, "mlp", float("nan"), "NaN"), ("speedrun", 2, "attention", float("inf"), "inf"), ("llama", 0, "mlp", float("nan"), "NaN"),
+])
+def test_planted_in_the_forward_pass(monkeypatch, arch, layer, child, factor, word):
+    model, rerun = make(arch=arch, window_pattern="L")
+    part = getattr(model.blocks[layer], child)
+    original = part.forward
+    monkeypatch.setattr(part, "forward", lambda *args: original(*args).masked_fill(torch.eye(16, 32, dtype=torch.bool), factor))
+    assert faults.locate(model, rerun) == (f"the first non-finite value: blocks.{layer}.{child} ({type(part).__name__}), in the forward "
+                                           f"pass ({word})")
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_planted_in_the_backward_pass(monkeypatch, layer):
+    model, rerun = make()
+    part = model.blocks[layer].mlp
+    original = part.forward
+    monkeypatch.setattr(part, "forward", lambda x: original(Backward.apply(x, float("nan"))))
+    assert faults.locate(model, rerun) == f"the first non-finite value: blocks.{layer}.mlp (MLP), in the backward pass (NaN)"
+
+
+def test_code_between_modules_is_named_by_its_neighbours(monkeypatch):
+    model, rerun = make()
+    monkeypatch.setattr(models.F, "relu", lambda x: x / 0)
+    assert "blocks.0.mlp, before blocks.0.mlp.down, in the forward pass" in faults.locate(model, rerun)
+    monkeypatch.undo()
+    original = models.norm
+    monkeypatch.setattr(models, "norm", lambda x: original(x) * float("inf"))
+    assert "the model's own code, before smear_gate, in the forward pass" in faults.locate(model, rerun)
+
+
+def test_exploding_values_are_named_too(monkeypatch):
+    model, rerun = make()
+    with torch.no_grad():
+        model.blocks[1].mlp.up.weight.mul_(3e3)
+    found = faults.locate(model, rerun)
+    assert found.startswith("the first exploding value: ") and "blocks.1.mlp" in found
+
+
+# ----- faults as they happen
+
+
+def test_attention_logits_without_their_scale(monkeypatch):
+    """fp16: scaled, the products of queries and keys stay below 65,504; without the scale they do not."""
+    model, rerun = make(torch.float16, arch="llama", window_pattern="L", head_dim=32, n_head=1, n_kv_head=1)
+    with torch.no_grad():
+        for name in ("query", "key"):
+            getattr(model.blocks[1].attention, name).weight.mul_(100)
+    monkeypatch.setattr(models, "attention", lambda q, k, v, window, _: attention._blocked(q * 32**-0.5, k, v, window))
+    assert "non-finite" not in faults.locate(model, rerun)
+    monkeypatch.undo()
+    assert "non-finite value: blocks.1.attention, before blocks.1.attention.out, in the forward pass (NaN)" in faults.locate(model, rerun)
+
+
+def test_fp16_overflow():
+    model, rerun = make(torch.float16)
+    with torch.no_grad():
+        model.blocks[2].mlp.up.weight.mul_(200)  # ReLU squared of more than 256 is infinite
+    assert "non-finite value: blocks.2.mlp, before blocks.2.mlp.down, in the forward pass (inf)" in faults.locate(model, rerun)
+
+
+def test_an_infinite_row_of_the_embedding():
+    model, rerun = make()
+    with torch.no_grad():
+        model.embedding.weight[17] = float("inf")
+    assert faults.locate(model, rerun) == "the weights embedding.weight hold 32 non-finite numbers, the first at [17, 0]"
+
+
+# ----- in training
+
+
+def plant(monkeypatch, from_pass):
+    """Block 1's MLP gives NaN from the n-th forward pass of training on (0 is the warm-up)."""
+    original, count = models.MLP.forward, [0]
+
+    def forward(self, x):
+        count[0] += self.training
+        return original(self, x) * (float("nan") if self.training and count[0] > 2 * from_pass and count[0] % 2 == 0 else 1.0)
+    monkeypatch.setattr(models.MLP, "forward", forward)
+
+
+@pytest.mark.parametrize("flags, step, times", [(("--max-skipped=3",), 8, "3 steps"), (("--debug-nans",), 6, "1 step")])
+def test_a_run_ends_with_the_place_and_the_batch(tmp_path, monkeypatch, capsys, flags, step, times):
+    plant(monkeypatch, 7)  # 2 blocks a pass; the 7th step after the warm-up pass is step 6
+    assert small.run(tmp_path, *flags) == 1
+    error = capsys.readouterr().err
+    assert f"{times} in a row" in error and "blocks.1.mlp (MLP), in the forward pass (NaN)" in error
+    dumped = json.loads((tmp_path / "run" / f"fault_step_{step:06d}.json").read_text())
+    assert [entry["row"] for entry in dumped["rows"]] == list(range(step * 8, step * 8 + 8))
+    assert all("squared" in entry["text"] or "twice" in entry["text"] for entry in dumped["rows"])
+    assert small.summary(tmp_path)["status"] == "failed"
+    monkeypatch.undo()
+    assert small.run(tmp_path, "--resume") == 0  # and the fault mended, it goes on
+
+
+def test_an_infinite_gradient_on_one_rank(tmp_path):
+    """The step is skipped on both ranks, and the message names the rank and the place."""
+    script = tmp_path / "one_rank.py"
+    script.write_text(ONE_RANK.format(root=str(small.ROOT), tests=str(small.ROOT / "tests")))
+    done = small.run_ranks(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
+    assert done.returncode == 1
+    assert "rank 1: the first non-finite value: blocks.1.mlp, after blocks.1.mlp.down, in the backward pass" in done.stderr
+    assert "rank 0: the first" not in done.stderr
+    skipped = [line for line in small.lines(tmp_path) if "skipped" in line]
+    assert len(skipped) == 2 and {line["skipped"] for line in skipped} == {"non-finite gradient"}
+
+
+def test_spikes():
+    recent = []
+    assert all(faults.spike(3 + 0.01 * (i % 5), recent) is None for i in range(100))
+    assert len(recent) == faults.SPIKE_WINDOW
+    assert faults.spike(2.0, recent) is None, "a fall is none"
+    assert faults.spike(5.0, recent) > 10
+    assert faults.spike(5.0, []) is None, "nothing to compare with yet"
+
+
+def test_a_spike_is_told_and_logged(tmp_path, monkeypatch, capsys):
+    original, count = models.GPT.forward, [0]
+
+    def forward(self, ids, targets=None, cache=None):
+        out = original(self, ids, targets, cache)
+        count[0] += self.training
+        return out + 9 * (self.training and count[0] == 38)
+    monkeypatch.setattr(models.GPT, "forward", forward)
+    assert small.run(tmp_path, "--num-iterations=40", "--matrix-lr=1e-9", "--eval-every=-1", "--sample-every=-1", "--no-save",
+                     "--save-every=-1") == 0
+    assert [line["step"] for line in small.lines(tmp_path) if "spike" in line] == [36]
+    assert "step 36: the loss jumped to" in capsys.readouterr().out
+
+
+# ----- stalls
+
+
+def test_watchdog():
+    now, reports = [0.0], []
+    dog = faults.Watchdog(reports.append, clock=lambda: now[0])
+    for step in range(1, 6):
+        now[0] += 10
+        dog.step(step, 10.0)
+    now[0] += 199
+    dog.check()
+    assert reports == []
+    now[0] += 2
+    dog.check()
+    dog.check()
+    assert len(reports) == 1, "again only after twice that time"
+    assert "nothing has moved for 3m21s at step 5 (usually 10.0s)" in reports[0]
+    assert "thread MainThread" in reports[0] and "test_watchdog" in reports[0]
+    now[0] += 200
+    dog.check()
+    assert len(reports) == 2
+    dog.move("the evaluation of step 5")
+    now[0] += 1000
+    dog.check()
+    assert len(reports) == 2
+    dog.close()
+
+

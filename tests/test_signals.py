@@ -1,0 +1,116 @@
+"""SIGTERM in every phase of a run: exit code 75, nothing lost, and the resumed run is the uninterrupted one."""
+
+import os
+import re
+import signal
+
+import pytest
+import small
+import torch
+
+from nanochat import checkpoint, corpus as corpora, data, engine, evaluate, model as models, plan as plans, runlog
+
+# Sends SIGTERM to every rank when rank 0 reaches the n-th call of a function.
+SENDER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train
+from nanochat import engine, evaluate, model as models, ranks, signals
+owner, name, n = {owner}, {name!r}, {n}
+original, count = getattr(owner, name), [0]
+def send(*args, **kwargs):
+    count[0] += 1
+    if count[0] == n:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*args, **kwargs)
+setattr(owner, name, send)
+code = train.run(sys.argv[1:])
+signals.ignore()
+print(f"rank {{ranks.rank()}} exits with {{code}}", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert small.run(folder) == 0
+    return folder
+
+
+def send_at(monkeypatch, owner, name, call=1):
+    """Raise SIGTERM in this process when owner.name is called for the n-th time. Returns how often it was called."""
+    original, count = getattr(owner, name), [0]
+
+    def send(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    monkeypatch.setattr(owner, name, send)
+    return count
+
+
+@pytest.mark.parametrize("phase, owner, name, call, stands_at", [
+    ("reading data", corpora, "open_corpus", 1, None), ("tokenizing", data.TokenCache, "_build", 1, None),
+    ("planning", plans, "make_plan", 1, None), ("making the run folder", runlog.RunFolder, "write_config", 1, 0),
+    ("building", models, "build", 1, 0), ("compiling", models.GPT, "forward", 1, 0),
+    ("a step", torch.Tensor, "backward", 4, 3), ("evaluating", evaluate, "pad", 1, 5), ("sampling", engine, "sample_next", 9, 6),
+    ("saving", checkpoint, "_compare", 1, None), ("the last save", checkpoint, "_compare", 7, None),
+    ("the last sample", engine, "generate_text", 6, 12),
+])
+def test_a_signal_in_every_phase(tmp_path, finished, monkeypatch, phase, owner, name, call, stands_at):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    with monkeypatch.context() as patch:
+        count = send_at(patch, owner, name, call)
+        code = small.run(tmp_path)
+    assert count[0] >= call, "the phase was reached"
+    assert code == 75
+    if stands_at is None and not (tmp_path / "run").exists():
+        assert phase in ("reading data", "tokenizing", "planning")
+    else:
+        summary = small.summary(tmp_path)
+        assert summary["status"] == "stopped" and summary["reason"] == "asked to stop by a signal"
+        assert stands_at is None or summary["step"] == stands_at
+    assert small.run(tmp_path, "--resume") == 0
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert small.timeless(small.lines(tmp_path, name=file)) == small.timeless(small.lines(finished, name=file))
+    mine, theirs = small.weights(tmp_path, 12), small.weights(finished, 12)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert small.summary(tmp_path)["status"] == "completed"
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
+    """Without waiting for anything; what was saved before is whole."""
+    count = [0]
+    original = models.GPT.forward
+
+    def forward(self, ids, targets=None, cache=None):
+        count[0] += 1
+        if count[0] == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, ids, targets, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.GPT, "forward", forward)
+        assert small.run(tmp_path) == 75
+    assert checkpoint.newest_intact(tmp_path / "run", print) in (4, 6)
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+@pytest.mark.parametrize("owner, name, n, step", [
+    ("models.GPT", "forward", 4, 3),
+    pytest.param("models.GPT", "forward", 1, 0, marks=pytest.mark.slow), pytest.param("evaluate", "pad", 1, 5, marks=pytest.mark.slow),
+    pytest.param("engine", "sample_next", 9, 6, marks=pytest.mark.slow),
+], ids=["a step", "compiling", "evaluating", "sampling"])
+def test_a_signal_on_two_ranks(tmp_path, owner, name, n, step):
+    """Each rank that gets there is told; both exit with 75 at the same step, and two ranks continue exactly."""
+    script = tmp_path / "sender.py"
+    script.write_text(SENDER.format(root=str(small.ROOT), owner=owner, name=name, n=n))
+    done = small.run_ranks(tmp_path, 2, script=script)
+    assert sorted(re.findall("rank . exits with ..", done.stdout)) == ["rank 0 exits with 75", "rank 1 exits with 75"], done.stderr
+    assert "-15" not in done.stderr, "torchrun's own signal, when one rank is done, does not hide that"
+    assert small.summary(tmp_path)["status"] == "stopped" and small.summary(tmp_path)["step"] == step
+    if step:
+        assert checkpoint.steps_of(tmp_path / "run")[-1] == step
