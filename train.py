@@ -57,7 +57,7 @@ def parse_args(argv=None):
     group.add_argument("--val-data", default="", help="path, glob or folder to validate on; empty: hold out a part of --data")
     group.add_argument("--tokenizer", default="bpe", help="bpe, char, byte, gpt2, or a folder with a saved one")
     group.add_argument("--vocab-size", type=int, default=-1, help="of bpe; -1: from the data size, at most 32768")
-    group.add_argument("--init-from", default="", help="run whose weights to start from, with a fresh optimizer and horizon")
+    group.add_argument("--init-from", default="", help="run whose weights to start from, and shape, context, tokenizer; the rest is new")
     group = parser.add_argument_group("horizon (the first given wins, in this order)")
     group.add_argument("--num-iterations", type=int, default=-1, help="steps")
     group.add_argument("--target-flops", type=float, default=-1, help="training FLOPs")
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     group.add_argument("--scalar-lr", type=float, default=schedules.SCALAR_LR, help="AdamW, lambdas and gates")
     group.add_argument("--adam-beta1", type=float, default=schedules.ADAM_BETA1, help="of every AdamW group")
     group.add_argument("--adam-beta2", type=float, default=schedules.ADAM_BETA2, help="of every AdamW group")
-    group.add_argument("--lr-schedule", default="trapezoid", choices=["trapezoid", "cosine"], help="after the warm-up")
+    group.add_argument("--lr-schedule", default="trapezoid", choices=["trapezoid", "cosine"], help="cosine cannot be extended")
     group.add_argument("--warmup-ratio", type=float, default=schedules.WARMUP_RATIO, help="share of the steps")
     group.add_argument("--warmup-steps", type=int, default=-1, help="-1: by --warmup-ratio")
     group.add_argument("--warmdown-ratio", type=float, default=schedules.WARMDOWN_RATIO, help="share of the steps")
@@ -211,7 +211,8 @@ def main(args, stop):
         was = plan.num_iterations
         start_step = start.extend(args, plan, model_config, tokens_per_epoch, peak, world_size, folder, start_step)
         saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
-        changed.append(f"extended from {was} to {plan.num_iterations or 'as many as fit'} steps")
+        changed.append(f"extended from {was} to {plan.num_iterations} steps" if plan.num_iterations else
+                       f"{was} steps to as many as fit into --target-minutes={args.target_minutes}")
     if config:
         print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
                + (f"; changed: {', '.join(changed)}" if changed else ""))
@@ -261,7 +262,8 @@ def main(args, stop):
                       "hardware": hardware.describe(device), **runlog.provenance()}
             if source:
                 config["init_from"] = {"run": args.init_from, "step": source.step}
-        aside = checkpoint.set_aside_after(folder.path, start_step)  # before the new plan of an extended run, which they are no part of
+        # before the new plan of an extended run, which they are no part of
+        aside = checkpoint.set_aside_after(folder.path, start_step, print0)
         # the same text may have moved, and a rule for an early end that was changed counts from now on
         config["args"] |= {name: getattr(args, name) for name in ("data", "val_data", "stop_at_bpb", "patience")}
         if extending:
@@ -331,8 +333,8 @@ def main(args, stop):
         (loss / accumulation).backward()
         return loss.detach()
 
-    batches, ahead, trackers, saver, watchdog = None, None, None, None, None
-    failure = ""  # what ends the run with exit code 1 although all is saved: no data
+    batches = ahead = trackers = saver = watchdog = None
+    failure = ""  # what ends the run with exit code 1 after all that can be saved is: no data, no disk
     cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
@@ -382,7 +384,8 @@ def main(args, stop):
                 kind = "permanent"
             elif rolling_due or stopping:
                 kind = "rolling"
-            if kind and not args.no_save and (step > start_step or kind == "final"):
+            # what follows a step with bad numbers may be no good either: it is not kept before a step was good again
+            if kind and not args.no_save and (step > start_step or kind == "final") and (finished or stopping or not skipped_in_a_row):
                 save(kind, before if evaluated == step else state)
                 last_save = time.monotonic()
 
@@ -472,11 +475,7 @@ def main(args, stop):
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite and args.grad_clip:
                 optimizer.clip(grad_norm, args.grad_clip)
-            if plan.num_iterations is None:  # the time budget is still being measured: no warm-down yet
-                multiplier = schedules.lr_multiplier(step, sys.maxsize, plan.warmup_steps, 0, args.final_lr_frac, "trapezoid")
-            else:
-                multiplier = schedules.lr_multiplier(step, plan.num_iterations, plan.warmup_steps, plan.warmdown_steps,
-                                                     args.final_lr_frac, args.lr_schedule)
+            multiplier = plan.lr_multiplier(step, args)
             if finite:
                 optimizer.step(multiplier, schedules.muon_momentum(step))
             else:
@@ -527,16 +526,10 @@ def main(args, stop):
             left = (plan.num_iterations - step) * measured_seconds / measured_steps if plan.num_iterations is not None else None
             progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
     except BaseException as error:
-        if hardware.is_out_of_memory(error):
-            error = TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {plans.smaller(device_batch)} ({error})")
-        elif world_size > 1 and isinstance(error, RuntimeError):  # an exchange that failed: because of whom?
-            if gone := ranks.who_is_gone():
-                error = TrainingFailed(f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint")
-            elif stop.requested:
-                error = signals.Stopped()
-        ranks.last_word(f"{type(error).__name__}: {error}")
+        error = faults.cause(error, device_batch, stop)
+        stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
+        ranks.last_word(ranks.LOST if stopped else f"{type(error).__name__}: {error}")
         if main_rank:
-            stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
             if saver is not None and not isinstance(error, KeyboardInterrupt):  # who interrupts twice waits for nothing
                 saver.wait()
             why = "asked to stop by a signal" if stopped else f"{type(error).__name__}: {error}"
@@ -545,7 +538,7 @@ def main(args, stop):
                 trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        for worker in (batches, ahead, watchdog):
+        for worker in (batches, ahead, watchdog, saver):
             if worker is not None:
                 worker.close()
         progress.close()
@@ -573,11 +566,15 @@ def main(args, stop):
 
 
 def run(argv=None):
-    """parse_args() and main() with errors as messages and exit codes: 2 for wrong usage or input, 1 for a failed run."""
-    args = parse_args(argv)
+    """parse_args() and main() with errors as messages and exit codes."""
     stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
-        return main(args, stop)
+        try:
+            return main(parse_args(argv), stop)
+        except RuntimeError:
+            if stop.requested:  # an exchange failed because the other ranks were told to stop as well
+                return EXIT_STOPPED
+            raise
     except UsageError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -178,9 +178,12 @@ class Saver:
             if not self.failure:
                 break
             sleep(seconds)
-            self.jobs.put(self._save_last)
-            self.wait()
+            self._save_last()
         return self.failure
+
+    def close(self):
+        """End the thread, once it has done what it was given; not waited for."""
+        self.jobs.put(None)
 
     def _save_last(self):
         step, kind, state = self.last
@@ -197,10 +200,12 @@ class Saver:
         prune(self.run_path, self.keep_last)
 
     def _run(self):
-        while True:
+        job = True
+        while job is not None:
             job = self.jobs.get()
             try:
-                job()
+                if job is not None:
+                    job()
             except Exception as error:  # of pruning or marking: the checkpoint itself is safe
                 self.report(f"checkpoints: {type(error).__name__}: {error}; training goes on")
             finally:
@@ -237,13 +242,16 @@ def _set_aside(folder):
     os.rename(folder, folder.with_name(f"set_aside_{times + 1}_{folder.name}"))
 
 
-def set_aside_after(run_path, step):
-    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted. Returns their steps.
+def set_aside_after(run_path, step, report=lambda text: None):
+    """Rename checkpoints later than `step`, so that training from there can save its own; none is deleted. Returns their steps;
+    report(text) names them.
 
     checkpoints/best goes if it named one of them."""
     aside = [later for later in steps_of(run_path) if later > step]
     for later in aside:
         _set_aside(folder_of(run_path, later))
+    if aside:
+        report(f"set aside: the checkpoints of steps {', '.join(map(str, aside))}, now checkpoints/set_aside_*; delete them at will")
     if (best := best_step(run_path)) is not None and best > step:
         (Path(run_path) / "checkpoints" / "best").unlink()
     return aside
@@ -345,14 +353,9 @@ def load_optimizer(run_path, step):
     return state
 
 
-def load_run(run, step=None, device_type="", dtype="auto"):
-    """(model in eval mode, tokenizer) of a run folder. step: None for the newest intact checkpoint.
-
-    dtype: as --dtype of train.py, but auto means float32 on CPUs, where single tokens are decoded. UsageError for a
-    folder that is no run, a missing or damaged checkpoint, or a tokenizer that is not the model's."""
-    from nanochat import hardware, model as models
-    from nanochat.attention import pick_backend
-    run = Path(run)
+def step_of(run, step):
+    """The step of the intact checkpoint that is meant: by its step, "best", or None for the newest. UsageError if there is none."""
+    run, asked = Path(run), step
     if not (run / "config.json").exists():
         raise UsageError(f"{run} is not a run folder (it has no config.json); give <out-dir>/<model-tag>")
     steps = steps_of(run)
@@ -362,10 +365,24 @@ def load_run(run, step=None, device_type="", dtype="auto"):
         step = newest_intact(run, report=lambda text: print(text, file=sys.stderr))
         if step is None:
             raise UsageError(f"{run} has no intact checkpoint")
-    elif step not in steps:
-        raise UsageError(f"--step={step}: {run} has no such checkpoint (it has: {', '.join(map(str, steps))})")
-    elif problem := damage(run, step):
-        raise UsageError(f"--step={step}: the checkpoint in {run} is damaged ({problem}); choose another step")
+        return step
+    if step == "best" and (step := best_step(run)) is None:
+        raise UsageError(f"--step=best: {run} has no evaluated checkpoint; leave it out for the newest")
+    if step not in steps:
+        raise UsageError(f"--step={asked}: {run} has no such checkpoint (it has: {', '.join(map(str, steps))})")
+    if problem := damage(run, step):
+        raise UsageError(f"--step={asked}: the checkpoint in {run} is damaged ({problem}); choose another step")
+    return step
+
+
+def load_run(run, step=None, device_type="", dtype="auto"):
+    """(model in eval mode, tokenizer) of a run folder. step: of a checkpoint, "best", or None for the newest intact one.
+
+    dtype: as --dtype of train.py, but auto means float32 on CPUs, where single tokens are decoded. UsageError for a
+    folder that is no run, a missing or damaged checkpoint, or a tokenizer that is not the model's."""
+    from nanochat import hardware, model as models
+    from nanochat.attention import pick_backend
+    run, step = Path(run), step_of(run, step)
     device = torch.device(hardware.pick_device_type(device_type))
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"

@@ -32,8 +32,9 @@ def install_hint(package, purpose):
 
 
 def in_a_line(error):
-    """What an exception says, cut to its first line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an exception says, in one line of at most 200 characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def base_dir():
@@ -162,6 +163,11 @@ def read_json(path, what):
         raise UsageError(f"{what}: {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{what}: {path} cannot be read as JSON ({error})") from None
+
+
+def step_argument(text):
+    """argparse type of --step: a whole number, or "best"."""
+    return text if text == "best" else int(text)
 
 
 def round_up(value, multiple):

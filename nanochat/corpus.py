@@ -3,28 +3,29 @@
 A shard is the unit of fetching, tokenizing, caching and shuffling. Opening a corpus reads no more than it must: hashes of
 local files, listings of remote ones. Text is read when a shard is tokenized."""
 
+import array
 import functools
 import glob
 import itertools
 import json
+import logging
 import os
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import hub
-from nanochat.common import UsageError, base_dir, install_hint, sha256_file, sha256_hex
+from nanochat.common import UsageError, in_a_line, install_hint, sha256_file, sha256_hex
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")  # what is read of a folder; its .json may be anything (`data mix` writes one)
 END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
 SHARD_BYTES = 8 << 20  # small files are grouped up to this size; one file is never split
 PYTHON_HELD_OUT = 50  # one file in this many is held out of the embedded corpus
 EAGER_BYTES = 256 << 20  # a corpus of no more text than this is tokenized before step 0, a larger one as training needs it
 PARQUET_TEXT_FACTOR = 2.5  # bytes of text per byte of a compressed remote file, for estimates (climbmix: about 2.5)
 UNKNOWN_TEXT_BYTES = 1 << 30  # of a dataset that nothing is known about, for plans that may not ask the hub
-# Formats that are read by the `datasets` library: {ending: its name for the format}
-BY_DATASETS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".txt": "text"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+DATASETS_NAMES = {".json": "json", ".jsonl": "json", ".csv": "csv"}  # of formats in the `datasets` library; any other file is "text"
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def read_text(path):
 def iterate_documents(path, column="text"):
     """The documents of one file, blank ones left out: tables by their column, anything without a known ending as text."""
     path = Path(path)
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    if plain.suffix == ".parquet":
+    suffix, compression = hub.text_format(path.name)
+    if suffix == ".parquet":
         documents = _read_parquet(path, column)
-    elif plain != path or plain.suffix in (".json", ".csv", ".tsv"):
-        documents = _read_through_datasets(path, BY_DATASETS.get(plain.suffix, "text"), column)
-    elif plain.suffix == ".jsonl":
+    elif compression or suffix in (".json", ".csv"):
+        documents = _read_through_datasets(path, DATASETS_NAMES.get(suffix, "text"), column)
+    elif suffix == ".jsonl":
         documents = _read_jsonl(path, column)
     else:
         text = read_text(path)
@@ -171,24 +172,44 @@ def _read_parquet(path, column):
 
 
 def _read_through_datasets(path, kind, column):
-    """Documents of a file in a format that the datasets library reads (compressed ones too)."""
-    try:
-        import datasets
-    except ImportError:
-        raise install_hint("datasets", f"--data: reading {path}") from None
-    options = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(base_dir() / "datasets"), **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"data: {path} cannot be read as {kind} ({str(error).splitlines()[0]})") from None
-    if column not in table.column_names:
-        raise UsageError(f"data: {path} has no column '{column}' (it has: {', '.join(table.column_names)}); name one: "
-                         f"hf:<dataset>:<config>:<split>:<column>")
-    for document in table[column]:
-        if document is not None and not isinstance(document, str):
-            raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
-        if document is not None:
-            yield _valid_unicode(document)
+    """Documents of a file in a format that the datasets library reads (compressed ones too), a part of it at a time."""
+    for batch in _tables(path, kind):
+        if column not in batch.column_names:
+            raise UsageError(f"data: {path} has no column '{column}' (it has: {', '.join(batch.column_names)}); name one: "
+                             f"hf:<dataset>:<config>:<split>:<column>")
+        for document in batch.column(column).to_pylist():
+            if document is not None and not isinstance(document, str):
+                raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
+            if document is not None:
+                yield _valid_unicode(document)
+
+
+def _tables(path, kind):
+    """Arrow tables of a file, as the datasets library streams it; nothing is written or asked of the network."""
+    with hub.datasets_at_home(f"--data: reading {path}") as datasets:
+        import fsspec  # with datasets, which opens files with it
+        if hub.text_format(path.name)[1] == ".zst" and "zstd" not in fsspec.available_compressions():
+            raise install_hint("zstandard", f"--data: reading {path}")
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it logs what it also raises
+        options = {"sample_by": "document"} if kind == "text" else {}
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # for a lock file; no data is written
+                tables = iter(datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True,
+                                                    cache_dir=folder, **options).with_format("arrow").iter(batch_size=256))
+        except Exception as error:  # anything: each format and compression has its own
+            raise _unreadable(path, kind, error) from None
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:
+            raise _unreadable(path, kind, error) from None
+        if table is None:
+            return
+        yield table
+
+
+def _unreadable(path, kind, error):
+    return UsageError(f"data: {path} cannot be read as {kind} ({in_a_line(error)}); repair or convert the file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,9 +219,10 @@ def _read_through_datasets(path, kind, column):
 def find_files(pattern, flag="--data"):
     """The data files that a path, folder or glob names, sorted. UsageError if there are none."""
     if os.path.isdir(pattern):
-        files = sorted(p for p in Path(pattern).rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(p for p in Path(pattern).rglob("*") if p.suffix.lower() in FOLDER_FORMATS and p.is_file())
         if not files:
-            raise UsageError(f"{flag}={pattern}: the folder holds no {', '.join(SUFFIXES)} file")
+            raise UsageError(f"{flag}={pattern}: the folder holds no {', '.join(FOLDER_FORMATS)} file; name files of other formats by a "
+                             f"pattern, such as '{os.path.join(pattern, '*.jsonl.gz')}'")
     elif os.path.isfile(pattern):
         files = [Path(pattern)]
     else:
@@ -221,7 +243,7 @@ def file_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, ha
 
 def _text_bytes(path):
     """Bytes of text in a local file: its size, or for parquet what its text column unpacks to."""
-    if path.suffix == ".parquet":
+    if hub.text_format(path.name) == (".parquet", ""):
         try:
             import pyarrow.parquet
             groups = pyarrow.parquet.ParquetFile(path).metadata
@@ -292,18 +314,23 @@ def _split_file(path, shard_of, column="text"):
     """([training shard], [validation shard], note) of a single file, whose last tenth is held out.
 
     shard_of(files, first, last, cut_characters, n_bytes): makes the shards."""
-    documents = read_documents(path, column)
-    cut_characters = len(documents) == 1
-    parts = documents[0] if cut_characters else documents
-    held_out, unit = max(1, len(parts) // 10), "characters" if cut_characters else "documents"
-    first = len(parts) - held_out
+    # of many documents only their sizes are held: the file may be larger than memory
+    sizes = array.array("Q", (_n_bytes(document) for document in iterate_documents(path, column)))
+    if not sizes:
+        raise UsageError(f"data: {path} holds no text (it is empty, or its documents are blank); name another file")
+    cut_characters = len(sizes) == 1
+    text = next(iterate_documents(path, column)) if cut_characters else ""
+    n, unit = (len(text), "characters") if cut_characters else (len(sizes), "documents")
+    held_out = max(1, n // 10)
+    first = n - held_out
+    train_bytes = _n_bytes(text[:first]) if cut_characters else sum(sizes[:first])
+    val_bytes = _n_bytes(text[first:]) if cut_characters else sum(sizes[first:])
+    return ([shard_of([path], 0, first, cut_characters, train_bytes)], [shard_of([path], first, None, cut_characters, val_bytes)],
+            f"held out: the last tenth ({held_out:,} of {n:,} {unit})")
 
-    def n_bytes(part):
-        return len(part.encode("utf-8", "replace")) if cut_characters else sum(len(d.encode("utf-8", "replace")) for d in part)
 
-    return ([shard_of([path], 0, first, cut_characters, n_bytes(parts[:first]))],
-            [shard_of([path], first, None, cut_characters, n_bytes(parts[first:]))],
-            f"held out: the last tenth ({held_out:,} of {len(parts):,} {unit})")
+def _n_bytes(text):
+    return len(text.encode("utf-8", "replace"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,10 +413,11 @@ def remote_corpus(spec, val_pattern="", revision="", report=print):
 
 
 def _remote_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, column="text"):
-    compressed = files[0].path.endswith((".parquet", *COMPRESSED))
+    suffix, compression = hub.text_format(files[0].name)
+    factor = PARQUET_TEXT_FACTOR if compression or suffix == ".parquet" else 1
     return Shard(name=files[0].name, files=tuple(files), column=column, first=first, last=last, cut_characters=cut_characters,
                  fingerprint=sha256_hex(json.dumps([[f.fingerprint for f in files], first, last, cut_characters, column])),
-                 n_bytes=round(files[0].n_bytes * (PARQUET_TEXT_FACTOR if compressed else 1)) if n_bytes is None else n_bytes)
+                 n_bytes=round(files[0].n_bytes * factor) if n_bytes is None else n_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ A document cut by a row goes on in another row after a BOS. No state is kept: re
 is fetched and tokenized shard by shard, ahead of the rows that are read (Ahead)."""
 
 import bisect
+import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -34,6 +36,7 @@ CACHE_LIMIT_BYTES = 100 << 30
 BPE_SAMPLE_BYTES = 200 << 20  # text that BPE training reads at most
 ENCODE_BYTES = 8 << 20  # text that is encoded at once
 ANNOUNCE_BYTES = 64 << 20  # a shard of more text gets a line when it is tokenized
+CHECK_IDS = 1 << 20  # ids of a token file that its checksum is taken of at once
 OPEN_SHARDS = 8  # token files kept open
 AHEAD_SHARDS = 4  # shards fetched and tokenized beyond the one that training reads
 AHEAD_RETRY_SECONDS = 30.0
@@ -149,8 +152,13 @@ class TokenCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(path.with_suffix(".lock"), "w") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks and runs wait here and then find the file
-                    if not path.exists():
-                        self._build(shard, path)
+                    opened = None
+                    while opened is None:
+                        if not path.exists():
+                            self._build(shard, path)
+                        with contextlib.suppress(FileNotFoundError):  # another process trimmed it just now: it is made again
+                            os.utime(path)  # trim_cache() drops what was not used for longest
+                            opened = self._open(shard, path)
             except DownloadFailed as error:
                 raise DataFailed(str(error)) from None
             except (OSError, SafetensorError) as error:
@@ -158,9 +166,8 @@ class TokenCache:
                                  f"caches by NANOCHAT_BASE_DIR") from None
             while len(self.opened) >= OPEN_SHARDS:
                 self.opened.pop(next(iter(self.opened)))
-            self.opened[shard.fingerprint] = self._open(shard, path)
-            os.utime(path)  # trim_cache() drops what was not used for longest
-            self.lengths[shard.fingerprint] = int(self.opened[shard.fingerprint][1][-1])
+            self.opened[shard.fingerprint] = opened
+            self.lengths[shard.fingerprint] = int(opened[1][-1])
         return self.opened[shard.fingerprint]
 
     def _build(self, shard, path):
@@ -170,14 +177,15 @@ class TokenCache:
             abandoned.unlink()
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         pieces, lengths, bos = [np.empty(0, dtype)], [0], np.array([self.tokenizer.bos], dtype=dtype)
-        for documents in _by_size(shard.documents(self.report), ENCODE_BYTES):
+        for documents in by_size(shard.documents(self.report), ENCODE_BYTES):
             encoded = self.tokenizer.encode_batch(documents, self.threads)
             lengths += [len(ids) + 1 for ids in encoded]
             pieces.append(np.concatenate([part for ids in encoded for part in (ids.astype(dtype), bos)]))
         ids, offsets = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
+        del pieces  # as large as ids
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file({"ids": ids, "offsets": offsets}, partial, metadata={"sha256": self._digest(ids, offsets)})
+            save_file({"ids": ids, "offsets": offsets}, partial, metadata={"sha256": _digest([ids, offsets])})
             with open(partial, "rb") as f:
                 os.fsync(f.fileno())
             os.replace(partial, path)
@@ -191,18 +199,18 @@ class TokenCache:
         from safetensors import SafetensorError, safe_open
         try:
             opened = safe_open(path, framework="numpy")
-            ids, offsets = opened.get_tensor("ids"), opened.get_tensor("offsets")
-            intact = opened.metadata()["sha256"] == self._digest(ids, offsets)
-        except (SafetensorError, KeyError, TypeError, OSError):
+            ids, offsets = opened.get_slice("ids"), opened.get_tensor("offsets")
+            n = ids.get_shape()[0]
+            pieces = (ids[i : min(n, i + CHECK_IDS)] for i in range(0, n, CHECK_IDS))
+            intact = opened.metadata()["sha256"] == _digest(itertools.chain(pieces, [offsets]))
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, KeyError, IndexError, TypeError, OSError):
             intact = False
         if not intact:
             raise UsageError(f"token cache: {path} is damaged (its checksum does not match); check the disk, then delete "
                              f"the file: it is made again from {shard.name} at the next start")
-        return opened.get_slice("ids"), offsets
-
-    @staticmethod
-    def _digest(ids, offsets):
-        return sha256_hex(ids.tobytes() + offsets.tobytes())
+        return ids, offsets
 
     def prepare(self, shards, progress):
         """Tokenize the shards that are not cached yet. progress: wraps the list (a progress bar, or the list itself)."""
@@ -210,13 +218,21 @@ class TokenCache:
             self.tokens(shard)
 
 
-def _by_size(documents, n_bytes):
-    """Lists of consecutive documents, each list of about n_bytes characters."""
+def _digest(arrays):
+    """Hex SHA-256 over the bytes of arrays, one after another."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(memoryview(np.ascontiguousarray(array)))
+    return digest.hexdigest()
+
+
+def by_size(documents, n_characters):
+    """Lists of consecutive documents, each list of about n_characters, so that not all need be held at once."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
         size += len(document)
-        if size >= n_bytes:
+        if size >= n_characters:
             yield batch
             batch, size = [], 0
     if batch:
@@ -224,15 +240,19 @@ def _by_size(documents, n_bytes):
 
 
 def trim_cache(folder, keep, limit_bytes=CACHE_LIMIT_BYTES):
-    """Delete the least recently used token files beyond limit_bytes; those in `keep` stay."""
-    files = sorted(folder.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime)
-    excess = sum(path.stat().st_size for path in files) - limit_bytes
-    for path in files:
+    """Delete the least recently used token files beyond limit_bytes; those in `keep` stay. Others may do the same meanwhile."""
+    files = []
+    for path in folder.glob("*/*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            files.append((found.st_mtime, found.st_size, path))
+    excess = sum(size for _, size, _ in files) - limit_bytes
+    for _, size, path in sorted(files):
         if excess <= 0:
             break
         if path not in keep:
-            excess -= path.stat().st_size
-            path.unlink()
+            excess -= size
+            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +373,7 @@ class Ahead:
         cache = TokenCache(rows.cache.tokenizer, max(1, rows.cache.threads // 2), rows.cache.lengths, report=report)
         self.rows, self.own = rows, Rows(rows.corpus, cache, rows.T, rows.seed)  # its own cache: TokenCache is for one thread
         self.last_row, self.report, self.stopped = last_row, report, threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(first_row,), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(first_row,), name="data-ahead", daemon=True)
         self.thread.start()
 
     def _run(self, row):
@@ -363,7 +383,9 @@ class Ahead:
                 self.stopped.wait(0.5)
                 continue
             try:
-                self.own.locate(row)  # which makes the token file of the row's shard
+                shard = self.own.shards[self.own.locate(row)[1]]
+                if not self.own.cache.path(shard).exists():  # locate() makes it only where the shard's length is not known yet
+                    self.own.cache.tokens(shard)
                 row = self.own.ends[self.own.reading]
             except (DataFailed, UsageError) as error:
                 if str(error) != told:  # once, not at every attempt
@@ -408,7 +430,7 @@ class Prefetcher:
 
     def __init__(self, iterator, depth=4, interrupted=lambda: False):
         self.queue, self.stopped, self.interrupted = queue.Queue(depth), threading.Event(), interrupted
-        self.thread = threading.Thread(target=self._run, args=(iterator,), daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(iterator,), name="data-prefetcher", daemon=True)
         self.thread.start()
 
     def _put(self, item):

@@ -251,7 +251,7 @@ def run_fetch(args):
         print(f"{args.data} is on this disk: there is nothing to fetch")
         return EXIT_COMPLETED
     missing, had = {}, {file for shard in corpus.train + corpus.val for file in shard.remote_files() if file.is_local()}
-    fetched = []
+    fetched = set()
 
     def fetch(shard):
         """Whether all files of a shard are here, after an attempt to fetch them."""
@@ -267,7 +267,7 @@ def run_fetch(args):
                 missing[file] = str(error)
                 _say(f"{file.name}  missing: {error}")
                 return False
-            fetched.append(file)
+            fetched.add(file)
             _say(f"{file.name}  {human_bytes(file.n_bytes)} " + ("was here" if was_here else f"in {human_time(time.monotonic() - began)}"))
         return True
 
@@ -294,7 +294,7 @@ def run_fetch(args):
             "" if tokens >= args.tokens else f" an epoch: {args.tokens:,} are {args.tokens / max(1, tokens):.1f} epochs")
     if missing:
         raise_missing(missing, f"the other {_n(len(fetched), 'file')} that were asked for are here")
-    new = [file for file in fetched if file not in had]
+    new = fetched - had
     print(f"fetched {_n(len(new), 'file')}, {human_bytes(sum(file.n_bytes for file in new))}; here are {summary}, and "
           f"{_n(len(corpus.val), 'shard')} to validate on, in {base_dir() / 'hub'}")
     return EXIT_COMPLETED
@@ -338,7 +338,8 @@ def run_tokenize(args):
             break
     if missing:
         raise_missing(missing, f"the other {_n(len(counts), 'shard')} that were asked for are tokenized")
-    on_disk = sum(cache.path(shard).stat().st_size for shard in corpus.train + corpus.val if shard.fingerprint in counts)
+    on_disk = sum(cache.path(shard).stat().st_size for shard in corpus.train + corpus.val
+                  if shard.fingerprint in counts and cache.path(shard).exists())  # other processes may trim the cache
     short = "" if n_shards is not None or rows * args.max_seq_len >= args.tokens else (
         f" ({args.tokens:,} tokens are {args.tokens / max(1, rows * args.max_seq_len):.1f} epochs)")
     print(f"made {_n(made, 'token file')}; here are {_n(n, 'training shard')} of {len(order):,} with {trained:,} tokens{short}, and "

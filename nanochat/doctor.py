@@ -19,7 +19,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, base_dir, human_bytes
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, base_dir, human_bytes, in_a_line
 
 # module: (what pip is asked for, what it is for); training needs the first group, single features need the others
 NEEDED = {"torch": ("torch==2.13.0", "everything"), "numpy": ("numpy", "everything"), "tiktoken": ("tiktoken", "tokenizers"),
@@ -318,8 +318,3 @@ def as_text(facts):
     text += ["", "what will be slow here and why:" + ("" if facts["slow"] else " nothing")]
     text += [f"  {entry['what']}: {entry['why']}; remedy: {entry['remedy']}" for entry in facts["slow"]]
     return "\n".join(text)
-
-
-def in_a_line(error):
-    """An exception in one line of bearable length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

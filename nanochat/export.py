@@ -15,7 +15,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, install_hint, new_folder, read_json, write_atomic, write_json
+from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, UsageError, install_hint, new_folder, read_json, step_argument, write_atomic,
+                             write_json)
 
 TOLERANCE = 1e-5  # of logits in fp32, relative to the largest one
 # Sharp models amplify rounding beyond that. What rounding alone does is measured: the same model by two attention backends.
@@ -46,8 +47,9 @@ def build_parser():
     parser.add_argument("--format", default="hf", choices=("hf", "run"),
                         help="what to make: hf, for AutoModelForCausalLM.from_pretrained(OUT) (a speedrun model with "
                              "trust_remote_code=True), or run, for the other apps here (default %(default)s)")
-    parser.add_argument("--step", type=int, default=-1, metavar="N",
-                        help="checkpoint by its step (-1: the newest; default %(default)s); for --format hf")
+    parser.add_argument("--step", type=step_argument, default=-1, metavar="N",
+                        help="checkpoint by its step, or best: the best by validation (-1: the newest; default %(default)s); for "
+                             "--format hf")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the saved weights: float32 is lossless, bfloat16 half the size (default %(default)s); for --format hf")
     return parser
@@ -57,7 +59,7 @@ def main(argv):
     """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError."""
     args = build_parser().parse_args(argv)
     problems = []
-    if args.step < -1:
+    if args.step != "best" and args.step < -1:
         problems.append(f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest")
     if args.format == "run" and args.step != -1:
         problems.append("--step: belongs to --format hf; a Hugging Face folder has no steps")
@@ -229,8 +231,9 @@ def export_hf(run, out, step, dtype):
     from nanochat import checkpoint, load
     from nanochat.runlog import RunFolder
     with new_folder(out) as folder:
-        if step is None:
-            step = checkpoint.newest_intact(run, report=lambda text: print(text, file=sys.stderr))
+        if isinstance(found := read_json(run / "config.json", "run folder"), dict) and "model_type" in found:
+            raise UsageError(f"{run} is a Hugging Face folder already; --format run makes a run of it")
+        step = checkpoint.step_of(run, step)
         model, tokenizer = load(run, step, device_type="cpu", dtype="float32")
         llama = model.config.arch == "llama"
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
@@ -412,6 +415,8 @@ def _logits(model, ids, backend):
 def llama_from(content, path):
     """The GPTConfig of a Llama's config.json. UsageError naming every field that our Llama does not have."""
     from nanochat.model import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, GPTConfig, swiglu_width
+    if isinstance(content, dict) and "args" in content:
+        raise UsageError(f"{path} is that of a run; --format hf makes a Hugging Face folder of it")
     if not isinstance(content, dict) or content.get("model_type") != "llama":
         kind = content.get("model_type") if isinstance(content, dict) else None
         raise UsageError(f"{path}: model_type is {kind!r}; only a llama can become a run")

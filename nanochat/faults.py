@@ -9,8 +9,8 @@ import traceback
 
 import torch
 
-from nanochat import checkpoint, ranks
-from nanochat.common import Unavailable, human_time, write_json
+from nanochat import checkpoint, hardware, ranks, signals
+from nanochat.common import TrainingFailed, Unavailable, human_time, write_json
 
 EXPLODING = 1e4  # activations and gradients of a healthy model stay far below
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_Z = 64, 32, 6.0  # losses compared with, how many there must be, standard deviations
@@ -91,6 +91,21 @@ def locate(model, rerun):
         trace.close()
     found = [f"the first {kind} value: {where}" for kind, where in sorted(trace.first.items(), reverse=True)]
     return "; ".join(found)
+
+
+def cause(error, device_batch, stop):
+    """The exception to end a run with, given the one that was raised: of a lack of memory, a rank that is gone, or a signal
+    that also ended what was being waited for. stop: this process's StopSignals."""
+    if hardware.is_out_of_memory(error):
+        fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
+        smaller = f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
+        return TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
+    several = ranks.world_size() > 1 and isinstance(error, RuntimeError)
+    if several and (gone := ranks.who_is_gone()):
+        return TrainingFailed(f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint")
+    if stop.requested and isinstance(error, Exception) and (several or stop.at_once):  # Ctrl-C ends the compiler's processes too
+        return signals.Stopped()
+    return error
 
 
 def conclude(located, times, folder, rows, step, n_rows, saver):

@@ -23,12 +23,13 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nanochat.common import (Unavailable, UsageError, base_dir, fsync_dir, human_bytes, human_time, install_hint, sha256_file,
+from nanochat.common import (Unavailable, UsageError, base_dir, fsync_dir, human_bytes, human_time, in_a_line, install_hint, sha256_file,
                              sha256_hex, write_json)
 
 ATTEMPTS = 6  # requests in a row that bring less than PROGRESS_BYTES, before giving up
@@ -89,7 +90,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a dataset at a fixed revision (a commit), or, with repo and revision "", at a URL.
+    """One file of a dataset (or, by repo_type, a "model") at a fixed revision (a commit), or, with repo and revision "", at a URL.
 
     n_bytes: its size as the hub lists it. sha256: of its content where the hub states one, else "". etag: the hub's name
     for the content (of small files git's blob SHA-1)."""
@@ -99,6 +100,7 @@ class RemoteFile:
     n_bytes: int
     sha256: str
     etag: str
+    repo_type: str = "dataset"
 
     @property
     def name(self):
@@ -145,13 +147,17 @@ class RemoteFile:
         return path
 
 
+def text_format(name):
+    """(format, compression) of a file by its name, in upper or lower case: one of FORMATS or "", and one of COMPRESSIONS."""
+    name = name.lower()
+    compression = next((ending for ending in COMPRESSIONS[1:] if name.endswith(ending)), "")
+    return next((ending for ending in FORMATS if name.endswith(ending + compression)), ""), compression
+
+
 def text_suffix(name):
     """The part of a file name that says how text is stored in it, such as ".jsonl.gz"; "" if it is none of ours."""
-    for compression in COMPRESSIONS:
-        for suffix in FORMATS:
-            if name.lower().endswith(suffix + compression):
-                return name[-len(suffix + compression):]
-    return ""
+    suffix, compression = text_format(name)
+    return name[-len(suffix + compression):] if suffix else ""
 
 
 def _wait_for(lock, file, report):
@@ -209,7 +215,7 @@ def _get_rest(file, partial, report):
     hub = _huggingface_hub()
     url, headers = file.path, {}
     if file.repo:
-        url = hub.hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.revision)
+        url = hub.hf_hub_url(file.repo, file.path, repo_type=file.repo_type, revision=file.revision)
         headers = hub.utils.build_hf_headers()  # with the token, if there is one; the session drops it when the CDN is another host
     headers["Accept-Encoding"] = "identity"  # ranges count bytes of the file, not of a compressed answer
     if start:
@@ -324,20 +330,16 @@ def _problem_of(error):
     if isinstance(error, OfflineModeIsEnabled):
         return _Problem("offline", "HF_HUB_OFFLINE is set")
     if isinstance(error, HfHubHTTPError):
-        return _status_problem(error.response) or _Problem("network", _first_line(error))
+        return _status_problem(error.response) or _Problem("network", in_a_line(error))
     if isinstance(error, (transport_error, ConnectionError, TimeoutError)):
         if "Timeout" in type(error).__name__:
             return _Problem("network", f"no answer within {human_time(TIMEOUT_S)}")
         refused = "Connect" in type(error).__name__
-        return _Problem("network", f"no connection ({_first_line(error)})" if refused else "the connection broke")
+        return _Problem("network", f"no connection ({in_a_line(error)})" if refused else "the connection broke")
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return _Problem("disk", "the disk is full" if full else f"the disk refuses ({error.strerror or _first_line(error)})")
+        return _Problem("disk", "the disk is full" if full else f"the disk refuses ({error.strerror or in_a_line(error)})")
     raise error
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _patiently(request, what, report, progress=lambda: 0, attempts=None):
@@ -470,7 +472,7 @@ def _huggingface_hub():
         import huggingface_hub
         import huggingface_hub.utils
     except ImportError:
-        raise install_hint("huggingface_hub", "--data: a dataset from the network") from None
+        raise install_hint("huggingface_hub", "a download from the Hugging Face hub") from None
     huggingface_hub.get_session().timeout = TIMEOUT_S  # its default is to wait for ever, and most of HfApi takes no timeout
     return huggingface_hub
 
@@ -504,6 +506,20 @@ def _tree(repo, sha, folder, report):
     return sorted(files, key=lambda file: file.path)
 
 
+def model_file(repo, path, report=print):
+    """The RemoteFile of a file in a model repository, as it stands in the newest commit. DownloadFailed if the hub cannot say."""
+    hub = _huggingface_hub()
+    url = hub.hf_hub_url(repo, path)
+    try:
+        found = _patiently(lambda: hub.get_hf_file_metadata(url, timeout=TIMEOUT_S), repo, report)
+        if found.size is None:
+            raise _Problem("content", "the server does not say its size")
+    except _Problem as problem:
+        raise DownloadFailed(f"{path} of {repo} was not downloaded: {problem.reason}. {_remedy(problem, repo)}") from None
+    etag = found.etag or ""
+    return RemoteFile(repo, found.commit_hash or "main", path, found.size, etag if len(etag) == 64 else "", etag, "model")
+
+
 def _get(hub, url):
     response = hub.get_session().get(url, headers=hub.utils.build_hf_headers(), timeout=TIMEOUT_S)
     problem = _status_problem(response)
@@ -528,38 +544,43 @@ def _list_known(spec, repo, config, split, column, sha, report):
     return Listing(spec, repo, config, split, sha, column, train, val, note)
 
 
+_at_home = threading.RLock()  # shards are read in several threads, and each must undo its own settings
+
+
 @contextlib.contextmanager
-def _datasets_at_home():
+def datasets_at_home(purpose):
     """The package datasets, for the time of a `with`: its and huggingface_hub's caches under base_dir(), no bars, no counters.
 
-    The variables that choose those folders are read when the packages are imported, which may be long past."""
-    hub = _huggingface_hub()
+    The variables that choose those folders are read when the packages are imported, which may be long past. purpose: what
+    needs it, for the UsageError where it is missing. One thread at a time."""
     try:
         import datasets
         import datasets.config
     except ImportError:
-        raise install_hint("datasets", "--data=hf:...") from None
+        raise install_hint("datasets", purpose) from None
+    hub = _huggingface_hub()
     folder = base_dir() / "hub" / "client"
     # HF_UPDATE_DOWNLOAD_COUNTS: datasets reports each use of a dataset to a server of its makers
     settings = [(hub.constants, "HF_HUB_CACHE", str(folder)), (datasets.config, "HF_DATASETS_CACHE", folder),
                 (datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads"), (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)]
-    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-    bars = not hub.utils.are_progress_bars_disabled()
-    try:
-        for module, name, value in settings:
-            setattr(module, name, value)
-        hub.utils.disable_progress_bars()
-        yield datasets
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-        if bars:
-            hub.utils.enable_progress_bars()
+    with _at_home:
+        before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+        bars = not hub.utils.are_progress_bars_disabled()
+        try:
+            for module, name, value in settings:
+                setattr(module, name, value)
+            hub.utils.disable_progress_bars()
+            yield datasets
+        finally:
+            for module, name, value in before:
+                setattr(module, name, value)
+            if bars:
+                hub.utils.enable_progress_bars()
 
 
 def _list_any(spec, repo, config, split, column, sha, report):
     """Listing of any dataset: which files make which split is what datasets says, their sizes and sums what the hub says."""
-    with _datasets_at_home() as datasets:
+    with datasets_at_home("--data=hf:...") as datasets:
         cache = str(base_dir() / "hub" / "client")
         address = f"hf://datasets/{repo}"  # so that a local folder of the same name is not taken instead
         try:
@@ -617,7 +638,7 @@ def _unreadable(spec, repo, config, sha, error, datasets):
             if problem.kind == "disk" and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
                 return problem
         cause = cause.__cause__ or cause.__context__
-    said = _first_line(error) or type(error).__name__
+    said = in_a_line(error)
     if "scripts are no longer supported" in said:
         return UsageError(f"--data={spec}: {repo} is made by a script, which is not run; the hub keeps a converted copy of many such "
                           f"datasets: try hf:{repo}@refs/convert/parquet")

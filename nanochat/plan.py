@@ -5,6 +5,7 @@ import glob
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +186,13 @@ class Plan:
             self.warmup_steps = args.warmup_steps if args.warmup_steps != -1 else round(args.warmup_ratio * steps)
         self.warmdown_steps = 0 if args.lr_schedule == "cosine" else min(round(args.warmdown_ratio * steps), steps - done)
 
+    def lr_multiplier(self, step, args):
+        """Learning rate of a step / its peak. While a time budget is still being measured there is no warm-down."""
+        if self.num_iterations is None:
+            return schedules.lr_multiplier(step, sys.maxsize, self.warmup_steps, 0, args.final_lr_frac, "trapezoid")
+        return schedules.lr_multiplier(step, self.num_iterations, self.warmup_steps, self.warmdown_steps, args.final_lr_frac,
+                                       args.lr_schedule)
+
     def as_dict(self):
         return dataclasses.asdict(self)
 
@@ -273,12 +281,6 @@ def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size,
                          f"free {MEMORY_SHARE[device_type]:.0%} may be planned with; lower --max-seq-len or --depth, or give "
                          f"--device-batch-size=1 to try it all the same")
     return fitting[-1]
-
-
-def smaller(device_batch):
-    """What to do when so many rows do not fit into memory."""
-    fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
-    return f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
 
 
 def estimated_seconds(plan, args, peak_flops, devices):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, UsageError
+from nanochat.common import EXIT_COMPLETED, UsageError, step_argument
 
 # Flags whose name differs from the setting's name in nanochat.engine.
 FLAG_OF = {"max_new_tokens": "--max-tokens"}
@@ -16,8 +16,8 @@ def build_parser():
         description="Continue prompts with a trained model. One sample of a prompt appears as it is drawn; several "
                     "samples are drawn side by side and appear together.")
     parser.add_argument("run", metavar="RUN", help="run folder, for example out/d4")
-    parser.add_argument("--step", type=int, default=-1, metavar="N",
-                        help="checkpoint by its step (-1: the newest; default %(default)s)")
+    parser.add_argument("--step", type=step_argument, default=-1, metavar="N",
+                        help="checkpoint by its step, or best: the best by validation (-1: the newest; default %(default)s)")
     # what to continue
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                         help="text to continue; may be given several times; without any, a new document is begun")
@@ -71,7 +71,7 @@ def check_settings(args, sampling):
     from nanochat.engine import option_problems
     problems = [f"{FLAG_OF.get(name, '--' + name.replace('_', '-'))} {value}: {reason}"
                 for name, value, reason in option_problems(num_samples=args.num_samples, **sampling)]
-    if args.step < -1:
+    if args.step != "best" and args.step < -1:
         problems.append(f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest")
     prompts = []
     try:

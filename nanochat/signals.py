@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, leave. Imports no torch, so that a signal is heard from the first second on."""
+"""SIGTERM, SIGINT and SIGHUP: finish the step, save, leave. Imports no torch, so that a signal is heard from the first second on."""
 
 import os
 import signal
@@ -9,13 +9,15 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """SIGTERM and the first SIGINT set `requested`, which the loop reads once a step; a second SIGINT interrupts at once.
+    """SIGTERM, SIGHUP (a closed terminal) and the first SIGINT set `requested`, which the loop reads once a step; a second
+    SIGINT interrupts at once.
 
     at_once: while there is no step to finish (data, tokenizer, compilation) the first one raises Stopped where it comes."""
 
     def __init__(self, speaks):
         self.requested, self.at_once, self.speaks = False, True, speaks
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                         if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves SIGHUP
 
     def _note(self, number, frame):
         if self.requested and number == signal.SIGINT:
@@ -23,6 +25,9 @@ class StopSignals:
         if self.requested:
             return
         self.requested = True
+        if number == signal.SIGHUP:  # nobody is there to read, and writing to a closed terminal is an error
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if self.speaks and not self.at_once:  # os.write: print() is not safe inside a signal handler
             os.write(2, b"\nstopping after this step, saving first; Ctrl-C again leaves at once without saving\n")
         self.check()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ def config_flags(path, known):
     """The command line that a JSON file stands for: a run's config.json, or an object of flag names and values.
 
     known: {flag name: its argparse action}. Values equal to the default are left out. UsageError for anything else."""
+    if os.path.isfile(os.path.join(path, "config.json")):  # a run folder
+        path = os.path.join(path, "config.json")
     content = read_json(path, "--config")
     flags = content.get("args") if isinstance(content, dict) and "args" in content else content
     if not isinstance(flags, dict):
@@ -130,8 +133,9 @@ def is_over(args, config, folder, start_step):
     if status_of(folder.path) != "completed":  # killed after the last save: evaluation and samples are still to come
         return None
     reason = read_json(folder.path / "summary.json", "run folder").get("reason")
-    return f"{folder.path} is complete at step {start_step}" + (f" ({reason})" if reason else "") + (
-        "; nothing to resume. A longer horizon, for example a larger --num-iterations, extends it")
+    remedy = ("; nothing to resume. To go on, change that rule: --stop-at-bpb=-1 --patience=-1 lift both" if reason else
+              "; nothing to resume. A longer horizon, for example a larger --num-iterations, extends it")
+    return f"{folder.path} is complete at step {start_step}" + (f" ({reason})" if reason else "") + remedy
 
 
 def extend(args, plan, config, tokens_per_epoch, peak_flops, world_size, folder, start_step):
@@ -184,9 +188,11 @@ def source_of_weights(args, own=None, step=None):
     """The Source that --init-from names. own: the RunFolder of this run, which cannot be its own source. step: of the
     weights that this run began with, if it began before; None for the newest intact ones.
 
-    The shape is the source's; context, short window and dropout may be new. UsageError for flags of the shape that were
+    The shape is the source's; context (if given), short window and dropout may be new. UsageError for flags of the shape that were
     given and differ, and for weights that are not there or damaged."""
     folder, named = RunFolder(args.init_from), f"--init-from={args.init_from}"
+    if (folder.path / "generation_config.json").exists():
+        raise UsageError(f"{named}: a Hugging Face folder; make it a run first: nanochat export {args.init_from} --format run NEW")
     if not folder.holds_run():
         raise UsageError(f"{named}: not a run folder (it has no config.json of a run)")
     if own and own.path.resolve() == folder.path.resolve():
@@ -205,6 +211,7 @@ def source_of_weights(args, own=None, step=None):
     differing = [name for name in fixed if name in args.given and getattr(args, name) not in (fixed[name], -1)]
     if differing:
         raise UsageError(f"{named}: its model has " + ", ".join(f"{flag(n)}={fixed[n]}" for n in differing) + "; leave these flags out")
-    short_window = max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window
-    model = dataclasses.replace(model, max_seq_len=args.max_seq_len, short_window=short_window, dropout=args.dropout)
-    return Source(model, step, str(folder.path / "tokenizer"), of_source)
+    T = args.max_seq_len if "max_seq_len" in args.given else model.max_seq_len
+    short_window = max(1, T // 2) if args.short_window == -1 else args.short_window
+    model = dataclasses.replace(model, max_seq_len=T, short_window=short_window, dropout=args.dropout)
+    return Source(model, step, str(folder.path / "tokenizer"), {**of_source, "max_seq_len": T})

@@ -7,12 +7,12 @@ import base64
 import functools
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UsageError, base_dir, read_json, sha256_hex, write_atomic
+from nanochat import hub
+from nanochat.common import Unavailable, UsageError, base_dir, read_json, sha256_hex, write_atomic
 
 KINDS = ("bpe", "char", "byte")
 FORMAT = 1
@@ -243,7 +243,7 @@ def gpt2(download=True):
     """GPT-2's tokenizer, 50,257 ids, each as OpenAI numbers it; BOS is its <|endoftext|>.
 
     From base_dir()/tokenizers/gpt2, else downloaded (1.5 MB) and saved there. Its fingerprint is checked, wherever it came from.
-    UsageError if it cannot be had; with download=False, None if it is not here yet."""
+    Unavailable if it cannot be had now; with download=False, None if it is not here yet."""
     folder = base_dir() / "tokenizers" / "gpt2"
     if (folder / FILE_NAME).exists() or (folder / "encoder.json").exists():  # as saved, or as someone put it there by hand
         tokenizer = load(folder)
@@ -252,26 +252,24 @@ def gpt2(download=True):
         return tokenizer
     if not download:
         return None
-    base_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=base_dir(), prefix=".gpt2.") as temporary:
-        try:
-            from huggingface_hub import hf_hub_download
-            for name in (FILE_NAME, "merges.txt"):
-                hf_hub_download(GPT2_REPO, name, local_dir=temporary)
-        except Exception as error:  # no network, no such host, a proxy's refusal, a full disk: each library has its own
-            raise UsageError(f"--tokenizer=gpt2: cannot be downloaded from huggingface.co/{GPT2_REPO} ({_first_line(error)}); where there "
-                             f"is no network, put its encoder.json (or vocab.json) and merges.txt into {folder}, or into any folder, "
-                             "and give that as --tokenizer") from None
-        tokenizer = load(temporary)
-    if tokenizer.fingerprint != GPT2_FINGERPRINT:
-        raise UsageError(f"--tokenizer=gpt2: what huggingface.co/{GPT2_REPO} sent is not GPT-2's tokenizer (fingerprint "
-                         f"{tokenizer.fingerprint[:16]}, expected {GPT2_FINGERPRINT[:16]})")
+    by_hand = f"put its encoder.json (or vocab.json) and merges.txt into {folder}, or into any folder, and give that as --tokenizer"
+    try:
+        paths = [hub.model_file(GPT2_REPO, name).fetch() for name in ("vocab.json", "merges.txt")]
+    except hub.DownloadFailed as error:
+        raise Unavailable(f"--tokenizer=gpt2: {error} Where there is no network, {by_hand}.") from None
+    try:
+        content = read_json(paths[0], "tokenizer")
+        tokenizer = _from_gpt2_files(paths[0], content if isinstance(content, dict) else {}, paths[1])
+        problem = f"its fingerprint is {tokenizer.fingerprint[:16]}, not {GPT2_FINGERPRINT[:16]}"
+    except UsageError as error:
+        tokenizer, problem = None, str(error)
+    for path in paths:  # what is right is saved, what is wrong is fetched again
+        path.unlink(missing_ok=True)
+    if tokenizer is None or tokenizer.fingerprint != GPT2_FINGERPRINT:
+        raise Unavailable(f"--tokenizer=gpt2: what the hub sent for {GPT2_REPO} is not GPT-2's tokenizer ({problem}); a proxy may have "
+                          f"changed it: try again, or {by_hand}")
     tokenizer.save(folder)
     return tokenizer
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def train(kind, texts, vocab_size):

@@ -56,7 +56,7 @@ def build_parser():
 
 
 def main(argv):
-    """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError."""
+    """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError, Unavailable."""
     args = build_parser().parse_args(argv)
     return {"train": run_train, "compare": run_compare, "inspect": run_inspect}[args.command](args)
 
@@ -222,13 +222,14 @@ def measure(name, tokenizer, texts):
 
     mb_per_second: 10^6 bytes of UTF-8 a second, on one thread, set-up excluded. round_trip: the tokens' bytes, one after
     another, are the text's, exactly."""
+    from nanochat import data
     row = {"tokenizer": name, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
            "bytes": sum(len(text.encode("utf-8")) for text in texts), "tokens": None, "bytes_per_token": None, "mb_per_second": None,
            "round_trip": None, "ratio_to_gpt2": None, "error": None}
     try:
         tokenizer.encode_batch([texts[0][:1000]])  # builds tiktoken's tables
         seconds, tokens, same = 0.0, 0, True
-        for batch in batches(texts):
+        for batch in data.by_size(texts, BATCH_BYTES):
             began = time.perf_counter()
             ids_of = tokenizer.encode_batch(batch)
             seconds += time.perf_counter() - began
@@ -240,19 +241,6 @@ def measure(name, tokenizer, texts):
         return row
     return row | {"tokens": tokens, "bytes_per_token": row["bytes"] / tokens, "mb_per_second": row["bytes"] / 1e6 / seconds,
                   "round_trip": same}
-
-
-def batches(texts):
-    """The texts in lists of about BATCH_BYTES (characters stand for bytes here)."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def table(rows):

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import EXIT_STOPPED, install_hint
+from nanochat.common import EXIT_STOPPED, in_a_line, install_hint
 
 PROJECT = "nanochat"  # W&B project, unless WANDB_PROJECT names another
 INIT_SECONDS = 20  # to wait for W&B's server at the start; wandb may take up to 10 s more to give up
@@ -83,7 +83,7 @@ class Trackers:
         try:
             tracker = start()
         except Exception as error:  # whatever it is, a tracker is not worth the run
-            self.report(f"{name}: could not be started, training goes on without it ({_in_a_line(error)})")
+            self.report(f"{name}: could not be started, training goes on without it ({in_a_line(error)})")
             return
         if not tracker.on:
             return
@@ -104,7 +104,7 @@ class Trackers:
             action(tracker)
         except Exception as error:  # as above
             del self.active[name]
-            self.report(f"{name}: switched off, training goes on ({_in_a_line(error)}); metrics.jsonl has everything")
+            self.report(f"{name}: switched off, training goes on ({in_a_line(error)}); metrics.jsonl has everything")
             with contextlib.suppress(Exception):
                 tracker.abandon()
 
@@ -127,7 +127,8 @@ class _Wandb:
         if not self.run.offline and (arrived := self.run.summary.get("step", 0)) < self.position.step:
             self.position.go_back(arrived)  # more was handed over than reached the server before a kill
         self.run.define_metric("*", step_metric="step")
-        report(f"W&B: offline ({reason}); to upload later: wandb sync {self.path}" if self.run.offline else f"W&B: {self.run.url}")
+        report(f"W&B: offline ({reason}); to upload later: wandb sync {os.path.dirname(self.path)}/offline-run-*"
+               if self.run.offline else f"W&B: {self.run.url}")
 
     def _start(self, folder, run_name, config, run_id):
         """(run, why it is offline if it is): as W&B's own settings say, or offline where that fails."""
@@ -147,7 +148,7 @@ class _Wandb:
             self._teardown()
             for left in set((folder / "wandb").glob("run-*")) - before:
                 shutil.rmtree(left, ignore_errors=True)
-            return self._init(settings, {**arguments, "mode": "offline"}), _in_a_line(error)
+            return self._init(settings, {**arguments, "mode": "offline"}), in_a_line(error)
 
     def _init(self, settings, arguments):
         """wandb.init() without a word on the console; whoever is asked for a key there has no terminal to ask at."""
@@ -319,9 +320,3 @@ def _numbers(values):
 def _as_code(text):
     """Text as a block of Markdown, shown as it is."""
     return "\n".join("    " + line for line in text.split("\n"))
-
-
-def _in_a_line(error):
-    """An exception in one line of bearable length."""
-    text = " ".join(str(error).split())
-    return (text if len(text) <= 200 else text[:197] + "...") or type(error).__name__

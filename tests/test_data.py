@@ -1,10 +1,14 @@
 """The token cache, and rows as a pure function of (seed, row number)."""
 
+import fcntl
+import hashlib
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from nanochat import corpus as corpora, data, tokenizer as tokenizers
 from nanochat.common import UsageError
@@ -61,6 +65,64 @@ def test_cache_limit_drops_the_least_recently_used(tmp_path):
         os.utime(path, (age, age))
     data.trim_cache(tmp_path / "tokens", keep={files[0]}, limit_bytes=250)
     assert [path.name[0] for path in files if path.exists()] == ["a", "d"]
+
+
+def test_opening_holds_no_copy_of_the_ids(tmp_path):
+    """The checksum, over ids and offsets as one string of bytes, is taken of a part of them at a time."""
+    shard = corpora.file_shard([write(tmp_path / "a.txt", "cache me " * 300_000)])
+    made = data.TokenCache(BYTE, threads=1)
+    made.tokens(shard)
+    with safe_open(made.path(shard), framework="numpy") as f:
+        content = f.get_tensor("ids").tobytes() + f.get_tensor("offsets").tobytes()
+        assert f.metadata()["sha256"] == hashlib.sha256(content).hexdigest()
+    tracemalloc.start()
+    try:
+        data.TokenCache(BYTE, threads=1).tokens(shard)
+        assert tracemalloc.get_traced_memory()[1] < 0.9 * len(content)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        data._digest([np.zeros(2_000_000, np.uint16)])
+        assert tracemalloc.get_traced_memory()[1] - before < 1.5 * 4_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_another_process_trims_is_made_again(tmp_path, monkeypatch):
+    """Between building and opening, both under the lock that other ranks and runs wait for."""
+    shard = corpora.file_shard([write(tmp_path / "a.txt", "trimmed " * 40)])
+    cache, really_open, opened = data.TokenCache(BYTE, threads=1), data.TokenCache._open, []
+
+    def trim_and_open(self, shard, path):
+        with open(path.with_suffix(".lock")) as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        opened.append(path.stat().st_ino)
+        if len(opened) < 3:
+            path.rename(path.with_suffix(f".{len(opened)}"))  # kept, so that its inode is not used again
+        return really_open(self, shard, path)
+
+    monkeypatch.setattr(data.TokenCache, "_open", trim_and_open)
+    ids, offsets = cache.tokens(shard)
+    assert bytes(ids[0:8].astype(np.uint8)) == b"trimmed " and offsets.tolist() == [0, 321]
+    assert len(set(opened)) == 3
+
+
+def test_trimming_while_others_trim(tmp_path):
+    """Files that vanish between listing, looking and deleting are no error."""
+    folder = tmp_path / "tokens" / "x"
+    folder.mkdir(parents=True)
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
+    files = [folder / f"{name}.safetensors" for name in "abc"]
+    for age, path in enumerate(files):
+        path.write_bytes(b"0" * 100)
+        os.utime(path, (age, age))
+
+    class Deleting:
+        def __contains__(self, path):
+            path.unlink()
+            return False
+
+    data.trim_cache(tmp_path / "tokens", keep=Deleting(), limit_bytes=150)
+    assert [path.name[0] for path in files if path.exists()] == ["c"]
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
@@ -141,7 +203,22 @@ def test_too_little_text_is_an_error_with_numbers(tmp_path):
         make_rows(tmp_path, [["abc"]], T=8).tokens_per_epoch()
 
 
-# ----- validation pieces, prefetching
+# ----- reading ahead, validation pieces, prefetching
+
+
+def test_reading_ahead_makes_files_of_known_length(tmp_path):
+    """A resumed run brings the lengths of its shards along; the files may be gone."""
+    rows = make_rows(tmp_path, [documents(20, i) for i in range(3)], T=16)
+    n = rows.tokens_per_epoch() // rows.T
+    for shard in rows.shards:
+        rows.cache.path(shard).unlink()
+    resumed = data.Rows(rows.corpus, data.TokenCache(BYTE, 1, rows.cache.lengths), rows.T, rows.seed)
+    second = rows.shard_rows(rows.shard_order(0)[0])  # the run goes on with the first row of its second shard
+    ahead = data.Ahead(resumed, second, lambda: n, pytest.fail)
+    ahead.thread.join(10)
+    assert not ahead.thread.is_alive()
+    order = [rows.shards[i] for i in rows.shard_order(0)]
+    assert [rows.cache.path(shard).exists() for shard in order] == [False, True, True]
 
 
 def test_held_out_pieces(tmp_path):

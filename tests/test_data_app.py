@@ -1,5 +1,6 @@
 """`nanochat data`: what it says is right, what it fetches is what a run reads, what it mixes has the shares asked for."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from test_remote import CLIMBMIX, VAL, bodies, documents, limit, order, parquet, shards
 
-from nanochat import __main__ as entry, corpus as corpora, data, data_app as app, hub as hubs
-from nanochat.common import Unavailable, UsageError, base_dir
+from nanochat import __main__ as entry, common, corpus as corpora, data, data_app as app, hub as hubs
+from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
 
 
 @pytest.fixture(autouse=True)
@@ -370,6 +371,37 @@ def test_mix_leaves_nothing_when_it_fails(sources, tmp_path, monkeypatch, hub):
     (tmp_path / "other").rmdir()
     assert app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"]) == 0
     assert not list(tmp_path.glob(".*")) and mixed(out)[1]["train_bytes"] == 10_000
+
+
+@pytest.mark.parametrize("error, passes", [
+    # passes: with the error itself, else as Unavailable; the relative names are below the temporary folder
+    (OSError(errno.ENOSPC, "No space left on device"), False), (OSError(errno.EROFS, "Read-only file system"), False),
+    (OSError(errno.ENOSPC, "No space left on device", "deep/a"), False), (PermissionError(errno.EACCES, "Permission denied", b"a"), False),
+    (OSError(errno.EXDEV, "Invalid cross-device link", "/data/a", None, "a"), False),
+    (FileNotFoundError(errno.ENOENT, "No such file", "/data/a"), True), (OSError(errno.EIO, "Input/output error", "/data/a"), True),
+    (OSError(errno.ENOENT, "No such file"), True), (ConnectionError("reset"), True), (UsageError("no text"), True)], ids=repr)
+def test_new_folder_tells_its_errors_from_the_bodys(tmp_path, monkeypatch, error, passes):
+    """What the body says of other files is not taken for a fault of the folder; nothing is left in any case."""
+    with pytest.raises(type(error) if passes else Unavailable) as caught, new_folder(tmp_path / "out") as folder:
+        monkeypatch.chdir(folder)
+        raise error
+    assert caught.value is error if passes else "out cannot be written" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_that_cannot_be_finished(tmp_path, monkeypatch):
+    """Its own work fails after the body has ended well."""
+    def full(path):
+        raise OSError(errno.EIO, "Input/output error", "elsewhere")
+
+    monkeypatch.setattr(common, "fsync_dir", full)
+    with pytest.raises(Unavailable, match="out cannot be written .Input/output error.; nothing of it"), new_folder(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_in_a_line():
+    assert [in_a_line(error) for error in (ValueError(" a\nb"), ValueError("  "), KeyError())] == ["a", "ValueError", "KeyError"]
 
 
 def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):

@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # each module may import those of lower layers and of its own, never of a higher one
 LAYERS = [
-    {"common", "hardware", "ranks"},
+    {"common", "signals", "hardware", "ranks"},
     {"attention", "tokenizer", "runlog", "hub", "track"},
     {"corpus"},
     {"model", "optim", "schedules", "data"},
     {"checkpoint", "evaluate", "engine", "plan"},
-    {"start"},
+    {"start", "faults"},
     {"sample", "report", "runs", "doctor", "export", "tokenizer_app", "data_app"},
 ]
 

@@ -70,7 +70,8 @@ def test_a_healthy_step_shows_nothing_and_keeps_no_hooks():
 
 
 @pytest.mark.parametrize("arch, layer, child, factor, word", [
-    ("speedrun", 1, "mlp", float("nan"), "NaN"), ("speedrun", 2, "attention", float("inf"), "inf"), ("llama", 0, "mlp", float("nan"), "NaN"),
+    ("speedrun", 1, "mlp", float("nan"), "NaN"), ("speedrun", 2, "attention", float("inf"), "inf"),
+    ("llama", 0, "mlp", float("nan"), "NaN"),
 ])
 def test_planted_in_the_forward_pass(monkeypatch, arch, layer, child, factor, word):
     model, rerun = make(arch=arch, window_pattern="L")

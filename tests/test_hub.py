@@ -402,6 +402,59 @@ def test_shakespeare(hub, monkeypatch):
     assert hub.bodies("input.txt")[2:] == [(0, 2000), (2000, N)]
 
 
+@pytest.mark.parametrize("name, found, suffix", [
+    ("a.jsonl.gz", (".jsonl", ".gz"), ".jsonl.gz"), ("DATA.JSONL.GZ", (".jsonl", ".gz"), ".JSONL.GZ"),
+    ("b.Parquet", (".parquet", ""), ".Parquet"), ("a.gz.txt", (".txt", ""), ".txt"), ("notes.md.xz", ("", ".xz"), ""),
+    ("a.tsv", ("", ""), ""), ("plain", ("", ""), ""),
+    ("x.v2.csv.zst", (".csv", ".zst"), ".csv.zst")])
+def test_formats_of_names(name, found, suffix):
+    assert (hubs.text_format(name), hubs.text_suffix(name)) == (found, suffix)
+
+
+def test_model_files(hub, monkeypatch):
+    """Of models files are fetched and checked as of data sets; what is wrong is said of the file that was wanted."""
+    import huggingface_hub
+    hub.add_url("/me/model/resolve/main/a.json", DATA)
+    stated = SimpleNamespace(commit_hash=None, etag=blob_sha1(DATA), size=N)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: stated)
+    file = hubs.model_file("me/model", "a.json")
+    assert (file.n_bytes, file.sha256, file.etag) == (N, "", blob_sha1(DATA))
+    hub.fault("a.json", "corrupt")
+    fails(file, "its content is damaged")
+    hub.faults.clear()
+    assert file.fetch().read_bytes() == DATA and on_disk(file) == (True, 0)
+
+
+def test_model_files_without_network(quick):
+    with pytest.raises(hubs.DownloadFailed, match="a.json of me/model was not downloaded: no connection .*4 times in a row. Check the "):
+        hubs.model_file("me/model", "a.json", lambda line: None)
+    assert quick == [1, 2, 4]
+
+
+def test_settings_of_datasets_are_undone(monkeypatch):
+    """Also when two threads use it: the second waits, or it would undo the first one's settings to its own."""
+    import datasets.config
+    import huggingface_hub.utils
+
+    def settings():
+        return (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
+                huggingface_hub.utils.are_progress_bars_disabled())
+
+    before, entered = settings(), threading.Event()
+
+    def second():
+        with hubs.datasets_at_home("a test"):
+            entered.set()
+
+    with hubs.datasets_at_home("a test"):
+        assert settings()[1:] == (False, True)
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.05)
+    thread.join(10)
+    assert entered.is_set() and settings() == before
+
+
 def test_a_new_commit_of_other_files_changes_nothing(hub):
     """The revision is new, the files' fingerprints and places are not, and nothing is downloaded again."""
     climbmix(hub)
@@ -503,9 +556,11 @@ REPOS = {
     "me/configs": {"README.md": CARD, "plain/b.jsonl.gz": gzip.compress(LINE), "plain/a.jsonl.gz": gzip.compress(LINE * 2),
                    "plain/held/out.jsonl.gz": gzip.compress(LINE * 3), "other/0.csv": b"text\na\n"},
     "me/splits": {"data/train-0.jsonl": LINE, "data/test-0.jsonl": LINE * 2, "data/validation-0.jsonl": LINE * 3},
+    "me/upper": {"TRAIN.jsonl.GZ": gzip.compress(LINE)},
     "me/one": {"input.txt": b"some text\n", "notes.md": b"no data"},
     "me/columns": {"README.md": FEATURES, "train.jsonl": b'{"story": "a", "label": 1}\n'},
     "me/arrow": {"train.arrow": b"x"},
+    "me/tabs": {"train.tsv": b"text\na\n"},
     "me/script": {"script.py": b"import datasets", "train.jsonl": LINE},
     "me/empty": {"notes.xyz": b"nothing"},
     "me/broken": {"README.md": b"---\nconfigs: [: {\n---\n", "train.jsonl": LINE},
@@ -517,6 +572,7 @@ LISTED = {
     "hf:me/configs:plain:test": ("plain", "test", "text", ["plain/held/out.jsonl.gz"], []),
     "hf:me/splits": ("default", "train", "text", ["data/train-0.jsonl"], ["data/validation-0.jsonl"]),
     "hf:me/splits::validation": ("default", "validation", "text", ["data/validation-0.jsonl"], ["data/test-0.jsonl"]),
+    "hf:me/upper": ("default", "train", "text", ["TRAIN.jsonl.GZ"], []),
     "hf:me/one": ("default", "train", "text", ["input.txt"], []),
     "hf:me/columns:::story": ("default", "train", "story", ["train.jsonl"], []),
 }
@@ -530,6 +586,7 @@ REFUSED = {
     "hf:me/configs:plain:nope": ["no split 'nope'", "it has: train, test", "hf:me/configs:plain:<split>"],
     "hf:me/columns": ["no column 'text'", "it has: story, label", "<column>"],
     "hf:me/arrow": ["train.arrow is not a text format", ".parquet", ".zst"],
+    "hf:me/tabs": ["train.tsv is not a text format"],
     "hf:me/script": ["made by a script", "hf:me/script@refs/convert/parquet"],
     "hf:me/empty": ["finds no text in me/empty"],
     "hf:me/broken": ["finds no text in me/broken"],

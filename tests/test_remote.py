@@ -1,6 +1,7 @@
 """train.py end to end on data sets of the hub (tests/hub_server.py): what is requested and when, resuming with and without
 a network, and every fault as the user of train.py meets it."""
 
+import gzip
 import io
 import json
 import os
@@ -39,7 +40,7 @@ def quick(monkeypatch, tmp_path):
     limit(monkeypatch, tmp_path / "base")
     yield
     for thread in threading.enumerate():
-        if "(_run)" in thread.name:
+        if thread.name.startswith("data-"):
             thread.join(10)
 
 
@@ -410,6 +411,17 @@ def test_a_single_file_holds_out_its_last_tenth(hub, tmp_path):
     assert config["data"]["note"] == "held out: the last tenth (30 of 300 documents)"
     assert config["data"]["train_bytes"] == sum(map(len, TEXTS[:270]))
     assert bodies(hub) == ["data.parquet"]
+
+
+def test_endings_in_upper_case(hub):
+    """The same rule as on this machine, also for the estimate of the text's size. (Which files make a split is what datasets
+    says, and it passes over formats in upper case, not over compressions.)"""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    hub.add("me/upper", {"TRAIN-0.jsonl.GZ": gzip.compress(lines), "TRAIN-1.jsonl.GZ": gzip.compress(lines[: lines.index(b"\n") + 1])})
+    corpus = corpora.open_corpus("hf:me/upper")
+    assert [document for shard in corpus.train for document in shard.documents()] == TEXTS
+    assert [document for shard in corpus.val for document in shard.documents()] == TEXTS[:1]
+    assert corpus.train[0].n_bytes == round(corpora.PARQUET_TEXT_FACTOR * corpus.train[0].files[0].n_bytes)
 
 
 def test_tinystories_by_name(hub, tmp_path):

@@ -7,8 +7,7 @@ import sys
 import pytest
 from test_tokenizer import GPT2_FOLDER, needs_gpt2, write_gpt2_folder
 
-from nanochat import tokenizer as tokenizers
-from nanochat import tokenizer_app as app
+from nanochat import __main__ as entry, hub as hubs, tokenizer as tokenizers, tokenizer_app as app
 from nanochat.common import UsageError
 
 WORDS = "the cat and the dog ran after the other cat, then they slept in the sun — 12 hours\n"
@@ -133,6 +132,13 @@ def test_many_documents_are_all_counted(tmp_path, capsys, monkeypatch):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 10)))
     result = compare(capsys, tmp_path, "byte")
     assert result["documents"] == 9 and result["bytes"] == result["tokenizers"][0]["tokens"] == 5 * sum(range(1, 10))
+
+
+def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
+    """The network's fault, not the user's: exit code 1."""
+    monkeypatch.setattr(hubs, "ATTEMPTS", 1)
+    assert entry.main(["tokenizer", "compare", text, "gpt2"]) == 1
+    assert "no connection" in capsys.readouterr().err
 
 
 def test_compare_names_every_wrong_tokenizer(text, tmp_path):

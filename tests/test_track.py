@@ -298,8 +298,9 @@ import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
 from nanochat import track
 track.INIT_SECONDS = 2
-import train
-stop = train.StopSignals(speaks=False)
+from nanochat import signals
+stop = signals.StopSignals(speaks=False)
+stop.at_once = False
 started = time.monotonic()
 trackers = track.Trackers({folder!r}, "a name", False, {config!r}, "abc", 0, lambda text: print("LINE", text, flush=True))
 trackers.log({{"step": 0, "train/loss": 1.0}})
