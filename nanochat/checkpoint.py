@@ -143,9 +143,8 @@ class Saver:
             pin = next(model.parameters()).is_cuda
             self.copy = {file: {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin) for name, tensor in part.items()}
                          for file, part in tensors.items()}
-        for file, part in tensors.items():
-            copies = self.copy[file]
-            torch._foreach_copy_([copies[name] for name in part], [tensor.detach() for tensor in part.values()], non_blocking=True)
+        pairs = [(self.copy[file][name], tensor.detach()) for file, part in tensors.items() for name, tensor in part.items()]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)), non_blocking=True)
         if next(model.parameters()).is_cuda:
             torch.cuda.synchronize()
         self.last = step, kind, {"model": asdict(model.config), **loop_state}

@@ -1,12 +1,18 @@
 """Checkpoints exist whole or not at all, old ones go in the right order, the best stays."""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
+import sys
 
 import pytest
+import safetensors.torch
 import torch
 
-from nanochat import checkpoint, model as models
-from nanochat.common import UsageError
+from nanochat import checkpoint, model as models, runlog
+from nanochat.common import UsageError, sha256_file
 
 
 def small_model():
@@ -49,35 +55,228 @@ def test_damage_to_any_file_is_seen(tmp_path, name, how):
     assert len(reports) == (0 if (name, how) == ("manifest.json", "deleted") else 1)
 
 
-@pytest.mark.parametrize("file_operation", range(1, 13))
-def test_a_crash_between_any_two_writes_leaves_the_last_good_one(tmp_path, monkeypatch, file_operation):
-    """The n-th of the 12 times a save touches the disk before its checkpoint exists fails, and all after it; what was
-    there stays, and the next save succeeds."""
-    import os
+class Disk:
+    """Watches what this process does to files below a folder, and acts at the n-th time: an audit hook, which also sees what
+    the libraries do, plus fsync and safetensors' own writing."""
 
-    import safetensors.torch
+    CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
+    watched = None  # the one that acts now: audit hooks cannot be removed
+    hooked = False
+
+    def __init__(self, folder, at, act):
+        self.folder, self.at, self.act, self.count = str(folder), at, act, 0
+
+    def touch(self, path):
+        if str(path).startswith(self.folder):
+            self.count += 1
+            if self.count >= self.at:
+                self.act()
+
+    @classmethod
+    def hook(cls, event, arguments):
+        if cls.watched is not None and (event in cls.CHANGES or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            cls.watched.touch(arguments[0])
+
+    @contextlib.contextmanager
+    def watch(self, patch):
+        if not Disk.hooked:
+            sys.addaudithook(Disk.hook)
+            Disk.hooked = True
+        fsync, save_file = os.fsync, safetensors.torch.save_file
+
+        def watched_fsync(descriptor):
+            self.touch(os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
+
+        def watched_save_file(tensors, path):
+            save_file(tensors, path)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])  # as far as a full disk lets it
+            path.write_bytes(content)
+        with patch.context() as patched:
+            patched.setattr(os, "fsync", watched_fsync)
+            patched.setattr(safetensors.torch, "save_file", watched_save_file)
+            Disk.watched = self
+            try:
+                yield self
+            finally:
+                Disk.watched = None
+
+
+def full():
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/fd"), reason="needs fork and /proc")
+def test_a_kill_between_any_two_file_operations(tmp_path, monkeypatch):
+    """SIGKILL before the n-th change to a file, for every n of a save that also removes an old checkpoint: whatever is
+    called a checkpoint is whole, the newest good one is the old or the new one, and the next save clears up."""
+    kills = 0
+    while True:
+        run = tmp_path / str(kills)
+        save(run, 1, "rolling")
+        child = os.fork()
+        if child == 0:
+            with Disk(run, kills + 1, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(monkeypatch):
+                save(run, 2, "rolling")
+                checkpoint.prune(run, -1)
+                checkpoint.mark_best(run, 2)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        kills += 1
+        steps = checkpoint.steps_of(run)
+        assert steps in ([1], [1, 2], [2]) and all(checkpoint.damage(run, step) is None for step in steps)
+        assert checkpoint.best_step(run) in (None, 2)
+        checkpoint.sweep(run)
+        save(run, 2, "rolling")
+        checkpoint.prune(run, -1)
+        assert checkpoint.newest_intact(run, print) == 2
+        assert sorted(path.name for path in (run / "checkpoints").glob("*step*")) == ["step_000002"]
+    assert kills >= 20
+
+
+def test_a_full_disk_at_every_point_of_a_save(tmp_path, monkeypatch):
+    """From the n-th change to a file on nothing can be written: it is reported, the old checkpoint stays, and the same state
+    is saved once there is room again."""
+    n = 0
+    while True:
+        n += 1
+        run, reports = tmp_path / str(n), []
+        save(run, 1)
+        saver = checkpoint.Saver(run, -1, reports.append, records(run))
+        with Disk(run / "checkpoints", n, full).watch(monkeypatch) as disk:
+            saver.save(2, "rolling", small_model(), {}, {"tokenizer": "x"})
+            saver.wait()
+        if disk.count < n:
+            assert not saver.failure
+            break
+        if checkpoint.steps_of(run) == [1, 2]:  # it was full after the rename: only making that durable failed
+            assert checkpoint.damage(run, 2) is None
+        else:
+            assert checkpoint.newest_intact(run, print) == 1
+            assert reports == [f"{saver.failure}; training goes on, the newest checkpoint is step 1"]
+        assert "step 2 cannot be saved" in saver.failure and "No space left" in saver.failure
+        assert saver.finish(sleep=lambda seconds: None) == ""
+        saver.close()
+        assert checkpoint.newest_intact(run, print) == 2
+    assert n > 20
+
+
+def records(run):
+    """metrics and samples as train.py gives them."""
+    return [runlog.Metrics(run / f"{name}.jsonl") for name in ("metrics", "samples")]
+
+
+def test_saving_beside_training(tmp_path):
+    """What is saved is the state at save(), whatever happens to the model afterwards."""
+    model, saver = small_model(), checkpoint.Saver(tmp_path, -1, print, records(tmp_path))
+    moments = {"head.weight": {"exp_avg": torch.ones(11, 8)}}
+    saver.save(3, "permanent", model, moments, {"tokenizer": "x"})
+    with torch.no_grad():
+        model.head.weight.zero_()
+        moments["head.weight"]["exp_avg"].zero_()
+    saver.save(4, "permanent", model, moments, {"tokenizer": "x"})
+    saver.wait()
+    assert not saver.busy() and saver.failure == ""
+    assert checkpoint.load_optimizer(tmp_path, 3)["head.weight"]["exp_avg"].eq(1).all()
+    assert checkpoint.load_optimizer(tmp_path, 4)["head.weight"]["exp_avg"].eq(0).all()
+    other = small_model()
+    checkpoint.load_model(tmp_path, 3, other)
+    assert torch.equal(other.head.weight, small_model().head.weight)
+    saver.close()
+    saver.thread.join(timeout=10)
+    assert not saver.thread.is_alive()
+
+
+def test_the_best_of_those_that_exist(tmp_path):
+    saver = checkpoint.Saver(tmp_path, 1, print, records(tmp_path))
+    for step, bpb in ((1, 2.0), (2, 1.5), (3, 1.7)):
+        saver.save(step, "permanent", small_model(), {}, {"tokenizer": "x"})
+        saver.mark_best(step, bpb)
+    saver.mark_best(99, 0.1)  # was not saved
+    saver.wait()
+    assert checkpoint.best_step(tmp_path) == 2 and checkpoint.steps_of(tmp_path) == [2, 3]
+    saver.close()
+    metrics = records(tmp_path)
+    metrics[0].write(step=2, **{"val/bpb": 1.5})
+    later = checkpoint.Saver(tmp_path, 1, print, metrics)
+    later.save(4, "permanent", small_model(), {}, {"tokenizer": "x"})
+    later.mark_best(4, 1.6)
+    later.wait()
+    assert later.best_bpb == 1.5 and checkpoint.best_step(tmp_path) == 2, "known from metrics.jsonl after a restart"
+    later.close()
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    count = [0]
+    reports = []
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", -1.0)
+    saver = checkpoint.Saver(tmp_path, -1, reports.append, records(tmp_path))
+    saver.save(2, "final", small_model(), {}, {"tokenizer": "x"})
+    saver.wait()
+    assert "it needs 1.0 MiB, and 4.9 KiB are free" in reports[0] and saver.retry_due()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000001"]
+    monkeypatch.undo()
+    assert saver.finish(sleep=lambda seconds: None) == "" and checkpoint.kind_of(tmp_path, 2) == "final"
+    saver.close()
 
-    def failing(original):
-        def wrapped(*args, **kwargs):
-            count[0] += 1
-            if count[0] >= file_operation:
-                raise OSError("no space left on device")
-            return original(*args, **kwargs)
-        return wrapped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file))
-        patch.setattr(os, "fsync", failing(os.fsync))
-        patch.setattr(os, "rename", failing(os.rename))
-        patch.setattr(os, "replace", failing(os.replace))
-        with pytest.raises(OSError, match="no space"):
-            save(tmp_path, 2)
-    assert count[0] == file_operation
-    assert checkpoint.newest_intact(tmp_path, print) == 1
-    save(tmp_path, 2)
-    assert checkpoint.newest_intact(tmp_path, print) == 2
+def test_what_reads_back_otherwise_is_not_a_checkpoint(tmp_path, monkeypatch):
+    """One bit of the file that was just written is wrong, before its hash is taken."""
+    save_file = safetensors.torch.save_file
+
+    def flipped(tensors, path):
+        save_file(tensors, path)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    monkeypatch.setattr(safetensors.torch, "save_file", flipped)
+    with pytest.raises(OSError, match="reads back other than it was written"):
+        save(tmp_path, 1)
+    assert checkpoint.steps_of(tmp_path) == []
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil_was_here",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_hostile_file_runs_no_code(tmp_path, monkeypatch, name):
+    """Pickled code under the name of a checkpoint's file, with a manifest that fits it."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, 1)
+    path = checkpoint.folder_of(tmp_path, 1) / name
+    torch.save({"head.weight": Evil()}, path)
+    manifest = checkpoint.folder_of(tmp_path, 1) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    manifest.write_text(json.dumps(content))
+    assert checkpoint.damage(tmp_path, 1) is None
+    with pytest.raises(UsageError, match=name):
+        checkpoint.model_config(tmp_path, 1)
+        checkpoint.load_model(tmp_path, 1, small_model())
+        checkpoint.load_optimizer(tmp_path, 1)
+    assert not (tmp_path / "evil_was_here").exists()
+
+
+@pytest.mark.parametrize("model", [None, {"depth": "x"}, {"no": "such field"}, [1]])
+def test_a_state_that_describes_no_model_is_refused(tmp_path, model):
+    save(tmp_path, 1)
+    path = checkpoint.folder_of(tmp_path, 1) / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": model}))
+    with pytest.raises(UsageError, match="does not describe a model"):
+        checkpoint.model_config(tmp_path, 1)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    save(tmp_path, 1)
+    other = models.build(models.GPTConfig(depth=2, width=8, head_dim=4, n_head=2, n_kv_head=2, vocab_size=11, max_seq_len=8,
+                                          short_window=4), torch.device("cpu"))
+    with pytest.raises(UsageError, match="does not fit"):
+        checkpoint.load_model(tmp_path, 1, other)
 
 
 def test_pruning(tmp_path):
@@ -118,9 +317,49 @@ def test_copies_and_damaged_manifests_do_not_disturb(tmp_path):
     assert checkpoint.steps_of(tmp_path) == [1, 3]
 
 
-def test_a_newer_format_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_newer_format_is_refused(tmp_path, name):
+    """It is not taken for damage, which would silently mean an older checkpoint."""
     save(tmp_path, 1)
-    path = checkpoint.folder_of(tmp_path, 1) / "state.json"
+    save(tmp_path, 2)
+    path = checkpoint.folder_of(tmp_path, 2) / name
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
-    with pytest.raises(UsageError, match="format 99"):
-        checkpoint.read_state(tmp_path, 1)
+    with pytest.raises(UsageError, match="format 99.*version of nanochat that wrote it"):
+        if name == "manifest.json":
+            checkpoint.newest_intact(tmp_path, print)
+        checkpoint.read_state(tmp_path, 2)
+
+
+def test_a_run_folder_of_a_newer_format_is_refused(tmp_path):
+    folder = runlog.RunFolder(tmp_path)
+    folder.write_config({"args": {}})
+    (tmp_path / "config.json").write_text(json.dumps({**folder.read_config(), "format": 99}))
+    with pytest.raises(UsageError, match="format 99.*version of nanochat that wrote it"):
+        folder.read_config()
+
+
+# ----- lines of metrics on a disk that refuses them
+
+
+def test_metrics_wait_for_room(tmp_path, monkeypatch):
+    """A torn line is taken back; what could not be written comes with the next line; both are said once."""
+    reports = []
+    metrics = runlog.Metrics(tmp_path / "metrics.jsonl", reports.append)
+    metrics.write(step=0, x=1.0)
+    whole = metrics.file
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+        def write(self, content):
+            return whole.write(content[:5])
+    metrics.file = Full()
+    metrics.write(step=1, x=2.0)
+    metrics.write(step=2, x=3.0)
+    assert [line["step"] for line in runlog.read_lines(tmp_path / "metrics.jsonl")] == [0]
+    metrics.file = whole
+    metrics.write(step=3, x=4.0)
+    metrics.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    assert len(reports) == 2 and "cannot be written" in reports[0] and "all lines are written" in reports[1]
