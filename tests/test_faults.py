@@ -228,3 +228,30 @@ def test_watchdog():
     dog.close()
 
 
+
+
+# On rank 1 only, a SIGKILL while it writes nothing and says nothing.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, train
+original, count = torch.Tensor.backward, [0]
+def backward(self):
+    count[0] += 1
+    if os.environ["RANK"] == "1" and count[0] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self)
+torch.Tensor.backward = backward
+sys.exit(train.run(sys.argv[1:]))
+"""
+
+
+def test_a_dead_rank_is_named(tmp_path):
+    """The others end at once and say which it was; the run goes on from its last checkpoint."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=str(small.ROOT)))
+    done = small.run_ranks(tmp_path, 2, "--save-every=2", script=script)
+    assert done.returncode == 1
+    assert "training failed: rank 1 died without a word; the other ranks end too" in done.stderr
+    assert small.summary(tmp_path)["status"] == "failed" and "rank 1 died" in small.summary(tmp_path)["reason"]
+    assert small.run(tmp_path, "--resume") == 0
