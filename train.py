@@ -552,15 +552,16 @@ def main(args, stop):
         trackers.finish(summarize(status, failure or reason or ("" if completed else "asked to stop by a signal")), code)
         metrics.close()
         samples.close()
-        is_saved = step in checkpoint.steps_of(folder.path)
-        saved = f"checkpoint at step {step}" if is_saved else "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
+        steps, best = checkpoint.steps_of(folder.path), checkpoint.best_step(folder.path)
+        saved = f"checkpoint at step {steps[-1]}" if steps else "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
+        saved += f" (the best by validation: {best})" if best not in (None, *steps[-1:]) else ""
         if completed:
             bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
             print0(f"stopped at step {step}: {failure.rstrip('.') or 'as asked'}; {saved}"
-                   + (f"; add --resume to go on: {folder.path}" if is_saved else ""))
+                   + (f"; add --resume to go on: {folder.path}" if steps else ""))
     ranks.close()
     return code
 

@@ -191,7 +191,7 @@ class Saver:
         except Exception as error:  # whatever it is, the run is worth more than this checkpoint
             good = steps_of(self.run_path)
             self.failure, self.failed_at = f"the checkpoint of step {step} cannot be saved ({error})", time.monotonic()
-            self.report(f"{self.failure}; training goes on, the newest checkpoint is " + (f"step {good[-1]}" if good else "none yet"))
+            self.report(f"{self.failure}; it will be tried again, the newest checkpoint is " + (f"step {good[-1]}" if good else "none yet"))
             return
         if self.failure:
             self.report(f"checkpoint saved at step {step}, after the failure before")

@@ -37,11 +37,20 @@ def in_a_line(error):
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def base_dir():
-    """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Not created here."""
-    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"NANOCHAT_BASE_DIR={path}: not a folder; name one that can hold caches")
+def base_dir(make=True):
+    """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Made here if it is missing, unless make is False.
+
+    UsageError if it is no folder or cannot be made. One that can be read and not written passes: what it holds is of use."""
+    given = os.environ.get("NANOCHAT_BASE_DIR")
+    try:
+        path = Path(given) if given else Path.home() / ".cache" / "nanochat"
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
+        named = f"NANOCHAT_BASE_DIR={given}" if given else "the folder of caches, ~/.cache/nanochat"
+        reason = "not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or in_a_line(error)
+        raise UsageError(f"{named}: cannot be made or used ({reason}); "
+                         f"{'name' if given else 'set NANOCHAT_BASE_DIR to'} a folder that can hold caches") from None
     return path
 
 

@@ -4,6 +4,9 @@ A shard is the unit of fetching, tokenizing, caching and shuffling. Opening a co
 local files, listings of remote ones. Text is read when a shard is tokenized."""
 
 import array
+import collections
+import contextlib
+import dataclasses
 import functools
 import glob
 import itertools
@@ -21,6 +24,7 @@ from nanochat.common import UsageError, in_a_line, install_hint, sha256_file, sh
 FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")  # what is read of a folder; its .json may be anything (`data mix` writes one)
 END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
 SHARD_BYTES = 8 << 20  # small files are grouped up to this size; one file is never split
+HELD_OUT_MUCH = 0.2  # a larger share of the text than this is held out seldom on purpose
 PYTHON_HELD_OUT = 50  # one file in this many is held out of the embedded corpus
 EAGER_BYTES = 256 << 20  # a corpus of no more text than this is tokenized before step 0, a larger one as training needs it
 PARQUET_TEXT_FACTOR = 2.5  # bytes of text per byte of a compressed remote file, for estimates (climbmix: about 2.5)
@@ -33,7 +37,8 @@ class Shard:
     """A list of documents: those of `files` in order, of which [first:last] are kept (characters, if it is one document).
 
     files: paths, or hub.RemoteFiles that are fetched when they are read. n_bytes: UTF-8 bytes of the documents, estimated
-    from the sizes of the files. fingerprint: of the content. column: of tables, the one with the text."""
+    from the sizes of the files. fingerprint: of the content. column: of tables, the one with the text. contents: SHA-256 of
+    each file (the hub's fingerprint where it states none)."""
     name: str
     files: tuple
     fingerprint: str
@@ -42,6 +47,7 @@ class Shard:
     last: int | None = None
     cut_characters: bool = False
     column: str = "text"
+    contents: tuple = ()
 
     def documents(self, report=print):
         """Iterator over the documents (str), none of them blank. Remote files are fetched first, with report(line) on
@@ -62,12 +68,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation shards of a run. note: one sentence on what was held out. revision: of a remote dataset."""
+    """Training and validation shards of a run. note: one sentence, "held out: ..." or "validation: ...". revision: of a remote
+    dataset. left_out: sentences on readable files that a folder holds and that are not taken."""
     name: str
     train: list
     val: list
     note: str
     revision: str = ""
+    left_out: tuple = ()
 
     @property
     def train_bytes(self):
@@ -137,10 +145,17 @@ def _read_jsonl(path, column):
                     value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except ValueError:  # UnicodeDecodeError is one
                     raise UsageError(f"data: {path} line {number} is not JSON in UTF-8; a .jsonl file has one object a line") from None
-                if not isinstance(value, dict) or not isinstance(value.get(column), str):
-                    keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+                if not isinstance(value, dict):
+                    what = "a list" if isinstance(value, list) else json.dumps(value)[:40]
+                    raise UsageError(f"data: {path} line {number} is {what}, not an object; a .jsonl file has one object a line")
+                if column not in value:
+                    keys = ", ".join(value)
                     raise UsageError(f"data: {path} line {number} has no string field '{column}' (it has: {keys}); rename the field")
-                yield _valid_unicode(value[column])
+                if not isinstance(value[column], str | None):
+                    raise UsageError(f"data: {path} line {number}: field '{column}' is not a string but {type(value[column]).__name__}; "
+                                     f"write the text as a string")
+                if value[column] is not None:
+                    yield _valid_unicode(value[column])
     except OSError as error:
         raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
 
@@ -228,8 +243,18 @@ def find_files(pattern, flag="--data"):
     else:
         files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
         if not files:
-            raise UsageError(f"{flag}={pattern}: no such file or folder, and no file matches it as a pattern")
+            raise UsageError(f"{flag}={pattern}: no such file or folder, and no file matches it as a pattern; text that was moved is named "
+                             f"by its new place (a resumed run takes {flag}=NEWPATH when the text is the same)")
     return files
+
+
+def left_out_of(folder):
+    """A list with a sentence on the files of readable formats in a folder that find_files() does not take, if there are any."""
+    found = collections.Counter(hub.text_suffix(path.name).lower() for path in Path(folder).rglob("*")
+                                if path.suffix.lower() not in FOLDER_FORMATS and path.name != "sources.json" and path.is_file())
+    found = sorted((suffix, n) for suffix, n in found.items() if suffix)  # sources.json: of `data mix`
+    return [f"left out in the folder {folder}: {', '.join(f'{n:,} {suffix}' for suffix, n in found)}; name them by a pattern, such as "
+            f"'{os.path.join(folder, '**', '*' + found[0][0])}'"] if found else []
 
 
 def file_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, hashes=None):
@@ -238,7 +263,7 @@ def file_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, ha
     return Shard(name=files[0].name + (f" +{len(files) - 1}" if len(files) > 1 else ""), files=tuple(files),
                  fingerprint=sha256_hex(json.dumps([content, first, last, cut_characters])),
                  n_bytes=sum(map(_text_bytes, files)) if n_bytes is None else n_bytes,
-                 first=first, last=last, cut_characters=cut_characters)
+                 first=first, last=last, cut_characters=cut_characters, contents=tuple(content))
 
 
 def _text_bytes(path):
@@ -390,16 +415,22 @@ def is_remote(data):
     return data in hub.KNOWN or data.startswith("hf:")
 
 
+@contextlib.contextmanager
+def naming_what_needs_no_network():
+    """Adds to a hub.DownloadFailed inside the `with` what to train on without a network."""
+    try:
+        yield
+    except hub.DownloadFailed as error:
+        raise hub.DownloadFailed(f"{error} Without a network there are --data=python, and --data=<path> for text on this disk.") from None
+
+
 def remote_corpus(spec, val_pattern="", revision="", report=print):
     """The corpus of a dataset on the hub: one shard a file, of which nothing is fetched that is not needed to split it.
 
     Raises UsageError for a dataset that is not there or is not text, hub.DownloadFailed for trouble on the way."""
-    try:
+    helped = contextlib.nullcontext if revision else naming_what_needs_no_network  # a resumed run needs the very same text
+    with helped():
         listing = hub.resolve(spec, revision, report)
-    except hub.DownloadFailed as error:
-        if revision:
-            raise
-        raise hub.DownloadFailed(f"{error} Without a network there are --data=python, and --data=<path> for text on this disk.") from None
     shard_of = functools.partial(_remote_shard, column=listing.column)
     train, val, note = [shard_of([file]) for file in listing.train], [shard_of([file]) for file in listing.val], listing.note
     if val_pattern:
@@ -407,7 +438,8 @@ def remote_corpus(spec, val_pattern="", revision="", report=print):
     elif not val and len(train) > 1:
         train, val, note = train[:-1], train[-1:], f"held out: the last file, {listing.train[-1].name}"
     elif not val:
-        path = listing.train[0].fetch(report)
+        with helped():
+            path = listing.train[0].fetch(report)
         train, val, note = _split_file(path, lambda _, *part: shard_of(listing.train, *part), listing.column)
     return Corpus(spec, train, val, note, listing.revision)
 
@@ -417,7 +449,8 @@ def _remote_shard(files, first=0, last=None, cut_characters=False, n_bytes=None,
     factor = PARQUET_TEXT_FACTOR if compression or suffix == ".parquet" else 1
     return Shard(name=files[0].name, files=tuple(files), column=column, first=first, last=last, cut_characters=cut_characters,
                  fingerprint=sha256_hex(json.dumps([[f.fingerprint for f in files], first, last, cut_characters, column])),
-                 n_bytes=round(files[0].n_bytes * factor) if n_bytes is None else n_bytes)
+                 n_bytes=round(files[0].n_bytes * factor) if n_bytes is None else n_bytes,
+                 contents=tuple(file.sha256 or file.fingerprint for file in files))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,11 +460,13 @@ def open_corpus(data, val_data="", revision="", report=print):
     """The Corpus that --data and --val-data name. revision: of a remote dataset, pinned by the run that is resumed.
 
     Raises UsageError for whatever is wrong with them, hub.DownloadFailed when a dataset cannot be fetched."""
-    if data == "python":
-        return python_corpus(val_data)
-    if is_remote(data):
-        return remote_corpus(data, val_data, revision, report)
-    return local_corpus(data, val_data)
+    named = data == "python" or is_remote(data)
+    if not named:
+        corpus = local_corpus(data, val_data)
+    else:
+        corpus = python_corpus(val_data) if data == "python" else remote_corpus(data, val_data, revision, report)
+    folders = [folder for folder in ("" if named else data, val_data) if os.path.isdir(folder)]
+    return dataclasses.replace(corpus, left_out=tuple(line for folder in folders for line in left_out_of(folder)))
 
 
 def estimated_bytes(data):
@@ -457,14 +492,33 @@ def compressed_bits_per_byte(shards, max_bytes=1 << 20):
     return {name: round(8 * len(content) / len(text), 4) for name, content in packed.items()}
 
 
+def remarks(corpus):
+    """Sentences on what nobody may expect of a corpus: files left out, much text held out, the same text on both sides."""
+    found, val_bytes = list(corpus.left_out), sum(shard.n_bytes for shard in corpus.val)
+    share = val_bytes / max(1, val_bytes + corpus.train_bytes)
+    if corpus.note.startswith("held out") and share > HELD_OUT_MUCH:
+        found.append(f"note: {share:.0%} of the text is held out; --val-data names another text")
+    train, val = _whole_files(corpus.train), _whole_files(corpus.val)
+    if both := [name for content, name in val.items() if content in train]:
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        found.append(f"warning: the text of {both[0]}{more} is on both sides: validation then measures memory; give --val-data other text")
+    return found
+
+
+def _whole_files(shards):
+    """{content: name} of the files that shards hold whole."""
+    return {content: file.name for shard in shards if shard.first == 0 and shard.last is None
+            for content, file in zip(shard.contents, shard.files, strict=False)}  # contents may not be known
+
+
 def describe_corpus(corpus):
-    """Lines on what a corpus is: bytes and fingerprint of both sides, and what is held out."""
-    lines = [f"data: {corpus.name}" + (f" at {corpus.revision[:12]}" if corpus.revision else "") + f", {corpus.note}"]
+    """Lines on what a corpus is: what is held out, its fingerprint, bytes of both sides, and what nobody may expect."""
+    lines = [f"data: {corpus.name}" + (f" at {corpus.revision[:12]}" if corpus.revision else "") + f", {corpus.note}; fingerprint "
+             f"{corpus.fingerprint[:16]}"]
     for side, shards in (("to train on", corpus.train), ("held out", corpus.val)):
-        fingerprint = sha256_hex(json.dumps([shard.fingerprint for shard in shards]))
         remote = [file for shard in shards for file in shard.remote_files()]
         size = f"{sum(shard.n_bytes for shard in shards):,} bytes" if not remote else (
             f"about {sum(shard.n_bytes for shard in shards) / 1e6:,.1f} MB of text")
-        lines.append(f"  {side + ':':<12} {size} in {len(shards)} shards, fingerprint {fingerprint[:16]}"
+        lines.append(f"  {side + ':':<12} {size} in {len(shards)} shards"
                      + (f"; {sum(file.is_local() for file in remote)} of {len(remote)} files are here" if remote else ""))
-    return lines
+    return lines + [f"  {line}" for line in remarks(corpus)]

@@ -58,7 +58,7 @@ def build_parser():
         amount.add_argument("--all", action="store_true", help="the whole data set")
         command.add_argument("--val-data", default="", metavar="PATH", help=val_help)
         command.add_argument("--tokenizer", default="bpe", metavar="NAME",
-                             help="the run's: bpe, char, byte, gpt2, or a folder with one (default %(default)s)")
+                             help="the run's: bpe, char, byte, gpt2, a folder with one, or a run folder (default %(default)s)")
         command.add_argument("--vocab-size", type=int, default=-1, metavar="N", help="the run's (-1: from the size of the data)")
         command.add_argument("--seed", type=int, default=42, metavar="N", help="the run's, which orders the shards (default %(default)s)")
         command.add_argument("--max-seq-len", type=int, default=2048, metavar="N", help="the run's (default %(default)s)")
@@ -73,7 +73,7 @@ def build_parser():
                      help="data as train.py's --data takes it, and its weight, such as python=0.5")
     mix.add_argument("--bytes", type=_count, required=True, metavar="N", help="bytes of text to train on, such as 2e9")
     mix.add_argument("--val-bytes", type=_count, default=-1, metavar="N",
-                     help=f"bytes of text to validate on (-1: {HELD_OUT_SHARE:.0%} of --bytes, at most a shard)")
+                     help=f"bytes of text to validate on (-1: {HELD_OUT_SHARE:.0%}% of --bytes, at most a shard)")
     mix.add_argument("--shard-bytes", type=_count, default=DEFAULT_SHARD_BYTES, metavar="N",
                      help="bytes of text in a file; also what is held in memory to shuffle (default %(default)s)")
     mix.add_argument("--seed", type=int, default=42, metavar="N", help="of the drawing and the order (default %(default)s)")
@@ -131,7 +131,8 @@ def facts(args):
             if len(examples) < wanted:
                 examples.append(beginning(document))
     known = known_facts(args.data)
-    return {"data": args.data, **known, "revision": corpus.revision, "held_out": corpus.note, "fingerprint": corpus.fingerprint,
+    return {"data": args.data, **known, "revision": corpus.revision, "held_out": corpus.note, "remarks": corpora.remarks(corpus),
+            "fingerprint": corpus.fingerprint,
             "train": side_facts(corpus.train), "val": side_facts(corpus.val), "tokenized_before_training": corpus.eager,
             "sources": mixed_from(args.data),
             "documents": length_facts(sampled, len(shards)) if sampled else None,
@@ -153,7 +154,8 @@ def listed_corpus(data, val_data, fetch):
     validation side is empty."""
     from nanochat import corpus as corpora, hub
     if corpora.is_remote(data) and not fetch and not val_data:
-        listing = hub.resolve(data)
+        with corpora.naming_what_needs_no_network():
+            listing = hub.resolve(data)
         files = listing.train
         if len(files) == 1 and not listing.val and not files[0].is_local() and files[0].n_bytes > COUNT_BYTES:
             shard = corpora.Shard(files[0].name, files, files[0].fingerprint, files[0].n_bytes, column=listing.column)
@@ -218,6 +220,8 @@ def fact_lines(found):
             f"; {side['files_here']:,} of {_n(side['files'], 'file')} here ({human_bytes(side['file_bytes_here'])} of "
             f"{human_bytes(side['file_bytes'])})" if side["file_bytes"] is not None else f", {_n(side['files'], 'file')} on this disk")
     yield f"{'':<13} {found['held_out']}"
+    for line in found["remarks"]:
+        yield f"{'':<13} {line}"
     yield "tokenized     " + ("whole, before training" if found["tokenized_before_training"] else "shard by shard, as training needs it")
     if found["base_dir"]:
         yield f"downloads     {found['base_dir']}"
@@ -356,9 +360,11 @@ def opened(args):
         problems.append(f"--max-seq-len {args.max_seq_len}: must be at least 1")
     if args.vocab_size != -1 and args.vocab_size < tokenizers.MIN_BPE_VOCAB:
         problems.append(f"--vocab-size {args.vocab_size}: give at least {tokenizers.MIN_BPE_VOCAB}, or -1")
-    if args.tokenizer not in (*tokenizers.KINDS, "gpt2") and not (Path(args.tokenizer) / tokenizers.FILE_NAME).exists() \
-            and not (Path(args.tokenizer) / "encoder.json").exists():
-        problems.append(f"--tokenizer {args.tokenizer}: not bpe, char, byte or gpt2, and not a folder with a tokenizer")
+    if args.tokenizer not in (*tokenizers.KINDS, "gpt2"):
+        try:
+            tokenizers.load(args.tokenizer)
+        except UsageError as error:
+            problems.append(f"--tokenizer {args.tokenizer}: not bpe, char, byte or gpt2, and as a folder: {error}")
     if problems:
         raise UsageError("\n".join(problems))
     corpus = corpora.open_corpus(args.data, args.val_data)
@@ -421,7 +427,6 @@ def counted_tokens(shard, cache):
 def check_room(shards, id_bytes, args):
     """UsageError, with numbers, if the disk has no room for the files of these shards and, with id_bytes, their tokens."""
     from nanochat import data
-    base_dir().mkdir(parents=True, exist_ok=True)
     files = {file for shard in shards for file in shard.remote_files() if not file.is_local()}
     download = sum(file.n_bytes for file in files)
     bytes_per_token = {"byte": 1, "char": 1}.get(args.tokenizer, 3)  # of bpe rather low, so that the estimate is high

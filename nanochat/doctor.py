@@ -69,7 +69,7 @@ def examine(out_dir, quick):
             facts |= machine(quick)
         except Exception as error:  # a broken installation can raise anything
             facts["torch_error"] = in_a_line(error)
-    facts["disk"] = {"caches": disk(base_dir), "runs": disk(lambda: Path(out_dir))}
+    facts["disk"] = {"caches": disk(lambda: base_dir(make=False)), "runs": disk(lambda: Path(out_dir))}
     facts["dataset_hub"] = hub()
     facts["wandb"] = wandb_account()
     facts["needed"] = needed(facts)

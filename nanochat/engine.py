@@ -16,6 +16,10 @@ from nanochat.common import UsageError, stream_seed
 SAMPLE_TOKENS = 96  # length of the samples drawn during training
 
 
+class NotNumbers(ValueError):
+    """The model's logits are NaN or infinite, so that no token can be drawn."""
+
+
 class LayerCache:
     """Keys and values of one layer, in buffers of fixed size."""
 
@@ -74,10 +78,10 @@ def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repe
     top_p               of those, keeps the smallest set of most likely tokens whose probability reaches p (nucleus,
                         arXiv 1904.09751), at least one; 1 or more is off
     generator: a CPU torch.Generator; one number a row is drawn from it, none at temperature 0.
-    Raises ValueError when a logit is NaN."""
+    Raises NotNumbers when a logit is NaN or plus infinity."""
     logits = logits_BxV.detach().cpu().double()
-    if logits.isnan().any():
-        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged; try an earlier checkpoint")
+    if not (logits < math.inf).all():  # false of NaN too
+        raise NotNumbers("the model's logits are not numbers (NaN or infinite): its weights are damaged; try an earlier checkpoint")
     if repetition_penalty != 1 and seen_BxV is not None:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen_BxV, penalised, logits)

@@ -231,7 +231,7 @@ def export_hf(run, out, step, dtype):
     from nanochat import checkpoint, load
     from nanochat.runlog import RunFolder
     with new_folder(out) as folder:
-        if isinstance(found := read_json(run / "config.json", "run folder"), dict) and "model_type" in found:
+        if (run / "generation_config.json").exists():
             raise UsageError(f"{run} is a Hugging Face folder already; --format run makes a run of it")
         step = checkpoint.step_of(run, step)
         model, tokenizer = load(run, step, device_type="cpu", dtype="float32")

@@ -41,13 +41,14 @@ def check_flags(args):
     args: train.parse_args()'s result; args.given is the set of names that were on the command line."""
     problems = []
 
-    def require(name, holds, reason, remedy):
-        if not holds:
-            problems.append(f"{flag(name)}={getattr(args, name)}: {reason}; {remedy}")
+    not_finite = {name for name in args.given if isinstance(getattr(args, name), float) and not math.isfinite(getattr(args, name))}
 
-    for name in sorted(args.given):
+    def require(name, holds, reason, remedy):
         value = getattr(args, name)
-        require(name, not isinstance(value, float) or math.isfinite(value), "not a finite number", "give a number")
+        if not (holds or name in not_finite):  # of these that is all there is to say
+            problems.append(f"{flag(name)}{'' if value is True else f'={value}'}: {reason}; {remedy}")
+
+    problems += [f"{flag(name)}={getattr(args, name)}: not a finite number; give a number" for name in sorted(not_finite)]
     require("model_tag", os.path.basename(args.model_tag) == args.model_tag and args.model_tag not in (".", ".."),
             "a path, not a name", "give a plain name, and the folder of runs as --out-dir")
     for name, feature in LATER.items():
@@ -59,7 +60,7 @@ def check_flags(args):
         require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
     known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
     require("tokenizer", known, "neither a kind of tokenizer nor a folder",
-            f"choose {', '.join(tokenizers.KINDS)}, gpt2, or a folder with a saved one")
+            f"choose {', '.join(tokenizers.KINDS)}, gpt2, a folder with a saved one, or a run folder")
     for name in ("sample_prompts", "val_data", "init_from"):
         value = getattr(args, name)
         require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file or folder", "check the path")
@@ -129,7 +130,7 @@ def check_flags(args):
                 "too small: BPE starts from 256 bytes and one special token", f"give at least {tokenizers.MIN_BPE_VOCAB}")
     else:
         require("vocab_size", args.vocab_size == -1, f"--tokenizer={args.tokenizer} has a vocabulary of its own", "leave it out")
-    require("warmup_ratio", args.warmup_ratio + args.warmdown_ratio <= 1 or args.lr_schedule == "cosine",
+    require("warmup_ratio", not args.warmup_ratio + args.warmdown_ratio > 1 or args.lr_schedule == "cosine",
             f"together with --warmdown-ratio={args.warmdown_ratio} longer than the run", "lower one of them")
     require("no_save", not (args.no_save and args.save_every != -1), "contradicts --save-every", "give one of the two")
     require("overwrite", not (args.overwrite and args.resume), "contradicts --resume", "give one of the two")

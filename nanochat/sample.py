@@ -104,23 +104,27 @@ def main(argv):
     prompts = check_settings(args, sampling)
 
     from nanochat import load
-    from nanochat.engine import generate_text, generate_texts
+    from nanochat.engine import NotNumbers, generate_text, generate_texts
     model, tokenizer = load(args.run, step=None if args.step == -1 else args.step, device_type=args.device_type,
                             dtype=args.dtype)
     check_prompts(model, tokenizer, prompts, args.max_tokens)
 
     titled = len(prompts) * args.num_samples > 1
-    for p, prompt in enumerate(prompts, start=1):
-        if args.num_samples == 1:  # an iterator of pieces, printed as they are drawn
-            samples = [generate_text(model, tokenizer, prompt, **sampling)]
-        else:
-            texts = generate_texts(model, tokenizer, prompt, args.num_samples, **sampling)
-            samples = [[text] for text in texts]
-        for s, pieces in enumerate(samples, start=1):
-            if titled:
-                print(f"--- prompt {p} of {len(prompts)}, sample {s} of {args.num_samples} ---")
-            print(prompt, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+    try:
+        for p, prompt in enumerate(prompts, start=1):
+            if args.num_samples == 1:  # an iterator of pieces, printed as they are drawn
+                samples = [generate_text(model, tokenizer, prompt, **sampling)]
+            else:
+                texts = generate_texts(model, tokenizer, prompt, args.num_samples, **sampling)
+                samples = [[text] for text in texts]
+            for s, pieces in enumerate(samples, start=1):
+                if titled:
+                    print(f"--- prompt {p} of {len(prompts)}, sample {s} of {args.num_samples} ---")
+                print(prompt, end="", flush=True)
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                print()
+    except NotNumbers as error:
+        print(flush=True)  # ends the line of the prompt
+        raise UsageError(f"{args.run}: {error}, with --step N or --step best") from None
     return EXIT_COMPLETED

@@ -135,14 +135,17 @@ def _blanks_cut(text):
 
 
 def load(folder):
-    """The tokenizer in a folder: one that save() wrote, or GPT-2's files and others of the same format.
+    """The tokenizer in a folder, or of a run folder: one that save() wrote, or GPT-2's files and others of the same format.
 
     Those are encoder.json (or vocab.json), an object {token: id}, and merges.txt; they must agree with each other.
     UsageError if there is none, it is damaged, or it is of another kind."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"tokenizer: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
-    paths = [folder / name for name in (FILE_NAME, "encoder.json") if (folder / name).exists()]
+    names = (FILE_NAME, "encoder.json")
+    if (folder / "tokenizer").is_dir() and not any((folder / name).exists() for name in names):
+        folder = folder / "tokenizer"  # of a run
+    paths = [folder / name for name in names if (folder / name).exists()]
     if not paths:
         raise UsageError(f"tokenizer: {folder} holds no tokenizer: neither {FILE_NAME}, nor GPT-2's encoder.json and merges.txt")
     content, merges_path = read_json(paths[0], "tokenizer"), folder / "merges.txt"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, UsageError, human_time
 
-NAMES = ("bpe", "char", "byte", "gpt2")  # what TOKENIZER may be besides a folder
+NAMES = ("bpe", "char", "byte", "gpt2")  # what TOKENIZER may be besides a folder ...
+NAMES_WITHOUT_DATA = ("byte", "gpt2")  # ... where there is no data to fit one to
 DEFAULT_MAX_BYTES = 4_000_000
 BATCH_BYTES = 1_000_000  # text encoded in one call, so that a large document set need not be held as tokens too
 LONGEST_SHOWN, CHARACTERS_SHOWN = 12, 100
@@ -153,7 +154,7 @@ def compared(args):
     for name in args.tokenizers:
         if name not in ("bpe", "char"):  # these are fitted once the data is open
             try:
-                saved[name] = open_tokenizer(name)
+                saved[name] = open_tokenizer(name, NAMES)
             except UsageError as error:
                 problems.append(str(error))
     if problems:
@@ -177,10 +178,10 @@ def max_bytes_problems(args):
     return [] if args.max_bytes > 0 else [f"--max-bytes {args.max_bytes}: must be positive; it is the held-out text to read, in bytes"]
 
 
-def open_tokenizer(name):
+def open_tokenizer(name, names=NAMES_WITHOUT_DATA):
     """The tokenizer that a TOKENIZER argument means: byte, gpt2 (downloaded if need be), a folder with one, or a run folder.
 
-    UsageError if there is none, also for bpe and char, which mean nothing without data."""
+    UsageError if there is none, also for bpe and char, which mean nothing without data. names: those that the command takes."""
     from nanochat import tokenizer as tokenizers
     if name == "byte":
         return tokenizers.train("byte", [], -1)
@@ -189,11 +190,9 @@ def open_tokenizer(name):
     folder = Path(name)
     if not folder.exists():
         raise UsageError(f"{name}: is a kind that is fitted to data; name a folder that `nanochat tokenizer train` or a run made"
-                         if name in NAMES else f"{name}: no such folder, and not a name of a tokenizer ({', '.join(NAMES)})")
+                         if name in NAMES else f"{name}: no such folder, and not a name of a tokenizer ({', '.join(names)})")
     if folder.is_file() and folder.name in (tokenizers.FILE_NAME, "encoder.json"):
         folder = folder.parent
-    if not (folder / tokenizers.FILE_NAME).exists() and (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"  # of a run
     return tokenizers.load(folder)
 
 

@@ -68,4 +68,5 @@ for name in ("model.safetensors", "optimizer.safetensors"):
     assert set(whole) == set(broken) and all(whole[k].equal(broken[k]) for k in whole), f"{name} differs"
     print(f"{name}: {len(whole)} tensors equal with ==")
 END
+echo "RESULT kills=$done_kills ranks=$ranks in_saves=$in_saves lost=0"
 echo "$done_kills SIGKILLs on $ranks ranks, $in_saves of them while a checkpoint was being written or removed: none lost, all exact"

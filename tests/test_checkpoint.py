@@ -155,7 +155,7 @@ def test_a_full_disk_at_every_point_of_a_save(tmp_path, monkeypatch):
             assert checkpoint.damage(run, 2) is None
         else:
             assert checkpoint.newest_intact(run, print) == 1
-            assert reports == [f"{saver.failure}; training goes on, the newest checkpoint is step 1"]
+            assert reports == [f"{saver.failure}; it will be tried again, the newest checkpoint is step 1"]
         assert "step 2 cannot be saved" in saver.failure and "No space left" in saver.failure
         assert saver.finish(sleep=lambda seconds: None) == ""
         saver.close()

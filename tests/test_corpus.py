@@ -173,7 +173,7 @@ def nothing_left(tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     yield
     assert not asked and capfd.readouterr() == ("", "")
-    assert not base_dir().exists() and not list((tmp_path / "temporary").iterdir())
+    assert not any(base_dir().iterdir()) and not list((tmp_path / "temporary").iterdir())
     assert sorted(Path(os.environ["HF_HOME"]).rglob("*")) == before
 
 
@@ -233,6 +233,53 @@ def test_a_folder_of_other_formats_says_how_to_name_them(tmp_path):
     with pytest.raises(UsageError, match=r"holds no .txt, .jsonl, .parquet file; .* pattern, such as '.*/\*.jsonl.gz'"):
         corpora.open_corpus(str(tmp_path))
     assert text_of(corpora.open_corpus(str(tmp_path / "*.jsonl.gz")).val) == ["two"]
+
+
+def test_text_that_moved_is_named_by_its_new_place(tmp_path):
+    for flag in ("--data", "--val-data"):
+        with pytest.raises(UsageError, match=f"^{flag}=.*gone.txt: no such file.*a resumed run takes {flag}=NEWPATH"):
+            corpora.find_files(str(tmp_path / "gone.txt"), flag)
+
+
+def test_a_null_is_no_document(tmp_path):
+    assert corpora.read_documents(write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')) == ["one"]
+
+
+def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt", "t.csv", "s.CSV", "x.json", "sources.json", "notes.md", "deep/u.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, f"text of {name} " * (9 if name != "c.txt" else 1))
+    corpus = corpora.open_corpus(str(tmp_path))
+    assert corpora.remarks(corpus) == [f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, such as "
+                                       f"'{tmp_path}/**/*.csv'"]
+    assert "  " + corpora.remarks(corpus)[0] in corpora.describe_corpus(corpus)
+    assert corpora.remarks(corpora.open_corpus("python", str(tmp_path))) == corpora.remarks(corpus), "of --val-data too"
+    assert corpora.remarks(corpora.open_corpus(str(tmp_path / "*.txt"))) == []
+
+
+def test_much_held_out_text_is_said(tmp_path):
+    a, b = write(tmp_path / "a.txt", "ab" * 100), write(tmp_path / "b.txt", "cd" * 50)
+    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == ["note: 33% of the text is held out; --val-data names another text"]
+    assert corpora.remarks(corpora.open_corpus(str(a), str(b))) == [], "the user said so"
+    write(a, "ab" * 200)
+    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == [], "a fifth is not much"
+
+
+def test_the_same_text_on_both_sides_is_said(tmp_path):
+    a = write(tmp_path / "a.txt", "ab" * 100)
+    said = "is on both sides: validation then measures memory; give --val-data other text"
+    assert corpora.remarks(corpora.open_corpus(str(a), str(a))) == [f"warning: the text of a.txt {said}"]
+    assert corpora.remarks(corpora.open_corpus(str(a))) == [], "a split file is not the same text"
+    for name in ("b.txt", "c.txt", "d.txt"):
+        write(tmp_path / name, name * 20)
+    assert corpora.remarks(corpora.open_corpus(str(tmp_path), str(tmp_path / "[ac].txt"))) == [
+        f"warning: the text of a.txt and 1 more {said}"], "also where files share shards"
+
+
+def test_the_fingerprint_shown_is_the_one_compared(tmp_path):
+    corpus = corpora.open_corpus(str(write(tmp_path / "a.txt", "ab" * 100)))
+    shown = "\n".join(corpora.describe_corpus(corpus))
+    assert f"fingerprint {corpus.fingerprint[:16]}" in shown.splitlines()[0] and shown.count("; fingerprint ") == 1
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):

@@ -1,7 +1,10 @@
 """`nanochat data`: what it says is right, what it fetches is what a run reads, what it mixes has the shares asked for."""
 
+import argparse
 import errno
+import importlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -49,6 +52,19 @@ def test_help_is_complete_and_light():
     assert "Assertion" not in shown.stderr
 
 
+@pytest.mark.parametrize("name", entry.APPS)
+def test_help_of_every_subcommand(name, capsys):
+    """A % that is not escaped in any help text fails here."""
+    module = importlib.import_module(f"nanochat.{entry.MODULES.get(name, name)}")
+    parser = module.build_parser() if hasattr(module, "build_parser") else argparse.ArgumentParser()
+    commands = [command for action in parser._actions if isinstance(action, argparse._SubParsersAction) for command in action.choices]
+    assert len(commands) == {"data": 4, "tokenizer": 3}.get(name, 0)
+    for argv in ([], *([command] for command in commands)):
+        with pytest.raises(SystemExit) as caught:
+            entry.main([name, *argv, "--help"])
+        assert caught.value.code == 0 and "usage: nanochat " + " ".join([name, *argv]) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", [["fetch", "x", "--tokens=0"], ["fetch", "x", "--tokens=1.5"], ["fetch", "x", "--tokens=1e9", "--all"],
                                   ["mix", "out", "x=1"], ["tokenize", "x", "--max-seq=3", "--all"], []])
 def test_wrong_arguments(argv):
@@ -84,6 +100,18 @@ def test_inspect_local(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "50% 4" in shown or "50% 5" in shown
     assert found["fingerprint"] not in shown and "document 3" in shown
+    assert found["remarks"] == [] and "warning: the text of 1.jsonl is on both sides" in shown
+    assert app.main(["fetch", folder]) == 0, "shows it as train.py does"
+    assert f"fingerprint {found['fingerprint'][:16]}" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", ["climbmix", "shakespeare"])
+def test_inspect_without_a_network(name, capsys, monkeypatch):
+    monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt")  # where nothing listens
+    assert entry.main(["data", "inspect", name]) == 1
+    shown = capsys.readouterr().err
+    assert "no connection" in shown
+    assert shown.count("Without a network there are --data=python, and --data=<path> for text on this disk.") == 1
 
 
 def test_inspect_fetches_only_the_listing(hub, capsys):
@@ -401,7 +429,7 @@ def test_new_folder_that_cannot_be_finished(tmp_path, monkeypatch):
 
 
 def test_errors_in_a_line():
-    assert [in_a_line(error) for error in (ValueError(" a\nb"), ValueError("  "), KeyError())] == ["a", "ValueError", "KeyError"]
+    assert [in_a_line(error) for error in (ValueError(" a\nb"), ValueError("  "), KeyError())] == ["a b", "ValueError", "KeyError"]
 
 
 def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nanochat
-from nanochat import engine, sample, tokenizer
+from nanochat import __main__ as entry, engine, sample, tokenizer
 from nanochat.attention import BACKENDS
 from nanochat.common import UsageError
 from nanochat.engine import KVCache, generate_ids, generate_text, generate_texts, sample_next, text_pieces
@@ -202,8 +202,9 @@ def test_a_large_vocabulary_stays_inside_the_filter():
 
 
 def test_nan_logits_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        sample_next(torch.tensor([[0.0, float("nan")]]), None, temperature=0)
+    for value in ("nan", "inf"):
+        with pytest.raises(engine.NotNumbers, match="not numbers"):
+            sample_next(torch.tensor([[0.0, float(value)]]), None, temperature=0)
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens(model, monkeypatch):
@@ -414,6 +415,14 @@ def test_sample_checks_every_prompt_before_the_first_is_continued(loaded, capsys
         sample.main(["out/d2", "--prompt", "fits", "--prompt", "x" * 320, "--prompt", "y" * 400, "--max-tokens", "4"])
     assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["prompt 2 of 3", "prompt 3 of 3"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
+    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")))
+    assert entry.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
+    shown = capsys.readouterr().err
+    assert "out/d2: the model's logits are not numbers" in shown and "--step" in shown and len(shown.splitlines()) == 1
 
 
 def test_sample_refuses_an_empty_prompts_file(loaded, tmp_path):

@@ -202,7 +202,7 @@ def killed(tmp_path_factory):
 
 def test_resume_without_a_network(killed, tmp_path, reference, monkeypatch, capsys):
     """Everything is cached, the revision pinned: no request is even tried."""
-    shutil.copytree(killed / "base", base_dir())
+    shutil.copytree(killed / "base", base_dir(), dirs_exist_ok=True)
     shutil.copytree(killed / "run", tmp_path / "run")
     monkeypatch.setattr(hubs, "_huggingface_hub", lambda: pytest.fail("the network was tried"))
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
@@ -336,6 +336,14 @@ def test_no_network_at_the_start(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert f"{CLIMBMIX} was not listed: no connection" in shown and "--data=python" in shown and "Traceback" not in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_no_network_for_shakespeare(hub, tmp_path, monkeypatch, capsys):
+    """Nothing is asked before its one file is."""
+    monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
+    hub.__exit__()
+    assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char") == 1
+    assert "Without a network there are --data=python, and --data=<path>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["validation", "first"])

@@ -55,7 +55,8 @@ def test_restart_told_to_stop(tmp_path):
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("status, requeued, code", [("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)])
+@pytest.mark.parametrize("status, requeued, code", [
+    ("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)])
 def test_requeue(tmp_path, status, requeued, code):
     """With stand-ins for Slurm's commands."""
     (tmp_path / "runs").mkdir()
@@ -67,8 +68,8 @@ def test_requeue(tmp_path, status, requeued, code):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
-    done = subprocess.run(["bash", "runs/requeue.slurm", "--fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
+    done = subprocess.run(["bash", "runs/requeue.slurm", "--fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
     assert done.returncode == code, done.stderr
     assert ("requeue 17" in (tmp_path / "scontrol_calls").read_text()) == requeued
     call = (tmp_path / "srun_calls").read_text()

@@ -208,6 +208,15 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         tokenizers.load(folder)
 
 
+def test_a_run_folder_gives_its_tokenizer(tmp_path):
+    letters = tokenizers.train("char", ["abc"], -1)
+    letters.save(tmp_path / "run" / "tokenizer")
+    assert tokenizers.load(tmp_path / "run").fingerprint == letters.fingerprint
+    other = tokenizers.train("char", ["xyz"], -1)
+    other.save(tmp_path / "run")
+    assert tokenizers.load(tmp_path / "run").fingerprint == other.fingerprint, "what a folder itself holds comes first"
+
+
 def test_plans_know_gpt2():
     assert tokenizers.expected_vocab_size("gpt2", -1, 10**9) == 50257
     assert tokenizers.EXPECTED_BYTES_PER_TOKEN["gpt2"] == 4

@@ -143,7 +143,7 @@ def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
 
 def test_compare_names_every_wrong_tokenizer(text, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"(?s)--max-bytes -1.*gtp2: no such folder.*empty holds no tokenizer"):
+    with pytest.raises(UsageError, match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no tokenizer"):
         app.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
     with pytest.raises(UsageError, match="merge 0"):
         app.main(["compare", text, str(write_gpt2_folder(tmp_path / "bad", merges=[("h", "e"), ("he", "l")],
@@ -187,6 +187,8 @@ def test_inspect(tmp_path, capsys):
     assert "characters     'abc'" in capsys.readouterr().out
     with pytest.raises(UsageError, match="fitted to data"):
         app.main(["inspect", "bpe"])
+    with pytest.raises(UsageError, match=r"bpee: no such folder, and not a name of a tokenizer \(byte, gpt2\)"):
+        app.main(["inspect", "bpee"])
     with pytest.raises(UsageError, match="'ß'"):
         app.main(["inspect", str(tmp_path / "letters"), "--text", "ß"])
 

@@ -187,6 +187,24 @@ def test_no_save(tmp_path):
     assert checkpoint.steps_of(tmp_path / "run") == []
 
 
+def test_an_error_in_the_data_thread_reaches_the_user(tmp_path, finished, monkeypatch):
+    from nanochat import data
+    original = data.Rows.row
+
+    def row(self, number):
+        if number == 60:
+            raise ValueError("row 60 is not what it was")
+        return original(self, number)
+    monkeypatch.setattr(data.Rows, "row", row)
+    with pytest.raises(ValueError, match="row 60 is not what it was"):
+        small.run(tmp_path)
+    summary = small.summary(tmp_path)
+    assert summary["status"] == "failed" and "row 60 is not what it was" in summary["reason"] and summary["step"] == 7
+    monkeypatch.undo()
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
 def refuse_saves(monkeypatch, when):
     """A full disk for the checkpoints of the steps that satisfy `when`."""
     original = checkpoint._write

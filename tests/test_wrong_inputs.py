@@ -8,6 +8,7 @@ import small
 
 import train
 from nanochat.__main__ import main as nanochat
+from nanochat.common import UsageError
 
 
 def write(folder, name, content):
@@ -83,7 +84,10 @@ CASES = {
     "latin-1 file": (lambda folder: write(folder, "e.txt", "caf\u00e9 ".encode("latin-1") * 99), ["e.txt", "UTF-8", "iconv"]),
     "empty folder": (empty_folder, ["--data", ".jsonl"]),
     "broken jsonl": (lambda folder: write(folder, "a.jsonl", '{"text": "x"}\n{"text": \n'), ["a.jsonl line 2", "JSON"]),
-    "jsonl without text": (jsonl_without_text, ["a.jsonl line 2", "'text'", "body"]),
+    "jsonl without text": (jsonl_without_text, ["a.jsonl line 2 has no string field 'text' (it has: body)"]),
+    "jsonl with a number": (lambda folder: write(folder, "a.jsonl", '{"text": 5}'), ["a.jsonl line 1", "'text' is not a string but int"]),
+    "jsonl with a list": (lambda folder: write(folder, "a.jsonl", '["words"]'), ["a.jsonl line 1 is a list, not an object"]),
+    "jsonl with a bare word": (lambda folder: write(folder, "a.jsonl", '"words"'), ['a.jsonl line 1 is "words", not an object']),
     "parquet without text": (parquet_without_text, ["a.parquet", "'text'", "content"]),
     "not a parquet file": (lambda folder: write(folder, "a.parquet", "PAR0"), ["a.parquet", "not a readable parquet file"]),
     "missing validation data": ("--val-data=/no/such/file", ["--val-data=/no/such/file"]),
@@ -102,8 +106,8 @@ CASES = {
     "no such device": ("--device-type=mps", ["--device-type=mps", "cpu"]),
     "resume from nothing": ("--resume-from-step=7", ["--resume-from-step=7", "no run"]),
     "dry-run flag alone": ("--gpus=8", ["--gpus=8", "--dry-run"]),
-    "later: fp8": ("--fp8", ["--fp8", "not available"]),
-    "tied speedrun": ("--tie-embeddings", ["--tie-embeddings=True", "--arch=llama"]),
+    "later: fp8": ("--fp8", ["--fp8: fp8 training is not available"]),
+    "tied speedrun": ("--tie-embeddings", ["--tie-embeddings: belongs", "--arch=llama"]),
     "windows for llama": (["--arch=llama", "--window-pattern=SL", "--short-window=8"],
                           ["--window-pattern=SL", "--short-window=8", "full context"]),
     "early end without evaluation": (["--eval-every=-1", "--stop-at-bpb=1.5", "--patience=2"],
@@ -224,10 +228,31 @@ def test_a_run_folder_is_never_lost(case, started, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
-def test_a_base_dir_that_is_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(small.corpus(tmp_path).removeprefix("--data=")))
+@pytest.mark.parametrize("flags", [["--grad-clip=nan"], ["--matrix-lr=nan"], ["--warmdown-ratio=nan"], ["--target-flops=-inf"]])
+def test_what_is_no_number_is_one_problem(flags, tmp_path, capsys):
+    assert small.run(tmp_path, *flags) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("place, reason", [("text.txt", "not a folder"), ("text.txt/base", "Not a directory"),
+                                           ("/proc/nanochat", "No such")])
+def test_a_base_dir_that_cannot_be(place, reason, tmp_path, monkeypatch, capsys):
+    small.corpus(tmp_path)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / place))
     assert small.run(tmp_path) == 2
-    assert "NANOCHAT_BASE_DIR" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"NANOCHAT_BASE_DIR={tmp_path / place}: " in error and reason in error and "Traceback" not in error
+
+
+def test_no_home_for_caches(tmp_path, monkeypatch):
+    from nanochat.common import base_dir
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert base_dir() == tmp_path / "home" / ".cache" / "nanochat" and base_dir().is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="~/.cache/nanochat: cannot be made.*set NANOCHAT_BASE_DIR"):
+        base_dir()
 
 
 def test_a_folder_that_another_process_trains_in(started, tmp_path, capsys):
