@@ -69,11 +69,13 @@ def test_requeue(tmp_path, status, requeued, code):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
     done = subprocess.run(["bash", "runs/requeue.slurm", "--fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={
-        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
     assert done.returncode == code, done.stderr
     assert ("requeue 17" in (tmp_path / "scontrol_calls").read_text()) == requeued
     call = (tmp_path / "srun_calls").read_text()
-    assert "--nnodes=2" in call and "--rdzv-endpoint=node1:29500" in call and call.endswith("train.py --depth=4 --model-tag=d4 --resume --fp8\n")
+    assert "--nnodes=2" in call and "--rdzv-endpoint=node1:29500" in call
+    assert call.endswith("train.py --depth=4 --model-tag=d4 --resume --fp8\n")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.s*")), ids=lambda path: path.name)
