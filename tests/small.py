@@ -1,11 +1,15 @@
 """A model small enough to train in a test, and ways to run train.py on it in this process, in another, or on two ranks."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import torch
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +29,14 @@ runlog.Metrics.write = write_or_die
 import train
 sys.exit(train.run(sys.argv[1:]))
 """
+RUNNER = """
+import sys
+import train
+sys.exit(train.run(sys.argv[1:]))
+"""
+# Importing torch takes seconds: one process does it, and the others are forked from it before it has any threads.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["small", "safetensors.torch", "nanochat.start", "nanochat.faults", "nanochat.evaluate", "nanochat.engine"])
 
 
 def corpus(folder):
@@ -46,13 +58,49 @@ def run(folder, *flags, tag="run"):
 
 def run_killed(folder, step, *flags, signal="SIGKILL", tag="run"):
     """train.py in a process of its own that gets a signal at a step; returns its exit code (minus the signal if it died)."""
-    script = KILLER.format(root=str(ROOT), step=step, signal=signal)
-    return subprocess.run([sys.executable, "-c", script, *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
-                          env=environment(), capture_output=True, timeout=240).returncode
+    argv = [*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags]
+    return ended(start(argv, environment(), os.devnull, KILLER.format(root=str(ROOT), step=step, signal=signal)))
 
 
-def run_ranks(folder, n, *flags, tag="run", script=ROOT / "train.py"):
-    """train.py (or a script that calls it) under torchrun with n processes on this machine; returns the finished process."""
+def start(argv, environ, output, script=RUNNER):
+    """A process that runs a script with these arguments, forked from a server that has imported torch already."""
+    process = FORKS.Process(target=_child, args=(argv, environ, str(output), script))
+    process.start()
+    return process
+
+
+def _child(argv, environ, output, script):
+    os.environ.clear()
+    os.environ.update(environ)
+    shown = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(shown, stream)
+    torch.set_num_threads(1)
+    sys.argv[1:] = argv
+    exec(script, {"__name__": "__main__"})
+
+
+def ended(process, seconds=240):
+    """The exit code of a process that start() returned."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode is not None, f"still running after {seconds} s"
+    return process.exitcode
+
+
+def run_ranks(folder, n, *flags, tag="run"):
+    """train.py as n ranks on this machine, as torchrun sets them up; returns an object with `returncode` (the worst) and `stderr`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    argv = [*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags]
+    ranks = [start(argv, environment() | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)}, folder / "shown") for i in range(n)]
+    return types.SimpleNamespace(returncode=max(abs(ended(rank)) for rank in ranks), stderr=(folder / "shown").read_text())
+
+
+def run_torchrun(folder, n, *flags, tag="run", script=ROOT / "train.py"):
+    """train.py, or a script that calls it, under torchrun with n processes on this machine; returns the finished process."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(script),
                            *FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags],
                           env=environment(), capture_output=True, text=True, timeout=240)

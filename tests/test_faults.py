@@ -169,7 +169,7 @@ def test_an_infinite_gradient_on_one_rank(tmp_path):
     """The step is skipped on both ranks, and the message names the rank and the place."""
     script = tmp_path / "one_rank.py"
     script.write_text(ONE_RANK.format(root=str(small.ROOT), tests=str(small.ROOT / "tests")))
-    done = small.run_ranks(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
+    done = small.run_torchrun(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
     assert done.returncode == 1
     assert "rank 1: the first non-finite value: blocks.1.mlp, after blocks.1.mlp.down, in the backward pass" in done.stderr
     assert "rank 0: the first" not in done.stderr
@@ -250,7 +250,7 @@ def test_a_dead_rank_is_named(tmp_path):
     """The others end at once and say which it was; the run goes on from its last checkpoint."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(root=str(small.ROOT)))
-    done = small.run_ranks(tmp_path, 2, "--save-every=2", script=script)
+    done = small.run_torchrun(tmp_path, 2, "--save-every=2", script=script)
     assert done.returncode == 1
     assert "training failed: rank 1 died without a word; the other ranks end too" in done.stderr
     assert small.summary(tmp_path)["status"] == "failed" and "rank 1 died" in small.summary(tmp_path)["reason"]

@@ -108,7 +108,7 @@ def test_a_signal_on_two_ranks(tmp_path, owner, name, n, step):
     """Each rank that gets there is told; both exit with 75 at the same step, and two ranks continue exactly."""
     script = tmp_path / "sender.py"
     script.write_text(SENDER.format(root=str(small.ROOT), owner=owner, name=name, n=n))
-    done = small.run_ranks(tmp_path, 2, script=script)
+    done = small.run_torchrun(tmp_path, 2, script=script)
     assert sorted(re.findall("rank . exits with ..", done.stdout)) == ["rank 0 exits with 75", "rank 1 exits with 75"], done.stderr
     assert "-15" not in done.stderr, "torchrun's own signal, when one rank is done, does not hide that"
     assert small.summary(tmp_path)["status"] == "stopped" and small.summary(tmp_path)["step"] == step

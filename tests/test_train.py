@@ -439,7 +439,7 @@ def test_a_time_budget_on_two_ranks(tmp_path):
 
 def test_two_ranks_continue_what_one_began(tmp_path, finished):
     assert small.run_killed(tmp_path, 7) == -9
-    resumed = small.run_ranks(tmp_path, 2, "--resume")
+    resumed = small.run_torchrun(tmp_path, 2, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert small.losses(tmp_path) == pytest.approx(small.losses(finished), abs=1e-4)
 
@@ -451,7 +451,7 @@ def test_one_two_four_ranks_and_one_again(tmp_path, finished):
     for ranks, step in ((1, 3), (2, 6), (4, 9)):
         script = tmp_path / "killer.py"
         script.write_text(small.KILLER.format(root=str(small.ROOT), step=step, signal="SIGTERM"))
-        done = small.run_ranks(tmp_path, ranks, *flags, "--resume", script=script)
+        done = small.run_torchrun(tmp_path, ranks, *flags, "--resume", script=script)
         assert small.summary(tmp_path)["status"] == "stopped", done.stderr
     assert small.run(tmp_path, *flags, "--resume") == 0
     assert small.losses(tmp_path) == pytest.approx(small.losses(finished), abs=1e-4)
