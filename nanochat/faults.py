@@ -100,10 +100,10 @@ def cause(error, device_batch, stop):
         fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
         smaller = f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
         return TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
-    several = ranks.world_size() > 1 and isinstance(error, RuntimeError)
-    if several and (gone := ranks.who_is_gone()):
+    lost = ranks.is_lost_exchange(error)
+    if lost and (gone := ranks.who_is_gone()):
         return TrainingFailed(f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint")
-    if stop.requested and isinstance(error, Exception) and (several or stop.at_once):  # Ctrl-C ends the compiler's processes too
+    if stop.requested and isinstance(error, Exception) and (lost or stop.at_once):  # Ctrl-C ends the compiler's processes too
         return signals.Stopped()
     return error
 

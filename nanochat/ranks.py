@@ -112,12 +112,18 @@ def last_word(text):
             dist.distributed_c10d._get_default_store().set(f"last_word/{rank()}", text)
 
 
+def is_lost_exchange(error):
+    """True for the exceptions with which an exchange fails because another rank is not there any more."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def who_is_gone(patience_seconds=3.0):
     """After a failed exchange: a sentence on the ranks that caused it and their last words; "" if no rank did.
 
     Ranks that only lost another one say LOST; this one does too."""
     last_word(LOST)
     store, words = dist.distributed_c10d._get_default_store(), {}
+    store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # as under torchrun; else it is rank 0's
     deadline = time.monotonic() + patience_seconds
     try:
         while len(words) < world_size():
@@ -127,7 +133,7 @@ def who_is_gone(patience_seconds=3.0):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-    except RuntimeError:  # the store is gone, and with it the launcher: nobody is to blame
-        return ""
+    except RuntimeError:  # the store is gone, and with it who held it
+        return "" if store_is_launchers or rank() == 0 else "rank 0 is gone"
     return " and ".join(f"rank {other} " + (f"failed ({words[other]})" if other in words else "died without a word")
                         for other in range(world_size()) if words.get(other) != LOST)

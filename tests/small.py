@@ -89,13 +89,14 @@ def ended(process, seconds=240):
     return process.exitcode
 
 
-def run_ranks(folder, n, *flags, tag="run"):
-    """train.py as n ranks on this machine, as torchrun sets them up; returns an object with `returncode` (the worst) and `stderr`."""
+def run_ranks(folder, n, *flags, tag="run", script=RUNNER):
+    """train.py (or a script that calls it) as n ranks on this machine, as torchrun sets them up; returns an object with `returncode` (the worst) and `stderr`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     argv = [*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags]
-    ranks = [start(argv, environment() | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)}, folder / "shown") for i in range(n)]
+    ranks = [start(argv, environment() | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)}, folder / "shown", script)
+             for i in range(n)]
     return types.SimpleNamespace(returncode=max(abs(ended(rank)) for rank in ranks), stderr=(folder / "shown").read_text())
 
 

@@ -167,9 +167,8 @@ def test_a_run_ends_with_the_place_and_the_batch(tmp_path, monkeypatch, capsys, 
 
 def test_an_infinite_gradient_on_one_rank(tmp_path):
     """The step is skipped on both ranks, and the message names the rank and the place."""
-    script = tmp_path / "one_rank.py"
-    script.write_text(ONE_RANK.format(root=str(small.ROOT), tests=str(small.ROOT / "tests")))
-    done = small.run_torchrun(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
+    script = ONE_RANK.format(root=str(small.ROOT), tests=str(small.ROOT / "tests"))
+    done = small.run_ranks(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
     assert done.returncode == 1
     assert "rank 1: the first non-finite value: blocks.1.mlp, after blocks.1.mlp.down, in the backward pass" in done.stderr
     assert "rank 0: the first" not in done.stderr
@@ -255,3 +254,29 @@ def test_a_dead_rank_is_named(tmp_path):
     assert "training failed: rank 1 died without a word; the other ranks end too" in done.stderr
     assert small.summary(tmp_path)["status"] == "failed" and "rank 1 died" in small.summary(tmp_path)["reason"]
     assert small.run(tmp_path, "--resume") == 0
+
+
+# On rank 1 only, a bug.
+BROKEN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train
+original, count = torch.Tensor.backward, [0]
+def backward(self):
+    count[0] += 1
+    if os.environ["RANK"] == {rank!r} and count[0] == 5:
+        raise RuntimeError("no luck today")
+    original(self)
+torch.Tensor.backward = backward
+sys.exit(train.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_fails_is_named_with_its_reason(tmp_path, rank):
+    done = small.run_ranks(tmp_path, 2, script=BROKEN.format(root=str(small.ROOT), rank=rank))
+    assert done.returncode == 1
+    # without torchrun the ranks leave word at rank 0, which is gone in one of the cases
+    named = "rank 1 failed (RuntimeError: no luck today)" if rank == "1" else "rank 0 is gone"
+    assert f"training failed: {named}; the other ranks end too" in done.stderr
+    assert "no luck today" in small.summary(tmp_path)["reason"]
