@@ -90,7 +90,8 @@ def ended(process, seconds=240):
 
 
 def run_ranks(folder, n, *flags, tag="run", script=RUNNER):
-    """train.py (or a script that calls it) as n ranks on this machine, as torchrun sets them up; returns an object with `returncode` (the worst) and `stderr`."""
+    """train.py (or a script that calls it) as n ranks on this machine, set up as by torchrun: what returns has `returncode` (the worst of
+    them) and `stderr`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
