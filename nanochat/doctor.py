@@ -29,6 +29,7 @@ OPTIONAL = {"datasets": ("datasets>=5", "--data=hf:..."), "wandb": ("wandb", "--
             "matplotlib": ("matplotlib", "nanochat report"), "tensorboard": ("tensorboard", "--tensorboard"),
             "transformers": ("transformers>=4.57", "nanochat export"), "tokenizers": ("tokenizers", "nanochat export"),
             "fastapi": ("fastapi", "nanochat serve"), "uvicorn": ("uvicorn", "nanochat serve"), "pytest": ("pytest", "the tests"),
+            "pytest-xdist": ("pytest-xdist", "the tests"),
             "triton": ("triton==3.7.1", "torch.compile on NVIDIA GPUs")}
 NETWORK_SECONDS = 6  # to wait for the dataset hub, name look-up included
 COMPILE_SECONDS = 90  # to wait for one small compiled function

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite on a fresh machine: set-up, then pytest. Arguments go to pytest, for example -m slow.
+# The whole test suite on a fresh machine: set-up, then pytest, two tests at a time. Arguments go to pytest, for example -m slow.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" "[dev]"
-python -m pytest "$@"
+python -m pytest -n 2 --dist worksteal "$@"

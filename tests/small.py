@@ -15,14 +15,21 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--tokenizer=byte", "--total-batch-size=256",
          "--num-iterations=12", "--eval-every=5", "--sample-every=6", "--save-every=4", "--no-compile", "--dtype=float32"]
-# Sends this process a signal while it writes the metrics line of a step: the update is done, the line is not yet there.
+# Sends this process a signal while it writes the metrics line of a step: the update is done, the line is not yet there. The save
+# before it is over by then, so that a test knows which checkpoint is the last (runs/chaos.sh kills in the middle of saves).
 KILLER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from nanochat import runlog
-write = runlog.Metrics.write
+from nanochat import checkpoint, runlog
+write, begin, savers = runlog.Metrics.write, checkpoint.Saver.__init__, []
+def begin_and_note(self, *args):
+    savers.append(self)
+    begin(self, *args)
+checkpoint.Saver.__init__ = begin_and_note
 def write_or_die(self, **values):
     if values.get("step") == {step} and "train/loss" in values:
+        for saver in savers:
+            saver.wait()
         os.kill(os.getpid(), signal.{signal})
     write(self, **values)
 runlog.Metrics.write = write_or_die
