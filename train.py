@@ -329,7 +329,7 @@ def main(args, stop):
         if model_config.dropout:  # seeded by step, so that resuming needs no generator state
             torch.manual_seed(stream_seed(args.seed, "dropout", at, micro, rank))
         inputs, targets = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in batch)
-        loss = model(inputs, targets).mean()
+        loss = model(inputs, targets, reduction="mean")
         (loss / accumulation).backward()
         return loss.detach()
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from nanochat.attention import attention
 from nanochat.common import round_up
+from nanochat.loss import linear_cross_entropy
 
 NORM_EPS = 1e-6
 ROPE_BASE = 100_000.0
@@ -158,6 +159,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Build on the meta device, then materialise with to_empty(device=...) and init_weights(seed)."""
 
+    softcap = LOGIT_SOFTCAP
+
     def __init__(self, config, compute_dtype=torch.float32, attention_backend="blocked"):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
@@ -165,8 +168,8 @@ class GPT(nn.Module):
         reach, half = ROPE_REACH * config.max_seq_len, config.head_dim // 2
         self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
         self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
-        # plain functions, not bound methods: those would make the model hold itself in memory
-        self.run_mix_embedding, self.run_token_nats = type(self).mix_embedding, type(self).token_nats
+        self.run_mix_embedding = type(self).mix_embedding  # a plain function: a bound method would make the model hold itself
+        self.compiled = False
 
     def _add_parts(self, attention_backend):
         """Make the modules and parameters, uninitialised."""
@@ -231,11 +234,11 @@ class GPT(nn.Module):
         return torch.outer(torch.arange(self.rope_cos.size(0), dtype=torch.float64), frequency)
 
     def compile_parts(self):
-        """Compile each block, the embedding mix and the loss, not the whole: layers of one kind share one kernel set.
+        """Compile each block, the embedding mix and the loss's softmax, not the whole: layers of one kind share one kernel set.
 
         Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled."""
         self.run_mix_embedding = torch.compile(type(self).mix_embedding, dynamic=False)
-        self.run_token_nats = torch.compile(type(self).token_nats, dynamic=False)
+        self.compiled = True
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -326,23 +329,25 @@ class GPT(nn.Module):
                 middle = x
         return norm(x - self.backout_lambda.to(x.dtype) * middle), last
 
+    def head_weight(self):
+        """The matrix (V, C) whose products with hidden states are the logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def logits(self, hidden):
-        """Softcapped fp32 logits, (..., V), of hidden states (..., C) in the compute dtype."""
-        return LOGIT_SOFTCAP * torch.tanh(self.head(hidden).float() / LOGIT_SOFTCAP)
+        """fp32 logits, (..., V), of hidden states (..., C) in the compute dtype; softcapped in a speedrun model."""
+        logits = F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def token_nats(self, hidden_BxTxC, targets_BxT):
-        """Cross-entropy of each target in nats, (B, T) fp32; 0 where the target is -1."""
-        logits = self.logits(hidden_BxTxC)
-        return F.cross_entropy(logits.flatten(0, 1), targets_BxT.flatten(), ignore_index=-1,
-                               reduction="none").view_as(targets_BxT)
+    def forward(self, ids_BxT, targets_BxT=None, cache=None, reduction="none"):
+        """Logits (B, T, V); given targets, their cross-entropy in nats, fp32: (B, T), 0 where the target is -1, or its mean or sum.
 
-    def forward(self, ids_BxT, targets_BxT=None, cache=None):
-        """Token nats (B, T) when targets are given, otherwise logits (B, T, V). ids and targets are int64."""
+        ids and targets are int64. What is trained on is the mean: it needs the logits only once."""
         hidden = self.hidden(ids_BxT, cache)
         if targets_BxT is None:
             return self.logits(hidden)
-        with self._stance():
-            return self.run_token_nats(self, hidden, targets_BxT)
+        nats = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets_BxT.flatten(), self.softcap, reduction,
+                                    self.compiled and self.training)
+        return nats.view_as(targets_BxT) if reduction == "none" else nats
 
 
 class RMSNorm(nn.Module):
@@ -396,6 +401,8 @@ class Llama(GPT):
     """The decoder of arXiv 2302.13971, as transformers' LlamaForCausalLM computes it; with config.tie_embeddings the
     embedding table is the head."""
 
+    softcap = None
+
     def _add_parts(self, attention_backend):
         config = self.config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
@@ -433,12 +440,6 @@ class Llama(GPT):
         for i, block in enumerate(self.blocks):
             x = block(x, rope, cache.layers[i] if cache is not None else None)
         return self.final_norm(x), None
-
-    def logits(self, hidden):
-        """fp32 logits, (..., V), of hidden states (..., C) in the compute dtype."""
-        if self.head is None:
-            return F.linear(hidden, self.embedding.weight.to(hidden.dtype)).float()
-        return self.head(hidden).float()
 
 
 def meta_model(config, compute_dtype=torch.float32, attention_backend="blocked"):

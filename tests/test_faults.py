@@ -188,8 +188,8 @@ def test_spikes():
 def test_a_spike_is_told_and_logged(tmp_path, monkeypatch, capsys):
     original, count = models.GPT.forward, [0]
 
-    def forward(self, ids, targets=None, cache=None):
-        out = original(self, ids, targets, cache)
+    def forward(self, ids, targets=None, cache=None, reduction="none"):
+        out = original(self, ids, targets, cache, reduction)
         count[0] += self.training
         return out + 9 * (self.training and count[0] == 38)
     monkeypatch.setattr(models.GPT, "forward", forward)
