@@ -8,7 +8,7 @@ import small
 import torch
 import train
 
-from nanochat import checkpoint, evaluate
+from nanochat import checkpoint, evaluate, schedules
 from nanochat.plan import Plan
 
 
@@ -74,6 +74,20 @@ def test_extending_by_a_time_budget(tmp_path):
     assert small.run(tmp_path, *flags[:1], "--warmdown-ratio=0.25", "--resume", "--num-iterations=-1", "--target-minutes=0.02") == 0
     assert small.summary(tmp_path)["step"] == config(tmp_path)["plan"]["num_iterations"] > 12
     assert config(tmp_path)["plan"]["warmup_steps"] == 3
+
+
+@pytest.mark.parametrize("flags", [("--lr-schedule=cosine",), ("--warmup-ratio=0.5", "--warmdown-ratio=0.5")])
+def test_learning_rates_before_a_time_budget_was_measured_out(flags):
+    """A run that is killed just after that and resumed from before repeats the ones it had."""
+    args = train.parse_args(flags)
+    plan = Plan(horizon="target_minutes", parameters={}, scaling_parameters=1, flops_per_token=1, rows_per_step=1, total_batch_tokens=1,
+                num_iterations=None, tokens=1, warmup_steps=round(100 * args.warmup_ratio), warmdown_steps=0, groups={})
+    before = [plan.lr_multiplier(step, args) for step in range(10)]
+    plan.fix_steps(40, args, done=10)
+    resumed = Plan(**json.loads(json.dumps(plan.as_dict())))
+    assert [resumed.lr_multiplier(step, args) for step in range(10)] == before
+    assert [resumed.lr_multiplier(step, args) for step in range(10, 40)] == [
+        schedules.lr_multiplier(step, 40, plan.warmup_steps, plan.warmdown_steps, 0.0, args.lr_schedule) for step in range(10, 40)]
 
 
 @pytest.mark.parametrize("flags, words", [
