@@ -155,10 +155,9 @@ def main(args, stop):
     # ----- the run folder: new, resumed, or refused
     args.model_tag = args.model_tag or ranks.from_rank0_or_raise(lambda: start.default_tag(args))
     folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
-    start_step = ranks.from_rank0_or_raise(lambda: start.wanted_step(args, folder))
-    config, changed, extending = None, [], False
-    if folder.holds_run() and (args.resume or args.resume_from_step != -1):
-        config = folder.read_config()
+    start_step, config = ranks.from_rank0_or_raise(lambda: start.open_run(args, folder))
+    changed, extending = [], False
+    if config:
         args, changed, extending = start.merge_with_run(args, config)
         if (over := start.is_over(args, config, folder, start_step)) and not extending:
             print0(over)
@@ -236,14 +235,7 @@ def main(args, stop):
 
     # ----- from here on the disk changes: a signal waits until that is done
     stop.at_once = False
-
-    def claim():
-        folder.claim()
-        checkpoint.sweep(folder.path)
-        if config is None:  # another process may have trained here while this one read its data
-            start.wanted_step(args, folder)
-
-    ranks.from_rank0_or_raise(claim)
+    ranks.from_rank0_or_raise(lambda: start.take_folder(folder, start_step))
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
     metrics, samples = (runlog.Metrics(folder.path / f"{name}.jsonl", progress.message) for name in ("metrics", "samples"))
     if main_rank:
@@ -264,6 +256,7 @@ def main(args, stop):
                 config["init_from"] = {"run": args.init_from, "step": source.step}
         # before the new plan of an extended run, which they are no part of
         aside = checkpoint.set_aside_after(folder.path, start_step, print0)
+        best_bpb = metrics.value_at(checkpoint.best_step(folder.path), "val/bpb")  # of a line that may be cut below
         # the same text may have moved, and a rule for an early end that was changed counts from now on
         config["args"] |= {name: getattr(args, name) for name in ("data", "val_data", "stop_at_bpb", "patience")}
         if extending:
@@ -307,11 +300,11 @@ def main(args, stop):
         metrics.write(**values)
         trackers.log(values)
 
-    def save(kind, loop_state):
+    def save(kind, loop_state, hold=False):
         optimizer_state = optimizer.state()  # all ranks: it gathers
         if main_rank:
             saver.save(step, kind, model, optimizer_state, {**loop_state, "recent_losses": list(loop_state["recent_losses"]),
-                                                            "shard_tokens": dict(rows.cache.lengths)})
+                                                            "shard_tokens": dict(rows.cache.lengths)}, hold)
 
     def asked_meanwhile():
         watchdog.move(f"the evaluation of step {step}")
@@ -343,7 +336,7 @@ def main(args, stop):
         summarize("running")
     try:
         if main_rank:
-            saver = checkpoint.Saver(folder.path, args.keep_last, progress.message, (metrics, samples))
+            saver = checkpoint.Saver(folder.path, args.keep_last, progress.message, (metrics, samples), best_bpb)
             trackers = track.Trackers(folder.path, args.run, args.tensorboard, config, config["wandb_id"], start_step, progress.message,
                                       runlog.read_lines(metrics.path) if args.tensorboard or args.run != "dummy" else ())
         stop.at_once = True
@@ -384,9 +377,9 @@ def main(args, stop):
                 kind = "permanent"
             elif rolling_due or stopping:
                 kind = "rolling"
-            # what follows a step with bad numbers may be no good either: it is not kept before a step was good again
-            if kind and not args.no_save and (step > start_step or kind == "final") and (finished or stopping or not skipped_in_a_row):
-                save(kind, before if evaluated == step else state)
+            if kind and not args.no_save and (step > start_step or kind == "final"):
+                # what follows a step with bad numbers may be no good either: it is not written before a step was good again
+                save(kind, before if evaluated == step else state, hold=bool(skipped_in_a_row) and not (finished or stopping))
                 last_save = time.monotonic()
 
             # evaluate: all ranks
@@ -461,8 +454,8 @@ def main(args, stop):
             # one more exchange: mean loss, was any rank told to stop, has one no data; from rank 0, whose clock counts: is a
             # rolling checkpoint due, is the time budget measured
             measured = main_rank and plan.num_iterations is None and measured_steps >= 5 and measured_seconds >= 6 * args.target_minutes
-            due = main_rank and not args.no_save and not saver.busy() and (saver.retry_due() or (
-                args.save_every_minutes != -1 and time.monotonic() - last_save > 60 * args.save_every_minutes))
+            due = (main_rank and args.save_every_minutes != -1 and not args.no_save and not saver.busy() and not saver.can_retry()
+                   and time.monotonic() - last_save > 60 * args.save_every_minutes)
             votes = ranks.sum_over_ranks(torch.stack([loss / world_size, *loss.new_tensor(
                 [stop.requested, due, measured, bool(failure)])]))
             loss, stopping, rolling_due, measured, no_data, grad_norm = torch.cat((votes, grad_norm[None])).tolist()
@@ -504,6 +497,9 @@ def main(args, stop):
                 progress.message(f"step {step - 1}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the last "
                                  f"{len(state['recent_losses']) - 1}")
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if finite and main_rank:
+                saver.release()
+                saver.retry()
             if not finite:
                 state["skipped_steps"] += 1
                 progress.message(f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone")
@@ -525,33 +521,33 @@ def main(args, stop):
             smooth_loss = loss if smooth_loss is None or not finite else 0.95 * smooth_loss + 0.05 * loss
             left = (plan.num_iterations - step) * measured_seconds / measured_steps if plan.num_iterations is not None else None
             progress.update(step, plan.num_iterations, f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%", left)
-    except BaseException as error:
-        error = faults.cause(error, device_batch, stop)
-        stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
-        ranks.last_word(ranks.LOST if stopped else f"{type(error).__name__}: {error}")
+
+        # ----- the end
+        failure = "; ".join(filter(None, (failure, ranks.from_rank0(saver.finish() if main_rank else ""))))
+        completed = finished and not stopping and not failure
+        code = EXIT_FAILED if failure else EXIT_COMPLETED if completed else EXIT_STOPPED
         if main_rank:
+            status = "failed" if failure else "completed" if completed else "stopped"
+            summary = summarize(status, failure or reason or ("" if completed else "asked to stop by a signal"))
+    except BaseException as error:
+        error = faults.cause(error, device_batch, stop, watchdog.usual() if watchdog else 0.0)
+        stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
+        if main_rank:
+            why = "asked to stop by a signal" if stopped else f"{type(error).__name__}: {error}"
+            summary = summarize("stopped" if stopped else "failed", why)  # first of all: Ctrl-C may end what is waited for below
             if saver is not None and not isinstance(error, KeyboardInterrupt):  # who interrupts twice waits for nothing
                 saver.wait()
-            why = "asked to stop by a signal" if stopped else f"{type(error).__name__}: {error}"
-            summary = summarize("stopped" if stopped else "failed", why)
             if trackers:
                 trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        for worker in (batches, ahead, watchdog, saver):
+        for worker in (batches, ahead, watchdog, saver, metrics, samples):
             if worker is not None:
                 worker.close()
         progress.close()
 
-    # ----- the end
-    failure = "; ".join(filter(None, (failure, ranks.from_rank0(saver.finish() if main_rank else ""))))
-    completed = finished and not stopping and not failure
-    code = EXIT_FAILED if failure else EXIT_COMPLETED if completed else EXIT_STOPPED
     if main_rank:
-        status = "failed" if failure else "completed" if completed else "stopped"
-        trackers.finish(summarize(status, failure or reason or ("" if completed else "asked to stop by a signal")), code)
-        metrics.close()
-        samples.close()
+        trackers.finish(summary, code)
         steps, best = checkpoint.steps_of(folder.path), checkpoint.best_step(folder.path)
         saved = f"checkpoint at step {steps[-1]}" if steps else "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
         saved += f" (the best by validation: {best})" if best not in (None, *steps[-1:]) else ""
@@ -572,9 +568,11 @@ def run(argv=None):
     try:
         try:
             return main(parse_args(argv), stop)
-        except RuntimeError:
-            if stop.requested:  # an exchange failed because the other ranks were told to stop as well
-                return EXIT_STOPPED
+        except Exception as error:
+            if stop.requested:
+                from nanochat.ranks import is_lost_exchange
+                if is_lost_exchange(error):  # during the set-up: the other ranks were told to stop as well
+                    raise signals.Stopped from None
             raise
     except UsageError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -593,6 +591,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    code = run()
-    signals.ignore()
-    sys.exit(code)
+    signals.exit_with(run)

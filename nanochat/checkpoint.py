@@ -7,6 +7,7 @@ State is by parameter name in full tensors: nothing in it depends on ranks, devi
 
 import errno
 import json
+import math
 import os
 import queue
 import re
@@ -20,14 +21,19 @@ from pathlib import Path
 import torch
 
 from nanochat import tokenizer as tokenizers
-from nanochat.common import UsageError, fsync_dir, human_bytes, read_json, sha256_file, write_atomic, write_json
+from nanochat.common import UsageError, fsync_dir, human_bytes, read_json, sha256_file, sha256_hex, write_atomic, write_json
 
-FORMAT = 1
+FORMAT = 2  # 1, which is read as well: its manifest has no hash of its own
 # Why a checkpoint was saved, weakest first: a rolling one goes when the next is safe, the others stay.
 KINDS = ("rolling", "permanent", "before_warmdown", "final")
 SPARE_BYTES = 1 << 20  # of free space that a save wants beyond its tensors: for state.json, the manifest and metrics
 RETRY_SECONDS = 60.0  # until a failed save is tried again
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a manifest of any content can cause
 LAST_ATTEMPTS = (1.0, 5.0, 15.0)  # seconds to wait before each further attempt at a run's last save
+
+
+class NotFinite(UsageError):
+    """A state that holds NaN or infinite numbers, of which no checkpoint is made: training could not go on from it."""
 
 
 def folder_of(run_path, step):
@@ -41,18 +47,36 @@ def steps_of(run_path):
 
 
 def kind_of(run_path, step):
-    """Why the checkpoint was saved (one of KINDS), or None if its manifest is damaged."""
+    """Why the checkpoint was saved (one of KINDS), or None if its manifest is damaged, of a newer format or gone."""
     try:
-        return json.loads((folder_of(run_path, step) / "manifest.json").read_text(encoding="utf-8"))["kind"]
-    except (ValueError, KeyError, TypeError):
+        return _read_manifest(run_path, step)["kind"]
+    except (*UNREADABLE, UsageError):
         return None
+
+
+def _sealed(manifest):
+    """A manifest with the hash of all that is in it."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**content, "sha256": sha256_hex(json.dumps(content, sort_keys=True))}
+
+
+def _read_manifest(run_path, step):
+    """The manifest of a checkpoint. One of UNREADABLE if it is damaged, UsageError if it is whole and of a newer format."""
+    folder = folder_of(run_path, step)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["format"] != 1 and manifest != _sealed(manifest):
+        raise ValueError("it does not match its hash")
+    _check_format(manifest, folder)
+    if manifest["kind"] not in KINDS or manifest["step"] != step:
+        raise ValueError("it is not of this checkpoint")
+    return manifest
 
 
 def save(run_path, step, kind, model, optimizer_state, loop_state):
     """Write the checkpoint of a step, now (training uses a Saver). loop_state: JSON values that the loop needs besides tensors.
 
     optimizer_state: what Optimizer.state() returned. An existing checkpoint of the same step only gets the stronger kind.
-    Raises OSError or SafetensorError when the disk refuses; what was there before stays."""
+    Raises OSError or SafetensorError when the disk refuses, NotFinite for a state that is; what was there before stays."""
     tensors = {file: {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()}
                for file, part in _tensors(model, optimizer_state).items()}
     _write(run_path, step, kind, tensors, {"model": asdict(model.config), **loop_state})
@@ -70,10 +94,14 @@ def _write(run_path, step, kind, tensors, state, records=()):
     final = folder_of(run_path, step)
     if (final / "manifest.json").exists() and damage(run_path, step) is None:
         if KINDS.index(kind) > KINDS.index(kind_of(run_path, step)):
-            manifest = read_json(final / "manifest.json", "checkpoint")
-            write_json(final / "manifest.json", {**manifest, "kind": kind})
+            write_json(final / "manifest.json", _sealed({**_read_manifest(run_path, step), "kind": kind}))
         return
-    final.parent.mkdir(parents=True, exist_ok=True)
+    for file, part in tensors.items():
+        if bad := [name for name, tensor in part.items() if not _is_finite(tensor)]:
+            raise NotFinite(f"{file} would hold numbers that are not finite, the first in {bad[0]}")
+    if not final.parent.exists():
+        final.parent.mkdir(parents=True)
+        fsync_dir(run_path)
     need = sum(tensor.nbytes for part in tensors.values() for tensor in part.values()) + SPARE_BYTES
     if (free := shutil.disk_usage(final.parent).free) < need:
         raise OSError(errno.ENOSPC, f"it needs {human_bytes(need)}, and {human_bytes(free)} are free")
@@ -90,7 +118,7 @@ def _write(run_path, step, kind, tensors, state, records=()):
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json(partial / "manifest.json", {"format": FORMAT, "step": step, "kind": kind, "files": files})
+        write_json(partial / "manifest.json", _sealed({"format": FORMAT, "step": step, "kind": kind, "files": files}))
         for file, part in tensors.items():
             _compare(partial / file, part)
         for record in records:
@@ -102,6 +130,11 @@ def _write(run_path, step, kind, tensors, state, records=()):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     fsync_dir(final.parent)
+
+
+def _is_finite(tensor):
+    """Whether all numbers of a tensor are; needs no memory, as isfinite() would."""
+    return not tensor.numel() or not tensor.is_floating_point() or all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
 def _compare(path, tensors):
@@ -121,23 +154,27 @@ class Saver:
     """Saves the checkpoints of a run, on rank 0, while training goes on: save() copies the state, a thread writes the copy.
 
     One copy of the state is held, so that a save() that comes while the copy is being written waits for that. Older
-    checkpoints are removed after the new one was read back. A failed write is reported and leaves `failure` set until a
-    later one succeeds; training decides when to try again (retry_due)."""
+    checkpoints are removed after the new one was read back. A failed write is reported, leaves `failure` set until one
+    succeeds, and is tried again from the copy (retry), as what it was to be: the state before the warm-down comes once."""
 
-    def __init__(self, run_path, keep_last, report, records):
+    def __init__(self, run_path, keep_last, report, records, best_bpb=None):
         """keep_last: as --keep-last. report(text) takes a line. records: the run's (metrics, samples), runlog.Metrics, which
-        are on the disk before a checkpoint appears that is later than they; the former know how good the best one is."""
-        self.run_path, self.keep_last, self.report, self.records = run_path, keep_last, report, records
-        self.best_bpb = records[0].value_at(best_step(run_path), "val/bpb")
+        are on the disk before a checkpoint appears that is later than they. best_bpb: of the best checkpoint, if it is known."""
+        self.run_path, self.keep_last, self.report, self.records, self.best_bpb = run_path, keep_last, report, records, best_bpb
         self.copy, self.last = {}, None  # {file: {tensor name: CPU tensor}}; step, kind and state of the last save
-        self.failure, self.failed_at = "", 0.0
+        self.held = False  # whether that waits for release()
+        self.failure, self.failed_at, self.hopeless = "", 0.0, False  # hopeless: trying again gives the same
+        if best_step(run_path) is None and (Path(run_path) / "checkpoints" / "best").exists():
+            report("checkpoints/best names no checkpoint; the next evaluation that is the best writes it again")
         self.jobs = queue.Queue()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
-    def save(self, step, kind, model, optimizer_state, loop_state):
-        """Copy the state and hand it to the thread. Waits for a save that is still under way."""
+    def save(self, step, kind, model, optimizer_state, loop_state, hold=False):
+        """Copy the state and hand it to the thread; hold: only at release(). Waits for a save that is still under way."""
         self.wait()
+        if self.can_retry() and self.last[1] != "rolling":  # the last moment: its copy goes
+            self._save_last()
         tensors = _tensors(model, optimizer_state)
         if not self.copy:
             pin = next(model.parameters()).is_cuda
@@ -147,8 +184,15 @@ class Saver:
         torch._foreach_copy_(*map(list, zip(*pairs, strict=True)), non_blocking=True)
         if next(model.parameters()).is_cuda:
             torch.cuda.synchronize()
-        self.last = step, kind, {"model": asdict(model.config), **loop_state}
-        self.jobs.put(self._save_last)
+        self.last, self.held = (step, kind, {"model": asdict(model.config), **loop_state}), hold
+        if not hold:
+            self.jobs.put(self._save_last)
+
+    def release(self):
+        """The state that is held turned out to be good: write it."""
+        if self.held:
+            self.held = False
+            self.jobs.put(self._save_last)
 
     def mark_best(self, step, bpb):
         """Let `best` name the checkpoint of a step, once it is there, if bpb is lower than the best one's."""
@@ -162,9 +206,14 @@ class Saver:
         """Whether a save is under way."""
         return self.jobs.unfinished_tasks > 0
 
-    def retry_due(self):
-        """Whether the last save failed, RETRY_SECONDS ago or longer."""
-        return bool(self.failure) and time.monotonic() - self.failed_at > RETRY_SECONDS
+    def retry(self):
+        """Try the last save again if it failed, RETRY_SECONDS ago or longer."""
+        if not self.busy() and self.can_retry() and time.monotonic() - self.failed_at > RETRY_SECONDS:
+            self.jobs.put(self._save_last)
+
+    def can_retry(self):
+        """Whether the last save failed, and trying it again may help."""
+        return bool(self.failure) and not self.hopeless and not self.held
 
     def wait(self):
         """Return when nothing is under way."""
@@ -174,7 +223,7 @@ class Saver:
         """wait(), and if the last save failed try it again, after LAST_ATTEMPTS. Returns why it failed in the end, or ""."""
         self.wait()
         for seconds in LAST_ATTEMPTS:
-            if not self.failure:
+            if not self.can_retry():
                 break
             sleep(seconds)
             self._save_last()
@@ -189,9 +238,10 @@ class Saver:
         try:
             _write(self.run_path, step, kind, self.copy, state, self.records)
         except Exception as error:  # whatever it is, the run is worth more than this checkpoint
-            good = steps_of(self.run_path)
+            good, self.hopeless = steps_of(self.run_path), isinstance(error, NotFinite)
             self.failure, self.failed_at = f"the checkpoint of step {step} cannot be saved ({error})", time.monotonic()
-            self.report(f"{self.failure}; it will be tried again, the newest checkpoint is " + (f"step {good[-1]}" if good else "none yet"))
+            self.report(self.failure + ("; " if self.hopeless else "; it will be tried again, ")
+                        + f"the newest checkpoint is {f'step {good[-1]}' if good else 'none yet'}")
             return
         if self.failure:
             self.report(f"checkpoint saved at step {step}, after the failure before")
@@ -257,9 +307,10 @@ def set_aside_after(run_path, step, report=lambda text: None):
 
 
 def best_step(run_path):
-    """The step named in checkpoints/best, or None."""
+    """The step named in checkpoints/best, or None if there is no such file or it names none."""
     path = Path(run_path) / "checkpoints" / "best"
-    return int(path.read_text().strip().removeprefix("step_")) if path.exists() else None
+    named = re.fullmatch(r"step_(\d{6,})\s*", path.read_text(errors="replace")) if path.exists() else None
+    return int(named[1]) if named else None
 
 
 def mark_best(run_path, step):
@@ -267,42 +318,61 @@ def mark_best(run_path, step):
     write_atomic(Path(run_path) / "checkpoints" / "best", f"step_{step:06d}\n")
 
 
-def damage(run_path, step):
-    """What is wrong with a checkpoint's files (sizes and hashes against the manifest), or None. UsageError if it is of a
-    newer format: that is no damage."""
+def damage(run_path, step, hashes=True):
+    """What is wrong with a checkpoint's files (sizes and, unless hashes is False, hashes against the manifest), or None.
+    UsageError if it is of a newer format: that is no damage."""
     folder = folder_of(run_path, step)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        _check_format(manifest, folder)
+        manifest = _read_manifest(run_path, step)
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return "manifest.json is unreadable"
     for name, (n_bytes, digest) in entries.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            if (size := path.stat().st_size) != n_bytes:
+                return f"{name} has {size} bytes instead of {n_bytes}"
+            if hashes and sha256_file(path) != digest:
+                return f"{name} does not match its hash"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != n_bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {n_bytes}"
-        if sha256_file(path) != digest:
-            return f"{name} does not match its hash"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def newest_intact(run_path, report):
-    """The newest step whose files are intact, or None if the run has no such checkpoint. report(text) names damaged ones."""
-    for step in reversed(steps_of(run_path)):
-        problem = damage(run_path, step)
+    """The newest step whose files are intact, or None if the run has no such checkpoint. report(text) names damaged ones.
+
+    Beside a training process, which may remove one while it is looked at: there is a newer one then."""
+    damaged = {}
+    while left := [step for step in steps_of(run_path) if step not in damaged]:
+        problem = damage(run_path, left[-1])
         if problem is None:
+            return left[-1]
+        if folder_of(run_path, left[-1]).exists():
+            damaged[left[-1]] = problem
+            report(f"checkpoint {folder_of(run_path, left[-1])} is damaged ({problem}); trying the one before")
+    return None
+
+
+def newest_finite(run_path):
+    """The newest step whose weights hold nothing but finite numbers, or None. Reads weights, no hashes."""
+    for step in reversed(steps_of(run_path)):
+        try:
+            weights = _read_tensors(folder_of(run_path, step) / "model.safetensors")
+        except UsageError:
+            continue
+        if all(map(_is_finite, weights.values())):
             return step
-        report(f"checkpoint {folder_of(run_path, step)} is damaged ({problem}); trying the one before")
     return None
 
 
 def _check_format(content, folder):
-    """UsageError if a manifest or state is of another format than this version's."""
-    if isinstance(content, dict) and content.get("format") != FORMAT:
-        raise UsageError(f"checkpoint: {folder} has format {content.get('format')}; this version reads format {FORMAT}: use the version "
-                         f"of nanochat that wrote it")
+    """UsageError if a manifest or state is of a format that this version does not read."""
+    if isinstance(content, dict) and content.get("format") not in range(1, FORMAT + 1):
+        raise UsageError(f"checkpoint: {folder} has format {content.get('format')}; this version reads formats 1 to {FORMAT}: use the "
+                         f"version of nanochat that wrote it")
 
 
 def read_state(run_path, step):
@@ -369,7 +439,9 @@ def step_of(run, step):
         raise UsageError(f"--step=best: {run} has no evaluated checkpoint; leave it out for the newest")
     if step not in steps:
         raise UsageError(f"--step={asked}: {run} has no such checkpoint (it has: {', '.join(map(str, steps))})")
-    if problem := damage(run, step):
+    if (problem := damage(run, step)) and not folder_of(run, step).exists():
+        raise UsageError(f"--step={asked}: {run} has no such checkpoint any more, a training process removed it; choose another step")
+    if problem:
         raise UsageError(f"--step={asked}: the checkpoint in {run} is damaged ({problem}); choose another step")
     return step
 

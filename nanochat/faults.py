@@ -93,15 +93,25 @@ def locate(model, rerun):
     return "; ".join(found)
 
 
-def cause(error, device_batch, stop):
+def cause(error, device_batch, stop, step_seconds):
     """The exception to end a run with, given the one that was raised: of a lack of memory, a rank that is gone, or a signal
-    that also ended what was being waited for. stop: this process's StopSignals."""
+    that also ended what was being waited for. Leaves word of it for the other ranks: of one that dies before training begins, or after
+    it has ended, they do not hear, and torchrun alone names it.
+
+    stop: this process's StopSignals. step_seconds: what a step usually takes, 0 if that is not known."""
+    lost = ranks.is_lost_exchange(error)
+    error = _cause(error, lost, device_batch, stop, step_seconds)
+    # what this rank heard of another it does not pass on as its own
+    ranks.last_word(ranks.LOST if lost or not isinstance(error, Exception) else f"{type(error).__name__}: {error}")
+    return error
+
+
+def _cause(error, lost, device_batch, stop, step_seconds):
     if hardware.is_out_of_memory(error):
         fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
         smaller = f"--device-batch-size={fits} would likely fit" if fits else "lower --max-seq-len or --depth"
         return TrainingFailed(f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})")
-    lost = ranks.is_lost_exchange(error)
-    if lost and (gone := ranks.who_is_gone()):
+    if lost and (gone := ranks.who_is_gone(step_seconds)):
         return TrainingFailed(f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint")
     if stop.requested and isinstance(error, Exception) and (lost or stop.at_once):  # Ctrl-C ends the compiler's processes too
         return signals.Stopped()
@@ -120,8 +130,8 @@ def conclude(located, times, folder, rows, step, n_rows, saver):
     if saver is None:
         return text
     saver.wait()
-    saved = checkpoint.steps_of(folder)
-    text += f"; the last good checkpoint is {f'step {saved[-1]}' if saved else 'none'}"
+    good = checkpoint.newest_finite(folder)
+    text += f"; the last good checkpoint is {'none' if good is None else f'step {good}'}"
     path, decode = folder / f"fault_step_{step:06d}.json", rows.cache.tokenizer.decode
     try:
         batch = [{"row": row, "text": decode(rows.row(row)[1:].tolist())} for row in range(step * n_rows, (step + 1) * n_rows)]
@@ -157,7 +167,11 @@ class Watchdog:
     def step(self, number, seconds):
         """A step was done, in so many seconds."""
         self.recent = [*self.recent[-31:], seconds]
-        self.move(f"step {number}", max(STALL_FLOOR_SECONDS, STALL_FACTOR * statistics.median(self.recent)))
+        self.move(f"step {number}", max(STALL_FLOOR_SECONDS, STALL_FACTOR * self.usual()))
+
+    def usual(self):
+        """Seconds that a step usually takes, 0 before the first."""
+        return statistics.median(self.recent) if self.recent else 0.0
 
     def move(self, where, limit=STALL_PATIENCE_SECONDS):
         """Something else begins, or went on, that may take `limit` seconds."""
@@ -171,7 +185,7 @@ class Watchdog:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = "\n".join(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
                            for ident, frame in sys._current_frames().items() if ident != self.thread.ident)
-        usual = f" (usually {human_time(statistics.median(self.recent))})" if self.recent else ""
+        usual = f" (usually {human_time(self.usual())})" if self.recent else ""
         self.limit *= 2
         self.report(f"warning: nothing has moved for {human_time(silent)} at {self.where}{usual}; what every thread is doing:\n{stacks}")
 

@@ -103,6 +103,7 @@ def from_all(value):
 
 
 LOST = "lost the others"  # last word of a rank that ends because another did
+PATIENCE_SECONDS = 3.0, 20.0  # to wait for last words: at least, at most (torchrun ends a rank by force 30 s after another died)
 
 
 def last_word(text):
@@ -117,23 +118,26 @@ def is_lost_exchange(error):
     return world_size() > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def who_is_gone(patience_seconds=3.0):
+def who_is_gone(step_seconds=0.0, clock=time.monotonic, sleep=time.sleep):
     """After a failed exchange: a sentence on the ranks that caused it and their last words; "" if no rank did.
 
-    Ranks that only lost another one say LOST; this one does too."""
+    Ranks that only lost another one say LOST; this one does too. One that is in the middle of a step finds out at its end: twice
+    the usual step_seconds are waited for words, and of who is silent then it cannot be said whether it died or is slow."""
     last_word(LOST)
     store, words = dist.distributed_c10d._get_default_store(), {}
     store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # as under torchrun; else it is rank 0's
-    deadline = time.monotonic() + patience_seconds
+    patience = min(max(PATIENCE_SECONDS[0], 2 * step_seconds), PATIENCE_SECONDS[1])
+    deadline = clock() + patience
     try:
         while len(words) < world_size():
             for other in set(range(world_size())) - set(words):
                 if store.check([f"last_word/{other}"]):
                     words[other] = store.get(f"last_word/{other}").decode()
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 break
-            time.sleep(0.05)
+            sleep(0.05)
     except RuntimeError:  # the store is gone, and with it who held it
         return "" if store_is_launchers or rank() == 0 else "rank 0 is gone"
-    return " and ".join(f"rank {other} " + (f"failed ({words[other]})" if other in words else "died without a word")
+    silent = f"did not answer within {patience:.3g} s"
+    return " and ".join(f"rank {other} " + (f"failed ({words[other]})" if other in words else silent)
                         for other in range(world_size()) if words.get(other) != LOST)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -86,9 +87,11 @@ def write_summary(path, **values):
 
 
 def status_of(path):
-    """`status` of a run folder's summary.json, or None if there is none."""
-    summary = Path(path) / "summary.json"
-    return read_json(summary, "run folder").get("status") if summary.exists() else None
+    """`status` of a run folder's summary.json, or None if there is none or it is damaged: it is written anew when the run goes on."""
+    try:
+        return read_json(Path(path) / "summary.json", "run folder").get("status")
+    except (UsageError, AttributeError):
+        return None
 
 
 def provenance():
@@ -116,6 +119,7 @@ class Metrics:
     def __init__(self, path, report=print):
         self.path, self.report, self.file = Path(path), report, None
         self.size, self.kept, self.refused = 0, [], False  # bytes written, lines not written yet, whether that was said
+        self.lock = threading.Lock()  # the thread that saves checkpoints calls sync()
 
     def keep_before(self, step):
         """Cut the lines of this step and later ones, and a torn last line; the file is replaced atomically.
@@ -123,7 +127,7 @@ class Metrics:
         Run on resume from `step`: what follows is written again, so that each step stands once."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if (value := _parsed(line)) and value["step"] < step]
+        kept = [line for line in _lines_of(self.path) if (value := _parsed(line)) and value["step"] < step]
         temporary = self.path.with_suffix(".partial")
         with open(temporary, "w", encoding="utf-8") as f:
             f.write("".join(line + "\n" for line in kept))
@@ -133,22 +137,30 @@ class Metrics:
 
     def write(self, **values):
         """Append a line. If the disk refuses it is kept, and written with a later one; report() is told once."""
-        self.kept.append(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
-        content = "".join(self.kept).encode()
         try:
-            if self.file is None:
-                self.file = open(self.path, "ab", buffering=0)
-                self.size = self.file.seek(0, os.SEEK_END)
-            if (written := self.file.write(content)) < len(content):
-                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes were taken")
+            with self.lock:
+                self.kept.append(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
+                self._write_kept()
         except OSError as error:
             if not self.refused:
                 self.report(f"{self.path.name} cannot be written ({error}); its lines are kept in memory, training goes on")
             self.refused = True
-            if self.file is not None:
-                with contextlib.suppress(OSError):  # what was torn
-                    self.file.truncate(self.size)
+
+    def _write_kept(self):
+        """Write the lines that are not written yet, all or none. Raises OSError."""
+        content = "".join(self.kept).encode()
+        if not content:
             return
+        if self.file is None:
+            self.file = open(self.path, "ab", buffering=0)
+            self.size = self.file.seek(0, os.SEEK_END)
+        try:
+            if (written := self.file.write(content)) < len(content):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes were taken")
+        except OSError:
+            with contextlib.suppress(OSError):  # what was torn
+                self.file.truncate(self.size)
+            raise
         if self.refused:
             self.report(f"{self.path.name}: all lines are written now")
         self.size, self.refused, self.kept = self.size + len(content), False, []
@@ -159,13 +171,23 @@ class Metrics:
         return found[-1] if found else None
 
     def sync(self):
-        """Bring what was written to the disk. Raises OSError."""
+        """Bring all lines to the disk. Raises OSError."""
+        with self.lock:
+            self._write_kept()
         if self.file is not None:
             os.fsync(self.file.fileno())
 
     def close(self):
+        """Write what is left, if the disk takes it now."""
+        with self.lock, contextlib.suppress(OSError):
+            self._write_kept()
         if self.file is not None:
             self.file.close()
+
+
+def _lines_of(path):
+    """Its lines; what is no UTF-8 (a disk's doing) spoils its own line only."""
+    return Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def _parsed(line):
@@ -181,7 +203,7 @@ def read_lines(path):
     """The objects of a .jsonl file as a list, a torn last line left out; [] if there is no file."""
     if not Path(path).exists():
         return []
-    return [value for line in Path(path).read_text(encoding="utf-8").split("\n") if (value := _parsed(line)) is not None]
+    return [value for line in _lines_of(path) if (value := _parsed(line)) is not None]
 
 
 def bar(items, text, unit):

@@ -1,7 +1,10 @@
 """SIGTERM, SIGINT and SIGHUP: finish the step, save, leave. Imports no torch, so that a signal is heard from the first second on."""
 
+import contextlib
 import os
 import signal
+import sys
+import traceback
 
 
 class Stopped(BaseException):
@@ -29,7 +32,8 @@ class StopSignals:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if self.speaks and not self.at_once:  # os.write: print() is not safe inside a signal handler
-            os.write(2, b"\nstopping after this step, saving first; Ctrl-C again leaves at once without saving\n")
+            again = b"; Ctrl-C again leaves at once without saving" if signal.SIGINT in self.previous else b""  # ignored in the background
+            os.write(2, b"\nstopping after this step, saving first" + again + b"\n")
         self.check()
 
     def check(self):
@@ -42,7 +46,23 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def ignore():
-    """For the last moments of a process: torchrun ends all ranks by SIGTERM when the first is done, and the exit code of this
-    one should stand."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def exit_with(run):
+    """Call run() and end this process with the exit code that it returns, whatever comes after.
+
+    By then all is written and said. Signals are heard by run()'s StopSignals and count for nothing before and after it:
+    torchrun ends all ranks by SIGTERM when the first is done, and a late Ctrl-C is none that could stop anything. The
+    interpreter's clean-up is left out: it would end threads in the middle of C++ code, which aborts."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    try:
+        code = run()
+    except SystemExit:  # of argparse, before anything began
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -61,9 +61,6 @@ def merge_with_run(args, config):
     """The flags to resume a run with: its own, except those given now that may change.
 
     Returns (args, lines on what changed, True if the horizon did). Raises UsageError for given flags that may not differ."""
-    if "imported_from" in config:
-        raise UsageError(f"--resume: the run folder {args.model_tag} holds imported weights and no training to go on with; start a run "
-                         f"from them: --init-from={args.out_dir}/{args.model_tag} --model-tag=NAME")
     merged, changed, refused = argparse.Namespace(**{**vars(args), **config["args"]}), [], []
     for name in OF_THIS_START:
         setattr(merged, name, getattr(args, name))
@@ -91,6 +88,36 @@ def default_tag(args):
     return f"d{args.depth}"
 
 
+def open_run(args, folder):
+    """(the step to resume from or None, the config of the run to go on with or None). Refuses what wanted_step() does.
+
+    A folder that holds a run is claimed before anything in it is looked at: a process that is still ending there would save,
+    and remove the very checkpoint that was chosen. A new one is made late, when nothing is left to refuse (take_folder)."""
+    resuming = args.resume or args.resume_from_step != -1
+    if folder.holds_run() and (resuming or args.overwrite):
+        if resuming and "imported_from" in folder.read_config():
+            raise UsageError(f"--resume: the run folder {args.model_tag} holds imported weights and no training to go on with; start a run "
+                             f"from them: --init-from={args.out_dir}/{args.model_tag} --model-tag=NAME")
+        folder.claim()
+    step = wanted_step(args, folder)
+    return step, folder.read_config() if resuming and folder.lock is not None else None
+
+
+def take_folder(folder, step):
+    """Look a last time before anything in the run folder changes, and claim it if it held no run until now. step: to resume from.
+
+    UsageError if another process has begun a run there meanwhile, or if the checkpoint is not there any more."""
+    if folder.lock is None:
+        folder.claim()
+        if folder.holds_run():
+            raise UsageError(f"--model-tag: {folder.path} already holds a run, which another process began while this one read its data; "
+                             f"add --resume to go on with it, or give another --model-tag")
+    if step and (problem := checkpoint.damage(folder.path, step, hashes=False)):
+        raise UsageError(f"--resume: {checkpoint.folder_of(folder.path, step)} was intact when this process began, and is not any more "
+                         f"({problem}); start again to go on from another")
+    checkpoint.sweep(folder.path)
+
+
 def wanted_step(args, folder):
     """The step to resume from, or None to start fresh. Refuses a folder whose run would be lost or silently continued."""
     if not folder.holds_run():
@@ -112,6 +139,9 @@ def wanted_step(args, folder):
                              f"which going on from there would replace; add --overwrite if that is meant")
         return args.resume_from_step
     if args.resume:
+        if not steps and (left := sorted(path.name for path in (folder.path / "checkpoints").glob("step_*"))):
+            raise UsageError(f"--resume: {folder.path}/checkpoints holds {', '.join(left)}, none with the manifest.json that makes it a "
+                             f"checkpoint; restore one, or start again with --overwrite")
         step = checkpoint.newest_intact(folder.path, report=lambda text: print(text, file=sys.stderr))
         if step is None and steps:
             raise UsageError(f"--resume: no checkpoint in {folder.path} is intact; restore one, or start again with --overwrite")

@@ -227,8 +227,6 @@ def test_watchdog():
     dog.close()
 
 
-
-
 # On rank 1 only, a SIGKILL while it writes nothing and says nothing.
 KILLED = """
 import os, signal, sys
@@ -251,9 +249,45 @@ def test_a_dead_rank_is_named(tmp_path):
     script.write_text(KILLED.format(root=str(small.ROOT)))
     done = small.run_torchrun(tmp_path, 2, "--save-every=2", script=script)
     assert done.returncode == 1
-    assert "training failed: rank 1 died without a word; the other ranks end too" in done.stderr
-    assert small.summary(tmp_path)["status"] == "failed" and "rank 1 died" in small.summary(tmp_path)["reason"]
+    assert "training failed: rank 1 did not answer within 3 s; the other ranks end too" in done.stderr
+    assert small.summary(tmp_path)["status"] == "failed" and "rank 1 did not answer" in small.summary(tmp_path)["reason"]
     assert small.run(tmp_path, "--resume") == 0
+
+
+# Rank 1 dies. Rank 2 is so slow in that step that rank 0 has given up on both and ended when it finds out.
+SLOW = """
+import datetime, os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, train
+from nanochat import ranks
+ranks.PATIENCE_SECONDS = 0.5, 20.0
+original, count, rank = torch.Tensor.backward, [0], os.environ["RANK"]
+store = torch.distributed.distributed_c10d._get_default_store
+def wait_for(other):
+    store().wait([f"{{other}} has ended"], datetime.timedelta(seconds=30))
+def backward(self):
+    count[0] += 1
+    if count[0] == 5 and rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if count[0] == 5 and rank == "2":
+        wait_for("0")
+    original(self)
+torch.Tensor.backward = backward
+code = train.run(sys.argv[1:])
+store().set(f"{{rank}} has ended", "")
+if rank == "0":  # it holds the store
+    wait_for("2")
+sys.exit(code)
+"""
+
+
+def test_a_slow_rank_is_not_blamed_for_a_dead_one(tmp_path):
+    """Who only lost another rank is not named by a third, nor quoted by it."""
+    done = small.run_ranks(tmp_path, 3, "--total-batch-size=96", "--device-batch-size=1", script=SLOW.format(root=str(small.ROOT)))
+    words = [line for line in done.stderr.splitlines() if "training failed" in line]
+    assert len(words) == 2, done.stderr
+    assert "rank 1 did not answer within 0.5 s and rank 2 did not answer" in words[0], "it cannot know yet which of them is slow"
+    assert "training failed: rank 1 did not answer within 0.5 s; the other ranks end too" in words[1]
 
 
 # On rank 1 only, a bug.

@@ -231,6 +231,39 @@ def test_functions_in_one_process_are_the_identity(capsys):
     assert capsys.readouterr().out == "a-1\n"
 
 
+class Words:
+    """A store of last words."""
+
+    def __init__(self, **words):
+        self.words = words
+
+    def check(self, keys):
+        return keys[0] in self.words
+
+    def get(self, key):
+        return self.words[key].encode()
+
+    def set(self, key, word):
+        self.words[key] = word
+
+
+@pytest.mark.parametrize("step_seconds, seconds", [(0.0, 3), (4.0, 8), (60.0, 20)])
+def test_the_wait_for_last_words_fits_the_usual_step(monkeypatch, step_seconds, seconds):
+    """A rank that takes a whole step to find out has time to say so; rank 3 never does."""
+    now, store = [0.0], Words(**{"last_word/2": "ValueError: x"})
+    monkeypatch.setattr(ranks, "world_size", lambda: 4)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+
+    def sleep(duration):
+        now[0] += duration
+        if now[0] >= seconds - 0.5:
+            store.set("last_word/1", ranks.LOST)
+    said = ranks.who_is_gone(step_seconds, clock=lambda: now[0], sleep=sleep)
+    assert said == f"rank 2 failed (ValueError: x) and rank 3 did not answer within {seconds} s"
+    assert store.words["last_word/0"] == ranks.LOST
+
+
 def test_more_ranks_than_gpus_is_a_usage_error(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

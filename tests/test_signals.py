@@ -2,13 +2,16 @@
 
 import os
 import re
+import runpy
 import signal
+import subprocess
+import sys
 
 import pytest
 import small
 import torch
 
-from nanochat import checkpoint, corpus as corpora, data, engine, evaluate, model as models, plan as plans, runlog
+from nanochat import checkpoint, corpus as corpora, data, engine, evaluate, model as models, plan as plans, runlog, signals
 
 # Sends SIGTERM to every rank when rank 0 reaches the n-th call of a function.
 SENDER = """
@@ -24,10 +27,11 @@ def send(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
     return original(*args, **kwargs)
 setattr(owner, name, send)
-code = train.run(sys.argv[1:])
-signals.ignore()
-print(f"rank {{ranks.rank()}} exits with {{code}}", flush=True)
-sys.exit(code)
+def run():
+    code = train.run(sys.argv[1:])
+    print(f"rank {{ranks.rank()}} exits with {{code}}", flush=True)
+    return code
+signals.exit_with(run)
 """
 
 
@@ -85,18 +89,108 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
     count = [0]
     original = models.GPT.forward
 
-    def forward(self, ids, targets=None, cache=None):
+    def forward(self, ids, targets=None, cache=None, **options):
         count[0] += 1
         if count[0] == 9:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, ids, targets, cache)
+        return original(self, ids, targets, cache, **options)
     with monkeypatch.context() as patch:
         patch.setattr(models.GPT, "forward", forward)
         assert small.run(tmp_path) == 75
     assert checkpoint.newest_intact(tmp_path / "run", print) in (4, 6)
     assert small.run(tmp_path, "--resume") == 0
     assert small.losses(tmp_path) == small.losses(finished)
+
+
+def interrupts(*_, **__):
+    """Ctrl-C twice."""
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("name, at_call", [("finish", 1), ("wait", 4)])
+def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypatch, name, at_call):
+    """The summary does not go on to say that the run is running."""
+    original, count = getattr(checkpoint.Saver, name), [0]
+
+    def interrupted(self, *args):
+        count[0] += 1
+        if count[0] == at_call:
+            interrupts()
+        return original(self, *args)
+    monkeypatch.setattr(checkpoint.Saver, name, interrupted)
+    assert small.run(tmp_path) == 75
+    assert count[0] >= at_call and small.summary(tmp_path)["status"] == "stopped"
+
+
+def test_a_second_interrupt_while_a_run_ends_that_has_no_step_yet(tmp_path, monkeypatch):
+    """The first comes while the model is compiled, the second while what is under way is waited for."""
+    send_at(monkeypatch, models.GPT, "forward", 1)
+    monkeypatch.setattr(checkpoint.Saver, "wait", interrupts)
+    assert small.run(tmp_path) == 75
+    assert small.summary(tmp_path)["status"] == "stopped"
+
+
+def test_an_error_after_a_signal_is_not_hidden(tmp_path, monkeypatch):
+    """Only a lost exchange is taken for the others' having been told to stop as well."""
+    def backward(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("a bug")
+    original, count = torch.Tensor.backward, [0]
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: count.append(0) or (backward if len(count) == 4 else original)(self))
+    with pytest.raises(RuntimeError, match="a bug"):
+        small.run(tmp_path)
+    assert small.summary(tmp_path)["status"] == "failed" and "a bug" in small.summary(tmp_path)["reason"]
+
+
+def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
+    """During the set-up, when the other ranks were told as well."""
+    def open_corpus(*args):
+        stops[0].at_once = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise torch.distributed.DistError("connection reset")
+    original, stops = signals.StopSignals.__init__, []
+    monkeypatch.setattr(signals.StopSignals, "__init__", lambda self, **options: stops.append(self) or original(self, **options))
+    monkeypatch.setattr(corpora, "open_corpus", open_corpus)
+    monkeypatch.setattr("nanochat.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("nanochat.ranks.setup", lambda device_type: torch.device(device_type))
+    monkeypatch.setattr("nanochat.ranks.from_rank0", lambda value: value)
+    assert small.run(tmp_path) == 75
+
+
+def exit_code(body):
+    """Of a process that calls signals.exit_with() of a function with that body; it imports no torch."""
+    script = f"import atexit, os, signal, sys\nfrom nanochat import signals\natexit.register(os.abort)\ndef run():\n{body}\nsignals.exit_with(run)"
+    return subprocess.run([sys.executable, "-c", script], cwd=small.ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_exit_code_stands_whatever_comes_after(name):
+    """A signal after all is done, and a clean-up that aborts."""
+    done = exit_code(f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n    print('said')\n    return 75")
+    assert (done.returncode, done.stdout) == (75, "said\n"), done.stderr
+
+
+def test_an_unforeseen_error_is_shown_and_its_exit_code_stands():
+    done = exit_code("    1 / 0")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_train_ends_that_way(monkeypatch):
+    ended = []
+    monkeypatch.setattr(signals, "exit_with", ended.append)
+    runpy.run_path(str(small.ROOT / "train.py"), run_name="__main__")
+    assert [run.__name__ for run in ended] == ["run"]
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_what_a_second_interrupt_does_is_said_only_where_it_is_heard(ignored):
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = "signal.signal(signal.SIGINT, signal.SIG_IGN); " if ignored else ""
+    done = exit_code(f"    {before}stop = signals.StopSignals(speaks=True); stop.at_once = False\n"
+                     f"    os.kill(os.getpid(), signal.SIGTERM)\n    return 0")
+    assert "stopping after this step" in done.stderr and ("Ctrl-C again" in done.stderr) == (not ignored)
 
 
 @pytest.mark.parametrize("owner, name, n, step", [

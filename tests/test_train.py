@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
+import shutil
+import signal
 
 import pytest
 import small
 import torch
 
 import train
-from nanochat import checkpoint, corpus as corpora, model as models, optim
-from nanochat.common import base_dir
+from nanochat import checkpoint, corpus as corpora, model as models, optim, runlog
+from nanochat.common import UsageError, base_dir
 from nanochat.evaluate import bits_per_byte
 
 DERIVED = ["step", "tokens", "total_training_flops", "total_training_time"]
@@ -52,8 +55,6 @@ def test_run_folder(finished):
 
 
 def test_loading_the_folder_needs_nothing_else(finished, tmp_path):
-    import shutil
-
     import nanochat
     shutil.copytree(finished / "run", tmp_path / "elsewhere")
     model, tokenizer = nanochat.load(tmp_path / "elsewhere")
@@ -167,9 +168,9 @@ def test_overwrite_starts_again(tmp_path, finished):
     assert small.losses(tmp_path) == small.losses(finished)
 
 
-@pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])
-def test_signal_saves_and_stops(tmp_path, finished, signal):
-    assert small.run_killed(tmp_path, 6, signal=signal) == 75
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signal_saves_and_stops(tmp_path, finished, name):
+    assert small.run_killed(tmp_path, 6, signal=name) == 75
     assert small.summary(tmp_path)["status"] == "stopped"
     step = small.summary(tmp_path)["step"]
     assert step in (7, 8) and checkpoint.steps_of(tmp_path / "run")[-1] == step
@@ -227,6 +228,22 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, finished, monkeypatch, capsys)
     assert checkpoint.newest_intact(tmp_path / "run", print) == 12
 
 
+def test_the_state_before_the_warm_down_is_saved_as_such_after_a_failure(tmp_path, monkeypatch):
+    failures = []
+    refuse_saves(monkeypatch, lambda step: step == 6 and not failures and not failures.append(step))
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", -1.0)
+    assert small.run(tmp_path, "--save-every=-1") == 0
+    assert failures == [6] and checkpoint.kind_of(tmp_path / "run", 6) == "before_warmdown"
+
+
+def test_the_state_before_the_warm_down_is_saved_although_the_step_before_was_skipped(tmp_path, monkeypatch):
+    """Once a step has shown that the weights, which that one left alone, are good."""
+    poison(monkeypatch, lambda n: n == 6)
+    assert small.run(tmp_path, "--save-every=-1") == 0
+    assert [line["step"] for line in small.lines(tmp_path) if "skipped" in line] == [5]
+    assert checkpoint.kind_of(tmp_path / "run", 6) == "before_warmdown"
+
+
 def test_a_disk_that_stays_full(tmp_path, monkeypatch, capsys):
     """The last good checkpoint stays and is named; once there is room the run goes on from it."""
     refuse_saves(monkeypatch, lambda step: step > 4)
@@ -244,8 +261,8 @@ def poison(monkeypatch, when):
     """Make the loss NaN at the forward passes of training whose number (0 is the warm-up) satisfies `when`."""
     original, count = models.GPT.forward, [0]
 
-    def forward(self, ids, targets=None, cache=None):
-        out = original(self, ids, targets, cache)
+    def forward(self, ids, targets=None, cache=None, **options):
+        out = original(self, ids, targets, cache, **options)
         if self.training:
             count[0] += 1
             if when(count[0] - 1):
@@ -272,8 +289,35 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
     assert checkpoint.steps_of(tmp_path / "run") == [4, 6], "nothing is kept of a state that no good step has followed"
 
 
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, finished, monkeypatch, capsys):
+    """The update of a step whose loss and gradient were finite spoils a weight: that is seen a step later, and nothing of it is kept."""
+    original, count = optim.Optimizer.step, [0]
+
+    def step(self, *args):
+        original(self, *args)
+        count[0] += 1
+        if count[0] == 6:
+            spoiled[0].fill_(float("nan"))
+    build, spoiled = models.build, []
+
+    def build_and_note(*args, **options):
+        model = build(*args, **options)
+        spoiled.append(model.head.weight.data)
+        return model
+    monkeypatch.setattr(models, "build", build_and_note)
+    monkeypatch.setattr(optim.Optimizer, "step", step)
+    assert small.run(tmp_path, "--debug-nans") == 1
+    captured = capsys.readouterr()
+    assert "the checkpoint of step 6 cannot be saved (model.safetensors would hold numbers that are not finite" in captured.out
+    assert "the weights head.weight hold" in captured.err and "the last good checkpoint is step 4" in captured.err
+    assert checkpoint.steps_of(tmp_path / "run") == [4]
+    monkeypatch.undo()
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
 def test_out_of_memory_names_a_remedy(tmp_path, monkeypatch, capsys):
-    def forward(self, ids, targets=None, cache=None):
+    def forward(self, ids, targets=None, cache=None, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
     monkeypatch.setattr(models.GPT, "forward", forward)
     assert small.run(tmp_path, "--device-batch-size=4") == 1
@@ -284,36 +328,105 @@ def test_out_of_memory_names_a_remedy(tmp_path, monkeypatch, capsys):
 def test_an_evaluation_that_is_not_a_number_does_not_end_a_run(tmp_path, monkeypatch):
     original = models.GPT.forward
 
-    def forward(self, ids, targets=None, cache=None):
-        out = original(self, ids, targets, cache)
+    def forward(self, ids, targets=None, cache=None, **options):
+        out = original(self, ids, targets, cache, **options)
         return out if self.training or targets is None else out * float("nan")
     monkeypatch.setattr(models.GPT, "forward", forward)
     assert small.run(tmp_path) == 0
     assert [line["val/bpb"] for line in small.lines(tmp_path) if "val/bpb" in line] == [None] * 3
 
 
-def test_a_run_that_appeared_meanwhile_is_not_lost(tmp_path, finished, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", [None, "--resume", "--overwrite"])
+def test_a_run_that_appeared_meanwhile_is_not_lost(tmp_path, finished, monkeypatch, capsys, flag):
     """Another process trains here while this one reads its data: claiming the folder looks again."""
-    import shutil
     original = corpora.open_corpus
 
     def meanwhile(*args):
         shutil.copytree(finished / "run", tmp_path / "run")
         return original(*args)
     monkeypatch.setattr(corpora, "open_corpus", meanwhile)
-    assert small.run(tmp_path) == 2
+    assert small.run(tmp_path, *filter(None, [flag])) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_is_claimed_before_its_checkpoint_is_chosen(tmp_path, finished, monkeypatch, capsys):
+    """A process that is still ending would save, and remove the very checkpoint that was chosen: it has to be gone before."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "run", 12))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    ending = runlog.RunFolder(tmp_path / "run")
+    ending.claim()
+    monkeypatch.setattr(checkpoint, "steps_of", lambda path: pytest.fail("nothing is looked at yet"))
+    assert small.run(tmp_path, "--resume") == 2
+    assert "in use" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    ending.lock.close()
+    original = corpora.open_corpus
+
+    def meanwhile(*args):
+        with pytest.raises(UsageError, match="in use"):
+            runlog.RunFolder(tmp_path / "run").claim()
+        return original(*args)
+    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.losses(tmp_path) == small.losses(finished)
+
+
+def test_a_checkpoint_that_is_gone_meanwhile_costs_nothing(tmp_path, finished, monkeypatch, capsys):
+    """Whoever removed it: the later lines of metrics and the later checkpoints stay as they are."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    original = corpora.open_corpus
+
+    def meanwhile(*args):
+        (checkpoint.folder_of(tmp_path / "run", 4) / "model.safetensors").unlink()
+        return original(*args)
+    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
+    assert small.run(tmp_path, "--resume-from-step=4", "--overwrite") == 2
+    assert "step_000004 was intact when this process began, and is not any more (model.safetensors is missing)" in capsys.readouterr().err
+    assert checkpoint.steps_of(tmp_path / "run") == [4, 6, 8, 12]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_without_manifests_are_not_trained_over(tmp_path, finished, capsys):
+    """A run whose checkpoints lost their manifests does not begin again as if it had none."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        path.unlink()
+    assert small.run(tmp_path, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "step_000004, step_000006, step_000008, step_000012" in error and "manifest.json" in error and "--overwrite" in error
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_summary_does_not_stand_in_the_way(tmp_path, finished):
+    """The end of the run is made again, and writes it anew."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"status": "comp')
+    assert small.run(tmp_path, "--resume") == 0
+    assert small.summary(tmp_path)["status"] == "completed"
+    assert small.timeless(small.lines(tmp_path)) == small.timeless(small.lines(finished))
+
+
+def test_the_best_is_known_when_the_run_goes_on_from_it(tmp_path, finished, monkeypatch):
+    """Its own line of metrics is cut then: an evaluation that is worse does not take its place."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    checkpoint.mark_best(tmp_path / "run", 4)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "val/bpb": 0.001}\n')
+    assert small.run(tmp_path, "--resume-from-step=4", "--overwrite") == 0
+    assert checkpoint.best_step(tmp_path / "run") == 4
 
 
 def test_failed_evaluations_and_samples_do_not_end_a_run(tmp_path, finished, monkeypatch):
     from nanochat import engine
     original = models.GPT.forward
 
-    def forward(self, ids, targets=None, cache=None):
+    def forward(self, ids, targets=None, cache=None, **options):
         if not self.training:
             raise RuntimeError("no evaluation today")
-        return original(self, ids, targets, cache)
+        return original(self, ids, targets, cache, **options)
     monkeypatch.setattr(models.GPT, "forward", forward)
     monkeypatch.setattr(engine, "generate_text", lambda *args, **kwargs: 1 / 0)
     assert small.run(tmp_path) == 0
@@ -325,9 +438,6 @@ def test_failed_evaluations_and_samples_do_not_end_a_run(tmp_path, finished, mon
 
 
 def test_a_signal_during_evaluation(tmp_path, finished, monkeypatch):
-    import os
-    import signal
-
     from nanochat import evaluate
     original = evaluate.batches_by_length
 
