@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 kills="${1:-50}" ranks="${2:-1}" RANDOM="${3:-1}"
 folder="$(mktemp -d)"
-trap 'rm -rf "$folder"' EXIT
+trap 'code=$?; if [ "$code" = 0 ]; then rm -rf "$folder"; else echo "the runs and their log are kept: $folder" >&2; fi; exit "$code"' EXIT
 export OMP_NUM_THREADS=1
 start=(python train.py)
 [ "$ranks" -gt 1 ] && start=(torchrun --standalone --nproc_per_node="$ranks" train.py)
@@ -38,7 +38,10 @@ while [ "$done_kills" -lt "$kills" ]; do
     else
         sleep "$((RANDOM % 7)).$((RANDOM % 10))"
     fi
-    kill -0 "$pid" 2>/dev/null || break # it got to its end
+    if ! kill -0 "$pid" 2>/dev/null; then
+        wait "$pid" || { echo "training ended by itself with exit code $?, after $done_kills kills"; tail -20 "$folder/log"; exit 1; }
+        break # it got to its end
+    fi
     compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null && in_saves=$((in_saves + 1))
     kill -9 -- "-$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
@@ -49,6 +52,7 @@ while [ "$done_kills" -lt "$kills" ]; do
         echo "lost: step $before was there, now the newest is step $after"; exit 1
     fi
 done
+[ "$done_kills" -ge "$kills" ] || { echo "the run was over after $done_kills of $kills kills; give it more steps a kill"; exit 1; }
 train --model-tag=broken --resume
 grep -c "is damaged" "$folder/log" >/dev/null && { echo "a checkpoint was damaged"; exit 1; }
 python - "$folder" <<'END'

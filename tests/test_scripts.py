@@ -28,11 +28,11 @@ sys.exit(code)
 """
 
 
-def start(folder, codes, **options):
+def start(folder, codes, **variables):
     (folder / "codes.json").write_text(json.dumps(codes))
     (folder / "command.py").write_text(COMMAND)
     return subprocess.Popen(["bash", ROOT / "runs" / "restart.sh", sys.executable, "command.py", "--depth=4"], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PAUSE": "0", "ATTEMPTS": "3"}, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PAUSE": "0", "ATTEMPTS": "3"} | variables)
 
 
 @pytest.mark.parametrize("codes, code, starts", [([0], 0, 1), ([1, 75, 0], 0, 3), ([2], 2, 1), ([1, 1, 1, 0], 1, 3), ([-9, 0], 0, 2)])
@@ -55,27 +55,94 @@ def test_restart_told_to_stop(tmp_path):
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
+def test_restart_told_to_stop_in_the_pause(tmp_path):
+    """It does not start again, nor wait for the pause to end."""
+    process = start(tmp_path, [1, 0], PAUSE="1000")
+    assert "exit code 1; starting again in 1000 s" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_restart_forgives_failures_after_a_long_run(tmp_path):
+    """Here every run counts as long."""
+    process = start(tmp_path, [1, 1, 0], ATTEMPTS="1", SHORT="0")
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 0 and "giving up" not in shown
+    assert len((tmp_path / "starts").read_text().splitlines()) == 3
+
+
+# Stands for srun: writes the summary that the test names, if any, and waits to be told if that is asked for.
+SRUN = """#!/bin/bash
+echo "$@" >> srun_calls
+if [ -e new_summary.json ]; then mkdir -p out/d4; mv new_summary.json out/d4/summary.json; fi
+if [ -e wait ]; then trap 'kill $!; exit 1' TERM; sleep 1000 & echo waiting; wait; fi
+exit "$(cat code)"
+"""
+
+
+def requeue(folder, *flags, before=None, after=None, code=1, told=False, restarts=0):
+    """The finished job script, with stand-ins for Slurm's commands. before, after: summaries of an earlier job and of this one."""
+    for name in ("runs", "out/d4"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "srun_calls").write_text("")
+    (folder / "scontrol_calls").write_text("")
+    (folder / "out" / "d4" / "summary.json").unlink(missing_ok=True)
+    for path, summary in ((folder / "out" / "d4" / "summary.json", before), (folder / "new_summary.json", after)):
+        if summary:
+            path.write_text(json.dumps(summary))
+    (folder / "code").write_text(str(code))
+    if told:
+        (folder / "wait").write_text("")
+    (folder / "runs" / "setup.sh").write_text("")
+    shutil.copy(ROOT / "runs" / "requeue.slurm", folder / "runs")
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> scontrol_calls; echo node1\n')):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    if not (folder / "python").exists():
+        (folder / "python").symlink_to(sys.executable)
+    job = subprocess.Popen(["bash", "runs/requeue.slurm", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(restarts)})
+    if told:
+        assert job.stdout.readline() == "waiting\n"
+        job.send_signal(signal.SIGTERM)
+    _, shown = job.communicate(timeout=60)
+    return job.returncode, "requeue 17" in (folder / "scontrol_calls").read_text(), shown
+
+
 @pytest.mark.parametrize("status, requeued, code", [
     ("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)])
 def test_requeue(tmp_path, status, requeued, code):
-    """With stand-ins for Slurm's commands."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "out" / "d4").mkdir(parents=True)
-    (tmp_path / "out" / "d4" / "summary.json").write_text(json.dumps({"status": status}))
-    (tmp_path / "runs" / "setup.sh").write_text("")
-    shutil.copy(ROOT / "runs" / "requeue.slurm", tmp_path / "runs")
-    for name, text in (("srun", 'echo "$@" >> srun_calls; exit 1'), ("scontrol", 'echo "$@" >> scontrol_calls; echo node1')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "python").symlink_to(sys.executable)
-    done = subprocess.run(["bash", "runs/requeue.slurm", "--fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=60, env={
-        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17",
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"})
-    assert done.returncode == code, done.stderr
-    assert ("requeue 17" in (tmp_path / "scontrol_calls").read_text()) == requeued
+    assert requeue(tmp_path, "--fp8", after={"status": status, "step": 3})[:2] == (code, requeued)
     call = (tmp_path / "srun_calls").read_text()
     assert "--nnodes=2" in call and "--rdzv-endpoint=node1:29500" in call
-    assert call.endswith("train.py --depth=4 --model-tag=d4 --resume --fp8\n")
+    assert call.endswith("train.py --depth=4 --model-tag=d4 --out-dir=out --resume --fp8\n")
+
+
+@pytest.mark.parametrize("what, more, requeued, code", [
+    ("refused at once", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
+    ("complete since an earlier job", {"before": {"status": "completed", "step": 9}, "code": 0}, False, 0),
+    ("told to stop before there was a summary", {"told": True}, True, 0),
+    ("told to stop before it wrote a new one", {"before": {"status": "stopped", "step": 3}, "told": True}, True, 0),
+    ("failed before there was a summary", {}, False, 1),
+], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else None)
+def test_requeue_does_not_go_by_what_an_earlier_job_said(tmp_path, what, more, requeued, code):
+    assert requeue(tmp_path, **more)[:2] == (code, requeued)
+
+
+def test_requeue_ends_where_no_step_is_done(tmp_path):
+    """Three times in a row at most; a step done, or a new submission, and it counts from there."""
+    went_on = [requeue(tmp_path, after={"status": "stopped", "step": step}, restarts=restarts)[1]
+               for step, restarts in ((0, 0), (5, 1), (5, 2), (5, 3), (5, 4), (6, 5), (6, 0), (6, 1), (6, 2), (6, 3))]
+    assert went_on == [True, True, True, True, False, True, True, True, True, False]
+
+
+def test_requeue_has_one_way_to_name_the_folder(tmp_path):
+    for flag in ("--model-tag=x", "--out-dir"):
+        code, requeued, shown = requeue(tmp_path, flag, after={"status": "stopped", "step": 1})
+        assert (code, requeued) == (2, False) and "TAG=" in shown and "OUT=" in shown
+    assert (tmp_path / "srun_calls").read_text() == ""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.s*")), ids=lambda path: path.name)

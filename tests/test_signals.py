@@ -161,14 +161,16 @@ def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
 
 def exit_code(body):
     """Of a process that calls signals.exit_with() of a function with that body; it imports no torch."""
-    script = f"import atexit, os, signal, sys\nfrom nanochat import signals\natexit.register(os.abort)\ndef run():\n{body}\nsignals.exit_with(run)"
+    script = ("import atexit, os, signal\nfrom nanochat import signals\natexit.register(os.abort)\n"
+              f"def run():\n{body}\nsignals.exit_with(run)")
     return subprocess.run([sys.executable, "-c", script], cwd=small.ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_the_exit_code_stands_whatever_comes_after(name):
     """A signal after all is done, and a clean-up that aborts."""
-    done = exit_code(f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n    print('said')\n    return 75")
+    done = exit_code(f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n"
+                     f"    print('said')\n    return 75")
     assert (done.returncode, done.stdout) == (75, "said\n"), done.stderr
 
 
