@@ -13,10 +13,11 @@ APPS = {
     "export": "turn a run into a Hugging Face folder, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
     "tokenizer": "train, compare and inspect tokenizers",
+    "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
 MODULES = {"data": "data_app", "tokenizer": "tokenizer_app"}  # where the library has a module of the app's name
-LATER = ("evaluate", "compare", "serve", "client", "dpo", "jobs", "bench")
+LATER = ("evaluate", "compare", "serve", "client", "dpo", "jobs")
 USAGE = "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n" + "\n".join(
     f"  {name:<10} {text}" for name, text in APPS.items())
 

@@ -38,6 +38,17 @@ def visible(T, S, window, device, first_query=0, first_key=0, n_query=None, n_ke
     return (key <= query) & (key > query - window)
 
 
+def _blocks(T, S, window):
+    """(first query, last + 1, first key, last + 1) of the rectangles of scores that the blocked path computes."""
+    return [(t0, min(t0 + QUERY_BLOCK, T), max(0, S - T + t0 - window + 1), S - T + min(t0 + QUERY_BLOCK, T))
+            for t0 in range(0, T, QUERY_BLOCK)]
+
+
+def visited_keys(T, window):
+    """Scores that the blocked path computes per query, on average over a row of T tokens."""
+    return sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in _blocks(T, T, window)) / T
+
+
 def _sdpa(q, k, v, window):
     T, S = q.size(1), k.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -47,6 +58,25 @@ def _sdpa(q, k, v, window):
     return out.transpose(1, 2)
 
 
+class _Softmax(torch.autograd.Function):
+    """softmax(scale * scores) of the visible scores, in fp32. Keeps nothing but its result, in the dtype of the scores: left to
+    autograd, the scores' own softmax in fp32 and the mask would be kept too, four times the memory in bf16."""
+
+    @staticmethod
+    def forward(ctx, scores, seen, scale):
+        ctx.scale = scale
+        weights = (scores.float() * scale).masked_fill(~seen, float("-inf")).softmax(-1).to(scores.dtype)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dtype, upstream = upstream.dtype, upstream.float()
+        weights = ctx.saved_tensors[0].float()
+        mean = (weights * upstream).sum(-1, keepdim=True)
+        return (weights * (upstream - mean) * ctx.scale).to(dtype), None, None
+
+
 def _blocked(q, k, v, window):
     """Each block of queries meets only the keys that some query of it can see: time and memory grow with T x window."""
     B, T, H, D = q.shape
@@ -54,17 +84,12 @@ def _blocked(q, k, v, window):
     group = H // K
     # one matrix per (batch, key/value head); the query heads of a group are stacked along the rows
     q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+    k, v = (x.permute(0, 2, 1, 3).reshape(B * K, S, D) for x in (k, v))
     blocks = []
-    for t0 in range(0, T, QUERY_BLOCK):
-        t1 = min(t0 + QUERY_BLOCK, T)
-        s0, s1 = max(0, S - T + t0 - window + 1), S - T + t1
+    for t0, t1, s0, s1 in _blocks(T, S, window):
         rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
-        keys = k[:, :, s0:s1].reshape(B * K, s1 - s0, D)
-        values = v[:, :, s0:s1].reshape(B * K, s1 - s0, D)
-        scores = (rows @ keys.transpose(1, 2)).float().mul(D**-0.5).view(B * K, group, t1 - t0, s1 - s0)
-        seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(q.dtype)
-        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ values
+        scores = (rows @ k[:, s0:s1].transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
+        weights = _Softmax.apply(scores, visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0), D**-0.5)
+        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ v[:, s0:s1]
         blocks.append(out.view(B, K, group, t1 - t0, D))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)

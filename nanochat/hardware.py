@@ -1,5 +1,6 @@
 """The machine: device and dtype choice, deterministic set-up, compiler check, peak FLOP/s, memory. Probes only when called."""
 
+import itertools
 import os
 import platform
 import re
@@ -92,11 +93,29 @@ def compiler_missing(device_type):
     return None
 
 
-def set_compile_cache():
-    """Keep compiled kernels under the base dir, so that a second start is warm.
-
-    To be called before set_determinism(), which loads inductor, which would choose a place of its own."""
+def prepare(device_type):
+    """Set this process up for training: kernel cache, determinism, memory. To be called before the first tensor is made."""
+    # under the base dir, so that a second start is warm; before set_determinism(), which loads inductor, which would choose a place
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compile"))
+    set_determinism(device_type)
+    if device_type == "cpu":
+        keep_freed_memory()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would say when it starts and stops
+    # blocks of several kinds share one function; the limit of 8 versions would leave some of them uncompiled without a word
+    torch._dynamo.config.recompile_limit = 64
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed instead of giving it back to the system. True where that is possible (glibc).
+
+    By default each tensor of 32 MiB and more is fresh memory, whose pages the kernel must clear and map on first use, every
+    step: writing 32 MiB takes 17 ms so and 2 ms otherwise (runs/LOG.md). The process stays as large as it once was."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    import ctypes
+    mallopt = ctypes.CDLL(None).mallopt
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def synchronize(device_type):
@@ -143,6 +162,28 @@ def free_memory(device):
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def allocated_peak(function, device):
+    """Bytes of tensors that function() had at most beyond those that were there before; None where that is not known (mps)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if device.type != "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate((n for _, n in changes), initial=0))
+
+
+def compilations():
+    """Graphs that torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def peak_memory_bytes(device):

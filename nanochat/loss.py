@@ -64,38 +64,31 @@ class _PerToken(torch.autograd.Function):
 def _chunked(hidden, weight, targets, scale, softcap, compiled):
     """(nats (N,), and of sum(scale * nats) the gradients for hidden, in its dtype, and weight, fp32; None without a scale)."""
     N, V = len(targets), len(weight)
-    rows = -(-N // max(1, -(-N * V // CHUNK_LOGITS)))  # chunks of nearly equal length
+    rows = max(1, -(-N // max(1, -(-N * V // CHUNK_LOGITS))))  # chunks of nearly equal length
     matrix = weight.to(hidden.dtype)
     nats = torch.empty(N, dtype=torch.float32, device=hidden.device)
     hidden_gradient = None if scale is None else torch.empty_like(hidden)
     weight_gradient = None
-    for start in range(0, N, rows or 1):
+    for start in range(0, N, rows):
         part = slice(start, start + rows)
         logits = hidden[part] @ matrix.T
+        nats[part], log_total = _rowwise(_nats_and_log_total, compiled, softcap, logits, targets[part])
         if scale is None:
-            nats[part] = _pointwise(logits, targets[part], softcap=softcap, compiled=compiled)
             continue
-        nats[part], logits = _pointwise(logits, targets[part], scale[part], softcap=softcap, compiled=compiled)
-        torch.mm(logits, matrix, out=hidden_gradient[part])
-        product = logits.T @ hidden[part]
+        gradient = _rowwise(_gradient, compiled, softcap, logits, targets[part], scale[part], log_total)
+        torch.mm(gradient, matrix, out=hidden_gradient[part])
+        product = gradient.T @ hidden[part]
         weight_gradient = product.float() if weight_gradient is None else weight_gradient.add_(product)
     return nats, hidden_gradient, weight_gradient
 
 
-def _pointwise(logits, targets, *scale, softcap, compiled):
-    """_nats() or, with a scale, _nats_and_gradient() of a chunk; the uncompiled gradient overwrites the logits."""
-    function = _nats_and_gradient if scale else _nats
+def _rowwise(function, compiled, softcap, logits, *of_rows):
+    """function(logits, *of_rows, softcap): at once if it is compiled, which makes no copies, otherwise a few rows at a time."""
     if compiled:
-        return _compiled(function)(logits, targets, *scale, softcap)
+        return _compiled(function)(logits, *of_rows, softcap)
     rows = max(1, EAGER_LOGITS // logits.size(1))
-    nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    for start in range(0, len(targets), rows):
-        part = slice(start, start + rows)
-        if scale:
-            nats[part], logits[part] = function(logits[part], targets[part], scale[0][part], softcap)
-        else:
-            nats[part] = function(logits[part], targets[part], softcap)
-    return (nats, logits) if scale else nats
+    parts = [function(*(x[start : start + rows] for x in (logits, *of_rows)), softcap) for start in range(0, len(logits), rows)]
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 @functools.cache
@@ -103,34 +96,21 @@ def _compiled(function):
     return torch.compile(function, dynamic=False)
 
 
-def _nats(logits_RxV, targets_R, softcap):
-    """Cross-entropy of each row, fp32, 0 where the target is -1."""
-    _, total, largest, _ = _exponentials(logits_RxV, softcap)
-    return _surprise(logits_RxV, targets_R, total, largest, softcap)
+def _nats_and_log_total(logits_RxV, targets_R, softcap):
+    """Cross-entropy of each row, 0 where the target is -1, and the logarithm of its sum of exponentials; both (R,) fp32."""
+    capped, _ = _capped(logits_RxV.float(), softcap)
+    # logits that are capped need no care lest their exponentials overflow, which saves a pass
+    log_total = capped.exp().sum(dim=-1).log() if softcap is not None and softcap <= NARROW_CAP else capped.logsumexp(dim=-1)
+    of_target, _ = _capped(logits_RxV.gather(1, targets_R.clamp_min(0)[:, None]).squeeze(1).float(), softcap)
+    return (log_total - of_target) * (targets_R != -1), log_total
 
 
-def _nats_and_gradient(logits_RxV, targets_R, scale_R, softcap):
-    """_nats(), and the gradient of sum(scale * nats) for the logits, in their dtype."""
-    exponentials, total, largest, slope = _exponentials(logits_RxV, softcap)
+def _gradient(logits_RxV, targets_R, scale_R, log_total_R, softcap):
+    """Of sum(scale * nats) for the logits, in their dtype. What it needs of them is computed again: cheaper than to write it down."""
+    capped, slope = _capped(logits_RxV.float(), softcap)
     hit = torch.arange(logits_RxV.size(1), device=targets_R.device) == targets_R[:, None]
     factor = (scale_R * (targets_R != -1))[:, None]
-    gradient = (exponentials * (1 / total) - hit.float()) * (slope * factor)
-    return _surprise(logits_RxV, targets_R, total, largest, softcap), gradient.to(logits_RxV.dtype)
-
-
-def _surprise(logits, targets, total, largest, softcap):
-    """-ln of each target's share of the total, 0 where the target is -1."""
-    of_target, _ = _capped(logits.gather(1, targets.clamp_min(0)[:, None]).float(), softcap)
-    return (total.log() + largest - of_target).squeeze(1) * (targets != -1)
-
-
-def _exponentials(logits, softcap):
-    """(e^(capped - largest), its sums over the vocabulary, largest, slope of the cap), fp32."""
-    capped, slope = _capped(logits.float(), softcap)
-    # logits that are capped need no care lest their exponentials overflow, which saves a pass
-    largest = 0.0 if softcap is not None and softcap <= NARROW_CAP else capped.amax(dim=-1, keepdim=True)
-    exponentials = (capped - largest).exp()
-    return exponentials, exponentials.sum(dim=-1, keepdim=True), largest, slope
+    return (((capped - log_total_R[:, None]).exp() - hit.float()) * (slope * factor)).to(logits_RxV.dtype)
 
 
 def _capped(logits, softcap):

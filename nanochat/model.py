@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention
 from nanochat.common import round_up
@@ -170,6 +171,7 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
         self.run_mix_embedding = type(self).mix_embedding  # a plain function: a bound method would make the model hold itself
         self.compiled = False
+        self.checkpointing = False  # --activation-checkpointing
 
     def _add_parts(self, attention_backend):
         """Make the modules and parameters, uninitialised."""
@@ -311,6 +313,12 @@ class GPT(nn.Module):
             cache.advance(T, last_Bx1xC)
         return hidden_BxTxC
 
+    def _run_block(self, block, *inputs):
+        """A block's output. With activation checkpointing its inner tensors are made again in the backward pass, not kept."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def _run_blocks(self, ids_BxT, rope, cache):
         """From ids to the normalised residual stream (B, T, C), and what the cache keeps of the last token for smear."""
         raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
@@ -324,7 +332,7 @@ class GPT(nn.Module):
             table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
             value_embedding = F.embedding(ids_BxT, table) if table is not None else None
             layer_cache = cache.layers[i] if cache is not None else None
-            x = block(x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
+            x = self._run_block(block, x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
             if i == middle_block:
                 middle = x
         return norm(x - self.backout_lambda.to(x.dtype) * middle), last
@@ -438,7 +446,7 @@ class Llama(GPT):
     def _run_blocks(self, ids_BxT, rope, cache):
         x = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache.layers[i] if cache is not None else None)
+            x = self._run_block(block, x, rope, cache.layers[i] if cache is not None else None)
         return self.final_norm(x), None
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.attention import BACKENDS, attention, pick_backend
+from nanochat.attention import BACKENDS, attention, pick_backend, visited_keys
 
 FULL = 10**6  # a window larger than any S used here
 
@@ -86,6 +86,46 @@ def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
         for size in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
             error, allowed = size(ours[name] - exact[name]), size(plain[name] - exact[name])
             assert error <= 1.5 * allowed + 1e-5, f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("T", [1, 63, 65, 257, 1000])
+@pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 1, 64), (2, 2, 128), (4, 1, 128)])
+def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
+    """The blocked path at windows 1, 31 and T: outputs and all gradients, against fp64, beside plain PyTorch in the same dtype."""
+    for window in sorted({1, min(31, T), T}):
+        q, k, v, grad_out = (x.to(dtype) for x in inputs(T, T, H, K, D))
+        exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
+        plain = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, dtype)
+        ours = output_and_gradients(lambda *x: attention(*x, window, "blocked"), q, k, v, grad_out, dtype)
+        for name in exact:
+            error, allowed = ((x[name] - exact[name]).norm() for x in (ours, plain))
+            assert error <= 1.5 * allowed + 1e-7 * exact[name].norm(), f"{name}, window {window}: {error:.2e} against {allowed:.2e}"
+
+
+def test_blocked_keeps_little_for_the_backward_pass():
+    """Per score the weight in the compute dtype and nothing else; of keys and values one copy."""
+    T, H, D, kept = 1024, 2, 64, 0
+
+    def pack(tensor):
+        nonlocal kept
+        if tensor.untyped_storage().data_ptr() not in seen:
+            seen.add(tensor.untyped_storage().data_ptr())
+            kept += tensor.untyped_storage().nbytes()
+        return tensor
+
+    for window in (FULL, 64):
+        seen, kept = set(), 0
+        q, k, v, _ = (x.bfloat16().requires_grad_() for x in inputs(T, T, H, H, D))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            attention(q, k, v, window, "blocked")
+        rows = q.size(0) * T * H
+        assert kept <= 2 * rows * (visited_keys(T, window) + 3 * D) * 1.01
+
+
+def test_visited_keys():
+    assert visited_keys(1, 1) == 1 and visited_keys(300, FULL) == (256 * 256 + 44 * 300) / 300
+    assert visited_keys(1024, 64) == (256 * 256 + 3 * 256 * (256 + 63)) / 1024
 
 
 def test_blocked_work_grows_with_the_window_not_with_the_square():

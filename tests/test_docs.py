@@ -18,12 +18,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # each module may import those of lower layers and of its own, never of a higher one
 LAYERS = [
     {"common", "signals", "hardware", "ranks"},
-    {"attention", "tokenizer", "runlog", "hub", "track"},
+    {"attention", "loss", "tokenizer", "runlog", "hub", "track"},
     {"corpus"},
-    {"model", "optim", "schedules", "data"},
+    {"model", "optim", "schedules", "data", "fit"},
     {"checkpoint", "evaluate", "engine", "plan"},
-    {"start", "faults"},
-    {"sample", "report", "runs", "doctor", "export", "tokenizer_app", "data_app"},
+    {"start", "faults", "profiling"},
+    {"sample", "report", "runs", "doctor", "bench", "export", "tokenizer_app", "data_app"},
 ]
 
 

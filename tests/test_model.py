@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import hardware
 from nanochat.model import GPT, GPTConfig, build, width_for
 
 # Depth 4 with grouped heads, short windows, and no size that is a multiple of another by accident.
@@ -368,3 +369,23 @@ def test_bf16_products_keep_fp32_weights_and_gradients():
         error = (parameter.grad - reference.grad).norm() / reference.grad.norm()
         assert 0 < error < 0.08, (name, error)  # a single rounding is up to 0.4%
     assert F.cosine_similarity(model(ids).flatten(), exact(ids).flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("config", [replace(SMALL, dropout=0.2), replace(SMALL, arch="llama", window_pattern="L")], ids=["speedrun", "llama"])
+def test_activation_checkpointing_changes_memory_only(config):
+    """The same loss and gradients, bit for bit, dropout included; less is kept between the passes."""
+    device, results = torch.device("cpu"), []
+    ids = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    for checkpointing in (False, True):
+        model = perturbed(config).train()
+        model.checkpointing = checkpointing
+
+        def both():
+            torch.manual_seed(3)
+            both.loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
+            both.loss.backward()
+        peak = hardware.allocated_peak(both, device)
+        results.append((peak, both.loss.item(), [p.grad for p in model.parameters()]))
+    (plain_peak, plain_loss, plain_grads), (peak, loss, grads) = results
+    assert loss == plain_loss and all(torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True))
+    assert peak < 0.8 * plain_peak

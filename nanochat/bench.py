@@ -1,0 +1,377 @@
+"""`nanochat bench`: how long each part of training takes on this machine, and what share that is of its matrix products' peak."""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, read_json, write_json
+
+PARTS = ("step", "forward", "backward", "optimizer", "attention", "loss", "data", "decode", "start-up")
+RATES = {"matrices": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.1}}  # values do not change the speed
+ADAMW = {"lr": 1e-4, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+MATRIX_SIZES = (2048, 4096)  # of the products whose best speed is the peak
+TEXT_BYTES = 8 << 20  # of Python source, for the data path
+DECODE_ROWS, DECODE_TOKENS = (1, 8), 32
+START_UP_SECONDS = 900
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="nanochat bench", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Time the parts of training: median of several, with the fastest and the slowest.")
+    parser.add_argument("--only", default="", help=f"parts, separated by commas, of {', '.join(PARTS)}; empty: all")
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each part")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--out", default="", help="also write the JSON to this file")
+    parser.add_argument("--compare", default="", metavar="OTHER.json", help="results of an earlier run, to stand beside these")
+    group = parser.add_argument_group("as in train.py")
+    group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"])
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--attention", default="auto")
+    group.add_argument("--activation-checkpointing", action="store_true")
+    group.add_argument("--depth", type=int, default=4)
+    group.add_argument("--aspect-ratio", type=int, default=64)
+    group.add_argument("--head-dim", type=int, default=128)
+    group.add_argument("--n-kv-head", type=int, default=-1)
+    group.add_argument("--max-seq-len", type=int, default=512)
+    group.add_argument("--window-pattern", default="SSSL")
+    group.add_argument("--short-window", type=int, default=-1)
+    group.add_argument("--arch", default="speedrun", choices=["speedrun", "llama"])
+    group.add_argument("--vocab-size", type=int, default=4096)
+    group.add_argument("--device-batch-size", type=int, default=16)
+    args = parser.parse_args(argv)
+    args.tie_embeddings, args.dropout = False, 0.0
+    args.only = args.only.split(",") if args.only else list(PARTS)
+    if unknown := set(args.only) - set(PARTS):
+        raise UsageError(f"--only={','.join(sorted(unknown))}: no such part; choose of {', '.join(PARTS)}")
+    for name in ("repeats", "depth", "aspect_ratio", "head_dim", "max_seq_len", "vocab_size", "device_batch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: must be at least 1; give a positive number")
+    return args
+
+
+def main(argv):
+    """Measure, print a table or JSON. Returns 0; UsageError for flags that name no model, or an unreadable --compare."""
+    args = parse_args(argv)
+    other = read_results(args.compare) if args.compare else None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler, which counts memory, says that it is one
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    from nanochat import attention, hardware, plan
+    if args.attention not in ("auto", *attention.BACKENDS):
+        raise UsageError(f"--attention={args.attention}: unknown backend; choose auto, {' or '.join(attention.BACKENDS)}")
+    device_type = hardware.pick_device_type(args.device_type)
+    hardware.prepare(device_type)
+    device = torch.device(device_type)
+    dtype, _ = hardware.pick_dtype(args.dtype, device_type)
+    try:
+        config = plan.model_config(args, args.vocab_size)
+    except ValueError as error:
+        raise UsageError(f"these flags describe no model: {error}") from error
+    backend, _ = attention.pick_backend(args.attention, device_type)
+    no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
+    bench = Bench(args, config, device, dtype, backend, not no_compiler)
+    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    say(bench.describe())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for part in args.only:
+            for entry in getattr(bench, "part_" + part.replace("-", "_"))():
+                bench.results.append(entry)
+                say(line(entry, bench.peak, other))
+    bench.peak = max(bench.peak, bench.measure_peak())  # a machine that others use may have been slow the first time
+    results = {"settings": {k: v for k, v in vars(args).items() if k not in ("json", "out", "compare", "only")},
+               "hardware": hardware.describe(device), "dtype": str(dtype).removeprefix("torch."), "attention": backend,
+               "compiled": not no_compiler, "peak_flops": bench.peak, "flops_per_token": bench.flops_per_token,
+               "results": [summary(entry, bench.peak) for entry in bench.results]}
+    if args.out:
+        write_json(Path(args.out), results)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        say(f"peak of matrix products in {results['dtype']}: {bench.peak / 1e12:.3g} TFLOP/s, the best of n = "
+            f"{' and '.join(map(str, MATRIX_SIZES))} before and after; shares above are of what was measured before")
+    return EXIT_COMPLETED
+
+
+def read_results(path):
+    """{name: result} of an earlier run's JSON. Raises UsageError."""
+    content = read_json(Path(path), "results of nanochat bench")
+    try:
+        return {entry["name"]: entry for entry in content["results"]}
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"--compare={path}: not the JSON that nanochat bench writes; give a file from --out") from error
+
+
+def summary(entry, peak):
+    """An entry with its derived numbers, for JSON."""
+    seconds = statistics.median(entry["seconds"])
+    rate = lambda value: None if value is None else value / seconds
+    flops = rate(entry["flops"])
+    return {"name": entry["name"], "n": len(entry["seconds"]), "seconds": seconds, "fastest": min(entry["seconds"]),
+            "slowest": max(entry["seconds"]), "tokens_per_sec": rate(entry["tokens"]), "flops_per_sec": flops,
+            "share_of_peak": None if flops is None else flops / peak, "peak_memory_bytes": entry["memory"], "note": entry["note"]}
+
+
+def short_time(seconds):
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def line(entry, peak, other):
+    """An entry as a line of the table; other: {name: result} of an earlier run, or None."""
+    result = summary(entry, peak)
+    cells = [f"{result['name']:<28}", f"{short_time(result['seconds']):>8}",
+             f"({short_time(result['fastest'])} to {short_time(result['slowest'])}, n = {result['n']})".ljust(32),
+             f"{result['tokens_per_sec']:>12,.0f} tokens/s" if result["tokens_per_sec"] else " " * 21,
+             f"{result['flops_per_sec'] / 1e12:>7.3f} TFLOP/s {result['share_of_peak']:>4.0%}" if result["flops_per_sec"] else " " * 20,
+             f"{human_bytes(result['peak_memory_bytes']):>10}" if result["peak_memory_bytes"] else " " * 10, result["note"]]
+    if other is not None:
+        was = other.get(result["name"])
+        cells.append(f"{was['seconds'] / result['seconds']:.2f} times as fast as before" if was else "not measured before")
+    return "  ".join(cells).rstrip()
+
+
+class Bench:
+    """A model on a device, and a method for each part, which yields entries: name, tokens, flops (or None), seconds of each
+    repetition, memory (peak bytes above what was there before, or None), note."""
+
+    def __init__(self, args, config, device, dtype, backend, compiled):
+        import torch
+
+        from nanochat import hardware, model as models, optim
+        self.args, self.config, self.device, self.dtype, self.backend, self.compiled = args, config, device, dtype, backend, compiled
+        self.results, self.peak = [], self.measure_peak()
+        model = models.meta_model(config)
+        self.flops_per_token = model.flops_per_token()
+        self.head_flops = 6 * config.width * config.vocab_size  # of the head's three products a token
+        if not {"step", "forward", "backward", "optimizer", "decode"} & set(args.only):
+            return
+        self.model = models.build(config, device, dtype, backend, seed=1).train()
+        self.model.checkpointing = args.activation_checkpointing
+        if compiled:
+            self.model.compile_parts()
+        groups = self.model.parameter_groups()
+        self.optimizer = optim.Optimizer(groups, {name: RATES.get(name, ADAMW) for name in groups}, dtype)
+        ids = torch.randint(config.vocab_size, (args.device_batch_size, config.max_seq_len + 1),
+                            generator=torch.Generator().manual_seed(1)).to(device)
+        self.inputs, self.targets = ids[:, :-1], ids[:, 1:]
+        self.tokens = self.inputs.numel()
+        started = time.perf_counter()
+        for _ in range(2):
+            self._step()
+        hardware.synchronize(device.type)
+        self.warm_up_seconds = time.perf_counter() - started
+
+    def describe(self):
+        """What is measured, in a line or two."""
+        config, args = self.config, self.args
+        text = (f"{config.arch}, depth {config.depth}, {config.width} wide, context {config.max_seq_len}, vocabulary {config.vocab_size:,}, "
+                f"{args.device_batch_size} rows; {self.device.type}, {str(self.dtype).removeprefix('torch.')}, attention {self.backend}, "
+                f"{'compiled' if self.compiled else 'eager'}; matrix products {self.peak / 1e12:.3g} TFLOP/s")
+        return text + (f"\nfirst two steps (compilation): {human_time(self.warm_up_seconds)}" if hasattr(self, "model") else "")
+
+    def measure_peak(self):
+        """FLOP/s of the fastest matrix product."""
+        from nanochat import hardware
+        return max(hardware.matmul_flops(self.device, self.dtype, n, repeats=3) for n in MATRIX_SIZES)
+
+    def _timed(self, function, before=lambda: None):
+        """Seconds of each repetition of function(), and its peak memory. before() is not timed."""
+        from nanochat import hardware
+        seconds = []
+        for repetition in range(self.args.repeats + 1):  # the first warms up
+            before()
+            hardware.synchronize(self.device.type)
+            started = time.perf_counter()
+            function()
+            hardware.synchronize(self.device.type)
+            seconds.append(time.perf_counter() - started)
+        before()
+        return {"seconds": seconds[1:], "memory": hardware.allocated_peak(function, self.device)}
+
+    def _entry(self, name, measured, tokens=None, flops=None, note=""):
+        return {"name": name, "tokens": tokens, "flops": flops, "note": note, **measured}
+
+    def _loss(self):
+        return self.model(self.inputs, self.targets, reduction="mean")
+
+    def _step(self):
+        self.optimizer.zero_grad()
+        self._loss().backward()
+        self._update()
+
+    def _update(self):
+        self.optimizer.reduce()
+        self.optimizer.step(1.0, 0.95)
+
+    def part_step(self):
+        yield self._entry("step", self._timed(self._step), self.tokens, self.flops_per_token * self.tokens)
+
+    def part_forward(self):
+        flops = (self.flops_per_token + 2 * self.head_flops) / 3  # the gradients of the head's products are made here
+        yield self._entry("forward", self._timed(self._loss), self.tokens, flops * self.tokens, "with the head's gradients")
+
+    def part_backward(self):
+        kept = []
+
+        def before():
+            kept[:] = [self._loss()]
+            self.optimizer.zero_grad()
+        yield self._entry("backward", self._timed(lambda: kept.pop().backward(), before), self.tokens,
+                          2 / 3 * (self.flops_per_token - self.head_flops) * self.tokens)
+
+    def part_optimizer(self):
+        self.optimizer.zero_grad()
+        self._loss().backward()
+        gradients = [p.grad for p in self.optimizer.parameters]
+
+        def before():
+            for parameter, gradient in zip(self.optimizer.parameters, gradients, strict=True):
+                parameter.grad = gradient
+        yield self._entry("optimizer", self._timed(self._update, before), flops=self._muon_flops())
+
+    def _muon_flops(self):
+        """Of the products of orthogonalisation: three in each of its iterations."""
+        from nanochat.optim import POLAR_EXPRESS
+        shapes = [sorted(p.shape) for p in self.model.parameter_groups()["matrices"].values()]
+        return len(POLAR_EXPRESS) * sum(2 * small * small * (2 * large + small) for small, large in shapes)
+
+    def part_attention(self):
+        import torch
+
+        from nanochat.attention import BACKENDS, attention
+        config, rows, T = self.config, self.args.device_batch_size, self.config.max_seq_len
+
+        def randn(heads):
+            shape = rows, T, heads, config.head_dim
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype).requires_grad_()
+        generator = torch.Generator().manual_seed(2)
+        q, k, v, upstream = (randn(heads) for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head))
+        for window in sorted({min(window, T) for window in config.windows()}):
+            for backend in BACKENDS:
+                function = torch.compile(attention, dynamic=False) if self.compiled else attention
+
+                def both():
+                    function(q, k, v, window, backend).backward(upstream)
+                yield self._entry(f"attention {backend}, window {window}", self._timed(both), rows * T,
+                                  12 * config.n_head * config.head_dim * window * rows * T, "forward and backward")
+
+    def part_loss(self):
+        import torch
+        import torch.nn.functional as F
+
+        from nanochat.loss import linear_cross_entropy
+        V, C, N = self.config.vocab_size, self.config.width, self.args.device_batch_size * self.config.max_seq_len
+        generator = torch.Generator().manual_seed(3)
+        hidden = torch.randn(N, C, generator=generator).to(self.device, self.dtype).requires_grad_()
+        weight = (torch.randn(V, C, generator=generator) * C**-0.5).to(self.device).requires_grad_()
+        targets = torch.randint(V, (N,), generator=generator).to(self.device)
+
+        def plain():
+            logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+            F.cross_entropy(15 * torch.tanh(logits / 15), targets).backward()
+
+        def ours():
+            linear_cross_entropy(hidden, weight, targets, 15.0, compiled=self.compiled).backward()
+
+        def before():
+            hidden.grad = weight.grad = None
+        gradients = hidden.nbytes + weight.nbytes
+        for name, function in (("loss", ours), ("loss, plain PyTorch", plain)):
+            measured = self._timed(function, before)
+            if measured["memory"] is not None:
+                measured["memory"] -= gradients
+            yield self._entry(name, measured, N, self.head_flops * N, "forward and backward; memory beyond the gradients")
+        before()
+
+    def part_data(self):
+        from nanochat import corpus as corpora, data
+        T, rows = self.config.max_seq_len, self.args.device_batch_size
+        with throw_away_base_dir() as folder:
+            corpus = corpora.open_corpus(str(python_text(folder)))
+            tokenizer = data.fit_tokenizer(corpus, "bpe", max(self.config.vocab_size, 300))
+            seconds = []
+            for _ in range(self.args.repeats):
+                cache = data.TokenCache(tokenizer, os.cpu_count())
+                started = time.perf_counter()
+                tokens = cache.length(corpus.train[0])
+                seconds.append(time.perf_counter() - started)
+                cache.path(corpus.train[0]).unlink()
+            yield self._entry("tokenize", {"seconds": seconds, "memory": None}, tokens, note="and write to the cache")
+            reader, numbers = data.Rows(corpus, data.TokenCache(tokenizer, os.cpu_count()), T, 1), iter(range(10**9))
+            yield self._entry("rows", {**self._timed(lambda: reader.batch(next(numbers), rows, 0, rows, 0, 1)), "memory": None}, rows * T)
+
+    def part_decode(self):
+        from nanochat import engine
+        for rows in DECODE_ROWS:
+            prompt = self.inputs[0, : self.config.max_seq_len // 2].tolist()
+
+            def run():
+                for _ in engine.generate_ids(self.model, prompt, DECODE_TOKENS, num_samples=rows):
+                    pass
+            self.model.eval()
+            yield self._entry(f"decode, {rows} samples", self._timed(run), rows * DECODE_TOKENS, note=f"after {len(prompt)} of a prompt")
+            self.model.train()
+
+    def part_start_up(self):
+        """`train.py --help`, and one training step from nothing, with an empty and then with a filled cache of kernels."""
+        args = self.args
+        flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in (
+            "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "arch", "vocab_size", "device_batch_size", "dtype", "attention")]
+        flags += [] if args.arch == "llama" else [f"--window-pattern={args.window_pattern}", f"--short-window={args.short_window}"]
+        flags += ["--activation-checkpointing"] * args.activation_checkpointing + ["--no-compile"] * (not args.compile)
+        flags += [f"--total-batch-size={args.device_batch_size * args.max_seq_len}", f"--device-type={self.device.type}"]
+        flags += ["--num-iterations=1", "--eval-every=-1", "--sample-every=-1", "--no-save", "--overwrite"]
+        with throw_away_base_dir() as folder:
+            text = python_text(folder)
+            help_seconds = [self._process(["--help"], folder) for _ in range(3)]
+            yield self._entry("start-up, --help", {"seconds": help_seconds, "memory": None})
+            for name, n in (("start-up, first step, cold", 1), ("start-up, first step, warm", 2)):
+                seconds = [self._process([f"--data={text}", f"--out-dir={folder}", *flags], folder) for _ in range(n)]
+                yield self._entry(name, {"seconds": seconds, "memory": None}, note="from the command to the end of step 1")
+
+    def _process(self, flags, folder):
+        """Seconds that train.py takes with these flags. Raises UsageError with its last line if it fails."""
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
+        started = time.perf_counter()
+        process = subprocess.run([sys.executable, "-m", "train", *flags], env=environment, capture_output=True, text=True,
+                                 timeout=START_UP_SECONDS)
+        if process.returncode:
+            raise UsageError(f"start-up: train.py ended with exit code {process.returncode}: "
+                             f"{(process.stderr.strip().splitlines() or ['no message'])[-1]}; leave it out with --only")
+        return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def throw_away_base_dir():
+    """A temporary folder that is the base folder meanwhile."""
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as folder:
+        os.environ["NANOCHAT_BASE_DIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            gc.collect()  # memory maps of token files
+            os.environ.pop("NANOCHAT_BASE_DIR")
+            os.environ.update({"NANOCHAT_BASE_DIR": before} if before is not None else {})
+
+
+def python_text(folder):
+    """A file with about TEXT_BYTES of the Python standard library's source, one document a file."""
+    texts, size = [], 0
+    for path in sorted(Path(os.__file__).parent.glob("*.py")) + sorted(Path(os.__file__).parent.glob("*/*.py")):
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(texts[-1])
+        if size >= TEXT_BYTES:
+            break
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    return folder / "text.txt"

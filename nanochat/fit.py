@@ -1,0 +1,147 @@
+"""What fits: the memory of a training step, estimated and measured, and the number of rows that a device takes at once."""
+
+import json
+import math
+
+import torch
+
+from nanochat import hardware, ranks
+from nanochat.attention import QUERY_BLOCK, visited_keys
+from nanochat.common import UsageError, base_dir, human_bytes, read_json, sha256_hex, write_json
+from nanochat.loss import CHUNK_LOGITS
+
+# Share of the free memory that may be planned with: a GPU has no other users.
+MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.8}
+# What a block keeps for its backward pass, per token: elements in the compute dtype per channel of the stream and of the keys,
+# measured at depths 4 to 8 with contexts of 256 to 1,024 (runs/LOG.md). Keyed by (architecture, compiled).
+KEPT_ELEMENTS = {("speedrun", True): (16.0, 3.5), ("speedrun", False): (20.0, 4.5),
+                 ("llama", True): (13.5, 3.5), ("llama", False): (21.0, 4.5)}
+GRADIENT_ELEMENTS = 9.0  # of a block's backward pass, per channel
+UPDATE_BYTES = 9.65  # of the update's copies, per parameter of the matrices
+# On a CPU: what the process holds besides tensors (torch, the compiler, the data), and how much more than the tensors' own bytes
+# the C library's heap grows to, which cannot hand out again all that was freed. Measured with glibc 2.36.
+PROCESS_BYTES, HEAP_FACTOR = 460e6, 1.6
+
+
+def step_memory_bytes(config, parameters, rows, element_bytes, backend, optimizer="muon", compiled=True, checkpointing=False):
+    """Peak bytes of tensors in a training step: weights, gradients, optimizer state, activations, the loss, copies.
+
+    parameters: as of GPT.count_parameters(). rows: taken at once. element_bytes: of the compute dtype. Tested against what is
+    measured, to 20%, in tests/test_fit.py."""
+    n, n_matrices = parameters["total"], parameters["matrices"]
+    C, KD, T, V, e = config.width, config.n_kv_head * config.head_dim, config.max_seq_len, config.vocab_size, element_bytes
+    tokens = rows * T
+    of_stream, of_keys = KEPT_ELEMENTS[config.arch, compiled]
+    scores = e * config.n_head if backend == "blocked" else 0  # a weight per score that is computed
+    layers = [tokens * (e * (of_stream * C + of_keys * KD) + scores * visited_keys(T, window)) for window in config.windows()]
+    if checkpointing:
+        tables = sum(config.has_value_embedding(layer) for layer in range(config.depth))
+        kept = tokens * ((config.depth + 5) * e * C + 4 * tables * KD)
+    else:
+        kept = sum(layers) + (e * n_matrices if e < 4 else 0)  # the matrices in the compute dtype
+    # uncompiled, the softmax of a block of queries makes copies in fp32
+    widest = max(min(window, T) for window in config.windows())
+    copies = 0 if compiled or not scores else 16 * rows * config.n_head * min(T, QUERY_BLOCK) * min(T, widest + QUERY_BLOCK)
+    head = 4 * V * C + tokens * e * C  # the gradients of the head and of the hidden states
+    chunk = min(tokens * V, CHUNK_LOGITS)
+    loss = kept + head + 2 * e * chunk + 2 * e * V * C
+    backward_begins = kept + head + (max(layers) if checkpointing else 0) + tokens * e * GRADIENT_ELEMENTS * C + copies
+    backward_ends = 4 * n + max(layers) + copies
+    update = 4 * n + UPDATE_BYTES * n_matrices
+    return round(state_bytes(parameters, optimizer) + max(loss, backward_begins, backward_ends, update))
+
+
+def state_bytes(parameters, optimizer):
+    """Bytes of weights and optimizer state, all fp32: two moments for AdamW's parameters, one for Muon's. Also those of a checkpoint."""
+    return 12 * parameters["total"] - 4 * (parameters["matrices"] if optimizer == "muon" else 0)
+
+
+def candidates(rows):
+    """Numbers of rows that a device may take at once to get through `rows`: powers of two that divide them, and all of them."""
+    return sorted({2**i for i in range(rows.bit_length()) if rows % 2**i == 0} | {rows})
+
+
+def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
+    """The estimate for these flags as a function of the rows that a device takes at once: peak bytes, on a CPU of the whole process,
+    which also holds the copy of the state from which checkpoints are written."""
+    def memory(rows):
+        tensors = step_memory_bytes(config, parameters, rows, dtype.itemsize, backend, args.optimizer, compiled,
+                                    args.activation_checkpointing)
+        copy = 0 if args.no_save else state_bytes(parameters, args.optimizer)
+        return round(PROCESS_BYTES + HEAP_FACTOR * tensors + copy) if device_type == "cpu" else tensors
+    return memory
+
+
+def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
+    """Rows a device takes at once: as given, else the largest of candidates() that is estimated to fit.
+
+    memory: of memory_of(). Raises UsageError if the given one does not divide the batch, or if not even one row fits."""
+    rows = plan.rows_per_step // world_size
+    if plan.rows_per_step % world_size:
+        raise UsageError(f"the batch of {plan.rows_per_step} rows cannot be dealt out to {world_size} ranks evenly; start with "
+                         f"{' or '.join(str(n) for n in range(1, plan.rows_per_step + 1) if plan.rows_per_step % n == 0)} ranks")
+    given = args.device_batch_size
+    if given != -1:
+        if rows % given:
+            raise UsageError(f"--device-batch-size={given}: does not divide the {rows} rows that each of {world_size} ranks takes a "
+                             f"step; use a divisor of {rows}")
+        if memory(given) > 2 * free_bytes:  # the estimate may be off, but not by that much
+            raise UsageError(f"--device-batch-size={given}: estimated to need {human_bytes(memory(given))}, and "
+                             f"{human_bytes(free_bytes)} are free; leave the flag out to take what fits")
+        return given
+    share = MEMORY_SHARE[device_type]
+    fitting = [n for n in candidates(rows) if memory(n) <= share * free_bytes]
+    if not fitting:
+        raise UsageError(f"--max-seq-len={args.max_seq_len}: one row is estimated to need {human_bytes(memory(1))}, and of the "
+                         f"{human_bytes(free_bytes)} free {share:.0%} may be planned with; lower --max-seq-len or --depth, add "
+                         f"--activation-checkpointing, or give --device-batch-size=1 to try it all the same")
+    return fitting[-1]
+
+
+def settle(trial, first, rows, n_parameters, device, processes, key, report):
+    """The number of rows that a device takes at once, found by trying: the largest of candidates(rows) that fits.
+
+    trial(n): a forward and backward pass of n rows, as in training, that leaves no gradients. It has been made, and so is
+    compiled, for the number that is returned. first: the number to begin with. processes: that share the memory of the device.
+    What a row needs is measured, and kept under the base dir by `key` (JSON), so that it is not measured again. Every rank must
+    call it, and gets the same number. Raises what trial raises if not even one row fits."""
+    gradient_bytes, budget_bytes = 4 * n_parameters, MEMORY_SHARE[device.type] * hardware.free_memory(device) / processes
+    path = base_dir() / "fit" / f"{sha256_hex(json.dumps(key, sort_keys=True))[:32]}.json"
+    remembered = ranks.from_rank0_or_raise(lambda: read_json(path, "measured memory")["bytes_per_row"] if path.exists() else None)
+
+    def largest(bytes_per_row):
+        return max((n for n in candidates(rows) if n < too_many and gradient_bytes + n * bytes_per_row <= budget_bytes), default=1)
+
+    too_many, tried = math.inf, set()
+    n = first if remembered is None else largest(remembered)
+    while True:
+        error = peak = None
+        try:
+            trial(n)
+            if remembered is None:
+                peak = hardware.allocated_peak(lambda: trial(n), device)
+        except (RuntimeError, MemoryError) as raised:
+            if not hardware.is_out_of_memory(raised):
+                raise
+            error = raised.with_traceback(None)  # its frames hold the tensors that did not fit
+        failed, peaks = zip(*ranks.from_all((error is not None, peak)))
+        if any(failed):
+            if n == 1:
+                raise error or torch.OutOfMemoryError("another rank has too little memory for one row")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            too_many, remembered, n = n, None, max(c for c in candidates(rows) if c < n)
+            report(f"{too_many} rows at once do not fit into memory; trying {n}")
+            continue
+        if None in peaks:  # remembered, or not measurable
+            return n
+        tried.add(n)
+        bytes_per_row = max(0.0, (max(peaks) - gradient_bytes) / n) * (HEAP_FACTOR if device.type == "cpu" else 1)
+        better = largest(bytes_per_row)
+        if better in tried:
+            if ranks.rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"bytes_per_row": bytes_per_row, "of": key})
+            return better
+        report(f"a row needs {human_bytes(bytes_per_row)}: {better} rows at once instead of {n}")
+        n = better

@@ -1,0 +1,86 @@
+"""`nanochat bench`: every part is measured, figures follow from one another, wrong requests are refused. Speed itself is not tested."""
+
+import json
+
+import pytest
+import torch
+
+from nanochat import bench
+from nanochat.__main__ import main
+from nanochat.model import meta_model
+
+TINY = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--vocab-size=300", "--device-batch-size=2",
+        "--no-compile", "--repeats=2"]
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(bench, "MATRIX_SIZES", (64,))
+    monkeypatch.setattr(bench, "TEXT_BYTES", 100_000)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """JSON of every part."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "MATRIX_SIZES", (64,))
+        patch.setattr(bench, "TEXT_BYTES", 100_000)
+        assert main(["bench", *TINY, f"--out={path}"]) == 0
+    return path
+
+
+def test_every_part_is_there_and_its_figures_fit_together(results):
+    content = json.loads(results.read_text())
+    table = {entry["name"]: entry for entry in content["results"]}
+    assert {"step", "forward", "backward", "optimizer", "attention blocked, window 32", "attention sdpa, window 64", "loss",
+            "loss, plain PyTorch", "tokenize", "rows", "decode, 1 samples", "decode, 8 samples", "start-up, --help",
+            "start-up, first step, cold", "start-up, first step, warm"} <= set(table)
+    for entry in table.values():
+        assert 0 < entry["fastest"] <= entry["seconds"] <= entry["slowest"] and entry["n"] >= 1
+        if entry["flops_per_sec"]:
+            assert entry["share_of_peak"] == pytest.approx(entry["flops_per_sec"] / content["peak_flops"])
+    step = table["step"]
+    assert step["tokens_per_sec"] == pytest.approx(2 * 64 / step["seconds"])
+    assert step["flops_per_sec"] == pytest.approx(2 * 64 * content["flops_per_token"] / step["seconds"])
+    flops = sum(table[name]["flops_per_sec"] * table[name]["seconds"] for name in ("forward", "backward"))
+    assert flops == pytest.approx(2 * 64 * content["flops_per_token"])
+    assert step["peak_memory_bytes"] >= table["forward"]["peak_memory_bytes"] > 0
+    assert content["settings"]["depth"] == 2 and content["hardware"]["torch"] == torch.__version__
+
+
+def test_flops_of_orthogonalisation():
+    """Five iterations of three products: X X^T, its square, and the square times X."""
+    args = bench.parse_args([*TINY, "--only=optimizer"])
+    from nanochat import plan
+    measured = bench.Bench(args, plan.model_config(args, 300), torch.device("cpu"), torch.float32, "blocked", False)
+    C, by_hand = 32, 0
+    for rows, columns in 2 * [(C, C)] * 4 + 2 * [(C, 4 * C)] * 2:  # query, key, value, out; up and down, of two blocks
+        by_hand += 5 * 2 * (rows * columns * rows + rows**3 + rows * rows * columns)
+    assert measured._muon_flops() == by_hand
+    assert meta_model(measured.config).flops_per_token() == measured.flops_per_token
+
+
+def test_compared_with_an_earlier_run(results, capsys):
+    assert main(["bench", *TINY, "--only=loss,step", f"--compare={results}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("times as fast as before") == 3 and "peak of matrix products in" in shown
+
+
+def test_json_alone_on_standard_output(capsys):
+    assert main(["bench", *TINY, "--only=forward", "--json", "--arch=llama", "--window-pattern=L", "--activation-checkpointing"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)["results"]] == ["forward"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--only=step,speed"], "--only=speed: no such part; choose of step, forward"),
+    (["--repeats=0"], "--repeats=0: must be at least 1"),
+    (["--depth=2", "--aspect-ratio=16", "--head-dim=15"], "describe no model"),
+    (["--compare=nowhere.json"], "nowhere.json"),
+    (["--compare=README.md"], "README.md"),
+    (["--attention=fast"], "--attention=fast"),
+])
+def test_refused(flags, message, capsys):
+    assert main(["bench", *flags]) == 2
+    assert message in capsys.readouterr().err
