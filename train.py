@@ -163,10 +163,7 @@ def main(args, stop):
             print0(over)
             ranks.close()
             return EXIT_COMPLETED
-        if world_size != config["runtime"]["world_size"]:
-            changed.append(f"{world_size} ranks (was {config['runtime']['world_size']})")
-        elif args.device_batch_size == -1:  # what fits may differ from day to day, and with it the last bit
-            args.device_batch_size = config["runtime"]["device_batch_size"]
+        changed += start.fit_to_machine(args, config, world_size)
     elif args.resume:
         print0(f"{folder.path} holds no run yet: starting a new one")
     start_step = start_step or 0
@@ -548,16 +545,15 @@ def main(args, stop):
 
     if main_rank:
         trackers.finish(summary, code)
-        steps, best = checkpoint.steps_of(folder.path), checkpoint.best_step(folder.path)
-        saved = f"checkpoint at step {steps[-1]}" if steps else "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
-        saved += f" (the best by validation: {best})" if best not in (None, *steps[-1:]) else ""
+        newest = checkpoint.newest_in_words(folder.path)
+        saved = newest or "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
         if completed:
             bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
             print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
                    f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
         else:
             print0(f"stopped at step {step}: {failure.rstrip('.') or 'as asked'}; {saved}"
-                   + (f"; add --resume to go on: {folder.path}" if steps else ""))
+                   + (f"; add --resume to go on: {folder.path}" if newest else ""))
     ranks.close()
     return code
 
@@ -566,14 +562,7 @@ def run(argv=None):
     """parse_args() and main() with errors as messages and exit codes."""
     stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
-        try:
-            return main(parse_args(argv), stop)
-        except Exception as error:
-            if stop.requested:
-                from nanochat.ranks import is_lost_exchange
-                if is_lost_exchange(error):  # during the set-up: the other ranks were told to stop as well
-                    raise signals.Stopped from None
-            raise
+        return main(parse_args(argv), stop)
     except UsageError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -585,6 +574,12 @@ def run(argv=None):
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
+        return EXIT_STOPPED
+    except RuntimeError as error:
+        from nanochat.ranks import is_lost_exchange
+        if not (stop.requested and is_lost_exchange(error)):
+            raise
+        print("train.py: stopped, as asked, during the set-up: the other ranks were told as well", file=sys.stderr)
         return EXIT_STOPPED
     finally:
         stop.restore()

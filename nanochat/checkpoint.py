@@ -46,6 +46,14 @@ def steps_of(run_path):
     return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{6,}", name))
 
 
+def newest_in_words(run_path):
+    """Where a run can go on from, for its last line; "" if nowhere."""
+    steps, best = steps_of(run_path), best_step(run_path)
+    if not steps:
+        return ""
+    return f"checkpoint at step {steps[-1]}" + (f" (the best by validation: {best})" if best not in (None, steps[-1]) else "")
+
+
 def kind_of(run_path, step):
     """Why the checkpoint was saved (one of KINDS), or None if its manifest is damaged, of a newer format or gone."""
     try:
@@ -173,6 +181,8 @@ class Saver:
     def save(self, step, kind, model, optimizer_state, loop_state, hold=False):
         """Copy the state and hand it to the thread; hold: only at release(). Waits for a save that is still under way."""
         self.wait()
+        if self.held and hold and KINDS.index(kind) <= KINDS.index(self.last[1]):  # of the same weights, and for a better reason
+            return
         if self.can_retry() and self.last[1] != "rolling":  # the last moment: its copy goes
             self._save_last()
         tensors = _tensors(model, optimizer_state)
@@ -451,9 +461,19 @@ def load_run(run, step=None, device_type="", dtype="auto"):
 
     dtype: as --dtype of train.py, but auto means float32 on CPUs, where single tokens are decoded. UsageError for a
     folder that is no run, a missing or damaged checkpoint, or a tokenizer that is not the model's."""
+    run, chosen = Path(run), step_of(run, step)
+    try:
+        return _load(run, chosen, device_type, dtype)
+    except UsageError:
+        if step is not None or folder_of(run, chosen).exists():
+            raise
+    return load_run(run, None, device_type, dtype)  # a training process removed it meanwhile: there is a newer one
+
+
+def _load(run, step, device_type, dtype):
+    """load_run() of a step that is there."""
     from nanochat import hardware, model as models
     from nanochat.attention import pick_backend
-    run, step = Path(run), step_of(run, step)
     device = torch.device(hardware.pick_device_type(device_type))
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"

@@ -81,6 +81,27 @@ def merge_with_run(args, config):
     return merged, changed, horizon_changed
 
 
+def fit_to_machine(args, config, world_size):
+    """Settle the device batch of a run that is resumed. Returns words on what changed with the ranks and with that.
+
+    On as many ranks it stays as it was: what fits may differ from day to day, and with it the last bit. On another number, what was
+    given at the first start may not divide the rows of a rank: the largest that does takes its place."""
+    was, words = config["runtime"], []
+    if world_size != was["world_size"]:
+        words.append(f"{world_size} ranks (was {was['world_size']})")
+    rows = config["plan"]["rows_per_step"] // world_size
+    if not words and args.device_batch_size == -1:
+        args.device_batch_size = was["device_batch_size"]
+    elif words and args.device_batch_size != -1 and "device_batch_size" not in args.given and rows:
+        fits = max(n for n in range(1, min(rows, args.device_batch_size) + 1) if rows % n == 0)
+        if fits != args.device_batch_size:
+            words.append(f"--device-batch-size={fits} (was {args.device_batch_size})")
+        args.device_batch_size = fits
+    if args.dropout and (words or args.device_batch_size != was["device_batch_size"]):
+        words.append("dropout is drawn by rank and micro-batch, so that losses will differ as those of two seeds do")
+    return words
+
+
 def default_tag(args):
     """The run folder's name where --model-tag names none: by the depth, which --init-from takes over from its source."""
     if args.init_from and "depth" not in args.given:

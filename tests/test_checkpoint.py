@@ -347,13 +347,14 @@ def test_a_failed_save_has_a_last_chance_before_the_next(tmp_path, monkeypatch, 
 def test_a_held_state_is_written_when_it_proved_good(tmp_path):
     saver = checkpoint.Saver(tmp_path, -1, print, records(tmp_path))
     saver.save(1, "before_warmdown", small_model(), {}, {"tokenizer": "x"}, hold=True)
+    saver.save(2, "permanent", small_model(), {}, {"tokenizer": "x"}, hold=True)  # that step was skipped too
     saver.retry()
     saver.wait()
     assert checkpoint.steps_of(tmp_path) == []
     saver.release()
     saver.release()
     saver.wait()
-    assert checkpoint.kind_of(tmp_path, 1) == "before_warmdown"
+    assert checkpoint.steps_of(tmp_path) == [1] and checkpoint.kind_of(tmp_path, 1) == "before_warmdown"
     saver.save(2, "permanent", small_model(), {}, {"tokenizer": "x"}, hold=True)
     assert saver.finish() == "" and checkpoint.steps_of(tmp_path) == [1], "never proved"
     saver.close()

@@ -101,9 +101,10 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
         (folder / name).chmod(0o755)
     if not (folder / "python").exists():
         (folder / "python").symlink_to(sys.executable)
-    job = subprocess.Popen(["bash", "runs/requeue.slurm", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-        **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(restarts)})
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]",
+                 "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(restarts)}
+    job = subprocess.Popen(["bash", "runs/requeue.slurm", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=os.environ | variables)
     if told:
         assert job.stdout.readline() == "waiting\n"
         job.send_signal(signal.SIGTERM)

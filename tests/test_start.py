@@ -8,7 +8,7 @@ import small
 import torch
 import train
 
-from nanochat import checkpoint, evaluate, schedules
+from nanochat import checkpoint, evaluate, schedules, start
 from nanochat.plan import Plan
 
 
@@ -88,6 +88,24 @@ def test_learning_rates_before_a_time_budget_was_measured_out(flags):
     assert [resumed.lr_multiplier(step, args) for step in range(10)] == before
     assert [resumed.lr_multiplier(step, args) for step in range(10, 40)] == [
         schedules.lr_multiplier(step, 40, plan.warmup_steps, plan.warmdown_steps, 0.0, args.lr_schedule) for step in range(10, 40)]
+
+
+@pytest.mark.parametrize("begun, ranks, flags, device_batch, words", [
+    ((-1, 4), 1, [], 4, []), ((8, 8), 1, [], 8, []), ((-1, 4), 2, [], -1, ["2 ranks (was 1)"]),
+    ((8, 8), 2, [], 4, ["2 ranks (was 1)", "--device-batch-size=4 (was 8)"]), ((2, 2), 2, [], 2, ["2 ranks (was 1)"]),
+    ((3, 3), 2, [], 2, ["2 ranks (was 1)", "--device-batch-size=2 (was 3)"]),
+    ((8, 8), 2, ["--device-batch-size=8"], 8, ["2 ranks (was 1)"]),
+])
+def test_the_device_batch_on_another_number_of_ranks(begun, ranks, flags, device_batch, words):
+    """8 rows a step. begun: the flag at the first start, and what it was then. What is given now is not touched."""
+    config = {"args": {"device_batch_size": begun[0]}, "runtime": {"world_size": 1, "device_batch_size": begun[1]},
+              "plan": {"rows_per_step": 8}}
+    args, _, _ = start.merge_with_run(train.parse_args(["--resume", *flags]), config)
+    assert start.fit_to_machine(args, config, ranks) == words
+    assert args.device_batch_size == device_batch
+    args.dropout, args.device_batch_size, args.given = 0.1, begun[0], set(args.given)
+    said = start.fit_to_machine(args, config, ranks)
+    assert any("dropout is drawn by rank" in word for word in said) == bool(words), "that is said when it matters"
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -63,6 +63,23 @@ def test_loading_the_folder_needs_nothing_else(finished, tmp_path):
     assert text == nanochat.generate(model, tokenizer, "3 squared", max_new_tokens=5, temperature=0) != ""
 
 
+def test_loading_beside_training(finished, tmp_path, monkeypatch):
+    """The checkpoint that was chosen is removed before it is read: the one that took its place is loaded."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    newest = checkpoint.folder_of(tmp_path / "run", 12)
+    newest.rename(tmp_path / "later")
+    original = checkpoint.read_state
+
+    def meanwhile(run, step):
+        if step == 8:
+            (tmp_path / "later").rename(newest)
+            shutil.rmtree(checkpoint.folder_of(run, 8))
+        return original(run, step)
+    monkeypatch.setattr(checkpoint, "read_state", meanwhile)
+    model, _ = checkpoint.load_run(tmp_path / "run")
+    assert torch.equal(model.head.weight, small.weights(finished, 12)["head.weight"])
+
+
 def test_order_of_a_step(tmp_path, monkeypatch):
     """Zero grad, batch, forward, loss, backward, clip, set lr and step, count: the contract users read about."""
     from nanochat import data, schedules
@@ -548,7 +565,7 @@ def test_a_time_budget_on_two_ranks(tmp_path):
 
 
 def test_two_ranks_continue_what_one_began(tmp_path, finished):
-    assert small.run_killed(tmp_path, 7) == -9
+    assert small.run_killed(tmp_path, 7, "--device-batch-size=8") == -9  # more than each of them has: nobody gives it now
     resumed = small.run_torchrun(tmp_path, 2, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert small.losses(tmp_path) == pytest.approx(small.losses(finished), abs=1e-4)
