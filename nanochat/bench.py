@@ -174,8 +174,9 @@ class Bench:
     def describe(self):
         """What is measured, in a line or two."""
         config, args = self.config, self.args
-        text = (f"{config.arch}, depth {config.depth}, {config.width} wide, context {config.max_seq_len}, vocabulary {config.vocab_size:,}, "
-                f"{args.device_batch_size} rows; {self.device.type}, {str(self.dtype).removeprefix('torch.')}, attention {self.backend}, "
+        text = (f"{config.arch}, depth {config.depth}, {config.width} wide, context {config.max_seq_len}, vocabulary "
+                f"{config.vocab_size:,}, {args.device_batch_size} rows; {self.device.type}, {str(self.dtype).removeprefix('torch.')}, "
+                f"attention {self.backend}, "
                 f"{'compiled' if self.compiled else 'eager'}; matrix products {self.peak / 1e12:.3g} TFLOP/s")
         return text + (f"\nfirst two steps (compilation): {human_time(self.warm_up_seconds)}" if hasattr(self, "model") else "")
 
@@ -326,7 +327,8 @@ class Bench:
         """`train.py --help`, and one training step from nothing, with an empty and then with a filled cache of kernels."""
         args = self.args
         flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in (
-            "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "arch", "vocab_size", "device_batch_size", "dtype", "attention")]
+            "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "arch", "vocab_size", "device_batch_size", "dtype",
+            "attention")]
         flags += [] if args.arch == "llama" else [f"--window-pattern={args.window_pattern}", f"--short-window={args.short_window}"]
         flags += ["--activation-checkpointing"] * args.activation_checkpointing + ["--no-compile"] * (not args.compile)
         flags += [f"--total-batch-size={args.device_batch_size * args.max_seq_len}", f"--device-type={self.device.type}"]

@@ -72,6 +72,11 @@ def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
     return memory
 
 
+def free_memory(device):
+    """Bytes that this process may count on: ranks on a CPU share its memory."""
+    return hardware.free_memory(device) / (ranks.world_size() if device.type == "cpu" else 1)
+
+
 def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
     """Rows a device takes at once: as given, else the largest of candidates() that is estimated to fit.
 
@@ -98,14 +103,15 @@ def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
     return fitting[-1]
 
 
-def settle(trial, first, rows, n_parameters, device, processes, key, report):
-    """The number of rows that a device takes at once, found by trying: the largest of candidates(rows) that fits.
+def settle(trial, first, plan, key, device, report):
+    """The number of rows that a device takes at once, found by trying: the largest of candidates() that fits.
 
     trial(n): a forward and backward pass of n rows, as in training, that leaves no gradients. It has been made, and so is
-    compiled, for the number that is returned. first: the number to begin with. processes: that share the memory of the device.
-    What a row needs is measured, and kept under the base dir by `key` (JSON), so that it is not measured again. Every rank must
-    call it, and gets the same number. Raises what trial raises if not even one row fits."""
-    gradient_bytes, budget_bytes = 4 * n_parameters, MEMORY_SHARE[device.type] * hardware.free_memory(device) / processes
+    compiled, for the number that is returned. first: the number to begin with. What a row needs is measured, and kept under the
+    base dir by `key` (JSON), so that it is not measured again. Every rank must call it, and gets the same number. Raises what
+    trial raises if not even one row fits."""
+    rows, gradient_bytes = plan.rows_per_step // ranks.world_size(), 4 * plan.parameters["total"]
+    budget_bytes = MEMORY_SHARE[device.type] * free_memory(device)
     path = base_dir() / "fit" / f"{sha256_hex(json.dumps(key, sort_keys=True))[:32]}.json"
     remembered = ranks.from_rank0_or_raise(lambda: read_json(path, "measured memory")["bytes_per_row"] if path.exists() else None)
 

@@ -56,7 +56,8 @@ class Profiler:
         except (OSError, RuntimeError) as error:
             self.report(f"--profile: the trace cannot be written ({error})")
             return
-        self.report(f"{summary}\nprofile of {self.steps - 1 - SKIPPED} steps: {self.folder}/table.txt, trace.json (open it at ui.perfetto.dev)")
+        self.report(f"{summary}\nprofile of {self.steps - SKIPPED - 1} steps: {self.folder}/table.txt and trace.json, for "
+                    f"ui.perfetto.dev")
 
 
 def describe(averages, device_type):
@@ -69,7 +70,8 @@ def describe(averages, device_type):
         kind = next((name for name, pattern in KINDS if re.search(pattern, entry.key)), "other")
         kinds[kind] += getattr(entry, own)
     total = sum(kinds.values()) or 1
-    lines = [f"  {name:<30} {time / 1e3:>9.1f} ms  {time / total:>5.1%}" for name, time in sorted(kinds.items(), key=lambda x: -x[1]) if time]
+    shares = sorted(kinds.items(), key=lambda pair: -pair[1])
+    lines = [f"  {name:<30} {time / 1e3:>9.1f} ms  {time / total:>5.1%}" for name, time in shares if time]
     largest = max(averages, key=lambda entry: entry.self_cpu_memory_usage if device_type != "cuda" else entry.self_device_memory_usage)
     size = largest.self_device_memory_usage if device_type == "cuda" else largest.self_cpu_memory_usage
     memory = f"  most memory is taken by {largest.key}: {human_bytes(max(0, size))} in all"

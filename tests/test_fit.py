@@ -47,7 +47,8 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(flags, rows, dtype):
     kept = sum(t.nbytes for tensors in optimizer.state().values() for t in tensors.values()) + sum(p.nbytes for p in model.parameters())
     assert kept == pytest.approx(fit.state_bytes(parameters, args.optimizer), rel=1e-2)
     measured = kept + hardware.allocated_peak(step, CPU)
-    estimated = fit.step_memory_bytes(config, parameters, rows, dtype.itemsize, "blocked", args.optimizer, False, args.activation_checkpointing)
+    estimated = fit.step_memory_bytes(config, parameters, rows, dtype.itemsize, "blocked", args.optimizer, False,
+                                      args.activation_checkpointing)
     assert estimated == pytest.approx(measured, rel=0.2)
 
 
@@ -96,7 +97,7 @@ def test_the_largest_that_is_estimated_to_fit():
 
 
 class Machine:
-    """A device on which a pass of n rows needs `fixed + n * row` bytes, of which a tenth is gradients; free bytes are known to it."""
+    """A device on which a pass of n rows needs 10 bytes for gradients and `row` bytes a row, and more than `limit` rows fail."""
 
     def __init__(self, monkeypatch, tmp_path, free, row=10.0, limit=float("inf")):
         self.tried, self.said, self.row, self.limit = [], [], row, limit
@@ -113,15 +114,16 @@ class Machine:
 
     def peak(self, function, device):
         function()
-        return 40 + self.tried[-1] * self.row
+        return 10 + self.tried[-1] * self.row
 
     def settle(self, first, rows=16, key="a"):
         self.tried.clear()
-        return fit.settle(self.trial, first, rows, 10, CPU, 1, key, self.said.append)
+        plan = types.SimpleNamespace(rows_per_step=rows, parameters={"total": 2.5})
+        return fit.settle(self.trial, first, plan, key, CPU, self.said.append)
 
 
 def test_settling_goes_up_and_down_to_what_fits_and_remembers(monkeypatch, tmp_path):
-    machine = Machine(monkeypatch, tmp_path, free=40 + 85)
+    machine = Machine(monkeypatch, tmp_path, free=10 + 85)
     assert machine.settle(2) == 8 and machine.tried == [2, 2, 8, 8]
     assert machine.settle(16) == 8 and machine.tried == [8]  # remembered, tried once because that compiles
     assert machine.settle(16, key="another model") == 8 and machine.tried == [16, 16, 8, 8]

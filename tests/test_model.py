@@ -371,7 +371,8 @@ def test_bf16_products_keep_fp32_weights_and_gradients():
     assert F.cosine_similarity(model(ids).flatten(), exact(ids).flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("config", [replace(SMALL, dropout=0.2), replace(SMALL, arch="llama", window_pattern="L")], ids=["speedrun", "llama"])
+@pytest.mark.parametrize("config", [replace(SMALL, dropout=0.2), replace(SMALL, arch="llama", window_pattern="L")],
+                         ids=["speedrun", "llama"])
 def test_activation_checkpointing_changes_memory_only(config):
     """The same loss and gradients, bit for bit, dropout included; less is kept between the passes."""
     device, results = torch.device("cpu"), []
