@@ -34,7 +34,8 @@ def parse_args(argv=None):
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile blocks with torch.compile")
     group.add_argument("--seed", type=int, default=42, help="of weights, data order, dropout and samples")
     group.add_argument("--attention", default="auto", help="auto, blocked or sdpa")
-    group.add_argument("--activation-checkpointing", action="store_true", help="trade time for memory (not available yet)")
+    group.add_argument("--activation-checkpointing", action="store_true", help="make a block's inner tensors again in the "
+                       "backward pass instead of keeping them")
     group.add_argument("--shard", action="store_true", help="shard the model with FSDP2 (not available yet)")
     group = parser.add_argument_group("fp8")
     group.add_argument("--fp8", action="store_true", help="train in fp8 (not available yet)")
@@ -133,7 +134,7 @@ def main(args, stop):
     resumable, 1 ended with everything saved for want of data or disk. Raises UsageError, TrainingFailed, Stopped."""
     import torch
 
-    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, hardware, model as models, optim
+    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, fit, hardware, model as models, optim
     from nanochat import plan as plans, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
@@ -146,8 +147,7 @@ def main(args, stop):
 
     # ----- the machine
     device_type = hardware.pick_device_type(args.device_type)
-    hardware.set_compile_cache()
-    hardware.set_determinism(device_type)
+    hardware.prepare(device_type)
     device = ranks.setup(device_type)
     rank, world_size = ranks.rank(), ranks.world_size()
     main_rank = rank == 0
@@ -213,12 +213,11 @@ def main(args, stop):
         print0(f"resuming {folder.path} " + (f"from step {start_step}" if start_step else "from the start (it has no checkpoint yet)")
                + (f"; changed: {', '.join(changed)}" if changed else ""))
     ranks.from_rank0_or_raise(lambda: data.check_disk(rows, plan.tokens, tokens_per_epoch))
-    element_bytes = torch.finfo(dtype).bits // 8
-    free_bytes = hardware.free_memory(device) / (world_size if device_type == "cpu" else 1)
-    device_batch = ranks.from_rank0_or_raise(lambda: plans.pick_device_batch(args, plan, model_config, free_bytes, element_bytes,
-                                                                             world_size, device_type))
+    memory = fit.memory_of(args, model_config, plan.parameters, dtype, backend, not no_compiler, device_type)
+    device_batch = ranks.from_rank0_or_raise(lambda: fit.pick_device_batch(args, plan, memory, fit.free_memory(device), world_size,
+                                                                           device_type))
     accumulation = plan.rows_per_step // (device_batch * world_size)
-    print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, element_bytes,
+    print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, memory,
                                             tokens_per_epoch)))
     if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, world_size)):
         print0(advice)
@@ -307,10 +306,8 @@ def main(args, stop):
         watchdog.move(f"the evaluation of step {step}")
         return stop.requested
 
-    def batches_of_steps(first_step):
-        at = first_step
-        # past the horizon no shard is fetched, but for the pass that compiles the model of a run that only has its end to do
-        while at == first_step or plan.num_iterations is None or at < plan.num_iterations:
+    def batches_of_steps(at):
+        while plan.num_iterations is None or at < plan.num_iterations:
             yield [rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size) for micro in range(accumulation)]
             at += 1
 
@@ -322,6 +319,11 @@ def main(args, stop):
         loss = model(inputs, targets, reduction="mean")
         (loss / accumulation).backward()
         return loss.detach()
+
+    def trial(n):
+        """A pass of n rows that changes nothing but compiles what training runs."""
+        forward_backward(rows.batch(start_step, plan.rows_per_step, 0, n, rank, world_size), start_step, 0)
+        optimizer.zero_grad()
 
     batches = ahead = trackers = saver = watchdog = None
     failure = ""  # what ends the run with exit code 1 after all that can be saved is: no data, no disk
@@ -340,6 +342,7 @@ def main(args, stop):
         stop.check()
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
         model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
+        model.checkpointing = args.activation_checkpointing
         optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
         if start_step:
             checkpoint.load_model(folder.path, start_step, model)
@@ -350,8 +353,14 @@ def main(args, stop):
         if not no_compiler:
             model.compile_parts()
         started = time.monotonic()
-        forward_backward(next(batches_of_steps(start_step))[0], start_step, 0)
-        optimizer.zero_grad()
+        if args.device_batch_size == -1:
+            key = [vars(model_config), str(dtype), backend, no_compiler, args.activation_checkpointing, hardware.describe(device)]
+            device_batch = fit.settle(trial, device_batch, plan, key, device, progress.message)
+            accumulation = plan.rows_per_step // (device_batch * world_size)
+        else:
+            trial(device_batch)
+        if main_rank:
+            config["runtime"]["device_batch_size"] = device_batch
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
         stop.at_once = False

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import corpus as corpora, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
-from nanochat.attention import BACKENDS
+from nanochat import corpus as corpora, fit, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
+from nanochat.attention import BACKENDS, pick_backend
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
 from nanochat.model import GPTConfig, meta_model, width_for
 
 HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
-# Share of the free memory that a device batch chosen for the user may be estimated to take: a GPU has no other users.
-MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}
 LONG_RUN_SECONDS = 2 * 86400
 # What the flags of the contract name and this version does not do yet: refused by name, never ignored.
 LATER = {
-    "activation_checkpointing": "activation checkpointing", "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
+    "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
     "fp8_recipe": "fp8 training", "core_metric_every": "the CORE metric",
     "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric",
     "profile": "profiling",
@@ -251,46 +249,6 @@ def make_plan(args, config, tokens_per_epoch, peak_flops, world_size):
     return plan
 
 
-def step_memory_bytes(config, parameters, rows, element_bytes):
-    """Estimated bytes of a training step with `rows` rows on a device; element_bytes is that of the compute dtype.
-
-    Weights, gradients, two moments and the update's copies in fp32; activations kept for the backward pass; the logits
-    and their gradient. Deliberately on the high side."""
-    tokens = rows * config.max_seq_len
-    keys = sum(min(window, config.max_seq_len) for window in config.windows())
-    activations = tokens * (config.depth * 28 * config.width * element_bytes + config.n_head * keys * (8 + element_bytes))
-    return 24 * parameters + activations + tokens * config.vocab_size * (12 + 2 * element_bytes)
-
-
-def pick_device_batch(args, plan, config, free_bytes, element_bytes, world_size, device_type):
-    """Rows a device takes at once: as given, else the largest power of two that divides its rows and is estimated to fit.
-
-    Raises UsageError if the given one does not divide the batch, or if not even one row fits."""
-    rows = plan.rows_per_step // world_size
-    if plan.rows_per_step % world_size:
-        raise UsageError(f"the batch of {plan.rows_per_step} rows cannot be dealt out to {world_size} ranks evenly; start with "
-                         f"{' or '.join(str(n) for n in range(1, plan.rows_per_step + 1) if plan.rows_per_step % n == 0)} ranks")
-    if args.device_batch_size != -1:
-        if rows % args.device_batch_size:
-            raise UsageError(f"--device-batch-size={args.device_batch_size}: does not divide the {rows} rows that each of "
-                             f"{world_size} ranks takes a step; use a divisor of {rows}")
-        need = step_memory_bytes(config, plan.parameters["total"], args.device_batch_size, element_bytes)
-        if need > 3 * free_bytes:  # the estimate is on the high side, but not by that much
-            raise UsageError(f"--device-batch-size={args.device_batch_size}: estimated to need {human_bytes(need)}, and "
-                             f"{human_bytes(free_bytes)} are free; leave the flag out to take what fits")
-        return args.device_batch_size
-    candidates = [n for n in (2**i for i in range(20)) if rows % n == 0] + ([rows] if rows & (rows - 1) else [])
-    fitting = [n for n in sorted(candidates)
-               if step_memory_bytes(config, plan.parameters["total"], n, element_bytes) <= MEMORY_SHARE[device_type] * free_bytes]
-    if not fitting:
-        need = step_memory_bytes(config, plan.parameters["total"], 1, element_bytes)
-        raise UsageError(f"--depth={config.depth}: one row of {config.max_seq_len} tokens is estimated to need {human_bytes(need)}, "
-                         f"and of the {human_bytes(free_bytes)} "
-                         f"free {MEMORY_SHARE[device_type]:.0%} may be planned with; lower --max-seq-len or --depth, or give "
-                         f"--device-batch-size=1 to try it all the same")
-    return fitting[-1]
-
-
 def estimated_seconds(plan, args, peak_flops, devices):
     """Training time of a plan on `devices` devices, at ASSUMED_MFU of their peak or as the time budget says."""
     if plan.horizon == "target_minutes":
@@ -298,23 +256,17 @@ def estimated_seconds(plan, args, peak_flops, devices):
     return plan.flops / (ASSUMED_MFU * peak_flops * devices)
 
 
-def checkpoint_bytes(plan, optimizer):
-    """Size of one checkpoint: fp32 weights, two moments for AdamW's parameters, one for Muon's."""
-    matrices = plan.parameters["matrices"] if optimizer == "muon" else 0
-    return 12 * plan.parameters["total"] - 4 * matrices
-
-
-def as_json(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes):
+def as_json(args, config, plan, device_batch, peak_flops, peak_label, devices, memory):
     """The plan as numbers, for --json."""
     return {"model": dataclasses.asdict(config), "plan": plan.as_dict(), "flops": plan.flops, "devices": devices,
             "device_batch_size": device_batch, "accumulation": plan.rows_per_step // (device_batch * devices),
             "peak_flops": peak_flops, "peak": peak_label,
             "estimates": {"seconds": estimated_seconds(plan, args, peak_flops, devices), "assumed_mfu": ASSUMED_MFU,
-                          "memory_bytes": step_memory_bytes(config, plan.parameters["total"], device_batch, element_bytes),
-                          "checkpoint_bytes": checkpoint_bytes(plan, args.optimizer)}}
+                          "memory_bytes": memory(device_batch),
+                          "checkpoint_bytes": fit.state_bytes(plan.parameters, args.optimizer)}}
 
 
-def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, element_bytes, tokens_per_epoch):
+def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, memory, tokens_per_epoch):
     """The plan as {section: {name: text}}, for format_plan()."""
     seconds = estimated_seconds(plan, args, peak_flops, devices)
     accumulation = plan.rows_per_step // (device_batch * devices)
@@ -339,8 +291,8 @@ def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, 
                                   + (f"warm-down {plan.warmdown_steps}" if plan.num_iterations is not None
                                      else f"warm-down {args.warmdown_ratio:.0%}") + f" to {args.final_lr_frac:g}"},
         "estimates": {"time": f"{human_time(seconds)} at {ASSUMED_MFU:.0%} of {devices} x {peak_flops / 1e12:.3g} TFLOP/s ({peak_label})",
-                      "memory a device": human_bytes(step_memory_bytes(config, plan.parameters["total"], device_batch, element_bytes)),
-                      "a checkpoint": human_bytes(checkpoint_bytes(plan, args.optimizer))},
+                      "memory a device": human_bytes(memory(device_batch)),
+                      "a checkpoint": human_bytes(fit.state_bytes(plan.parameters, args.optimizer))},
     }
 
 
@@ -380,12 +332,13 @@ def dry_run(args, model=None):
     config = model or model_config(args, tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes))
     tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
     plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
-    element_bytes = torch.finfo(dtype).bits // 8
-    device_batch = pick_device_batch(args, plan, config, free_bytes, element_bytes, args.gpus, device_type)
+    compiled = args.compile and (bool(args.gpu) or not hardware.compiler_missing(device_type))
+    memory = fit.memory_of(args, config, plan.parameters, dtype, pick_backend(args.attention, device_type)[0], compiled, device_type)
+    device_batch = fit.pick_device_batch(args, plan, memory, free_bytes, args.gpus, device_type)
     if args.json:
-        print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes), indent=2))
+        print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, memory), indent=2))
         return EXIT_COMPLETED
-    print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, element_bytes, tokens_per_epoch)))
+    print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, memory, tokens_per_epoch)))
     if advice := long_run_advice(args, plan, estimated_seconds(plan, args, peak, args.gpus)):
         print(advice)
     return EXIT_COMPLETED
