@@ -154,7 +154,7 @@ def plant(monkeypatch, from_pass):
 @pytest.mark.parametrize("flags, step, times", [(("--max-skipped=3",), 8, "3 steps"), (("--debug-nans",), 6, "1 step")])
 def test_a_run_ends_with_the_place_and_the_batch(tmp_path, monkeypatch, capsys, flags, step, times):
     plant(monkeypatch, 7)  # 2 blocks a pass; the 7th step after the warm-up pass is step 6
-    assert small.run(tmp_path, *flags) == 1
+    assert small.run(tmp_path, "--device-batch-size=8", *flags) == 1  # given, so that there is one pass of warm-up
     error = capsys.readouterr().err
     assert f"{times} in a row" in error and "blocks.1.mlp (MLP), in the forward pass (NaN)" in error
     dumped = json.loads((tmp_path / "run" / f"fault_step_{step:06d}.json").read_text())
@@ -193,8 +193,8 @@ def test_a_spike_is_told_and_logged(tmp_path, monkeypatch, capsys):
         count[0] += self.training
         return out + 9 * (self.training and count[0] == 38)
     monkeypatch.setattr(models.GPT, "forward", forward)
-    assert small.run(tmp_path, "--num-iterations=40", "--matrix-lr=1e-9", "--eval-every=-1", "--sample-every=-1", "--no-save",
-                     "--save-every=-1") == 0
+    assert small.run(tmp_path, "--num-iterations=40", "--device-batch-size=8", "--matrix-lr=1e-9", "--eval-every=-1",
+                     "--sample-every=-1", "--no-save", "--save-every=-1") == 0
     assert [line["step"] for line in small.lines(tmp_path) if "spike" in line] == [36]
     assert "step 36: the loss jumped to" in capsys.readouterr().out
 

@@ -256,7 +256,7 @@ def test_the_state_before_the_warm_down_is_saved_as_such_after_a_failure(tmp_pat
 def test_the_state_before_the_warm_down_is_saved_although_the_step_before_was_skipped(tmp_path, monkeypatch):
     """Once a step has shown that the weights, which that one left alone, are good."""
     poison(monkeypatch, lambda n: n == 6)
-    assert small.run(tmp_path, "--save-every=-1") == 0
+    assert small.run(tmp_path, "--save-every=-1", "--device-batch-size=8") == 0
     assert [line["step"] for line in small.lines(tmp_path) if "skipped" in line] == [5]
     assert checkpoint.kind_of(tmp_path / "run", 6) == "before_warmdown"
 
@@ -275,7 +275,8 @@ def test_a_disk_that_stays_full(tmp_path, monkeypatch, capsys):
 
 
 def poison(monkeypatch, when):
-    """Make the loss NaN at the forward passes of training whose number (0 is the warm-up) satisfies `when`."""
+    """Make the loss NaN at the forward passes of training whose number (0 is the warm-up) satisfies `when`. Only for runs that are
+    given their device batch: there is one pass of warm-up then."""
     original, count = models.GPT.forward, [0]
 
     def forward(self, ids, targets=None, cache=None, **options):
@@ -290,7 +291,7 @@ def poison(monkeypatch, when):
 
 def test_a_non_finite_step_is_skipped(tmp_path, monkeypatch):
     poison(monkeypatch, lambda n: n == 4)
-    assert small.run(tmp_path) == 0
+    assert small.run(tmp_path, "--device-batch-size=8") == 0
     line = next(line for line in small.lines(tmp_path) if line["step"] == 3 and "train/dt" in line)
     assert line["train/loss"] is None and line["skipped"] == "non-finite loss"
     assert small.summary(tmp_path)["skipped_steps"] == 1
@@ -299,7 +300,7 @@ def test_a_non_finite_step_is_skipped(tmp_path, monkeypatch):
 
 def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, lambda n: n > 6)
-    assert small.run(tmp_path, "--max-skipped=3") == 1
+    assert small.run(tmp_path, "--max-skipped=3", "--device-batch-size=8") == 1
     error = capsys.readouterr().err
     assert "3 steps in a row" in error and "last good checkpoint is step 6" in error
     assert small.summary(tmp_path)["status"] == "failed"
