@@ -110,7 +110,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("faults")
     group.add_argument("--max-skipped", type=int, default=10, help="steps in a row that may be skipped for non-finite numbers")
     group.add_argument("--debug-nans", action="store_true", help="at the first such step: find the module that made it, and stop")
-    group.add_argument("--profile", action="store_true", help="trace a few steps (not available yet)")
+    group.add_argument("--profile", action="store_true", help="trace a few steps into the run folder, and say where time goes")
     group = parser.add_argument_group("planning")
     group.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     group.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
@@ -135,7 +135,7 @@ def main(args, stop):
     import torch
 
     from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, fit, hardware, model as models, optim
-    from nanochat import plan as plans, ranks, runlog, start, tokenizer as tokenizers, track
+    from nanochat import plan as plans, profiling, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
     if problems := plans.check_flags(args):
@@ -325,7 +325,7 @@ def main(args, stop):
         forward_backward(rows.batch(start_step, plan.rows_per_step, 0, n, rank, world_size), start_step, 0)
         optimizer.zero_grad()
 
-    batches = ahead = trackers = saver = watchdog = None
+    batches = ahead = trackers = saver = watchdog = profiler = None
     failure = ""  # what ends the run with exit code 1 after all that can be saved is: no data, no disk
     cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
@@ -366,6 +366,7 @@ def main(args, stop):
         stop.at_once = False
         watchdog = faults.Watchdog(lambda text: print(f"rank {rank}: {text}" if world_size > 1 else text, file=sys.stderr, flush=True))
         batches = data.Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
+        profiler = profiling.Profiler(folder.path / "profile", device, args.profile and main_rank, progress.message)
         if not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process a machine reads ahead
             ahead = data.Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
 
@@ -445,6 +446,7 @@ def main(args, stop):
                 break
 
             # step: zero grad, batch, forward, loss, backward, clip, set lr, update, count
+            profiler.step(step)
             hardware.synchronize(device_type)
             step_started = time.monotonic()
             optimizer.zero_grad()
@@ -547,7 +549,7 @@ def main(args, stop):
                 trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        for worker in (batches, ahead, watchdog, saver, metrics, samples):
+        for worker in (batches, ahead, watchdog, saver, profiler, metrics, samples):
             if worker is not None:
                 worker.close()
         progress.close()

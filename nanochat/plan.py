@@ -23,7 +23,6 @@ LATER = {
     "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
     "fp8_recipe": "fp8 training", "core_metric_every": "the CORE metric",
     "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric",
-    "profile": "profiling",
 }
 LATER_VALUES = {("dtype", "float16"): "float16 training (it needs loss scaling)"}
 

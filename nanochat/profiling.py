@@ -1,9 +1,11 @@
-"""--profile: a trace of a few training steps in the run folder, and a table of where their time and memory go."""
+"""What the steps of a run cost: compilations after the first, and with --profile a trace of a few steps in the run folder and a
+table of where their time and memory go."""
 
 import re
 
 import torch
 
+from nanochat import hardware
 from nanochat.common import human_bytes, write_atomic
 
 SKIPPED, TRACED = 3, 3  # steps after the start that are let pass, and that are traced
@@ -18,15 +20,20 @@ ROWS = 25
 
 
 class Profiler:
-    """step() before every training step starts and ends the trace; close() ends one that a short run left open."""
+    """step() before every training step; close() at the end, which also ends a trace that a short run left open."""
 
-    def __init__(self, folder, device, report):
-        """folder: made for the files. report(text) takes a line."""
-        self.folder, self.device, self.report = folder, device, report
-        self.profile, self.steps = None, 0
+    def __init__(self, folder, device, tracing, report):
+        """folder: made for the files, if tracing. report(text) takes a line."""
+        self.folder, self.device, self.tracing, self.report = folder, device, tracing, report
+        self.profile, self.steps, self.graphs = None, 0, None
 
-    def step(self):
-        if self.steps == SKIPPED:
+    def step(self, number):
+        """number: of the step that is about to begin."""
+        graphs = hardware.compilations()
+        if self.steps > 1 and graphs > self.graphs:  # the first step may compile what the pass before it did not use
+            self.report(f"step {number - 1}: torch.compile made {graphs - self.graphs} more graphs, which took its time")
+        self.graphs = graphs
+        if self.tracing and self.steps == SKIPPED:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -34,15 +41,18 @@ class Profiler:
             self.profile = torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True)
             self.profile.start()
         elif self.steps == SKIPPED + TRACED:
-            self.close()
+            self._write()
         self.steps += 1
 
     def close(self):
-        """Write trace.json (for chrome://tracing or Perfetto), table.txt and, on CUDA, memory.pickle. A full disk is only reported."""
+        if self.tracing and self.steps <= SKIPPED:
+            self.report(f"--profile: the run ended before step {SKIPPED + 1} of this start, so that there is nothing to show")
+        self._write()
+
+    def _write(self):
+        """End the trace: trace.json (for Perfetto), table.txt and, on CUDA, memory.pickle. A full disk is only reported."""
         profile, self.profile = self.profile, None
         if profile is None:
-            if self.steps <= SKIPPED:
-                self.report(f"--profile: the run ended before step {SKIPPED + 1} of this start, so that there is nothing to show")
             return
         profile.stop()
         try:
@@ -56,7 +66,7 @@ class Profiler:
         except (OSError, RuntimeError) as error:
             self.report(f"--profile: the trace cannot be written ({error})")
             return
-        self.report(f"{summary}\nprofile of {self.steps - SKIPPED - 1} steps: {self.folder}/table.txt and trace.json, for "
+        self.report(f"{summary}\nprofile of {min(self.steps - SKIPPED, TRACED)} steps: {self.folder}/table.txt and trace.json, for "
                     f"ui.perfetto.dev")
 
 
