@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 BACKENDS = ("blocked", "sdpa")
-QUERY_BLOCK = 256  # queries that share one slice of keys in the blocked path
+# Queries that share one slice of keys in the blocked path: small blocks skip more of what is masked, large ones make larger
+# products. Measured in runs/LOG.md.
+QUERY_BLOCK, SHORT_QUERY_BLOCK, SHORT_WINDOW = 256, 128, 256
 
 
 def pick_backend(requested, device_type):
@@ -40,8 +42,8 @@ def visible(T, S, window, device, first_query=0, first_key=0, n_query=None, n_ke
 
 def _blocks(T, S, window):
     """(first query, last + 1, first key, last + 1) of the rectangles of scores that the blocked path computes."""
-    return [(t0, min(t0 + QUERY_BLOCK, T), max(0, S - T + t0 - window + 1), S - T + min(t0 + QUERY_BLOCK, T))
-            for t0 in range(0, T, QUERY_BLOCK)]
+    size = QUERY_BLOCK if window > SHORT_WINDOW else SHORT_QUERY_BLOCK
+    return [(t0, min(t0 + size, T), max(0, S - T + t0 - window + 1), S - T + min(t0 + size, T)) for t0 in range(0, T, size)]
 
 
 def visited_keys(T, window):
@@ -84,12 +86,13 @@ def _blocked(q, k, v, window):
     group = H // K
     # one matrix per (batch, key/value head); the query heads of a group are stacked along the rows
     q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
-    k, v = (x.permute(0, 2, 1, 3).reshape(B * K, S, D) for x in (k, v))
+    k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
     blocks = []
     for t0, t1, s0, s1 in _blocks(T, S, window):
         rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
-        scores = (rows @ k[:, s0:s1].transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
+        keys, values = (x[:, :, s0:s1].reshape(B * K, s1 - s0, D) for x in (k, v))
+        scores = (rows @ keys.transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
         weights = _Softmax.apply(scores, visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0), D**-0.5)
-        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ v[:, s0:s1]
+        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
