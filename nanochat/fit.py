@@ -21,6 +21,7 @@ UPDATE_BYTES = 9.65  # of the update's copies, per parameter of the matrices
 # On a CPU: what the process holds besides tensors (torch, the compiler, the data), and how much more than the tensors' own bytes
 # the C library's heap grows to, which cannot hand out again all that was freed. Measured with glibc 2.36.
 PROCESS_BYTES, HEAP_FACTOR = 460e6, 1.6
+SAVING_FACTOR = 2.5  # of the state: the copy that is written, and what writing it and reading it back takes
 
 
 def step_memory_bytes(config, parameters, rows, element_bytes, backend, optimizer="muon", compiled=True, checkpointing=False):
@@ -63,12 +64,12 @@ def candidates(rows):
 
 def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
     """The estimate for these flags as a function of the rows that a device takes at once: peak bytes, on a CPU of the whole process,
-    which also holds the copy of the state from which checkpoints are written."""
+    saving included."""
     def memory(rows):
         tensors = step_memory_bytes(config, parameters, rows, dtype.itemsize, backend, args.optimizer, compiled,
                                     args.activation_checkpointing)
-        copy = 0 if args.no_save else state_bytes(parameters, args.optimizer)
-        return round(PROCESS_BYTES + HEAP_FACTOR * tensors + copy) if device_type == "cpu" else tensors
+        saving = 0 if args.no_save else SAVING_FACTOR * state_bytes(parameters, args.optimizer)
+        return round(PROCESS_BYTES + HEAP_FACTOR * tensors + saving) if device_type == "cpu" else tensors
     return memory
 
 

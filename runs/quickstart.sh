@@ -2,9 +2,9 @@
 # From nothing to a small language model of Python source, on a CPU, without network beyond the package index.
 #   model     depth 4, 256 wide, context 512, vocabulary 4,096: 7.3 million parameters
 #   data      the Python standard library and the torch package on this machine: 55 MiB, 2% of the files held out
-#   training  5 minutes on 2 CPU cores, 2,048 tokens a step: about 3.2 million tokens and 9e13 FLOPs at 11k tokens a second
-#   time      under 8 minutes with set-up and compilation
-#   expected  val_bpb at most 1.32 (runs/RESULTS.md has the measured values)
+#   training  5 minutes on 2 CPU cores, 2,048 tokens a step: about 4 million tokens and 1.2e14 FLOPs at 12k tokens a second
+#   time      about 8 minutes with set-up and compilation
+#   expected  val_bpb at most 1.25 (runs/RESULTS.md has the measured values)
 # Restartable: started again it refuses to overwrite; `bash runs/quickstart.sh --resume` goes on after an interruption.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
