@@ -353,14 +353,12 @@ def main(args, stop):
         if not no_compiler:
             model.compile_parts()
         started = time.monotonic()
-        if args.device_batch_size == -1:
-            key = [vars(model_config), str(dtype), backend, no_compiler, args.activation_checkpointing, hardware.describe(device)]
-            device_batch = fit.settle(trial, device_batch, plan, key, device, progress.message)
-            accumulation = plan.rows_per_step // (device_batch * world_size)
-        else:
-            trial(device_batch)
+        key = [vars(model_config), str(dtype), backend, no_compiler, args.activation_checkpointing, hardware.describe(device)]
+        device_batch = fit.settle(trial, device_batch, args.device_batch_size != -1, plan, key, device, progress.message)
+        accumulation = plan.rows_per_step // (device_batch * world_size)
         if main_rank:
             config["runtime"]["device_batch_size"] = device_batch
+            summarize("running")  # writes it down: a resumed run takes as many rows at once, to the same last bit
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")
         stop.at_once = False

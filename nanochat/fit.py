@@ -104,13 +104,16 @@ def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
     return fitting[-1]
 
 
-def settle(trial, first, plan, key, device, report):
+def settle(trial, first, fixed, plan, key, device, report):
     """The number of rows that a device takes at once, found by trying: the largest of candidates() that fits.
 
     trial(n): a forward and backward pass of n rows, as in training, that leaves no gradients. It has been made, and so is
-    compiled, for the number that is returned. first: the number to begin with. What a row needs is measured, and kept under the
-    base dir by `key` (JSON), so that it is not measured again. Every rank must call it, and gets the same number. Raises what
-    trial raises if not even one row fits."""
+    compiled, for the number that is returned. first: the number to begin with; fixed: it is not to be changed. What a row
+    needs is measured, and kept under the base dir by `key` (JSON), so that it is not measured again. Every rank must call
+    it, and gets the same number. Raises what trial raises if not even one row fits."""
+    if fixed:
+        trial(first)
+        return first
     rows, gradient_bytes = plan.rows_per_step // ranks.world_size(), 4 * plan.parameters["total"]
     budget_bytes = MEMORY_SHARE[device.type] * free_memory(device)
     path = base_dir() / "fit" / f"{sha256_hex(json.dumps(key, sort_keys=True))[:32]}.json"

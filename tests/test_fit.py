@@ -116,10 +116,10 @@ class Machine:
         function()
         return 10 + self.tried[-1] * self.row
 
-    def settle(self, first, rows=16, key="a"):
+    def settle(self, first, rows=16, key="a", fixed=False):
         self.tried.clear()
         plan = types.SimpleNamespace(rows_per_step=rows, parameters={"total": 2.5})
-        return fit.settle(self.trial, first, plan, key, CPU, self.said.append)
+        return fit.settle(self.trial, first, fixed, plan, key, CPU, self.said.append)
 
 
 def test_settling_goes_up_and_down_to_what_fits_and_remembers(monkeypatch, tmp_path):
@@ -139,6 +139,13 @@ def test_settling_halves_when_memory_runs_out(monkeypatch, tmp_path):
     machine.limit = 0
     with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
         machine.settle(16)
+
+
+def test_a_number_that_was_given_is_not_changed(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, free=1e6, limit=4)
+    assert machine.settle(2, fixed=True) == 2 and machine.tried == [2]
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.settle(8, fixed=True)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch, tmp_path):

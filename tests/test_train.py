@@ -11,7 +11,7 @@ import small
 import torch
 
 import train
-from nanochat import checkpoint, corpus as corpora, model as models, optim, runlog
+from nanochat import checkpoint, corpus as corpora, data, fit, model as models, optim, runlog
 from nanochat.common import UsageError, base_dir
 from nanochat.evaluate import bits_per_byte
 
@@ -604,3 +604,13 @@ def test_overwriting_leaves_foreign_files_alone(tmp_path):
     assert small.run(tmp_path, "--num-iterations=3", "--overwrite") == 0
     assert note.read_text() == "mine" and small.summary(tmp_path)["step"] == 3
     assert checkpoint.steps_of(tmp_path / "run")[-1] == 3
+
+
+def test_a_settled_device_batch_is_written_down_at_once(tmp_path, monkeypatch):
+    """Before any step: a run killed early goes on with as many rows at once as it began with."""
+    monkeypatch.setattr(fit, "settle", lambda trial, first, fixed, *rest: trial(first // 2) or first // 2)
+    monkeypatch.setattr(data, "Prefetcher", lambda *args, **kwargs: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception):
+        small.run(tmp_path)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["runtime"]["device_batch_size"] == 4
