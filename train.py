@@ -321,9 +321,8 @@ def main(args, stop):
         return loss.detach()
 
     def trial(n):
-        """A pass of n rows that changes nothing but compiles what training runs."""
+        """A pass of n rows that changes nothing but the gradients; it compiles what training runs."""
         forward_backward(rows.batch(start_step, plan.rows_per_step, 0, n, rank, world_size), start_step, 0)
-        optimizer.zero_grad()
 
     batches = ahead = trackers = saver = watchdog = profiler = None
     failure = ""  # what ends the run with exit code 1 after all that can be saved is: no data, no disk
@@ -355,9 +354,10 @@ def main(args, stop):
         started = time.monotonic()
         key = [vars(model_config), str(dtype), backend, no_compiler, args.activation_checkpointing, hardware.describe(device)]
         device_batch = fit.settle(trial, device_batch, args.device_batch_size != -1, plan, key, device, progress.message)
+        optimizer.zero_grad()
         accumulation = plan.rows_per_step // (device_batch * world_size)
         if main_rank:
-            config["runtime"]["device_batch_size"] = device_batch
+            config["runtime"] |= {"device_batch_size": device_batch, "world_size": world_size}
             summarize("running")  # writes it down: a resumed run takes as many rows at once, to the same last bit
         hardware.synchronize(device_type)
         progress.message(f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, read_json, write_json
+from nanochat.tokenizer import MIN_BPE_VOCAB
 
 PARTS = ("step", "forward", "backward", "optimizer", "attention", "loss", "data", "decode", "start-up")
 RATES = {"matrices": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.1}}  # values do not change the speed
@@ -52,6 +53,13 @@ def parse_args(argv):
     args.only = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(args.only) - set(PARTS):
         raise UsageError(f"--only={','.join(sorted(unknown))}: no such part; choose of {', '.join(PARTS)}")
+    if args.n_kv_head < 1 and args.n_kv_head != -1:
+        raise UsageError(f"--n-kv-head={args.n_kv_head}: must be at least 1, or -1 for as many as query heads; give one of these")
+    if args.out and (os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out)))):
+        raise UsageError(f"--out={args.out}: a folder, or in no folder that there is; name a file")
+    if args.vocab_size < MIN_BPE_VOCAB and {"data", "start-up"} & set(args.only):
+        raise UsageError(f"--vocab-size={args.vocab_size}: too small for a tokenizer; give at least {MIN_BPE_VOCAB}, or leave data and "
+                         f"start-up out with --only")
     for name in ("repeats", "depth", "aspect_ratio", "head_dim", "max_seq_len", "vocab_size", "device_batch_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: must be at least 1; give a positive number")
@@ -107,8 +115,8 @@ def read_results(path):
     """{name: result} of an earlier run's JSON. Raises UsageError."""
     content = read_json(Path(path), "results of nanochat bench")
     try:
-        return {entry["name"]: entry for entry in content["results"]}
-    except (KeyError, TypeError) as error:
+        return {entry["name"]: entry for entry in content["results"] if 1 / entry["seconds"] > 0}
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UsageError(f"--compare={path}: not the JSON that nanochat bench writes; give a file from --out") from error
 
 

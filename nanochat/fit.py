@@ -7,9 +7,10 @@ import torch
 
 from nanochat import hardware, ranks
 from nanochat.attention import QUERY_BLOCK, visited_keys
-from nanochat.common import UsageError, base_dir, human_bytes, read_json, sha256_hex, write_json
+from nanochat.common import TrainingFailed, UsageError, base_dir, human_bytes, sha256_hex, write_json
 from nanochat.loss import CHUNK_LOGITS
 
+MEASURED_AS = 1  # to be raised when a change of the code makes measured numbers of earlier versions wrong
 # Share of the free memory that may be planned with: a GPU has no other users.
 MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.8}
 # What a block keeps for its backward pass, per token: elements in the compute dtype per channel of the stream and of the keys,
@@ -107,28 +108,28 @@ def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
 def settle(trial, first, fixed, plan, key, device, report):
     """The number of rows that a device takes at once, found by trying: the largest of candidates() that fits.
 
-    trial(n): a forward and backward pass of n rows, as in training, that leaves no gradients. It has been made, and so is
+    trial(n): a forward and backward pass of n rows, as in training, that adds to the gradients. It has been made, and so is
     compiled, for the number that is returned. first: the number to begin with; fixed: it is not to be changed. What a row
     needs is measured, and kept under the base dir by `key` (JSON), so that it is not measured again. Every rank must call
-    it, and gets the same number. Raises what trial raises if not even one row fits."""
+    it, and gets the same number. Raises TrainingFailed if not even one row fits."""
     if fixed:
         trial(first)
         return first
     rows, gradient_bytes = plan.rows_per_step // ranks.world_size(), 4 * plan.parameters["total"]
-    budget_bytes = MEMORY_SHARE[device.type] * free_memory(device)
-    path = base_dir() / "fit" / f"{sha256_hex(json.dumps(key, sort_keys=True))[:32]}.json"
-    remembered = ranks.from_rank0_or_raise(lambda: read_json(path, "measured memory")["bytes_per_row"] if path.exists() else None)
+    budget_bytes = min(ranks.from_all(MEMORY_SHARE[device.type] * free_memory(device)))
+    path = base_dir() / "fit" / f"{sha256_hex(json.dumps([MEASURED_AS, key], sort_keys=True))[:32]}.json"
+    remembered = ranks.from_rank0(_remembered(path) if ranks.rank() == 0 else None)
 
-    def largest(bytes_per_row):
-        return max((n for n in candidates(rows) if n < too_many and gradient_bytes + n * bytes_per_row <= budget_bytes), default=1)
+    def largest(bytes_per_row, at_most):
+        return max((n for n in candidates(rows) if n <= at_most and gradient_bytes + n * bytes_per_row <= budget_bytes), default=1)
 
-    too_many, tried = math.inf, set()
-    n = first if remembered is None else largest(remembered)
+    limit, tried = rows, set()
+    n = first if remembered is None else largest(remembered, limit)
     while True:
         error = peak = None
         try:
             trial(n)
-            if remembered is None:
+            if remembered is None:  # with the gradients there, as in all passes of a step but its first
                 peak = hardware.allocated_peak(lambda: trial(n), device)
         except (RuntimeError, MemoryError) as raised:
             if not hardware.is_out_of_memory(raised):
@@ -137,21 +138,44 @@ def settle(trial, first, fixed, plan, key, device, report):
         failed, peaks = zip(*ranks.from_all((error is not None, peak)))
         if any(failed):
             if n == 1:
-                raise error or torch.OutOfMemoryError("another rank has too little memory for one row")
+                raise TrainingFailed(f"out of memory with one row at once; lower --max-seq-len or --depth, or add "
+                                     f"--activation-checkpointing ({error or 'on another rank'})")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             too_many, remembered, n = n, None, max(c for c in candidates(rows) if c < n)
+            limit = n
             report(f"{too_many} rows at once do not fit into memory; trying {n}")
             continue
         if None in peaks:  # remembered, or not measurable
-            return n
+            break
         tried.add(n)
-        bytes_per_row = max(0.0, (max(peaks) - gradient_bytes) / n) * (HEAP_FACTOR if device.type == "cpu" else 1)
-        better = largest(bytes_per_row)
+        # what does not grow with the rows is counted as if it did, so that more rows are never promised too lightly
+        bytes_per_row = max(peaks) / n * (HEAP_FACTOR if device.type == "cpu" else 1)
+        better = largest(bytes_per_row, min(limit, 2 * n))
         if better in tried:
+            n = better
             if ranks.rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"bytes_per_row": bytes_per_row, "of": key})
-            return better
+                _remember(path, bytes_per_row, key, report)
+            break
         report(f"a row needs {human_bytes(bytes_per_row)}: {better} rows at once instead of {n}")
         n = better
+    if n != first:
+        report(f"device batch: {n} rows at once, {rows // n} accumulated, instead of the {first} that were estimated to fit")
+    return n
+
+
+def _remembered(path):
+    """Bytes per row that an earlier run measured, or None: also if the file is no good, since it can be measured again."""
+    try:
+        value = json.loads(path.read_text())["bytes_per_row"]
+        return value if 0 < value < math.inf else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(path, bytes_per_row, key, report):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"bytes_per_row": bytes_per_row, "of": key})
+    except OSError as error:
+        report(f"what a row needs could not be kept for the next start ({error})")

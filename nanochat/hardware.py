@@ -197,7 +197,10 @@ def peak_memory_bytes(device):
 
 def is_out_of_memory(error):
     """True for the exceptions with which torch reports that an allocation failed, on any device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in (
+        "can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def describe(device):

@@ -42,6 +42,8 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy has no second derivative (backward with create_graph=True)")
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward a second time; its gradients are given away the first time")
         (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None

@@ -54,18 +54,20 @@ class Profiler:
         profile, self.profile = self.profile, None
         if profile is None:
             return
-        profile.stop()
         try:
+            profile.stop()
             self.folder.mkdir(exist_ok=True)
             profile.export_chrome_trace(str(self.folder / "trace.json"))
             summary, table = describe(profile.key_averages(), self.device.type)
             write_atomic(self.folder / "table.txt", f"{summary}\n\n{table}\n")
             if self.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
         except (OSError, RuntimeError) as error:
             self.report(f"--profile: the trace cannot be written ({error})")
             return
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
         self.report(f"{summary}\nprofile of {min(self.steps - SKIPPED, TRACED)} steps: {self.folder}/table.txt and trace.json, for "
                     f"ui.perfetto.dev")
 
@@ -75,7 +77,8 @@ def describe(averages, device_type):
     own = "self_device_time_total" if device_type == "cuda" else "self_cpu_time_total"
     kinds = dict.fromkeys([name for name, _ in KINDS] + ["other"], 0)
     for entry in averages:
-        if entry.key.startswith("[memory]"):
+        # on CUDA an operator's row has the time of its kernels, which have rows of their own: one of the two counts
+        if entry.key.startswith("[memory]") or device_type == "cuda" and entry.device_type != torch.autograd.DeviceType.CPU:
             continue
         kind = next((name for name, pattern in KINDS if re.search(pattern, entry.key)), "other")
         kinds[kind] += getattr(entry, own)
@@ -85,4 +88,4 @@ def describe(averages, device_type):
     largest = max(averages, key=lambda entry: entry.self_cpu_memory_usage if device_type != "cuda" else entry.self_device_memory_usage)
     size = largest.self_device_memory_usage if device_type == "cuda" else largest.self_cpu_memory_usage
     memory = f"  most memory is taken by {largest.key}: {human_bytes(max(0, size))} in all"
-    return "\n".join(["where the time of a step goes:", *lines, memory]), averages.table(sort_by=own, row_limit=ROWS)
+    return "\n".join(["where the time of the traced steps goes:", *lines, memory]), averages.table(sort_by=own, row_limit=ROWS)

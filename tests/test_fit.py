@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from nanochat import attention, fit, hardware, optim, plan as plans
-from nanochat.common import UsageError
+from nanochat import attention, fit, hardware, optim, plan as plans, ranks
+from nanochat.common import TrainingFailed, UsageError
 from nanochat.model import build, meta_model
 from train import parse_args
 
@@ -97,7 +97,7 @@ def test_the_largest_that_is_estimated_to_fit():
 
 
 class Machine:
-    """A device on which a pass of n rows needs 10 bytes for gradients and `row` bytes a row, and more than `limit` rows fail."""
+    """A device on which a pass of n rows needs `row` bytes a row beside 10 for gradients, and more than `limit` rows fail."""
 
     def __init__(self, monkeypatch, tmp_path, free, row=10.0, limit=float("inf")):
         self.tried, self.said, self.row, self.limit = [], [], row, limit
@@ -114,7 +114,7 @@ class Machine:
 
     def peak(self, function, device):
         function()
-        return 10 + self.tried[-1] * self.row
+        return self.tried[-1] * self.row
 
     def settle(self, first, rows=16, key="a", fixed=False):
         self.tried.clear()
@@ -124,20 +124,55 @@ class Machine:
 
 def test_settling_goes_up_and_down_to_what_fits_and_remembers(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path, free=10 + 85)
-    assert machine.settle(2) == 8 and machine.tried == [2, 2, 8, 8]
+    assert machine.settle(2) == 8 and machine.tried == [2, 2, 4, 4, 8, 8], "at most twice as many at a time"
     assert machine.settle(16) == 8 and machine.tried == [8]  # remembered, tried once because that compiles
     assert machine.settle(16, key="another model") == 8 and machine.tried == [16, 16, 8, 8]
-    assert machine.said == ["a row needs 10 B: 8 rows at once instead of 2", "a row needs 10 B: 8 rows at once instead of 16"]
+    lines = ["a row needs 10 B: {} rows at once instead of {}", "device batch: 8 rows at once, 2 accumulated, instead of the {} that were "
+             "estimated to fit"]
+    assert machine.said == [lines[0].format(4, 2), lines[0].format(8, 4), lines[1].format(2), lines[1].format(16),
+                            lines[0].format(8, 16), lines[1].format(16)]
 
+
+def test_ranks_agree_on_the_least_memory(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, free=1e6)
+    monkeypatch.setattr(ranks, "from_all", lambda value: [value, 45.0] if isinstance(value, float) else [value])
+    assert machine.settle(16) == 2, "10 for gradients and 10 a row fit into 45 bytes with up to three rows"
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"bytes_per_row": "many"}', '{"bytes_per_row": -1}', '{"bytes_per_row": NaN}'])
+def test_what_cannot_be_remembered_is_measured_again(monkeypatch, tmp_path, content):
+    machine = Machine(monkeypatch, tmp_path, free=10 + 85)
+    assert machine.settle(8) == 8
+    next((tmp_path / "fit").iterdir()).write_text(content)
+    assert machine.settle(8) == 8 and machine.tried == [8, 8]
+
+
+def test_nothing_can_be_written_down(monkeypatch, tmp_path):
+    machine = Machine(monkeypatch, tmp_path, free=10 + 85)
+    (tmp_path / "fit").write_text("")
+    assert machine.settle(8) == 8 and "could not be kept for the next start" in machine.said[-1]
+
+
+def test_a_row_is_never_measured_too_small():
+    """With real tensors, from one row: what is promised for more rows is not less than what they need."""
+    args, config = config_of("--depth=2", "--max-seq-len=64")
+    model = build(config, CPU).train()
+
+    def trial(n):
+        ids = torch.randint(config.vocab_size, (n, 65), generator=torch.Generator().manual_seed(0))
+        model(ids[:, :-1], ids[:, 1:], reduction="mean").backward()
+    trial(1)
+    one, eight = (hardware.allocated_peak(lambda: trial(n), CPU) for n in (1, 8))
+    assert 1.01 * 8 * one >= eight
 
 def test_settling_halves_when_memory_runs_out(monkeypatch, tmp_path):
     machine = Machine(monkeypatch, tmp_path, free=1e6, limit=4)
     assert machine.settle(16) == 4 and machine.tried == [16, 8, 4, 4]
-    assert machine.said == ["16 rows at once do not fit into memory; trying 8", "8 rows at once do not fit into memory; trying 4"]
+    assert machine.said[:2] == ["16 rows at once do not fit into memory; trying 8", "8 rows at once do not fit into memory; trying 4"]
     machine.limit = 2  # less than when it was measured
     assert machine.settle(16) == 2
     machine.limit = 0
-    with pytest.raises(torch.OutOfMemoryError, match="1 rows"):
+    with pytest.raises(TrainingFailed, match="out of memory with one row at once; lower --max-seq-len"):
         machine.settle(16)
 
 

@@ -137,3 +137,5 @@ def test_refused():
     nats.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         nats.backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        linear_cross_entropy(hidden, weight, targets).backward(create_graph=True)

@@ -11,7 +11,7 @@ from nanochat import hardware, profiling
 def test_a_trace_of_three_steps(tmp_path, capsys):
     assert small.run(tmp_path, "--profile") == 0
     shown = capsys.readouterr().out
-    assert "where the time of a step goes:" in shown and "profile of 3 steps" in shown
+    assert "where the time of the traced steps goes:" in shown and "profile of 3 steps" in shown
     table = (tmp_path / "run" / "profile" / "table.txt").read_text()
     assert "aten::mm" in table and "matrix products" in table and "Self CPU" in table
     trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())
