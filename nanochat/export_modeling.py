@@ -118,7 +118,8 @@ class NanochatSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         return self.head
 
     def resize_token_embeddings(self, *args, **kwargs):
-        raise NotImplementedError("this model has an embedding table on several layers; its vocabulary cannot be resized")
+        raise ValueError("resize_token_embeddings: this model has an embedding table on several layers; its vocabulary cannot be resized: "
+                         "train with another --vocab-size")
 
     def _norm(self, x):
         return F.rms_norm(x, (x.size(-1),), eps=self.config.norm_eps)

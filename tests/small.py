@@ -13,6 +13,8 @@ import torch
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
+# Texts and GPT-2's files for tests that skip without them.
+SHARED = Path(os.environ.get("NANOCHAT_SHARED_DATA") or ROOT.parent / "shared" / "data")
 FLAGS = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=32", "--tokenizer=byte", "--total-batch-size=256",
          "--num-iterations=12", "--eval-every=5", "--sample-every=6", "--save-every=4", "--no-compile", "--dtype=float32"]
 # Sends this process a signal while it writes the metrics line of a step: the update is done, the line is not yet there. The save

@@ -1,7 +1,6 @@
 """Tokenizers: reversible, special tokens never read from text, byte counts from raw bytes; GPT-2's ids are OpenAI's."""
 
 import json
-import os
 import random
 import unicodedata
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 
 from nanochat import __main__ as entry, hub as hubs, tokenizer as tokenizers
 from nanochat.common import Unavailable, UsageError, base_dir
+from small import SHARED
 
-SHARED = Path(os.environ.get("NANOCHAT_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 GPT2_FOLDER = SHARED / "gpt2_bpe"
 needs_gpt2 = pytest.mark.skipif(not (GPT2_FOLDER / "encoder.json").exists(), reason=f"needs GPT-2's files in {GPT2_FOLDER}")
 # "he" and "ll" join first, then "hell", then " hell" where a blank leads
