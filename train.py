@@ -174,7 +174,7 @@ def main(args, stop):
     dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
     backend, backend_reason = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
-    peak, peak_label = ranks.from_rank0(hardware.peak_flops(device))  # measured on CPUs: plans must agree
+    peak, peak_label = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(device))  # measured on CPUs
 
     # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
     corpus = ranks.from_rank0_or_raise(lambda: corpora.open_corpus(

@@ -20,6 +20,7 @@ GPUS = {
     "RTX 5090": (209.5e12, 32e9), "RTX 4090": (165.2e12, 24e9), "RTX 4080": (97.5e12, 16e9), "RTX 3090": (71e12, 24e9),
     "RTX 3080": (59.5e12, 10e9),
 }
+PEAK_SIZES = (2048, 4096)  # rows of the products whose best speed is a device's peak
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -140,6 +141,12 @@ def matmul_flops(device, dtype, n, repeats):
     return 2 * n**3 / best
 
 
+def measured_peak(device, dtype):
+    """FLOP/s of the fastest of square products of PEAK_SIZES; of the small one where products are so slow that it takes a second."""
+    slow = device.type == "cpu" and dtype != torch.bfloat16
+    return max(matmul_flops(device, dtype, n, repeats=2) for n in (PEAK_SIZES[:1] if slow else PEAK_SIZES))
+
+
 def peak_flops(device):
     """(FLOP/s, label): the listed dense bf16 peak of a known GPU, otherwise a measured one (best of n = 2048 and 4096).
 
@@ -149,8 +156,7 @@ def peak_flops(device):
         if (known := listed_gpu(name)) is not None:
             return known[0], f"listed bf16 peak of {name}"
     dtype, _ = pick_dtype("auto", device.type)
-    sizes = (2048, 4096) if dtype == torch.bfloat16 or device.type != "cpu" else (2048,)
-    return max(matmul_flops(device, dtype, n, repeats=2) for n in sizes), f"measured {str(dtype).removeprefix('torch.')} peak"
+    return measured_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} peak"
 
 
 def free_memory(device):

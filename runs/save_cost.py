@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from nanochat import checkpoint, model as models, optim, runlog, schedules
+from nanochat import checkpoint, hardware, model as models, optim, runlog, schedules
 from nanochat.plan import make_plan, model_config
 from train import parse_args
 
 n_steps, every = int(sys.argv[1]) if len(sys.argv) > 1 else 600, 50
+hardware.prepare("cpu")
 args = parse_args(["--depth=4", "--max-seq-len=512", f"--num-iterations={n_steps}", "--total-batch-size=2048"])
 config = model_config(args, vocab_size=4096)
 plan = make_plan(args, config, 1e9, 1e12, 1)
@@ -41,7 +42,7 @@ with tempfile.TemporaryDirectory() as folder:
         busy = saver.busy()
         started = time.perf_counter()
         optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        model(ids[:, :-1], ids[:, 1:], reduction="mean").backward()
         optimizer.reduce()
         optimizer.step(1.0, schedules.muon_momentum(step))
         if step > 20:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanochat import bench
+from nanochat import bench, hardware
 from nanochat.__main__ import main
 from nanochat.model import meta_model
 
@@ -15,7 +15,7 @@ TINY = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
-    monkeypatch.setattr(bench, "MATRIX_SIZES", (64,))
+    monkeypatch.setattr(hardware, "PEAK_SIZES", (64,))
     monkeypatch.setattr(bench, "TEXT_BYTES", 100_000)
     torch.manual_seed(0)
 
@@ -25,7 +25,7 @@ def results(tmp_path_factory):
     """JSON of every part."""
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "MATRIX_SIZES", (64,))
+        patch.setattr(hardware, "PEAK_SIZES", (64,))
         patch.setattr(bench, "TEXT_BYTES", 100_000)
         assert main(["bench", *TINY, f"--out={path}"]) == 0
     return path
