@@ -132,6 +132,8 @@ def parse_args(argv=None):
 def main(args, stop):
     """Train. stop: the StopSignals of this process. Returns the exit code: 0 completed, 75 stopped early on request and
     resumable, 1 ended with everything saved for want of data or disk. Raises UsageError, TrainingFailed, Stopped."""
+    if args.profile:  # torch's allocator warns of every block that is older than the trace
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, fit, hardware, model as models, optim
@@ -214,8 +216,8 @@ def main(args, stop):
                + (f"; changed: {', '.join(changed)}" if changed else ""))
     ranks.from_rank0_or_raise(lambda: data.check_disk(rows, plan.tokens, tokens_per_epoch))
     memory = fit.memory_of(args, model_config, plan.parameters, dtype, backend, not no_compiler, device_type)
-    device_batch = ranks.from_rank0_or_raise(lambda: fit.pick_device_batch(args, plan, memory, fit.free_memory(device), world_size,
-                                                                           device_type))
+    device_batch = ranks.from_rank0_or_raise(lambda: fit.pick_device_batch(
+        args, plan, memory, fit.free_memory(device, world_size), world_size, device_type))
     accumulation = plan.rows_per_step // (device_batch * world_size)
     print0(plans.format_plan(plans.describe(args, model_config, plan, device_batch, peak, peak_label, world_size, memory,
                                             tokens_per_epoch)))

@@ -21,6 +21,8 @@ ADAMW = {"lr": 1e-4, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0
 TEXT_BYTES = 8 << 20  # of Python source, for the data path
 DECODE_ROWS, DECODE_TOKENS = (1, 8), 32
 START_UP_SECONDS = 900
+SETTINGS = ("arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "short_window", "vocab_size",
+            "device_batch_size", "activation_checkpointing")  # that make times comparable, beside those that the machine decides
 
 
 def parse_args(argv):
@@ -52,6 +54,8 @@ def parse_args(argv):
     args.only = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(args.only) - set(PARTS):
         raise UsageError(f"--only={','.join(sorted(unknown))}: no such part; choose of {', '.join(PARTS)}")
+    if args.json and args.compare:
+        raise UsageError(f"--compare={args.compare}: belongs to the table; leave --json out, or write the JSON with --out")
     if args.n_kv_head < 1 and args.n_kv_head != -1:
         raise UsageError(f"--n-kv-head={args.n_kv_head}: must be at least 1, or -1 for as many as query heads; give one of these")
     if args.out and (os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out)))):
@@ -68,7 +72,7 @@ def parse_args(argv):
 def main(argv):
     """Measure, print a table or JSON. Returns 0; UsageError for flags that name no model, or an unreadable --compare."""
     args = parse_args(argv)
-    other = read_results(args.compare) if args.compare else None
+    other, settings_of_other = read_results(args.compare) if args.compare else (None, None)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler, which counts memory, says that it is one
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
@@ -89,31 +93,34 @@ def main(argv):
     bench = Bench(args, config, device, dtype, backend, not no_compiler)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     say(bench.describe())
+    settings = {"dtype": str(dtype).removeprefix("torch."), "attention": backend, "compiled": not no_compiler,
+                **{name: getattr(args, name) for name in SETTINGS}}
+    if other is not None and (differ := [name for name in settings if settings[name] != settings_of_other.get(name)]):
+        say("the earlier run is no measure of this one where it had other settings: "
+            + ", ".join(f"{name} {settings_of_other.get(name)} (now {settings[name]})" for name in differ))
     for part in args.only:
         for entry in getattr(bench, "part_" + part.replace("-", "_"))():
             bench.results.append(entry)
             say(line(entry, bench.peak, other))
     bench.peak = max(bench.peak, hardware.measured_peak(device, dtype))  # a machine that others use may have been slow the first time
-    results = {"settings": {k: v for k, v in vars(args).items() if k not in ("json", "out", "compare", "only")},
-               "hardware": hardware.describe(device), "dtype": str(dtype).removeprefix("torch."), "attention": backend,
-               "compiled": not no_compiler, "peak_flops": bench.peak, "flops_per_token": bench.flops_per_token,
-               "results": [summary(entry, bench.peak) for entry in bench.results]}
+    results = {"settings": settings, "hardware": hardware.describe(device), "peak_flops": bench.peak,
+               "flops_per_token": bench.flops_per_token, "results": [summary(entry, bench.peak) for entry in bench.results]}
     if args.out:
         write_json(Path(args.out), results)
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        say(f"peak of matrix products in {results['dtype']}: {bench.peak / 1e12:.3g} TFLOP/s, the better of before and "
+        say(f"peak of matrix products in {settings['dtype']}: {bench.peak / 1e12:.3g} TFLOP/s, the better of before and "
             f"after; shares above are of what was measured before")
     return EXIT_COMPLETED
 
 
 def read_results(path):
-    """{name: result} of an earlier run's JSON. Raises UsageError."""
+    """({name: result}, settings) of an earlier run's JSON. Raises UsageError."""
     content = read_json(Path(path), "results of nanochat bench")
     try:
-        return {entry["name"]: entry for entry in content["results"] if 1 / entry["seconds"] > 0}
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+        return {entry["name"]: entry for entry in content["results"] if 1 / entry["seconds"] > 0}, dict(content["settings"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"--compare={path}: not the JSON that nanochat bench writes; give a file from --out") from error
 
 

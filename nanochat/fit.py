@@ -74,9 +74,9 @@ def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
     return memory
 
 
-def free_memory(device):
-    """Bytes that this process may count on: ranks on a CPU share its memory."""
-    return hardware.free_memory(device) / (ranks.world_size() if device.type == "cpu" else 1)
+def free_memory(device, processes):
+    """Bytes that each of so many processes may count on: those on a CPU share its memory."""
+    return hardware.free_memory(device) / (processes if device.type == "cpu" else 1)
 
 
 def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
@@ -116,7 +116,7 @@ def settle(trial, first, fixed, plan, key, device, report):
         trial(first)
         return first
     rows, gradient_bytes = plan.rows_per_step // ranks.world_size(), 4 * plan.parameters["total"]
-    budget_bytes = min(ranks.from_all(MEMORY_SHARE[device.type] * free_memory(device)))
+    budget_bytes = min(ranks.from_all(MEMORY_SHARE[device.type] * free_memory(device, ranks.world_size())))
     path = base_dir() / "fit" / f"{sha256_hex(json.dumps([MEASURED_AS, key], sort_keys=True))[:32]}.json"
     remembered = ranks.from_rank0(_remembered(path) if ranks.rank() == 0 else None)
 

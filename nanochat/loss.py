@@ -34,11 +34,10 @@ def linear_cross_entropy(hidden_NxC, weight_VxC, targets_N, softcap=None, reduct
 class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, reduction, compiled):
-        scale = torch.ones(targets.shape, device=targets.device)
-        if reduction == "mean":
-            scale = scale / (targets != -1).sum()
+        counted = (targets != -1).sum() if reduction == "mean" else torch.ones((), device=targets.device)
+        scale = (1 / counted.clamp_min(1)).expand(targets.shape).contiguous()
         nats, *ctx.gradients = _chunked(hidden, weight, targets, scale, softcap, compiled)
-        return torch.dot(nats, scale)
+        return torch.dot(nats, scale) / (counted > 0)  # a mean over nothing is NaN, and its gradients are zero
 
     @staticmethod
     def backward(ctx, upstream):
@@ -81,6 +80,8 @@ def _chunked(hidden, weight, targets, scale, softcap, compiled):
         torch.mm(gradient, matrix, out=hidden_gradient[part])
         product = gradient.T @ hidden[part]
         weight_gradient = product.float() if weight_gradient is None else weight_gradient.add_(product)
+    if scale is not None and N == 0:
+        weight_gradient = torch.zeros_like(weight)
     return nats, hidden_gradient, weight_gradient
 
 

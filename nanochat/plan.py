@@ -136,6 +136,8 @@ def check_flags(args):
     require("gpus", args.gpus >= 1, "must be at least 1", "give a positive number")
     require("gpu", not args.gpu or hardware.listed_gpu(args.gpu), "not in the table of GPUs",
             f"choose one of {', '.join(hardware.GPUS)}")
+    require("gpu", not args.gpu or args.dtype in ("auto", "bfloat16") and args.device_type in ("", "cuda"),
+            "plans for CUDA in bfloat16, whose peak the table has", "leave --dtype and --device-type out")
     return problems + track.problems(args.run, args.tensorboard)
 
 
@@ -326,7 +328,7 @@ def dry_run(args, model=None):
     else:
         device = torch.device(device_type)
         dtype, _ = hardware.pick_dtype(args.dtype, device_type)
-        (peak, peak_label), free_bytes = hardware.peak_flops(device), hardware.free_memory(device)
+        (peak, peak_label), free_bytes = hardware.peak_flops(device), fit.free_memory(device, args.gpus)
     n_bytes = corpora.estimated_bytes(args.data)
     config = model or model_config(args, tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes))
     tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)

@@ -74,7 +74,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         for path in self.path.glob("fault_step_*.json"):
             path.unlink()
-        for name in ("checkpoints", "tokenizer", "wandb", "tensorboard"):
+        for name in ("checkpoints", "tokenizer", "wandb", "tensorboard", "profile"):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
 

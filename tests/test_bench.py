@@ -65,7 +65,19 @@ def test_flops_of_orthogonalisation():
 def test_compared_with_an_earlier_run(results, capsys):
     assert main(["bench", *TINY, "--only=loss,step", f"--compare={results}"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("times as fast as before") == 3 and "peak of matrix products in" in shown
+    assert shown.count("times as fast as before") == 3 and "peak of matrix products in" in shown and "other settings" not in shown
+    assert main(["bench", *TINY, "--only=loss", f"--compare={results}", "--depth=3", "--dtype=float32"]) == 0
+    shown = capsys.readouterr().out
+    assert "other settings: dtype bfloat16 (now float32), depth 2 (now 3)" in shown or "other settings: depth 2 (now 3)" in shown
+
+
+@pytest.mark.parametrize("content", ['{"results": [{"name": "loss"}], "settings": {}}', '{"results": [{"name": "loss", "seconds": 0}], '
+                                     '"settings": {}}', '{"results": [{"name": "loss", "seconds": null}], "settings": {}}',
+                                     '{"results": []}', "[]"])
+def test_results_that_are_none_are_refused(tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    assert main(["bench", *TINY, f"--compare={tmp_path}/other.json"]) == 2
+    assert "other.json: not the JSON that nanochat bench writes" in capsys.readouterr().err
 
 
 def test_json_alone_on_standard_output(capsys):
@@ -80,6 +92,11 @@ def test_json_alone_on_standard_output(capsys):
     (["--compare=nowhere.json"], "nowhere.json"),
     (["--compare=README.md"], "README.md"),
     (["--attention=fast"], "--attention=fast"),
+    (["--n-kv-head=0"], "--n-kv-head=0: must be at least 1, or -1"),
+    (["--json", "--compare=README.md"], "--compare=README.md: belongs to the table"),
+    (["--out=nowhere/x.json"], "--out=nowhere/x.json: a folder, or in no folder"),
+    (["--out=tests"], "--out=tests: a folder"),
+    (["--vocab-size=100"], "--vocab-size=100: too small for a tokenizer; give at least 257"),
 ])
 def test_refused(flags, message, capsys):
     assert main(["bench", *flags]) == 2

@@ -114,6 +114,18 @@ def test_extreme_logits():
             torch.testing.assert_close(ours[name], exact[name].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("N", [0, 5])
+def test_no_token_counts(N, reduction):
+    """As PyTorch: the mean is NaN, everything else is zero, all gradients too."""
+    hidden, weight, targets = inputs(5, 4, 11)
+    hidden, targets = hidden[:N], torch.full((N,), -1)
+    theirs = results(plain, hidden, weight, targets, 15.0, reduction)
+    ours = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_non_finite_logits_are_seen():
     hidden, weight, targets = inputs(6, 4, 11)
     weight[3, 2] = float("nan")
