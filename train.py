@@ -13,7 +13,7 @@ import time
 
 from nanochat import schedules, signals
 from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, TrainingFailed, Unavailable, UsageError,
-                             human_bytes, human_time, stream_seed)
+                             human_time, number_or_auto, stream_seed)
 
 
 def parse_args(argv=None):
@@ -96,9 +96,11 @@ def parse_args(argv=None):
     group = parser.add_argument_group("evaluation (every: steps; -1: never, at the end neither)")
     group.add_argument("--eval-every", type=int, default=250, help="validation bits per byte; also at the end")
     group.add_argument("--eval-tokens", type=int, default=40 * 524288, help="held-out tokens, capped by the validation set; -1: all")
-    group.add_argument("--core-metric-every", type=int, default=-1, help="CORE metric (not available yet)")
-    group.add_argument("--core-metric-max-per-task", type=int, default=500, help="examples (not available yet)")
-    group.add_argument("--core-bundle", default="", help="path of the CORE bundle (not available yet)")
+    group.add_argument("--core-metric-every", type=number_or_auto, default="auto", help="CORE metric; also at the end; auto: 2000 on "
+                       "CUDA, -1 elsewhere")
+    group.add_argument("--core-metric-max-per-task", type=number_or_auto, default="auto", help="examples of a CORE task; -1: all; auto: "
+                       "500 on CUDA, 50 elsewhere")
+    group.add_argument("--core-bundle", default="", help="folder of the CORE bundle; empty: the cached one, downloaded once")
     group.add_argument("--sample-every", type=int, default=2000, help="text samples; also at the end")
     group.add_argument("--sample-prompts", default="", help="file with one prompt a line; empty: beginnings of held-out documents")
     group = parser.add_argument_group("saving")
@@ -136,8 +138,8 @@ def main(args, stop):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
-    from nanochat import attention, checkpoint, corpus as corpora, data, engine, evaluate, faults, fit, hardware, model as models, optim
-    from nanochat import plan as plans, profiling, ranks, runlog, start, tokenizer as tokenizers, track
+    from nanochat import attention, checkpoint, core as core_metric, corpus as corpora, data, engine, evaluate, faults, fit, hardware
+    from nanochat import model as models, optim, plan as plans, profiling, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
     if problems := plans.check_flags(args):
@@ -173,6 +175,7 @@ def main(args, stop):
     if args.init_from and not start_step:
         source = ranks.from_rank0_or_raise(lambda: start.source_of_weights(args, folder, config and config["init_from"]["step"]))
     vars(args).update(source.flags if source else {})
+    args.core_metric_every, args.core_metric_max_per_task = plans.core_metric_flags(args, device_type)
     dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
     backend, backend_reason = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
@@ -231,27 +234,23 @@ def main(args, stop):
         lambda: corpora.compressed_bits_per_byte(corpus.val))
     print0("held-out text compressed:", ", ".join(f"{name} {bits} bits per byte" for name, bits in compressed.items()))
 
+    core, no_core = core_metric.open_for_training(args, tokenizer, model_config, plan.flops_per_token,
+                                                  plans.ASSUMED_MFU * peak * world_size, torch.get_num_threads())
+
     # ----- from here on the disk changes: a signal waits until that is done
     stop.at_once = False
     ranks.from_rank0_or_raise(lambda: start.take_folder(folder, start_step))
     progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
-    metrics, samples = (runlog.Metrics(folder.path / f"{name}.jsonl", progress.message) for name in ("metrics", "samples"))
+    records = metrics, samples, answers = runlog.records(folder.path, progress.message)
     if main_rank:
         if config is None:
             if args.overwrite:
                 folder.clear()
             tokenizer.save(folder.path / "tokenizer")
-            config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(),
-                      "model": vars(model_config), "seed": args.seed,
-                      "data": {"name": corpus.name, "revision": corpus.revision, "fingerprint": corpus.fingerprint,
-                               "train_bytes": corpus.train_bytes, "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
-                               "compressed_bpb": compressed},
-                      "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
-                      "runtime": {"dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
-                                  "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label},
-                      "hardware": hardware.describe(device), **runlog.provenance()}
-            if source:
-                config["init_from"] = {"run": args.init_from, "step": source.step}
+            config = start.first_config(args, plan, model_config, corpus, tokens_per_epoch, compressed, tokenizer, source)
+            config |= {"hardware": hardware.describe(device), "runtime": {
+                "dtype": str(dtype), "attention": backend, "compiled": not no_compiler, "world_size": world_size,
+                "device_batch_size": device_batch, "peak_flops": peak, "peak": peak_label}}
         # before the new plan of an extended run, which they are no part of
         aside = checkpoint.set_aside_after(folder.path, start_step, print0)
         best_bpb = metrics.value_at(checkpoint.best_step(folder.path), "val/bpb")  # of a line that may be cut below
@@ -265,13 +264,13 @@ def main(args, stop):
         if extending or aside and args.resume_from_step != -1 or "wandb_id" not in config:
             config["wandb_id"] = track.new_run_id()
         folder.write_config(config)
-        metrics.keep_before(start_step)
-        samples.keep_before(start_step)
+        for record in records:
+            record.keep_before(start_step)
 
     # ----- the state of the loop: all that must survive a restart besides tensors
     step = start_step
     state = {"training_seconds": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None, "stale_evaluations": 0,
-             "recent_losses": [], "shard_tokens": {}, "tokenizer": tokenizer.fingerprint}
+             "core_metric": None, "core_metric_n": None, "recent_losses": [], "shard_tokens": {}, "tokenizer": tokenizer.fingerprint}
     state |= {name: value for name, value in saved_state.items() if name in state}
 
     def position(at):
@@ -284,7 +283,7 @@ def main(args, stop):
         seconds = state["training_seconds"]
         speed = step * plan.total_batch_tokens / seconds if seconds else None
         summary = dict(status=status, reason=reason, **position(step), val_bpb=state["val_bpb"], min_val_bpb=state["min_val_bpb"],
-                       core_metric=None, core_metric_n=None, tok_per_sec=speed,
+                       core_metric=state["core_metric"], core_metric_n=state["core_metric_n"], tok_per_sec=speed,
                        mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
                        peak_memory_bytes=hardware.peak_memory_bytes(device), skipped_steps=state["skipped_steps"])
         try:
@@ -331,12 +330,12 @@ def main(args, stop):
     cache.report = progress.message
     finished, stopping, rolling_due, skipped_in_a_row, last_save = False, False, False, 0, time.monotonic()
     measured_seconds, measured_steps, smooth_loss, byte_counts = 0.0, 0, None, tokenizer.byte_counts()
-    evaluated, before, reason = None, None, ""  # the step evaluated last, the state before that, why the run ends early
+    evaluated, scored, before, reason = None, None, None, ""  # last step with bpb, with CORE; the state before; why the run ends early
     if main_rank:
         summarize("running")
     try:
         if main_rank:
-            saver = checkpoint.Saver(folder.path, args.keep_last, progress.message, (metrics, samples), best_bpb)
+            saver = checkpoint.Saver(folder.path, args.keep_last, progress.message, records, best_bpb)
             trackers = track.Trackers(folder.path, args.run, args.tensorboard, config, config["wandb_id"], start_step, progress.message,
                                       runlog.read_lines(metrics.path) if args.tensorboard or args.run != "dummy" else ())
         stop.at_once = True
@@ -386,7 +385,7 @@ def main(args, stop):
                 kind = "rolling"
             if kind and not args.no_save and (step > start_step or kind == "final"):
                 # what follows a step with bad numbers may be no good either: it is not written before a step was good again
-                save(kind, before if evaluated == step else state, hold=bool(skipped_in_a_row) and not (finished or stopping))
+                save(kind, before if step in (evaluated, scored) else state, hold=bool(skipped_in_a_row) and not (finished or stopping))
                 last_save = time.monotonic()
 
             # evaluate: all ranks
@@ -408,10 +407,7 @@ def main(args, stop):
                     better = result["bpb"] < (state["min_val_bpb"] or math.inf)
                     state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
                     state["stale_evaluations"] = 0 if better else state["stale_evaluations"] + 1
-                    if result["bpb"] <= args.stop_at_bpb:
-                        reason = f"val/bpb {result['bpb']:.4f} reached --stop-at-bpb={args.stop_at_bpb}"
-                    elif 0 < args.patience <= state["stale_evaluations"]:
-                        reason = f"{args.patience} evaluations without improvement (--patience)"
+                    reason = plans.early_end(args, result["bpb"], state["stale_evaluations"])
                     if better and (args.patience != -1 or reason) and not args.no_save:  # the model that the rule is there for
                         save("rolling", before)
                     if main_rank:
@@ -425,6 +421,22 @@ def main(args, stop):
                 if reason and not finished:  # once more round, to save and leave
                     progress.message(f"step {step}: ending here, {reason}")
                     continue
+
+            # CORE: all ranks
+            core_due = args.core_metric_every != -1 and step > 0 and (finished or step % args.core_metric_every == 0)
+            if core_due and scored != step and not stopping:
+                before = before if evaluated == step else dict(state)
+                result = core_metric.measure(core, no_core, model, device_batch * T, device, asked_meanwhile, lambda share, task, left:
+                                             progress.meanwhile(f"step {step}: CORE {share:.0%}, {task} | eta {human_time(left)}"))
+                if result is None:  # told to stop
+                    stopping = True
+                    continue
+                scored, state["core_metric"], state["core_metric_n"] = step, result["core_metric"], result["n"]
+                if main_rank:
+                    log(**position(step), **core_metric.as_metrics(result))
+                    core_metric.write_lines(answers, step, result)
+                    progress.message(f"step {step}: {core_metric.in_words(result)}")
+                    summarize("running")
 
             # sample: rank 0; the others wait for its word whether it was told to stop meanwhile
             if args.sample_every != -1 and step > 0 and (finished or step % args.sample_every == 0) and not stopping:
@@ -498,12 +510,8 @@ def main(args, stop):
                     **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
-            if step == 1 and not source and abs(loss - math.log(tokenizer.vocab_size)) > 0.5:
-                progress.message(f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(tokenizer.vocab_size):.3f} "
-                                 f"is what an untrained model should have")
-            if z is not None:
-                progress.message(f"step {step - 1}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the last "
-                                 f"{len(state['recent_losses']) - 1}")
+            for remark in faults.remarks(step, loss, z, state["recent_losses"], None if source else tokenizer.vocab_size):
+                progress.message(remark)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if finite and main_rank:
                 saver.release()
@@ -549,22 +557,14 @@ def main(args, stop):
                 trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        for worker in (batches, ahead, watchdog, saver, profiler, metrics, samples):
+        for worker in (batches, ahead, watchdog, saver, profiler, *records):
             if worker is not None:
                 worker.close()
         progress.close()
 
     if main_rank:
         trackers.finish(summary, code)
-        newest = checkpoint.newest_in_words(folder.path)
-        saved = newest or "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
-        if completed:
-            bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
-            print0(f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}"
-                   f"peak memory {human_bytes(hardware.peak_memory_bytes(device))}; {saved}; run folder: {folder.path}")
-        else:
-            print0(f"stopped at step {step}: {failure.rstrip('.') or 'as asked'}; {saved}"
-                   + (f"; add --resume to go on: {folder.path}" if newest else ""))
+        print0(start.last_words(args, folder, step, state, completed, failure, hardware.peak_memory_bytes(device)))
     ranks.close()
     return code
 

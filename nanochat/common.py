@@ -174,6 +174,11 @@ def read_json(path, what):
         raise UsageError(f"{what}: {path} cannot be read as JSON ({error})") from None
 
 
+def number_or_auto(text):
+    """argparse type of a whole number for which "auto" may stand."""
+    return text if text == "auto" else int(text)
+
+
 def step_argument(text):
     """argparse type of --step: a whole number, or "best"."""
     return text if text == "best" else int(text)

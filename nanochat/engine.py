@@ -67,6 +67,33 @@ class KVCache:
             self.previous_embedding = last_embedding_Bx1xC.expand(self.batch_size, -1, -1)
 
 
+class Branches:
+    """Rows that each continue a row of a cache, for one pass; any number of them may continue the same. Nothing is stored: the
+    model reads it as a cache, and the one that was given stays as it is.
+
+    rows: for each branch the row of `cache` (a KVCache, with at least one position) that it continues. windows: of each layer."""
+
+    def __init__(self, cache, rows, windows):
+        self.length = cache.length
+        self.layers = [BranchesOfLayer(layer, rows, window) for layer, window in zip(cache.layers, windows, strict=True)]
+        self.previous_embedding = None if cache.previous_embedding is None else cache.previous_embedding[rows]
+
+    def advance(self, n_tokens, last_embedding_Bx1xC):
+        """As a cache's; there is nothing to count."""
+
+
+class BranchesOfLayer:
+    """The part of Branches that belongs to one layer."""
+
+    def __init__(self, layer, rows, window):
+        self.layer, self.rows, self.first = layer, rows, max(0, layer.length - window + 1)
+
+    def append(self, k_BxTxKxD, v_BxTxKxD):
+        """The keys and values of each branch: those of the row it continues, as far as the window reaches, then its own."""
+        return tuple(torch.cat((buffer[:, self.first : self.layer.length][self.rows], own), dim=1)
+                     for buffer, own in ((self.layer.keys, k_BxTxKxD), (self.layer.values, v_BxTxKxD)))
+
+
 def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen_BxV=None):
     """Draw one token per row. Returns (B,) int64 on the CPU.
 

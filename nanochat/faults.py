@@ -153,6 +153,15 @@ def spike(loss, recent):
     return z if z is not None and z > SPIKE_Z else None
 
 
+def remarks(step, loss, z, recent, vocab_size):
+    """Yields what is remarkable about the loss of the step before `step`. z, recent: of spike(); vocab_size: of an untrained model."""
+    if step == 1 and vocab_size and abs(loss - math.log(vocab_size)) > 0.5:
+        yield (f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(vocab_size):.3f} is what an untrained model "
+               f"should have")
+    if z is not None:
+        yield f"step {step - 1}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the last {len(recent) - 1}"
+
+
 class Watchdog:
     """Reports a loop that has not moved for STALL_FACTOR times its usual step, with the stacks of all threads; then again
     after twice that time. Only says it: what hangs may be a debugger, a disk that wakes up, or a rank that is gone."""

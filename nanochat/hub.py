@@ -250,6 +250,25 @@ def _get_rest(file, partial, report):
         raise _Problem("network", f"the answer ended after {start:,} of {file.n_bytes:,} bytes")
 
 
+def content_length(url, report=print):
+    """Bytes of the file at a URL outside the hub, as its server says. Raises DownloadFailed."""
+    name = urlsplit(url).path.rpartition("/")[2]
+
+    def ask():
+        response = _huggingface_hub().get_session().head(url, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT_S,
+                                                         follow_redirects=True)
+        if problem := _status_problem(response):
+            raise problem
+        if not response.headers.get("Content-Length", "").isdigit():
+            raise _Problem("missing", "the server does not say how large it is")
+        return int(response.headers["Content-Length"])
+
+    try:
+        return _patiently(ask, name, report)
+    except _Problem as problem:
+        raise DownloadFailed(f"{name} of {urlsplit(url).netloc} was not downloaded: {problem.reason}. {_remedy(problem, '')}") from None
+
+
 def _total_bytes(response):
     """Size of the whole file by the headers of an answer, or None."""
     if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -266,7 +285,7 @@ def _verify(file, path):
     if file.sha256:
         found, stated = sha256_file(path), file.sha256
     elif re.fullmatch("[0-9a-f]{40}", file.etag):
-        content = path.read_bytes()  # files without a SHA-256 are plain git blobs, at most 10 MB
+        content = path.read_bytes()  # files without a SHA-256 are plain git blobs, at most 19 MB
         found, stated = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest(), file.etag
     else:
         return
@@ -391,7 +410,7 @@ def _remedy(problem, repo):
             "offline": "Unset HF_HUB_OFFLINE, or run once with it unset while there is a network.",
             "denied": f"If the dataset is private or gated, {token}.",
             "missing": "Check the name and the revision: the dataset may have changed or moved." if repo else
-                       "The file may have moved: download it by hand and give its path to --data.",
+                       "The file may have moved: fetch it by hand, and give its path instead.",
             "content": damaged + (", or name another server in HF_ENDPOINT." if repo else "."),
             "disk": f"Make room and see that {base_dir()} can be written, or set NANOCHAT_BASE_DIR to a folder on a larger disk.",
             }[problem.kind]

@@ -115,21 +115,26 @@ class Attention(nn.Module):
         self.out = Linear(H * D, C)
         self.value_gate = Linear(min(GATE_CHANNELS, C), K) if config.has_value_embedding(layer) else None
 
-    def forward(self, x_BxTxC, value_embedding_BxTxKD, rope, cache):
+    def forward(self, x_BxTxC, value_embedding_BxTxKD, rope, cache, fill=False):
+        """fill: leave keys and values in the cache, and return nothing."""
         B, T, _ = x_BxTxC.shape
-        q = self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim)
         k = self.key(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
         v = self.value(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
         if self.value_gate is not None:  # a gate of 1 per head at initialisation, between 0 and 2 afterwards
             gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.value_gate.in_features]))
             v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.to(v.dtype).view_as(v)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.qk_norm:
-            q, k = norm(q), norm(k)
+        k = self._positioned(k, rope)
         if cache is not None:
             k, v = cache.append(k, v)
+        if fill:
+            return None
+        q = self._positioned(self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim), rope)
         out = attention(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
         return F.dropout(self.out(out), self.dropout, self.training)
+
+    def _positioned(self, heads_BxTxHxD, rope):
+        rotated = rotate(heads_BxTxHxD, *rope)
+        return norm(rotated) if self.qk_norm else rotated
 
 
 class MLP(nn.Module):
@@ -151,9 +156,13 @@ class Block(nn.Module):
         self.attention = Attention(config, layer, backend)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, residual_lambda, x0_lambda, value_embedding, rope, cache=None):
+    def forward(self, x, x0, residual_lambda, x0_lambda, value_embedding, rope, cache=None, fill=False):
+        """fill: leave keys and values in the cache, and return nothing."""
         x = residual_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
-        x = x + self.attention(norm(x), value_embedding, rope, cache)
+        attended = self.attention(norm(x), value_embedding, rope, cache, fill)
+        if fill:
+            return None
+        x = x + attended
         return x + self.mlp(norm(x))
 
 
@@ -300,15 +309,17 @@ class GPT(nn.Module):
         gate_BxTx1 = torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
         return x + self.smear_lambda.to(x.dtype) * gate_BxTx1 * before, x[:, -1:]
 
-    def hidden(self, ids_BxT, cache=None):
-        """The residual stream after the last block and its norm, (B, T, C) in the compute dtype."""
+    def hidden(self, ids_BxT, cache=None, fill=False):
+        """The residual stream after the last block and its norm, (B, T, C) in the compute dtype.
+
+        fill: only the cache is wanted; returns None, and the last block computes its keys and values only."""
         T = ids_BxT.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.rope_cos.size(0):
             raise ValueError(f"{start + T} positions; this model was built for at most {self.rope_cos.size(0)}")
         rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         with self._stance():
-            hidden_BxTxC, last_Bx1xC = self._run_blocks(ids_BxT, rope, cache)
+            hidden_BxTxC, last_Bx1xC = self._run_blocks(ids_BxT, rope, cache, fill)
         if cache is not None:
             cache.advance(T, last_Bx1xC)
         return hidden_BxTxC
@@ -319,8 +330,8 @@ class GPT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def _run_blocks(self, ids_BxT, rope, cache):
-        """From ids to the normalised residual stream (B, T, C), and what the cache keeps of the last token for smear."""
+    def _run_blocks(self, ids_BxT, rope, cache, fill):
+        """From ids to the normalised residual stream (B, T, C), None with fill, and what the cache keeps of the last token for smear."""
         raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
@@ -332,9 +343,12 @@ class GPT(nn.Module):
             table = self.value_embeddings[str(i)].weight if self.config.has_value_embedding(i) else None
             value_embedding = F.embedding(ids_BxT, table) if table is not None else None
             layer_cache = cache.layers[i] if cache is not None else None
-            x = self._run_block(block, x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache)
+            x = self._run_block(block, x, x0, self.residual_lambdas[i], self.x0_lambdas[i], value_embedding, rope, layer_cache,
+                                fill and block is self.blocks[-1])
             if i == middle_block:
                 middle = x
+        if fill:
+            return None, last
         return norm(x - self.backout_lambda.to(x.dtype) * middle), last
 
     def head_weight(self):
@@ -400,8 +414,12 @@ class LlamaBlock(nn.Module):
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.attention(self.attention_norm(x), None, rope, cache)
+    def forward(self, x, rope, cache=None, fill=False):
+        """fill: leave keys and values in the cache, and return nothing."""
+        attended = self.attention(self.attention_norm(x), None, rope, cache, fill)
+        if fill:
+            return None
+        x = x + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -443,11 +461,11 @@ class Llama(GPT):
         frequency = 1.0 / (LLAMA_ROPE_BASE ** (torch.arange(0, D, 2).float() / D))
         return torch.outer(torch.arange(self.rope_cos.size(0)).float(), frequency)
 
-    def _run_blocks(self, ids_BxT, rope, cache):
+    def _run_blocks(self, ids_BxT, rope, cache, fill):
         x = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
         for i, block in enumerate(self.blocks):
-            x = self._run_block(block, x, rope, cache.layers[i] if cache is not None else None)
-        return self.final_norm(x), None
+            x = self._run_block(block, x, rope, cache.layers[i] if cache is not None else None, fill and block is self.blocks[-1])
+        return None if fill else self.final_norm(x), None
 
 
 def meta_model(config, compute_dtype=torch.float32, attention_backend="blocked"):
@@ -462,3 +480,15 @@ def build(config, device, compute_dtype=torch.float32, attention_backend="blocke
     model.to_empty(device=device)
     model.init_weights(seed)
     return model
+
+
+def for_inference(model):
+    """The model in eval mode with parameters in the compute dtype: the same results to the last bit, without a cast before each product.
+
+    Where that is fp32, the model itself; else a copy, which takes memory and does not follow when the model is trained on."""
+    if model.compute_dtype == torch.float32:
+        return model.eval()
+    copy = meta_model(model.config, model.compute_dtype, model.blocks[0].attention.backend)
+    copy.load_state_dict({name: tensor.to(model.compute_dtype) for name, tensor in model.state_dict().items()}, assign=True)
+    copy.rope_cos, copy.rope_sin = model.rope_cos, model.rope_sin
+    return copy.requires_grad_(False).eval()

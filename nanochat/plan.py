@@ -21,8 +21,7 @@ LONG_RUN_SECONDS = 2 * 86400
 # What the flags of the contract name and this version does not do yet: refused by name, never ignored.
 LATER = {
     "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
-    "fp8_recipe": "fp8 training", "core_metric_every": "the CORE metric",
-    "core_metric_max_per_task": "the CORE metric", "core_bundle": "the CORE metric",
+    "fp8_recipe": "fp8 training",
 }
 LATER_VALUES = {("dtype", "float16"): "float16 training (it needs loss scaling)"}
 
@@ -50,15 +49,14 @@ def check_flags(args):
             "a path, not a name", "give a plain name, and the folder of runs as --out-dir")
     for name, feature in LATER.items():
         value = getattr(args, name)
-        off = value is False or value in ("", "dummy") or (value == -1 and name != "core_metric_max_per_task")
-        if name in args.given and not off:
+        if name in args.given and value is not False:
             require(name, False, f"{feature} is not available in this version", "leave the flag out")
     for (name, value), feature in LATER_VALUES.items():
         require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
     known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
     require("tokenizer", known, "neither a kind of tokenizer nor a folder",
             f"choose {', '.join(tokenizers.KINDS)}, gpt2, a folder with a saved one, or a run folder")
-    for name in ("sample_prompts", "val_data", "init_from"):
+    for name in ("sample_prompts", "val_data", "init_from", "core_bundle"):
         value = getattr(args, name)
         require(name, not value or os.path.exists(value) or glob.glob(value, recursive=True), "no such file or folder", "check the path")
     named = args.data == "python" or corpora.is_remote(args.data)
@@ -91,9 +89,10 @@ def check_flags(args):
         require(name, getattr(args, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "n_kv_head",
                  "short_window", "vocab_size", "device_batch_size", "total_batch_size", "matrix_lr", "eval_every", "sample_every",
-                 "save_every", "save_every_minutes", "keep_last", "eval_tokens", "stop_at_bpb", "patience"):
+                 "save_every", "save_every_minutes", "keep_last", "eval_tokens", "stop_at_bpb", "patience", "core_metric_every",
+                 "core_metric_max_per_task"):
         value = getattr(args, name)
-        require(name, value == -1 or value > 0, "must be positive, or -1 for off or automatic", "give one of these")
+        require(name, value in (-1, "auto") or value > 0, "must be positive, or -1 for off or automatic", "give one of these")
     for name in ("resume_from_step", "warmup_steps"):
         require(name, getattr(args, name) >= -1, "must be at least 0, or -1 for off or automatic", "give one of these")
     for name in ("embedding_lr", "unembedding_lr"):
@@ -139,6 +138,16 @@ def check_flags(args):
     require("gpu", not args.gpu or args.dtype in ("auto", "bfloat16") and args.device_type in ("", "cuda"),
             "plans for CUDA in bfloat16, whose peak the table has", "leave --dtype and --device-type out")
     return problems + track.problems(args.run, args.tensorboard)
+
+
+def core_metric_flags(args, device_type):
+    """(--core-metric-every, --core-metric-max-per-task) with what suits the device for "auto". UsageError for a bundle without use."""
+    by_device = {"core_metric_every": (2000, -1), "core_metric_max_per_task": (500, 50)}  # on CUDA, elsewhere
+    every, most = (values[device_type != "cuda"] if getattr(args, name) == "auto" else getattr(args, name)
+                   for name, values in by_device.items())
+    if every == -1 and "core_bundle" in args.given and args.core_bundle:
+        raise UsageError(f"--core-bundle={args.core_bundle}: CORE is not measured in this run; add --core-metric-every, or leave it out")
+    return every, most
 
 
 def model_config(args, vocab_size):
@@ -265,6 +274,13 @@ def as_json(args, config, plan, device_batch, peak_flops, peak_label, devices, m
             "estimates": {"seconds": estimated_seconds(plan, args, peak_flops, devices), "assumed_mfu": ASSUMED_MFU,
                           "memory_bytes": memory(device_batch),
                           "checkpoint_bytes": fit.state_bytes(plan.parameters, args.optimizer)}}
+
+
+def early_end(args, bpb, stale_evaluations):
+    """Why a run ends before its horizon after an evaluation, by --stop-at-bpb or --patience; "" if it goes on."""
+    if bpb <= args.stop_at_bpb:
+        return f"val/bpb {bpb:.4f} reached --stop-at-bpb={args.stop_at_bpb}"
+    return f"{args.patience} evaluations without improvement (--patience)" if 0 < args.patience <= stale_evaluations else ""
 
 
 def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, memory, tokens_per_epoch):

@@ -185,6 +185,11 @@ class Metrics:
             self.file.close()
 
 
+def records(folder, report):
+    """The Metrics of a run folder's metrics.jsonl, samples.jsonl and core.jsonl."""
+    return [Metrics(Path(folder) / f"{name}.jsonl", report) for name in ("metrics", "samples", "core")]
+
+
 def _lines_of(path):
     """Its lines; what is no UTF-8 (a disk's doing) spoils its own line only."""
     return Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -243,6 +248,14 @@ class Progress:
             self.last = time.monotonic()
             of = f"{step}/{steps}" if steps else f"{step}"
             print(f"step {of} | {text} | {eta}", flush=True)
+
+    def meanwhile(self, text):
+        """Show what goes on between two updates."""
+        if self.live:
+            self.bar.set_description_str(text)
+        elif not self.quiet and time.monotonic() - self.last >= self.PLAIN_SECONDS:
+            self.last = time.monotonic()
+            print(text, flush=True)
 
     def message(self, text):
         """A line of its own above the live one."""

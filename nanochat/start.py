@@ -8,10 +8,10 @@ import sys
 from typing import NamedTuple
 
 from nanochat import checkpoint
-from nanochat.common import UsageError, read_json
+from nanochat.common import UsageError, human_bytes, human_time, read_json
 from nanochat.model import GPTConfig
 from nanochat.plan import HORIZONS, flag, make_plan
-from nanochat.runlog import RunFolder, read_lines, status_of
+from nanochat.runlog import RunFolder, provenance, read_lines, status_of
 
 # Flags of one start, not of the run: never taken from a run's config.json, and not kept when it is resumed.
 OF_THIS_START = ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "config", "dry_run", "json", "gpus", "gpu")
@@ -172,6 +172,31 @@ def wanted_step(args, folder):
                          + (f", the newest at step {steps[-1]}" if steps else "") + "); add --resume to go on with it, "
                          "--model-tag=NAME to start another beside it, or --overwrite to delete it and start again")
     return None
+
+
+def first_config(args, plan, model_config, corpus, tokens_per_epoch, compressed_bpb, tokenizer, source):
+    """config.json of a new run, as far as it does not depend on the machine. source: of --init-from, or None."""
+    config = {"args": {k: v for k, v in vars(args).items() if k != "given"}, "plan": plan.as_dict(), "model": vars(model_config),
+              "seed": args.seed,
+              "data": {"name": corpus.name, "revision": corpus.revision, "fingerprint": corpus.fingerprint,
+                       "train_bytes": corpus.train_bytes, "note": corpus.note, "tokens_per_epoch": tokens_per_epoch,
+                       "compressed_bpb": compressed_bpb},
+              "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
+              **provenance()}
+    return config | ({"init_from": {"run": args.init_from, "step": source.step}} if source else {})
+
+
+def last_words(args, folder, step, state, completed, failure, peak_memory_bytes):
+    """What a run says at its end: what came of it, and what is saved where."""
+    newest = checkpoint.newest_in_words(folder.path)
+    saved = newest or "nothing was saved" + (" (--no-save)" if args.no_save else " yet")
+    if completed:
+        bpb = f"val_bpb {state['val_bpb']:.4f}, " if state["val_bpb"] is not None else ""
+        core = f"CORE {state['core_metric']:.4f}, " if state["core_metric"] is not None else ""
+        return (f"completed {step} steps in {human_time(state['training_seconds'])} of training: {bpb}{core}"
+                f"peak memory {human_bytes(peak_memory_bytes)}; {saved}; run folder: {folder.path}")
+    return (f"stopped at step {step}: {failure.rstrip('.') or 'as asked'}; {saved}"
+            + (f"; add --resume to go on: {folder.path}" if newest else ""))
 
 
 def is_over(args, config, folder, start_step):

@@ -55,6 +55,33 @@ def corpus(folder):
     return f"--data={path}"
 
 
+def core_bundle(folder, n=6):
+    """A complete CORE bundle of n made-up examples a task; returns its folder. Texts differ in length; a choice may begin another."""
+    from tasks.core import CORRECTED, PUBLISHED, published_yaml
+    bundle = Path(folder) / "bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text(published_yaml())
+    chances = {"language_modeling": 0, "schema": 50, "multiple_choice": 25}
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + "".join(
+        f"{label},{CORRECTED.get(label, [chances[kind]])[0]}\n" for label, _, _, kind, _ in PUBLISHED))
+    for number, (label, uri, _, kind, _) in enumerate(PUBLISHED):
+        examples = []
+        for i in range(n):
+            long = "and so on " * ((7 * i + number) % 5)
+            if kind == "multiple_choice":
+                examples.append({"query": f"Question {i} of {label}: {long}what follows {i}?", "gold": (i + number) % 4,
+                                 "choices": [str(i + 1), f"{i} again", f"{i}", f"nothing {long}".strip()]})
+            elif kind == "schema":
+                examples.append({"context_options": [f"The cat {long}saw {i} dogs and the cat", f"The cat saw {i} dogs and the dogs"],
+                                 "continuation": f"were {i}.", "gold": i % 2})
+            else:
+                examples.append({"context": f"After {i} {long}comes Answer: ", "continuation": f"{i + 1}"})
+        path = bundle / "eval_data" / uri
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return bundle
+
+
 def environment():
     """This process's environment, one thread, without the cache folder that torch noted in it when it was set up here."""
     return {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"} | {"OMP_NUM_THREADS": "1"}
@@ -99,12 +126,16 @@ def ended(process, seconds=240):
 
 
 def run_ranks(folder, n, *flags, tag="run", script=RUNNER):
-    """train.py (or a script that calls it) as n ranks on this machine, set up as by torchrun: what returns has `returncode` (the worst of
-    them) and `stderr`."""
+    """train.py (or a script that calls it) as n ranks on this machine: as ranks_of()."""
+    return ranks_of(folder, n, [*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags], script)
+
+
+def ranks_of(folder, n, argv, script):
+    """A script as n ranks on this machine, set up as by torchrun: what returns has `returncode` (the worst of them) and `stderr`, which
+    is all that they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    argv = [*FLAGS, corpus(folder), f"--out-dir={folder}", f"--model-tag={tag}", *flags]
     ranks = [start(argv, environment() | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)}, folder / "shown", script)
              for i in range(n)]
     return types.SimpleNamespace(returncode=max(abs(ended(rank)) for rank in ranks), stderr=(folder / "shown").read_text())

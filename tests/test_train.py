@@ -614,3 +614,69 @@ def test_a_settled_device_batch_is_written_down_at_once(tmp_path, monkeypatch):
         small.run(tmp_path)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["runtime"]["device_batch_size"] == 4
+
+
+# ---- the CORE metric ----
+
+CORE_FLAGS = ["--core-metric-every=5", "--core-metric-max-per-task=5"]
+
+
+def test_core_metric_while_training(tmp_path):
+    """Every five steps and at the end: in the metrics, in core.jsonl a line a task, in the summary; from the bundle in reach."""
+    bundle = small.SHARED / "core" if (small.SHARED / "core").is_dir() else small.core_bundle(tmp_path)
+    assert small.run(tmp_path, *CORE_FLAGS, f"--core-bundle={bundle}") == 0
+    measured = [line for line in small.lines(tmp_path) if "core_metric" in line]
+    assert [line["step"] for line in measured] == [5, 10, 12]
+    lines, last = small.lines(tmp_path, name="core.jsonl"), measured[-1]
+    assert [line["step"] for line in lines] == [5] * 22 + [10] * 22 + [12] * 22
+    centered = {line["label"]: line["centered"] for line in lines[-22:]}
+    assert last["centered_results"] == centered and last["core_metric"] == pytest.approx(sum(centered.values()) / 22)
+    assert all({"accuracy", "stderr", "n", "correct"} <= set(line) and line["n"] == 5 for line in lines)
+    assert last["core/copa"] == next(line["accuracy"] for line in lines[-22:] if line["label"] == "copa")
+    assert last["core_metric_low"] <= last["core_metric"] <= last["core_metric_high"]
+    summary = small.summary(tmp_path)
+    assert (summary["core_metric"], summary["core_metric_n"]) == (last["core_metric"], 110)
+    assert [line["step"] for line in small.lines(tmp_path) if "val/bpb" in line] == [5, 10, 12]
+
+
+def test_core_metric_after_a_kill(tmp_path):
+    """A run that is killed and resumed writes the same lines, each once; the evaluation changes nothing of the training."""
+    bundle = small.core_bundle(tmp_path)
+    flags = [*CORE_FLAGS, f"--core-bundle={bundle}"]
+    assert small.run(tmp_path, *flags, tag="whole") == 0
+    assert small.run(tmp_path, tag="without") == 0
+    assert small.losses(tmp_path, "whole") == small.losses(tmp_path, "without")
+    small.run_killed(tmp_path, 9, *flags)
+    assert small.run(tmp_path, "--resume") == 0
+    for name in ("metrics.jsonl", "core.jsonl"):
+        timeless = [[{k: v for k, v in line.items() if k != "seconds"} for line in small.timeless(small.lines(tmp_path, tag, name))]
+                    for tag in ("run", "whole")]
+        assert timeless[0] == timeless[1]
+    assert small.summary(tmp_path)["core_metric"] == small.summary(tmp_path, "whole")["core_metric"]
+
+
+def test_core_metric_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    """Said before step 0; training goes on, and the number is null with its reason."""
+    from nanochat import core, hub
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(core, "EXAMPLES_URL", "http://127.0.0.1:1/")  # where nobody answers
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    assert small.run(tmp_path, "--core-metric-every=6") == 0
+    shown = capsys.readouterr().out
+    assert shown.index("CORE: cannot be measured, training goes on without it: hellaswag.jsonl of 127.0.0.1") < shown.index("step 1/12")
+    measured = [line for line in small.lines(tmp_path) if "core_metric" in line]
+    assert [(line["step"], line["core_metric"]) for line in measured] == [(6, None), (12, None)]
+    assert "was not downloaded" in measured[0]["reason"] and small.summary(tmp_path)["core_metric"] is None
+
+
+def test_core_evaluation_that_fails(tmp_path, monkeypatch, capsys):
+    from nanochat import core
+
+    def broken(*arguments):
+        raise RuntimeError("no memory for this")
+    monkeypatch.setattr(core, "_scores", broken)
+    assert small.run(tmp_path, "--core-metric-every=6", f"--core-bundle={small.core_bundle(tmp_path)}") == 0
+    measured = [line for line in small.lines(tmp_path) if "core_metric" in line]
+    assert [line["core_metric"] for line in measured] == [None, None] and "no memory for this" in measured[0]["reason"]
+    assert "step 6: no CORE metric: hellaswag_zeroshot: RuntimeError: no memory for this" in capsys.readouterr().out
+    assert small.summary(tmp_path)["status"] == "completed"

@@ -119,7 +119,11 @@ CASES = {
     "config with a wrong type": (lambda f: write(f, "c.json", '{"depth": [3]}').replace("--data", "--config"), ["--depth", "[3]"]),
     "config with a wrong value": (lambda f: write(f, "c.json", '{"depth": "three"}').replace("--data", "--config"), ["--depth", "three"]),
     "no config": ("--config=/no/such.json", ["--config", "/no/such.json", "does not exist"]),
-    "later: CORE": ("--core-metric-every=100", ["--core-metric-every=100", "not available"]),
+    "CORE never and now": ("--core-metric-every=0", ["--core-metric-every=0", "-1"]),
+    "CORE of no examples": ("--core-metric-max-per-task=-5", ["--core-metric-max-per-task=-5", "-1"]),
+    "no CORE bundle": (["--core-metric-every=5", "--core-bundle=/no/such/folder"], ["--core-bundle=/no/such/folder", "no such file"]),
+    "a folder without a CORE bundle": (lambda folder: ["--core-metric-every=5", f"--core-bundle={folder}"], ["no core.yaml is there"]),
+    "a bundle for nothing": (lambda folder: f"--core-bundle={folder}", ["--core-bundle", "--core-metric-every"]),
     "no such dataset": ("--data=climbmixx", ["--data=climbmixx", "climbmix", "hf:"]),
 }
 

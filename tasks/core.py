@@ -1,0 +1,334 @@
+"""The CORE benchmark of DCLM (arXiv 2406.11794): its 22 tasks, read from a bundle, as prompts of token ids; and its statistics.
+
+A bundle is a folder in the published layout: core.yaml (the tasks), eval_meta_data.csv (chance levels), eval_data/ (one JSON
+object a line). Nothing here knows a model; nanochat/core.py answers the prompts.
+
+A prompt is the example after its few-shot examples, each followed by a blank line; each of its rows of ids begins with BOS:
+multiple_choice   query + delimiter + choice, a row per choice; scored from where the rows begin to differ
+schema            context + delimiter + continuation, a row per context; scored where the rows end alike
+language_modeling context + delimiter + continuation, one row; scored from where it leaves the row without continuation"""
+
+import csv
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.common import UsageError, in_a_line, install_hint, sha256_hex
+
+KINDS = ("multiple_choice", "schema", "language_modeling")
+SHUFFLE_SEED, FEW_SHOT_SEED = 1337, 1234
+BASELINES = ("v1", "v2")
+# Chance levels that DCLM corrected in September 2025, in percent: the first published value and the corrected one.
+CORRECTED = {"commonsense_qa": (20, 40.3), "agi_eval_lsat_ar": (20, 25), "bigbench_language_identification": (9.1, 25)}
+AT_ONCE = 256  # examples that are tokenized together: their texts and lists of ids are in memory
+RESAMPLES, BOOTSTRAP_SEED = 10_000, 1337
+
+# The published bundle: label, file, shots, kind, delimiter.
+_MC, _SCHEMA, _LM = KINDS
+_ANSWER = "\nAnswer: "
+PUBLISHED = (
+    ("hellaswag_zeroshot", "language_understanding/hellaswag.jsonl", 0, _MC, " "),
+    ("jeopardy", "world_knowledge/jeopardy_all.jsonl", 10, _LM, _ANSWER),
+    ("bigbench_qa_wikidata", "world_knowledge/bigbench_qa_wikidata.jsonl", 10, _LM, " "),
+    ("arc_easy", "world_knowledge/arc_easy.jsonl", 10, _MC, _ANSWER),
+    ("arc_challenge", "world_knowledge/arc_challenge.jsonl", 10, _MC, _ANSWER),
+    ("copa", "commonsense_reasoning/copa.jsonl", 0, _MC, " "),
+    ("commonsense_qa", "commonsense_reasoning/commonsense_qa.jsonl", 10, _MC, " "),
+    ("piqa", "commonsense_reasoning/piqa.jsonl", 10, _MC, _ANSWER),
+    ("openbook_qa", "commonsense_reasoning/openbook_qa.jsonl", 0, _MC, " "),
+    ("lambada_openai", "language_understanding/lambada_openai.jsonl", 0, _LM, " "),
+    ("hellaswag", "language_understanding/hellaswag.jsonl", 10, _MC, " "),
+    ("winograd", "language_understanding/winograd_wsc.jsonl", 0, _SCHEMA, " "),
+    ("winogrande", "language_understanding/winogrande.jsonl", 0, _SCHEMA, " "),
+    ("bigbench_dyck_languages", "symbolic_problem_solving/bigbench_dyck_languages.jsonl", 10, _LM, " "),
+    ("agi_eval_lsat_ar", "symbolic_problem_solving/agi_eval_lsat_ar.jsonl", 3, _MC, " "),
+    ("bigbench_cs_algorithms", "symbolic_problem_solving/bigbench_cs_algorithms.jsonl", 10, _LM, " "),
+    ("bigbench_operators", "symbolic_problem_solving/bigbench_operators.jsonl", 10, _LM, " "),
+    ("bigbench_repeat_copy_logic", "symbolic_problem_solving/bigbench_repeat_copy_logic.jsonl", 10, _LM, " "),
+    ("squad", "reading_comprehension/squad.jsonl", 10, _LM, " "),
+    ("coqa", "reading_comprehension/coqa.jsonl", 0, _LM, " "),
+    ("boolq", "reading_comprehension/boolq.jsonl", 10, _MC, _ANSWER),
+    ("bigbench_language_identification", "language_understanding/bigbench_language_identification.jsonl", 10, _MC, " "),
+)
+LABELS = tuple(label for label, *_ in PUBLISHED)
+
+
+# ---- the bundle ----
+
+@dataclass(frozen=True)
+class Task:
+    """One task. path: its file of examples; shots: few-shot examples before each; chance: accuracy of guessing, 0 to 1."""
+    label: str
+    path: Path
+    kind: str
+    shots: int
+    delimiter: str
+    chance: float
+
+
+def published_yaml():
+    """The text of the published core.yaml, as far as it is read here (JSON is YAML)."""
+    return json.dumps({"icl_tasks": [{"label": label, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind,
+                                      "continuation_delimiter": delimiter} for label, uri, shots, kind, delimiter in PUBLISHED]}, indent=1)
+
+
+def read_bundle(folder, baselines="v1"):
+    """({label: Task}, {label: why it cannot be used}, remarks) of the 22 tasks in a bundle, in published order.
+
+    baselines: "v1", the chance levels first published, or "v2", the corrected ones. remarks: sentences on what differs from
+    the published bundle. Raises UsageError for a folder that is no bundle."""
+    folder = Path(folder)
+    entries, chances = _read_tasks(folder / "core.yaml"), _read_chances(folder / "eval_meta_data.csv")
+    tasks, problems, remarks = {}, {}, []
+    for label, uri, shots, kind, delimiter in PUBLISHED:
+        entry = entries.get(label)
+        if entry is None:
+            problems[label] = "core.yaml does not name it"
+            continue
+        try:
+            task = _task(label, entry, folder, chances, baselines)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            problems[label] = f"core.yaml or eval_meta_data.csv describe it badly ({type(error).__name__}: {in_a_line(error)})"
+            continue
+        if (task.shots, task.kind, task.delimiter) != (shots, kind, delimiter):
+            remarks.append(f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; published are {shots}, {kind}, "
+                           f"{delimiter!r}")
+        if task.path.is_file():
+            tasks[label] = task
+        else:
+            problems[label] = f"{task.path} is missing"
+    if others := sorted(set(entries) - set(LABELS)):
+        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(others)}")
+    return tasks, problems, remarks
+
+
+def _read_tasks(path):
+    """{label: its entry} of core.yaml."""
+    try:
+        import yaml
+    except ImportError:
+        raise install_hint("pyyaml", "reading a CORE bundle") from None
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        return {entry["label"]: entry for entry in entries}
+    except FileNotFoundError:
+        raise UsageError(f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, eval_meta_data.csv and "
+                         f"eval_data/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"CORE bundle: {path} cannot be read as a list of tasks ({in_a_line(error)})") from None
+
+
+def _read_chances(path):
+    """{label: chance in percent, as text} of the table of tasks."""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+        raise UsageError(f"CORE bundle: {path} cannot be read as the table of chance levels ({in_a_line(error)})") from None
+
+
+def _task(label, entry, folder, chances, baselines):
+    """The Task of an entry of core.yaml. Raises what wrong entries cause."""
+    uri, shots, kind = entry["dataset_uri"], entry["num_fewshot"], entry["icl_task_type"]
+    delimiter = entry.get("continuation_delimiter", " ")
+    shots = shots[0] if isinstance(shots, list) else shots
+    if kind not in KINDS or not isinstance(shots, int) or shots < 0 or not isinstance(delimiter, str):
+        raise ValueError(f"type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}")
+    path = folder / "eval_data" / uri
+    if not path.resolve().is_relative_to((folder / "eval_data").resolve()):
+        raise ValueError(f"dataset_uri {uri!r} leads out of eval_data")
+    percent = float(chances[label])
+    if label in CORRECTED and percent in CORRECTED[label]:
+        percent = CORRECTED[label][BASELINES.index(baselines)]
+    if not 0 <= percent < 100:
+        raise ValueError(f"a chance level of {percent} percent")
+    return Task(label, path, kind, shots, delimiter, percent / 100)
+
+
+def read_examples(task, limit=-1):
+    """(the task's examples, shuffled and then cut to `limit` unless it is -1, how many there are, how many lines are malformed).
+
+    Malformed lines are left out; repeated ones stay. Raises OSError for a file that cannot be read."""
+    examples, malformed = [], 0
+    with open(task.path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if line.strip():
+                example = _parsed(task.kind, line)
+                malformed += example is None
+                examples += [] if example is None else [example]
+    total = len(examples)
+    random.Random(SHUFFLE_SEED).shuffle(examples)  # also when nothing is cut: few-shot examples are drawn by position
+    return examples[: limit if limit != -1 else None], total, malformed
+
+
+def _parsed(kind, line):
+    """The example of a line, or None if it is not one of its kind."""
+    try:
+        example = json.loads(line)
+        if kind == _LM:
+            fields, good = ("context", "continuation"), bool(example["continuation"])
+        else:
+            fields, options = ("query", "choices") if kind == _MC else ("continuation", "context_options"), None
+            options = example[fields[1]]
+            gold = example["gold"]
+            good = (isinstance(options, list) and all(isinstance(option, str) for option in options)
+                    and isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(options))
+            fields = fields[:1]
+        return example if good and all(isinstance(example[name], str) for name in fields) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- prompts ----
+
+@dataclass(frozen=True)
+class Prompt:
+    """One example as token ids.
+
+    index: place among the task's examples. gold: the right choice. rows: int32 arrays, each begins with BOS, no two alike;
+    starts: where the scored span of each begins (1 or later), its end is the row's. row_of: the row of each choice.
+    shared: leading ids that all rows have in common and that lie before every scored prediction. cropped: ids left out."""
+    index: int
+    gold: int
+    rows: list
+    starts: list
+    row_of: list
+    shared: int
+    cropped: int
+
+
+def shots_of(task, index, n):
+    """Places of the few-shot examples of example `index` of n: fewer than task.shots where there are not so many others."""
+    others = [i for i in range(n) if i != index]
+    return random.Random(FEW_SHOT_SEED + index).sample(others, min(task.shots, len(others)))
+
+
+def texts_of(task, examples, index):
+    """The texts of a prompt: one per choice, or for language modelling [without the continuation, with it]."""
+    before = "".join(_solved(task, examples[i]) + "\n\n" for i in shots_of(task, index, len(examples)))
+    example, delimiter = examples[index], task.delimiter
+    if task.kind == _MC:
+        return [before + example["query"] + delimiter + choice for choice in example["choices"]]
+    if task.kind == _SCHEMA:
+        return [before + context + delimiter + example["continuation"] for context in example["context_options"]]
+    # without: white space at its end would be part of the first token of what follows
+    return [(before + example["context"].strip() + delimiter).strip(), before + _solved(task, example)]
+
+
+def _solved(task, example):
+    """An example with its answer."""
+    if task.kind == _MC:
+        return example["query"] + task.delimiter + example["choices"][example["gold"]]
+    if task.kind == _SCHEMA:
+        return example["context_options"][example["gold"]] + task.delimiter + example["continuation"]
+    return example["context"].strip() + task.delimiter + example["continuation"]
+
+
+def prompts_of(task, examples, tokenizer, limit, indices, threads=1):
+    """Prompts of the examples at these places. limit: tokens of a prompt at most; longer ones lose what follows their BOS.
+
+    UsageError if the tokenizer cannot encode a text."""
+    prompts, indices = [], list(indices)
+    for first in range(0, len(indices), AT_ONCE):
+        part = indices[first : first + AT_ONCE]
+        texts = [texts_of(task, examples, index) for index in part]
+        ids = iter(tokenizer.encode_batch([text for of_one in texts for text in of_one], threads))
+        for index, of_one in zip(part, texts, strict=True):
+            rows = [np.concatenate([[tokenizer.bos], next(ids)]).astype(np.int32) for _ in of_one]
+            prompts.append(prompt_of_rows(task.kind, index, examples[index].get("gold", 0), rows, limit))
+    return prompts
+
+
+def prompt_of_rows(kind, index, gold, rows, limit):
+    """The Prompt of rows of ids, one per choice, or for language modelling [without the continuation, with it]."""
+    if kind == _LM:
+        starts, rows = [_common(rows)], rows[1:]
+    elif kind == _MC:
+        starts = [_common(rows)] * len(rows)
+    else:
+        alike = _common([row[::-1] for row in rows])
+        starts = [len(row) - alike for row in rows]
+    cropped = max(0, max(map(len, rows)) - limit)
+    if cropped:
+        rows = [np.concatenate([row[:1], row[1 + cropped :]]) for row in rows]
+    starts = [max(1, start - cropped) for start in starts]
+    place, row_of, distinct = {}, [], []
+    for i, row in enumerate(rows):  # choices that read alike are scored once, and so tie exactly
+        key = row.tobytes()
+        if key not in place:
+            place[key] = len(distinct)
+            distinct.append(i)
+        row_of.append(place[key])
+    rows, starts = [rows[i] for i in distinct], [starts[i] for i in distinct]
+    shared = min(_common(rows), *starts) - 1
+    return Prompt(index, gold, rows, starts, row_of, shared, cropped)
+
+
+def _common(rows):
+    """Length of the longest common beginning of some arrays."""
+    shortest = min(map(len, rows))
+    same = (np.stack([row[:shortest] for row in rows]) == rows[0][:shortest]).all(axis=0)
+    return shortest if same.all() else int(same.argmin())
+
+
+def fingerprint_of(task, examples):
+    """SHA-256 that two evaluations of a task share when their prompts are the same texts, so that they can be paired."""
+    return sha256_hex(json.dumps([task.kind, task.shots, task.delimiter, examples], sort_keys=True))
+
+
+# ---- statistics ----
+
+def centered(accuracy, chance):
+    """Accuracy on the scale where guessing is 0 and perfection 1."""
+    return (accuracy - chance) / (1 - chance)
+
+
+def standard_error(correct):
+    """Of the mean of some answers (0 or 1 each); None for fewer than two."""
+    n = len(correct)
+    return float(np.std(correct, ddof=1)) / math.sqrt(n) if n > 1 else None
+
+
+def metric(results):
+    """CORE: the mean of the centered accuracies."""
+    return sum(result["centered"] for result in results) / len(results)
+
+
+def interval(results, others=None, confidence=0.95):
+    """(low, high) of a bootstrap over examples (percentiles) of CORE, or of its difference to another evaluation's.
+
+    results, others: {label: result} with `correct` (a string of 0 and 1, by example), `chance` and `fingerprint`; others of the
+    same tasks and examples, which are resampled in pairs. Tasks with the same examples are resampled together.
+    Raises ValueError if they cannot be paired."""
+    groups = {}  # columns of answers, 0 or 1, that are drawn together, and the share of each in the result
+    for label, result in results.items():
+        share = 1 / (len(results) * (1 - result["chance"]))
+        columns = groups.setdefault(_same_examples(result), [])
+        columns.append((_answers(result), share))
+        if others is not None:
+            if label not in others or others[label]["fingerprint"] != result["fingerprint"]:
+                raise ValueError(f"{label}: evaluated on other examples")
+            columns.append((_answers(others[label]), -share))
+    draws = np.zeros(RESAMPLES)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    for columns in groups.values():
+        worth = sum(share * answers for answers, share in columns)  # of each example
+        values, counts = np.unique(worth, return_counts=True)
+        draws += rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES) @ values / counts.sum()
+    if others is None:  # `worth` leaves out what does not vary: the chance levels
+        draws -= sum(result["chance"] / (1 - result["chance"]) for result in results.values()) / len(results)
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _same_examples(result):
+    """What tasks with the same examples in the same order share: those of one file, cut alike."""
+    return result["file"], len(result["correct"])
+
+
+def _answers(result):
+    return np.array([int(digit) for digit in result["correct"]], dtype=np.float64)
