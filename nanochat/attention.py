@@ -93,8 +93,13 @@ def _blocked(q, k, v, window):
     for t0, t1, s0, s1 in _blocks(T, S, window):
         rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
         keys, values = (x[:, :, s0:s1].reshape(B * K, s1 - s0, D) for x in (k, v))
-        scores = (rows @ keys.transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
-        weights = _Softmax.apply(scores, visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0), D**-0.5)
-        out = weights.view(B * K, group * (t1 - t0), s1 - s0) @ values
+        seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
+        if torch.is_grad_enabled():
+            scores = (rows @ keys.transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
+            weights = _Softmax.apply(scores, seen, D**-0.5).view(B * K, group * (t1 - t0), s1 - s0)
+        else:  # a third of the passes over the scores; torch's softmax computes in fp32 whatever the dtype of its ends
+            bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf")).repeat(group, 1)
+            weights = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=D**-0.5).softmax(-1)
+        out = weights @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)

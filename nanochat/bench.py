@@ -15,12 +15,13 @@ from pathlib import Path
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, read_json, write_json
 from nanochat.tokenizer import MIN_BPE_VOCAB
 
-PARTS = ("step", "forward", "backward", "optimizer", "attention", "loss", "data", "decode", "start-up")
+PARTS = ("step", "forward", "backward", "optimizer", "attention", "loss", "data", "decode", "core", "start-up")
 RATES = {"matrices": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.1}}  # values do not change the speed
 ADAMW = {"lr": 1e-4, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 TEXT_BYTES = 8 << 20  # of Python source, for the data path
 DECODE_ROWS, DECODE_TOKENS = (1, 8), 32
 START_UP_SECONDS = 900
+CORE_EXAMPLES, CORE_LONGEST, CORE_REPEATS = 25, 10, 3  # of each task, the longest of all among them; timings, at most
 SETTINGS = ("arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "short_window", "vocab_size",
             "device_batch_size", "activation_checkpointing")  # that make times comparable, beside those that the machine decides
 
@@ -33,6 +34,7 @@ def parse_args(argv):
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--out", default="", help="also write the JSON to this file")
     parser.add_argument("--compare", default="", metavar="OTHER.json", help="results of an earlier run, to stand beside these")
+    parser.add_argument("--core-bundle", default="", metavar="FOLDER", help="for core; empty: the cached one, if there is one")
     group = parser.add_argument_group("as in train.py")
     group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"])
     group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
@@ -54,15 +56,17 @@ def parse_args(argv):
     args.only = args.only.split(",") if args.only else list(PARTS)
     if unknown := set(args.only) - set(PARTS):
         raise UsageError(f"--only={','.join(sorted(unknown))}: no such part; choose of {', '.join(PARTS)}")
+    if args.core_bundle and "core" not in args.only:
+        raise UsageError(f"--core-bundle={args.core_bundle}: core is not among --only; add it there, or leave this out")
     if args.json and args.compare:
         raise UsageError(f"--compare={args.compare}: belongs to the table; leave --json out, or write the JSON with --out")
     if args.n_kv_head < 1 and args.n_kv_head != -1:
         raise UsageError(f"--n-kv-head={args.n_kv_head}: must be at least 1, or -1 for as many as query heads; give one of these")
     if args.out and (os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out)))):
         raise UsageError(f"--out={args.out}: a folder, or in no folder that there is; name a file")
-    if args.vocab_size < MIN_BPE_VOCAB and {"data", "start-up"} & set(args.only):
-        raise UsageError(f"--vocab-size={args.vocab_size}: too small for a tokenizer; give at least {MIN_BPE_VOCAB}, or leave data and "
-                         f"start-up out with --only")
+    if args.vocab_size < MIN_BPE_VOCAB and {"data", "core", "start-up"} & set(args.only):
+        raise UsageError(f"--vocab-size={args.vocab_size}: too small for a tokenizer; give at least {MIN_BPE_VOCAB}, or leave data, core "
+                         f"and start-up out with --only")
     for name in ("repeats", "depth", "aspect_ratio", "head_dim", "max_seq_len", "vocab_size", "device_batch_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: must be at least 1; give a positive number")
@@ -77,7 +81,7 @@ def main(argv):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
-    from nanochat import attention, hardware, plan
+    from nanochat import attention, core, hardware, plan
     if args.attention not in ("auto", *attention.BACKENDS):
         raise UsageError(f"--attention={args.attention}: unknown backend; choose auto, {' or '.join(attention.BACKENDS)}")
     device_type = hardware.pick_device_type(args.device_type)
@@ -90,8 +94,13 @@ def main(argv):
         raise UsageError(f"these flags describe no model: {error}") from error
     backend, _ = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
-    bench = Bench(args, config, device, dtype, backend, not no_compiler)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    bundle = None
+    if "core" in args.only:
+        bundle = core.find_bundle(args.core_bundle, say, download=args.only == ["core"])
+        if bundle is None:
+            say("core: left out, as its bundle is not here; --core-bundle names one, --only=core downloads it")
+    bench = Bench(args, config, device, dtype, backend, not no_compiler, bundle)
     say(bench.describe())
     settings = {"dtype": str(dtype).removeprefix("torch."), "attention": backend, "compiled": not no_compiler,
                 **{name: getattr(args, name) for name in SETTINGS}}
@@ -156,16 +165,16 @@ class Bench:
     """A model on a device, and a method for each part, which yields entries: name, tokens, flops (or None), seconds of each
     repetition, memory (peak bytes above what was there before, or None), note."""
 
-    def __init__(self, args, config, device, dtype, backend, compiled):
+    def __init__(self, args, config, device, dtype, backend, compiled, core_bundle=None):
         import torch
 
         from nanochat import hardware, model as models, optim
         self.args, self.config, self.device, self.dtype, self.backend, self.compiled = args, config, device, dtype, backend, compiled
-        self.results, self.peak = [], hardware.measured_peak(device, dtype)
+        self.core_bundle, self.results, self.peak = core_bundle, [], hardware.measured_peak(device, dtype)
         model = models.meta_model(config)
         self.flops_per_token = model.flops_per_token()
         self.head_flops = 6 * config.width * config.vocab_size  # of the head's three products a token
-        if not {"step", "forward", "backward", "optimizer", "decode"} & set(args.only):
+        if not {"step", "forward", "backward", "optimizer", "decode", "core"} & set(args.only):
             return
         self.model = models.build(config, device, dtype, backend, seed=1).train()
         self.model.checkpointing = args.activation_checkpointing
@@ -330,6 +339,59 @@ class Bench:
             yield self._entry(f"decode, {rows} samples", self._timed(run), rows * DECODE_TOKENS, note=f"after {len(prompt)} of a prompt")
             self.model.train()
 
+    def part_core(self):
+        """Answers to CORE prompts: ours, and one example at a time with its choices in a batch and the logits of all its tokens."""
+        import torch
+        import torch.nn.functional as F
+
+        from nanochat import core, corpus as corpora, data, hardware, model as models
+        from tasks.core import prompts_of, read_examples
+        folder = self.core_bundle
+        if folder is None:
+            return
+        with throw_away_base_dir() as base:
+            tokenizer = data.fit_tokenizer(corpora.open_corpus(str(python_text(base))), "bpe", self.config.vocab_size)
+        tasks, limit = core.Core(folder, tokenizer, 0).tasks, core.len_limit(self.config)
+        prompts = {}
+        for label, task in tasks.items():
+            examples, _, _ = read_examples(task)
+            indices = longest_and_others(task, examples)
+            prompts[label] = prompts_of(task, examples, tokenizer, limit, indices)
+
+        def naive():
+            for of_task in prompts.values():
+                for prompt in of_task:
+                    longest = max(map(len, prompt.rows))
+                    ids = core.padded(prompt.rows).to(self.device)
+                    logits = self.model(ids)
+                    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(-1, longest - 1)
+                    hits = logits.argmax(-1)[:, :-1] == ids[:, 1:]
+                    for row, start, of_row, hits_of_row in zip(prompt.rows, prompt.starts, nats, hits, strict=True):
+                        of_row[start - 1 : len(row) - 1].mean().item()
+                        hits_of_row[start - 1 : len(row) - 1].all().item()
+
+        def ours():
+            model = models.for_inference(self.model)
+            for label, of_task in prompts.items():
+                for batch in core.batches(of_task, core.BATCH_TOKENS[self.device.type]):
+                    core.answers_of(model, batch, tasks[label].kind, self.device)
+
+        seconds = {naive: [], ours: []}
+        self.model.eval()
+        with torch.no_grad():
+            for repetition in range(min(self.args.repeats, CORE_REPEATS) + 1):  # the first warms up
+                for function, times in seconds.items():
+                    started = time.perf_counter()
+                    function()
+                    hardware.synchronize(self.device.type)
+                    times += [time.perf_counter() - started] if repetition else []
+        self.model.train()
+        n_tokens = sum(len(row) for of_task in prompts.values() for prompt in of_task for row in prompt.rows)
+        ratio = statistics.median(seconds[naive]) / statistics.median(seconds[ours])
+        n_prompts = sum(map(len, prompts.values()))
+        yield self._entry("core, naive", {"seconds": seconds[naive], "memory": None}, n_tokens, note=f"{n_prompts} prompts one by one")
+        yield self._entry("core", {"seconds": seconds[ours], "memory": None}, n_tokens, note=f"{ratio:.1f} times as fast as naive")
+
     def part_start_up(self):
         """`train.py --help`, and one training step from nothing, with an empty and then with a filled cache of kernels."""
         args = self.args
@@ -358,6 +420,17 @@ class Bench:
             raise UsageError(f"start-up: train.py ended with exit code {process.returncode}: "
                              f"{(process.stderr.strip().splitlines() or ['no message'])[-1]}; leave it out with --only")
         return time.perf_counter() - started
+
+
+def longest_and_others(task, examples):
+    """Places of CORE_EXAMPLES examples of a CORE task: of the longest prompts, by characters, and of others of all lengths."""
+    from tasks.core import shots_of
+    sizes = [len(json.dumps(example)) for example in examples]
+    sizes = [size + sum(sizes[shot] for shot in shots_of(task, i, len(sizes))) for i, size in enumerate(sizes)]
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    others = order[CORE_LONGEST:]
+    n_others = CORE_EXAMPLES - CORE_LONGEST
+    return order[:CORE_LONGEST] + [others[i * len(others) // n_others] for i in range(n_others if len(others) >= n_others else 0)]
 
 
 @contextlib.contextmanager

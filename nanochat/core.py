@@ -23,6 +23,7 @@ from tasks.core import LABELS
 
 CHUNK_LOGITS = 2**23  # fp32 logits that exist at once
 LEFT_OUT = "left out by --tasks"
+BATCH_TOKENS = {"cuda": 65536, "cpu": 8192, "mps": 8192}  # of one pass in a process of its own, padding included
 CALL_TOKENS = 256  # what one more pass of the model costs, in tokens: padding up to this much is cheaper
 
 # The published files at a fixed commit: git's name of each and its size (None: asked for).
@@ -55,8 +56,9 @@ EXAMPLES = {
 }
 
 
-def find_bundle(given, report=print):
+def find_bundle(given, report=print, download=True):
     """The folder of the bundle: the one given, else the cached one, else it is downloaded, checked and cached, whole or not at all.
+    Without download: None where it is neither given nor cached.
 
     Raises UsageError for a given path that is no bundle, Unavailable where the download fails."""
     if given:
@@ -69,8 +71,8 @@ def find_bundle(given, report=print):
         raise UsageError(f"--core-bundle={given}: no core.yaml is there; give the folder that holds core.yaml, eval_meta_data.csv "
                          f"and eval_data/, or leave the flag out to have it downloaded")
     folder = base_dir() / "core"
-    if folder.is_dir():
-        return folder
+    if folder.is_dir() or not download:
+        return folder if folder.is_dir() else None
     report("CORE: downloading its bundle of 22 tasks (about 50 MB), once")
     files = {"eval_meta_data.csv": hub.RemoteFile("", "", CHANCES_URL, CHANCES[1], "", CHANCES[0])}
     for uri, (blob, n_bytes) in EXAMPLES.items():
@@ -218,7 +220,7 @@ def _evaluate_task(model, core, label, batch_tokens, device, interrupted, told):
             if interrupted():
                 interrupt = 1
                 break
-            for prompt, (answer, n_empty) in zip(batch, _answer(model, batch, task.kind, device), strict=True):
+            for prompt, (answer, n_empty) in zip(batch, answers_of(model, batch, task.kind, device), strict=True):
                 answers[prompt.index] = answer
                 empty += n_empty
                 cropped += prompt.cropped > 0
@@ -342,7 +344,7 @@ def _cost(batch):
     return len(batch) * shared + sum(len(prompt.rows) for prompt in batch) * (longest - shared)
 
 
-def _answer(model, batch, kind, device):
+def answers_of(model, batch, kind, device):
     """For each prompt of a batch (the choice with the smallest mean loss, or for language modelling 1 if every token of the
     continuation is the most likely one, else 0; number of choices whose span is empty, which are never chosen over another).
 
@@ -351,11 +353,11 @@ def _answer(model, batch, kind, device):
     cache = None
     if shared:
         cache = KVCache(model.config, len(batch), shared, device, model.compute_dtype)
-        model.hidden(_padded([prompt.rows[0][:shared] for prompt in batch]).to(device), cache, fill=True)
+        model.hidden(padded([prompt.rows[0][:shared] for prompt in batch]).to(device), cache, fill=True)
         cache = Branches(cache, torch.tensor([b for b, prompt in enumerate(batch) for _ in prompt.rows], device=device),
                          model.config.windows())
     rows = [(row, start) for prompt in batch for row, start in zip(prompt.rows, prompt.starts, strict=True)]
-    hidden_RxTxC = model.hidden(_padded([row[shared:] for row, _ in rows]).to(device), cache)
+    hidden_RxTxC = model.hidden(padded([row[shared:] for row, _ in rows]).to(device), cache)
     row_P = torch.cat([torch.full((len(row) - start,), r) for r, (row, start) in enumerate(rows)])
     position_P = torch.cat([torch.arange(start - 1, len(row) - 1) - shared for row, start in rows])
     targets_P = torch.cat([torch.from_numpy(row[start:]).long() for row, start in rows])
@@ -374,7 +376,7 @@ def _answer(model, batch, kind, device):
     return answers
 
 
-def _padded(rows):
+def padded(rows):
     """int64 (R, longest) of rows of ids, filled up with zeros, which nothing before them sees."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):

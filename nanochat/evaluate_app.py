@@ -223,7 +223,7 @@ def measure_bpb(args, subject, device, say):
         shards = corpus.val
     T, limit = subject.model.config.max_seq_len, args.eval_tokens if args.eval_tokens != -1 else 10**15
     if subject.foreign:
-        pieces = _pieces(shards, subject.tokenizer, T - 1, limit)
+        pieces = _pieces(shards, subject.tokenizer, T, limit)
     else:
         cache = data.TokenCache(subject.tokenizer, os.cpu_count() or 1, report=say)
         ranks.from_rank0_or_raise(lambda: cache.prepare(shards, lambda shards: shards))

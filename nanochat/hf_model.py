@@ -29,8 +29,8 @@ def load(folder, device, dtype):
     logging.disable(logging.WARNING)
     try:
         options = {"local_files_only": True, "trust_remote_code": False}
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                                          output_loading_info=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)  # told below
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # of many classes: missing files, unknown models, models that bring code
         raise UsageError(f"{folder}: transformers {transformers.__version__} does not load it ({in_a_line(error)}); only weights in "
@@ -41,7 +41,7 @@ def load(folder, device, dtype):
         if bars:
             transformers.logging.enable_progress_bar()
     if report["missing_keys"] or report["mismatched_keys"]:
-        names = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
+        names = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         raise UsageError(f"{folder}: its weights are not those of its config.json: {', '.join(sorted(names)[:3])} and so on")
     return HuggingFaceModel(model.to(device), dtype).eval(), HuggingFaceTokenizer(folder, tokenizer)
 

@@ -11,6 +11,7 @@ language_modeling context + delimiter + continuation, one row; scored from where
 import csv
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,18 +92,19 @@ def read_bundle(folder, baselines="v1"):
             continue
         try:
             task = _task(label, entry, folder, chances, baselines)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            is_there = task.path.is_file()
+        except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
             problems[label] = f"core.yaml or eval_meta_data.csv describe it badly ({type(error).__name__}: {in_a_line(error)})"
             continue
         if (task.shots, task.kind, task.delimiter) != (shots, kind, delimiter):
             remarks.append(f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; published are {shots}, {kind}, "
                            f"{delimiter!r}")
-        if task.path.is_file():
+        if is_there:
             tasks[label] = task
         else:
             problems[label] = f"{task.path} is missing"
-    if others := sorted(set(entries) - set(LABELS)):
-        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(others)}")
+    if others := set(entries) - set(LABELS):
+        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(str, others)))}")
     return tasks, problems, remarks
 
 
@@ -113,19 +115,19 @@ def _read_tasks(path):
     except ImportError:
         raise install_hint("pyyaml", "reading a CORE bundle") from None
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]
+        entries = yaml.safe_load(path.read_text(encoding="utf-8-sig"))["icl_tasks"]
         return {entry["label"]: entry for entry in entries}
     except FileNotFoundError:
         raise UsageError(f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, eval_meta_data.csv and "
                          f"eval_data/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"CORE bundle: {path} cannot be read as a list of tasks ({in_a_line(error)})") from None
 
 
 def _read_chances(path):
     """{label: chance in percent, as text} of the table of tasks."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        with open(path, encoding="utf-8-sig", newline="") as f:
             return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
         raise UsageError(f"CORE bundle: {path} cannot be read as the table of chance levels ({in_a_line(error)})") from None
@@ -136,10 +138,10 @@ def _task(label, entry, folder, chances, baselines):
     uri, shots, kind = entry["dataset_uri"], entry["num_fewshot"], entry["icl_task_type"]
     delimiter = entry.get("continuation_delimiter", " ")
     shots = shots[0] if isinstance(shots, list) else shots
-    if kind not in KINDS or not isinstance(shots, int) or shots < 0 or not isinstance(delimiter, str):
+    if kind not in KINDS or type(shots) is not int or shots < 0 or not isinstance(delimiter, str):
         raise ValueError(f"type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}")
     path = folder / "eval_data" / uri
-    if not path.resolve().is_relative_to((folder / "eval_data").resolve()):
+    if os.path.isabs(uri) or os.path.normpath(uri).startswith(".."):
         raise ValueError(f"dataset_uri {uri!r} leads out of eval_data")
     percent = float(chances[label])
     if label in CORRECTED and percent in CORRECTED[label]:
@@ -169,17 +171,17 @@ def _parsed(kind, line):
     """The example of a line, or None if it is not one of its kind."""
     try:
         example = json.loads(line)
+        if "\\ud" in line.lower():  # perhaps half of a character, which no text can hold
+            json.dumps(example, ensure_ascii=False).encode("utf-8")
         if kind == _LM:
-            fields, good = ("context", "continuation"), bool(example["continuation"])
+            texts, good = [example["context"], example["continuation"]], bool(example["continuation"])
         else:
-            fields, options = ("query", "choices") if kind == _MC else ("continuation", "context_options"), None
-            options = example[fields[1]]
-            gold = example["gold"]
-            good = (isinstance(options, list) and all(isinstance(option, str) for option in options)
-                    and isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(options))
-            fields = fields[:1]
-        return example if good and all(isinstance(example[name], str) for name in fields) else None
-    except (ValueError, KeyError, TypeError):
+            options = example["choices" if kind == _MC else "context_options"]
+            texts = [example["query" if kind == _MC else "continuation"], *options]
+            good = (isinstance(options, list) and len(options) > 1 and type(example["gold"]) is int
+                    and 0 <= example["gold"] < len(options) and bool(kind == _MC or example["continuation"]))
+        return example if good and all(isinstance(text, str) for text in texts) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -203,8 +205,9 @@ class Prompt:
 
 def shots_of(task, index, n):
     """Places of the few-shot examples of example `index` of n: fewer than task.shots where there are not so many others."""
-    others = [i for i in range(n) if i != index]
-    return random.Random(FEW_SHOT_SEED + index).sample(others, min(task.shots, len(others)))
+    # the same draw as from the list of all others, which would take n^2 steps over a task
+    drawn = random.Random(FEW_SHOT_SEED + index).sample(range(n - 1), min(task.shots, n - 1))
+    return [i + (i >= index) for i in drawn]
 
 
 def texts_of(task, examples, index):
@@ -304,14 +307,17 @@ def interval(results, others=None, confidence=0.95):
     results, others: {label: result} with `correct` (a string of 0 and 1, by example), `chance` and `fingerprint`; others of the
     same tasks and examples, which are resampled in pairs. Tasks with the same examples are resampled together.
     Raises ValueError if they cannot be paired."""
+    if others is not None and set(results) != set(others):
+        raise ValueError(f"evaluated on other tasks: {', '.join(sorted(set(results) ^ set(others)))}")
     groups = {}  # columns of answers, 0 or 1, that are drawn together, and the share of each in the result
     for label, result in results.items():
         share = 1 / (len(results) * (1 - result["chance"]))
         columns = groups.setdefault(_same_examples(result), [])
         columns.append((_answers(result), share))
         if others is not None:
-            if label not in others or others[label]["fingerprint"] != result["fingerprint"]:
-                raise ValueError(f"{label}: evaluated on other examples")
+            for name, what in (("fingerprint", "evaluated on other examples"), ("chance", "counted from another chance level")):
+                if others[label][name] != result[name]:
+                    raise ValueError(f"{label}: {what}")
             columns.append((_answers(others[label]), -share))
     draws = np.zeros(RESAMPLES)
     rng = np.random.default_rng(BOOTSTRAP_SEED)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import small
 import torch
 
 from nanochat import bench, hardware
@@ -24,10 +25,11 @@ def small_products(monkeypatch):
 def results(tmp_path_factory):
     """JSON of every part."""
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    bundle = small.core_bundle(path.parent, n=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "PEAK_SIZES", (64,))
         patch.setattr(bench, "TEXT_BYTES", 100_000)
-        assert main(["bench", *TINY, f"--out={path}"]) == 0
+        assert main(["bench", *TINY, f"--out={path}", f"--core-bundle={bundle}"]) == 0
     return path
 
 
@@ -36,7 +38,7 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
     table = {entry["name"]: entry for entry in content["results"]}
     assert {"step", "forward", "backward", "optimizer", "attention blocked, window 32", "attention sdpa, window 64", "loss",
             "loss, plain PyTorch", "tokenize", "rows", "decode, 1 samples", "decode, 8 samples", "start-up, --help",
-            "start-up, first step, cold", "start-up, first step, warm"} <= set(table)
+            "core", "core, naive", "start-up, first step, cold", "start-up, first step, warm"} <= set(table)
     for entry in table.values():
         assert 0 < entry["fastest"] <= entry["seconds"] <= entry["slowest"] and entry["n"] >= 1
         if entry["flops_per_sec"]:
@@ -48,6 +50,22 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
     assert flops == pytest.approx(2 * 64 * content["flops_per_token"])
     assert step["peak_memory_bytes"] >= table["forward"]["peak_memory_bytes"] > 0
     assert content["settings"]["depth"] == 2 and content["hardware"]["torch"] == torch.__version__
+
+
+def test_core_without_a_bundle(tmp_path, monkeypatch, capsys):
+    """Left out, with a word; nothing is downloaded."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert main(["bench", *TINY, "--only=core,loss"]) == 0
+    shown = capsys.readouterr().out
+    assert "core: left out, as its bundle is not here" in shown and "naive" not in shown and not (tmp_path / "hub").exists()
+
+
+def test_examples_of_core_are_the_longest_and_others():
+    from tasks.core import Task
+    examples = [{"context": "x" * (i * 7 % 101), "continuation": "y"} for i in range(101)]
+    places = bench.longest_and_others(Task("made up", None, "language_modeling", 0, " ", 0.0), examples)
+    lengths = [len(examples[place]["context"]) for place in places]
+    assert len(set(places)) == 25 and lengths[:10] == list(range(100, 90, -1)) and lengths[10] == 90 and min(lengths) < 10
 
 
 def test_flops_of_orthogonalisation():
@@ -96,6 +114,8 @@ def test_json_alone_on_standard_output(capsys):
     (["--json", "--compare=README.md"], "--compare=README.md: belongs to the table"),
     (["--out=nowhere/x.json"], "--out=nowhere/x.json: a folder, or in no folder"),
     (["--out=tests"], "--out=tests: a folder"),
+    (["--only=loss", "--core-bundle=tests"], "--core-bundle=tests: core is not among --only"),
+    (["--only=core", "--core-bundle=tests"], "--core-bundle=tests: no core.yaml"),
     (["--vocab-size=100"], "--vocab-size=100: too small for a tokenizer; give at least 257"),
 ])
 def test_refused(flags, message, capsys):

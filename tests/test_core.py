@@ -136,7 +136,7 @@ def answer_of(kind, example, others=(), limit=640, delimiter=" ", liked=LIKED):
     examples = [example, *others]
     task = Task("made up", None, kind, 2, delimiter, 0.0)
     [prompt] = core.tasks_of_core.prompts_of(task, examples, BYTES, limit, [0])
-    [(answer, empty)] = core._answer(Pairs(liked), [prompt], kind, CPU)
+    [(answer, empty)] = core.answers_of(Pairs(liked), [prompt], kind, CPU)
     spans = [bytes(prompt.rows[row][prompt.starts[row] :].tolist()).decode() for row in prompt.row_of]
     return answer, empty, spans
 

@@ -111,6 +111,8 @@ CONTINUATIONS = {
     "the context ends in a space": (
         [lm("Ann won.\nQuestion: Who?\nAnswer: ", "Ann")], {}, "Ann won.\nQuestion: Who?\nAnswer:",
         "Ann won.\nQuestion: Who?\nAnswer: Ann", "^Ann won.\nQuestion: Who?\nAnswer:| Ann", 31, 0),
+    "the context ends in a space before an answer on its own line": (
+        [lm(" Q: 1+1 ", "2")], ANSWER, "Q: 1+1\nAnswer:", "Q: 1+1\nAnswer: 2", "^Q: 1+1\nAnswer:| 2", 14, 0),
     "white space around the context": ([lm("\n  Once ", "upon")], {}, "Once", "Once upon", "^Once| upon", 4, 0),
     "white space around the continuation stays": ([lm("Go", " on ")], {}, "Go", "Go  on ", "^Go|  on ", 2, 0),
     "a delimiter without white space": ([lm("1+1", "2")], {"delimiter": "="}, "1+1=", "1+1=2", "^1+1=|2", 4, 0),
@@ -393,7 +395,7 @@ def test_a_folder_that_is_a_file_or_missing(tmp_path):
     ({"dataset_uri": "../../x.jsonl"}, "leads out of eval_data"), ({"dataset_uri": "/etc/passwd"}, "leads out of eval_data"),
     ({"dataset_uri": "a/../../core.yaml"}, "leads out of eval_data"), ({"dataset_uri": "none.jsonl"}, "none.jsonl is missing"),
     ({"dataset_uri": "reading_comprehension"}, "is missing"), ({"dataset_uri": ...}, "dataset_uri"), ({"dataset_uri": "a" * 300}, "aaa"),
-    ({"dataset_uri": 5}, "describe it badly"), ({"dataset_uri": "a\0b"}, "describe it badly"), ({"icl_task_type": "cloze"}, "'cloze'"),
+    ({"dataset_uri": 5}, "describe it badly"), ({"dataset_uri": "a\0b"}, "is missing"), ({"icl_task_type": "cloze"}, "'cloze'"),
     ({"icl_task_type": ...}, "icl_task_type"), ({"icl_task_type": ["schema"]}, "schema"), ({"icl_task_type": None}, "None"),
     ({"num_fewshot": [-1]}, "num_fewshot -1"), ({"num_fewshot": -1}, "num_fewshot -1"), ({"num_fewshot": []}, "describe it badly"),
     ({"num_fewshot": ...}, "num_fewshot"), ({"num_fewshot": [None]}, "num_fewshot None"), ({"num_fewshot": ["3"]}, "num_fewshot '3'"),
@@ -632,5 +634,10 @@ def test_difference_of_runs_that_mostly_agree():
 ])
 def test_what_cannot_be_paired(others):
     results = {"a": result("110"), "b": result("10")}
-    with pytest.raises(ValueError, match="other examples"):
+    with pytest.raises(ValueError, match="evaluated on other (examples|tasks)"):
         core.interval(results, others)
+
+
+def test_other_chance_levels_cannot_be_paired():
+    with pytest.raises(ValueError, match="a: counted from another chance level"):
+        core.interval({"a": result("110")}, {"a": result("110") | {"chance": 0.5}})
