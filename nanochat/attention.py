@@ -3,6 +3,8 @@
 Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query heads, K key/value
 heads (H a multiple of K), D head dim."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -81,6 +83,14 @@ class _Softmax(torch.autograd.Function):
         return (weights * (upstream - mean) * ctx.scale).to(dtype), None, None
 
 
+@functools.lru_cache(maxsize=32)
+def _bias(n_query, n_key, offset, window, group, dtype, device):
+    """What is added to the scores of a rectangle whose first query is `offset` keys after its first key: 0 or -inf; group times,
+    (group * n_query, n_key). Most rectangles of a pass are alike, and those of its layers."""
+    seen = visible(n_key - offset, n_key, window, device, n_query=n_query)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf")).repeat(group, 1)
+
+
 def _blocked(q, k, v, window):
     """Each block of queries meets only the keys that some query of it can see: time and memory grow with T x window."""
     B, T, H, D = q.shape
@@ -93,12 +103,12 @@ def _blocked(q, k, v, window):
     for t0, t1, s0, s1 in _blocks(T, S, window):
         rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
         keys, values = (x[:, :, s0:s1].reshape(B * K, s1 - s0, D) for x in (k, v))
-        seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
         if torch.is_grad_enabled():
             scores = (rows @ keys.transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
+            seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
             weights = _Softmax.apply(scores, seen, D**-0.5).view(B * K, group * (t1 - t0), s1 - s0)
         else:  # a third of the passes over the scores; torch's softmax computes in fp32 whatever the dtype of its ends
-            bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf")).repeat(group, 1)
+            bias = _bias(t1 - t0, s1 - s0, S - T + t0 - s0, window, group, q.dtype, q.device)
             weights = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=D**-0.5).softmax(-1)
         out = weights @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))

@@ -201,7 +201,7 @@ def evaluate(model, core, batch_tokens, device, interrupted=lambda: False, progr
         summary["low"], summary["high"] = tasks_of_core.interval(good)
     else:
         summary["reason"] = f"{len(LABELS) - len(good)} of {len(LABELS)} tasks were not evaluated: " + "; ".join(
-            f"{label} ({why})" for label, why in problems.items())
+            [f"{label} ({why})" for label, why in problems.items() if why != LEFT_OUT] or [LEFT_OUT])
     return {**summary, "seconds": time.monotonic() - started, "baselines": core.baselines, "max_per_task": core.max_per_task,
             "tasks": results}
 

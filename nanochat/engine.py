@@ -90,8 +90,10 @@ class BranchesOfLayer:
 
     def append(self, k_BxTxKxD, v_BxTxKxD):
         """The keys and values of each branch: those of the row it continues, as far as the window reaches, then its own."""
-        return tuple(torch.cat((buffer[:, self.first : self.layer.length][self.rows], own), dim=1)
-                     for buffer, own in ((self.layer.keys, k_BxTxKxD), (self.layer.values, v_BxTxKxD)))
+        parts = (buffer[:, self.first : self.layer.length] for buffer in (self.layer.keys, self.layer.values))
+        # of a single row the branches are views, which saves a copy
+        parts = (part.expand(len(self.rows), -1, -1, -1) if len(part) == 1 else part[self.rows] for part in parts)
+        return tuple(torch.cat(pair, dim=1) for pair in zip(parts, (k_BxTxKxD, v_BxTxKxD), strict=True))
 
 
 def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen_BxV=None):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, read_json, step_argument, write_atomic, write_json
 
-BATCH_TOKENS = {"cuda": 65536, "cpu": 8192, "mps": 8192}  # of one pass, padding included; a Hugging Face model, which makes all
-LOGITS_SHARE = 8  # logits of a pass, gets this much less
+LOGITS_SHARE = 8  # a Hugging Face model, which makes all logits of a pass, gets that many times fewer tokens at once
 # A flag that says more about one part -> the flag that asks for that part.
 PART_OF = {"tasks": "core", "max_per_task": "core", "core_bundle": "core", "baselines": "core", "core_crop": "core", "data": "bpb",
            "eval_tokens": "bpb", "prompt": "sample", "max_tokens": "sample", "seed": "sample"}
@@ -31,8 +30,8 @@ def build_parser():
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     group = parser.add_argument_group("the CORE metric")
     group.add_argument("--core", action="store_true", help="measure it")
-    group.add_argument("--tasks", type=comma_separated, default=(), metavar="LABELS", help="some of its 22 tasks by label, separated by commas "
-                       "(then there is no CORE); empty: all")
+    group.add_argument("--tasks", type=comma_separated, default=(), metavar="LABELS", help="some of its 22 tasks by label, "
+                       "separated by commas (then there is no CORE); empty: all")
     group.add_argument("--max-per-task", type=int, default=500, metavar="N", help="examples of a task; -1: all")
     group.add_argument("--core-bundle", default="", metavar="FOLDER", help="its bundle; empty: the cached one, downloaded once")
     group.add_argument("--baselines", default="v1", choices=("v1", "v2"), help="chance levels: as first published, or as corrected in 2025 "
@@ -198,6 +197,7 @@ class Subject:
         """Tokens of one pass of the model."""
         if args.batch_tokens != -1:
             return args.batch_tokens
+        from nanochat.core import BATCH_TOKENS
         if self.foreign:  # not a context at least: that of others may be 100,000 tokens, each with its logits
             return BATCH_TOKENS[device.type] // LOGITS_SHARE
         return max(BATCH_TOKENS[device.type], self.model.config.max_seq_len)

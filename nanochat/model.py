@@ -93,8 +93,14 @@ class Linear(nn.Linear):
 
 def rotate(x_BxTxHxD, cos_TxD2, sin_TxD2):
     """Rotary position embedding (arXiv 2104.09864), first and second half of the head as real and imaginary parts."""
-    real, imaginary = x_BxTxHxD.float().chunk(2, dim=-1)
+    x = x_BxTxHxD.float()
+    real, imaginary = x.chunk(2, dim=-1)
     cos, sin = cos_TxD2[:, None, :], sin_TxD2[:, None, :]
+    if not torch.is_grad_enabled():  # the same in place: uncompiled, it takes a fifth of the time
+        rotated = x * torch.cat((cos, cos), dim=-1)
+        for half, other, sign in zip(rotated.chunk(2, dim=-1), (imaginary, real), (-1, 1), strict=True):
+            half.addcmul_(other, sin, value=sign)
+        return rotated.to(x_BxTxHxD.dtype)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x_BxTxHxD.dtype)
 
 

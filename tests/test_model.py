@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import hardware
-from nanochat.model import GPT, GPTConfig, build, width_for
+from nanochat.model import GPT, GPTConfig, build, rotate, width_for
 
 # Depth 4 with grouped heads, short windows, and no size that is a multiple of another by accident.
 SMALL = GPTConfig(depth=4, width=24, head_dim=6, n_head=4, n_kv_head=2, vocab_size=37, max_seq_len=16,
@@ -390,3 +390,14 @@ def test_activation_checkpointing_changes_memory_only(config):
     (plain_peak, plain_loss, plain_grads), (peak, loss, grads) = results
     assert loss == plain_loss and all(torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True))
     assert peak < 0.8 * plain_peak
+
+
+def test_rotation_without_gradients_is_the_same():
+    """In place, so rounded otherwise in the last bit at most."""
+    generator = torch.Generator().manual_seed(0)
+    x, angle = torch.randn(2, 37, 3, 16, generator=generator), 100 * torch.rand(37, 8, generator=generator)
+    kept = x.clone()
+    with torch.no_grad():
+        found = rotate(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(found, rotate(x, angle.cos(), angle.sin()), rtol=0, atol=1e-6)
+    assert torch.equal(x, kept)
