@@ -83,7 +83,7 @@ class _Softmax(torch.autograd.Function):
         return (weights * (upstream - mean) * ctx.scale).to(dtype), None, None
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _bias(n_query, n_key, offset, window, group, dtype, device):
     """What is added to the scores of a rectangle whose first query is `offset` keys after its first key: 0 or -inf; group times,
     (group * n_query, n_key). Most rectangles of a pass are alike, and those of its layers."""

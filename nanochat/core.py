@@ -6,13 +6,15 @@ What costs time is computed once: what the choices of an example have in common 
 values serve them all, and the head is applied to the scored positions only. The prompts of a batch are of like length; those of
 several ranks are dealt out in turn."""
 
+import dataclasses
+import fcntl
 import math
 import time
 from pathlib import Path
 
 import torch
 
-from nanochat import hub
+from nanochat import hardware, hub
 from nanochat.common import Unavailable, UsageError, base_dir, human_time, in_a_line, new_folder
 from nanochat.engine import Branches, KVCache
 from nanochat.evaluate import EvaluationFailed
@@ -73,6 +75,18 @@ def find_bundle(given, report=print, download=True):
     folder = base_dir() / "core"
     if folder.is_dir() or not download:
         return folder if folder.is_dir() else None
+    try:
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it: then wait, and find it
+            if not folder.is_dir():
+                _download(folder, report)
+    except OSError as error:
+        raise Unavailable(f"{folder}: the CORE bundle cannot be kept there ({in_a_line(error)})") from None
+    return folder
+
+
+def _download(folder, report):
+    """Make the bundle's folder from the published files. Raises Unavailable, and then there is none."""
     report("CORE: downloading its bundle of 22 tasks (about 50 MB), once")
     files = {"eval_meta_data.csv": hub.RemoteFile("", "", CHANCES_URL, CHANCES[1], "", CHANCES[0])}
     for uri, (blob, n_bytes) in EXAMPLES.items():
@@ -86,7 +100,6 @@ def find_bundle(given, report=print, download=True):
         (partial / "core.yaml").write_text(tasks_of_core.published_yaml(), encoding="utf-8")
     for path in paths.values():
         path.unlink()
-    return folder
 
 
 class Core:
@@ -94,16 +107,17 @@ class Core:
 
     tasks: {label: Task}; problems: {label: why it cannot be used}; remarks: sentences. max_per_task: examples of a task, -1: all.
     limit: tokens of a prompt. keep: hold prompts for the next evaluation of the same run, which needs memory for them all.
-    labels: of the tasks wanted (a part gives no CORE). Raises UsageError for what is no bundle or no task."""
+    labels: of the tasks wanted (a part gives no CORE). shares: the model can be given a cache, so that what rows have in common is
+    read once. Raises UsageError for what is no bundle or no task; open_core() does so on every rank alike."""
 
-    def __init__(self, folder, tokenizer, limit, max_per_task=-1, labels=LABELS, baselines="v1", threads=1, keep=True):
+    def __init__(self, folder, tokenizer, limit, max_per_task=-1, labels=LABELS, baselines="v1", threads=1, keep=True, shares=True):
         if unknown := [label for label in labels if label not in LABELS]:
             raise UsageError(f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}")
         self.tasks, self.problems, self.remarks = tasks_of_core.read_bundle(folder, baselines)
         self.tasks = {label: task for label, task in self.tasks.items() if label in labels}
         self.problems = {label: self.problems.get(label, LEFT_OUT) for label in LABELS if label not in self.tasks}
         self.folder, self.tokenizer, self.limit, self.max_per_task = Path(folder), tokenizer, limit, max_per_task
-        self.baselines, self.threads, self.keep = baselines, threads, keep
+        self.baselines, self.threads, self.keep, self.shares = baselines, threads, keep, shares
         self.examples, self.prompts, self.tokens_of = {}, {}, {}
 
     def examples_of(self, label):
@@ -120,37 +134,40 @@ class Core:
             self.examples[label] = found
         return self.examples[label]
 
-    def prompts_of(self, label):
-        """This rank's share of a task's prompts. Raises EvaluationFailed if there is no example or no way to write one in tokens."""
-        if label not in self.prompts:
-            task, (examples, _, _) = self.tasks[label], self.examples_of(label)
-            try:
-                prompts = tasks_of_core.prompts_of(task, examples, self.tokenizer, self.limit,
-                                                   range(rank(), len(examples), world_size()), self.threads)
-            except UsageError as error:
-                raise EvaluationFailed(f"its text cannot be tokenized: {error}") from None
-            if not self.keep:
-                return prompts
+    def prompts_of(self, label, examples):
+        """This rank's share of the prompts of a task's examples. Raises EvaluationFailed if there is no way to write one in tokens."""
+        if label in self.prompts:
+            return self.prompts[label]
+        prompts = self._prompts(label, examples, range(rank(), len(examples), world_size()))
+        if self.keep:
             self.prompts[label] = prompts
-        return self.prompts[label]
+        return prompts
+
+    def _prompts(self, label, examples, indices):
+        try:
+            prompts = tasks_of_core.prompts_of(self.tasks[label], examples, self.tokenizer, self.limit, indices, self.threads)
+        except UsageError as error:
+            raise EvaluationFailed(f"its text cannot be tokenized: {in_a_line(error)}") from None
+        return prompts if self.shares else [dataclasses.replace(prompt, shared=0) for prompt in prompts]
 
     def describe(self, flops_per_token, flops):
-        """Look at a few examples of each task; what cannot be evaluated leaves the tasks and becomes a problem.
+        """Look at a few examples of each task; what cannot be evaluated, on any rank, leaves the tasks and becomes a problem.
 
         flops_per_token: of training; flops: of all devices, a second, as they will be reached. Returns sentences for before an
         evaluation: what will be measured, how long it will take about, and what is in the way."""
         n_examples = 0
-        for label, task in list(self.tasks.items()):
+        for label in self.tasks:
             try:
                 examples, _, _ = self.examples_of(label)
-                some = tasks_of_core.prompts_of(task, examples, self.tokenizer, self.limit, range(0, len(examples),
-                                                                                                 -(-len(examples) // 4)))
-            except (EvaluationFailed, UsageError) as error:
-                del self.tasks[label]
-                self.problems[label] = in_a_line(error)
+                some = self._prompts(label, examples, range(0, len(examples), -(-len(examples) // 4)))
+            except EvaluationFailed as error:
+                self.problems[label] = str(error)
             else:
                 self.tokens_of[label] = len(examples) * sum(map(tokens_of, some)) / len(some)
                 n_examples += len(examples)
+        for problems in from_all(self.problems):
+            self.problems = {**problems, **self.problems}
+        self.tasks = {label: task for label, task in self.tasks.items() if label not in self.problems}
         n_tokens = sum(self.tokens_of.values())
         lines = [f"CORE: {len(self.tasks)} of {len(LABELS)} tasks, {n_examples:,} examples"
                  + (f" (at most {self.max_per_task} a task)" if self.max_per_task != -1 else "") + f", {n_tokens:,.0f} tokens: about "
@@ -158,6 +175,18 @@ class Core:
         lines += [f"CORE: {label} cannot be evaluated, so there will be no CORE metric: {why}" for label, why in self.problems.items()
                   if why != LEFT_OUT]
         return lines + [f"CORE: {remark}" for remark in self.remarks]
+
+
+def open_core(*arguments, **options):
+    """Core(), whose UsageError on any rank is raised on all: where nodes share no disk, one of them may lack the bundle."""
+    core, problem = None, None
+    try:
+        core = Core(*arguments, **options)
+    except UsageError as error:
+        problem = str(error)
+    if problem := next(filter(None, from_all(problem)), None):
+        raise UsageError(problem)
+    return core
 
 
 def tokens_of(prompt):
@@ -169,9 +198,9 @@ def tokens_of(prompt):
 def evaluate(model, core, batch_tokens, device, interrupted=lambda: False, progress=lambda share, label, seconds_left: None):
     """Answer a Core's prompts. All ranks; the result is the same on each.
 
-    model: a GPT, or a module with its hidden() and logits(), `config` and `compute_dtype`; if that has `without_cache`, hidden() is
-    given no cache. batch_tokens: of a pass, padding included, at most (one prompt at least). interrupted: asked before each pass;
-    true leaves early. progress(share done, label, seconds left): told after each pass; the core has been described before.
+    model: a GPT, or a module with its hidden() and logits(), `config` and `compute_dtype`. batch_tokens: of a pass, padding included,
+    at most (one prompt at least). interrupted: asked before each pass; true leaves early. progress(share done, label, seconds left):
+    told after each pass; the core has been described before.
     Returns None if any rank was interrupted, else {"core_metric", "low", "high" (95% bootstrap), "n", "reason", "seconds",
     "baselines", "tasks"}: core_metric is None, with the reason, unless all 22 tasks were evaluated; tasks is {label: {"accuracy",
     "centered", "stderr", "n", "chance", "shots", "examples", "malformed", "empty_spans", "cropped", "seconds", "correct",
@@ -180,7 +209,12 @@ def evaluate(model, core, batch_tokens, device, interrupted=lambda: False, progr
     was_training, started = model.training, time.monotonic()
     results, problems, done, total = {}, dict(core.problems), 0.0, sum(core.tokens_of.values())
     try:
-        answering = for_inference(model) if isinstance(model, GPT) else model.eval()
+        try:
+            answering = for_inference(model) if isinstance(model, GPT) else model.eval()
+        except RuntimeError as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            answering = model.eval()  # slower, with the same results
         for label in core.tasks:
             def told(share, label=label, before=done):
                 if part := (before + share * core.tokens_of.get(label, 0.0)) / max(total, 1.0):
@@ -208,15 +242,21 @@ def evaluate(model, core, batch_tokens, device, interrupted=lambda: False, progr
 
 def _evaluate_task(model, core, label, batch_tokens, device, interrupted, told):
     """One task's entry of evaluate()'s result; None if a rank was interrupted."""
-    started, task, problem = time.monotonic(), core.tasks[label], None
+    started, task, problem, failure = time.monotonic(), core.tasks[label], None, None
     n = failed = interrupt = empty = cropped = total = malformed = answered = 0
     answers, fingerprint = [], ""
     try:
         examples, total, malformed = core.examples_of(label)
         n, fingerprint = len(examples), tasks_of_core.fingerprint_of(task, examples)
         answers = torch.zeros(n, dtype=torch.float64)
-        prompts = core.prompts_of(label)
-        for batch in batches(prompts, batch_tokens):
+        prompts = core.prompts_of(label, examples)
+    except Exception as error:  # told to the other ranks, for which the task is lost as well
+        problem = str(error) if isinstance(error, EvaluationFailed) else f"{type(error).__name__}: {in_a_line(error)}"
+    views = from_all((n, fingerprint, problem))
+    problem = next((view[2] for view in views if view[2]), None) or (
+        "the ranks read different examples" if len(set(views)) > 1 else None)
+    try:
+        for batch in batches([] if problem else prompts, batch_tokens):
             if interrupted():
                 interrupt = 1
                 break
@@ -226,17 +266,15 @@ def _evaluate_task(model, core, label, batch_tokens, device, interrupted, told):
                 cropped += prompt.cropped > 0
             answered += len(batch)
             told(answered / len(prompts))
-    except EvaluationFailed as error:  # a task without examples: known on every rank alike
-        problem = str(error)
     except Exception as error:  # told to the other ranks, which would otherwise wait for this one's answers
-        problem, failed = error, 1
+        failure, failed = error, 1
     sums = torch.tensor([failed, interrupt, empty, cropped], dtype=torch.float64)
-    answers = torch.as_tensor(answers, dtype=torch.float64)
+    answers = torch.zeros(0, dtype=torch.float64) if problem else answers
     exchanged = sum_over_ranks(torch.cat((sums, answers)).to(device if device.type == "cuda" else "cpu")).tolist()
     failed, interrupt, empty, cropped, *answers = map(int, exchanged)
     if failed:
-        raise EvaluationFailed(f"{label}: {type(problem).__name__}: {in_a_line(problem)}" if problem else
-                               f"{label}: another rank failed") from (problem if isinstance(problem, Exception) else None)
+        raise EvaluationFailed(f"{label}: {type(failure).__name__}: {in_a_line(failure)}" if failure else
+                               f"{label}: another rank failed") from failure
     if interrupt:
         return None
     result = {"accuracy": None, "centered": None, "stderr": None, "n": n, "chance": task.chance,
@@ -262,24 +300,16 @@ def open_for_training(args, tokenizer, config, flops_per_token, flops, threads):
     if args.core_metric_every == -1:
         return None, ""
     report = print if rank() == 0 else lambda text: None
-    core, problem = None, ""
     try:
         folder = from_rank0_or_raise(lambda: find_bundle(args.core_bundle, report))
+        core = open_core(folder, tokenizer, len_limit(config), args.core_metric_max_per_task, threads=threads)
     except (UsageError, Unavailable) as error:
         if args.core_bundle:
             raise
-        problem = str(error)
-    else:
-        try:
-            core = Core(folder, tokenizer, len_limit(config), args.core_metric_max_per_task, threads=threads)
-            lines = core.describe(flops_per_token, flops)
-        except (UsageError, OSError) as error:  # on this rank only, where nodes share no disk
-            problem = str(error)
-        problem = next(filter(None, from_all(problem)), "")
-    if problem and args.core_bundle:
-        raise UsageError(problem)
-    report("\n".join([f"CORE: cannot be measured, training goes on without it: {problem}"] if problem else lines))
-    return (None, problem) if problem else (core, "")
+        report(f"CORE: cannot be measured, training goes on without it: {error}")
+        return None, str(error)
+    report("\n".join(core.describe(flops_per_token, flops)))
+    return core, ""
 
 
 def len_limit(config, crop=False):
@@ -349,7 +379,7 @@ def answers_of(model, batch, kind, device):
     continuation is the most likely one, else 0; number of choices whose span is empty, which are never chosen over another).
 
     The beginning that is shared by all rows of a prompt is cut to the shortest of the batch: so all rows go on at the same position."""
-    shared = 0 if getattr(model, "without_cache", False) else min(prompt.shared for prompt in batch)
+    shared = min(prompt.shared for prompt in batch)
     cache = None
     if shared:
         cache = KVCache(model.config, len(batch), shared, device, model.compute_dtype)

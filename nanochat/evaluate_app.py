@@ -76,6 +76,8 @@ def check(args, parser):
             problems.append(f"--{name.replace('_', '-')}: belongs to --{part}; add that, or leave it out")
     if unknown := [label for label in args.tasks if label not in LABELS]:
         problems.append(f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}")
+    if args.batch_tokens != -1 and not (args.core or args.bpb):
+        problems.append("--batch-tokens: belongs to --core and --bpb; add one of them, or leave it out")
     for name in ("max_per_task", "eval_tokens", "batch_tokens"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             problems.append(f"--{name.replace('_', '-')}={getattr(args, name)}: must be at least 1, or -1")
@@ -265,24 +267,23 @@ def _pieces(shards, tokenizer, row_tokens, max_tokens):
 
 def measure_core(args, subject, bundle, device, say):
     """The result of nanochat.core.evaluate(), with `failed`: whether a task that was asked for is missing."""
-    from nanochat import core, evaluate, hardware, ranks
+    from nanochat import core, hardware, ranks
+    from nanochat.plan import ASSUMED_MFU
     from tasks.core import LABELS
     config = subject.model.config
-    tasks = core.Core(bundle, subject.tokenizer, config.max_seq_len if subject.foreign else core.len_limit(config, args.core_crop),
-                      args.max_per_task, args.tasks or LABELS, args.baselines, os.cpu_count() or 1,
-                      keep=False)
+    tasks = core.open_core(bundle, subject.tokenizer, config.max_seq_len if subject.foreign else core.len_limit(config, args.core_crop),
+                           args.max_per_task, args.tasks or LABELS, args.baselines, os.cpu_count() or 1, keep=False,
+                           shares=not subject.foreign)
     peak, _ = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(device))
-    for line in tasks.describe(subject.model.flops_per_token(), peak * ranks.world_size()):
+    for line in tasks.describe(subject.model.flops_per_token(), ASSUMED_MFU * peak * ranks.world_size()):
         say(line)
     bar = progress_bar(args)
     try:
-        result = core.evaluate(subject.model, tasks, subject.batch_tokens(args, device), device, progress=bar)
-    except evaluate.EvaluationFailed as error:
-        raise UsageError(f"{subject.title}: {error}") from error
+        result = core.measure(tasks, "", subject.model, subject.batch_tokens(args, device), device, lambda: False, bar)
     finally:
         bar(None, "", 0)
     missing = [label for label in args.tasks or LABELS if result["tasks"].get(label, {}).get("accuracy") is None]
-    return {**result, "limit": tasks.limit, "failed": bool(missing)}
+    return {**result, "limit": tasks.limit, "baselines": args.baselines, "max_per_task": args.max_per_task, "failed": bool(missing)}
 
 
 def progress_bar(args):

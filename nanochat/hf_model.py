@@ -47,9 +47,7 @@ def load(folder, device, dtype):
 
 
 class HuggingFaceModel(torch.nn.Module):
-    """hidden() gives the logits, logits() only fp32: heads differ from model to model. No cache is used."""
-
-    without_cache = True
+    """hidden() gives the logits, logits() only fp32: heads differ from model to model. It takes no cache (core.Core: shares=False)."""
 
     def __init__(self, model, compute_dtype):
         super().__init__()

@@ -104,7 +104,7 @@ def read_bundle(folder, baselines="v1"):
         else:
             problems[label] = f"{task.path} is missing"
     if others := set(entries) - set(LABELS):
-        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(str, others)))}")
+        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(repr, others)))}")
     return tasks, problems, remarks
 
 

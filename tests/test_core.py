@@ -1,5 +1,6 @@
 """Answers to CORE prompts, against an implementation that shares no code (naive_core.py) and against examples worked out by hand."""
 
+import dataclasses
 import json
 import types
 
@@ -111,7 +112,7 @@ class Pairs(torch.nn.Module):
     """Knows which byte likes to follow which: the logit of a liked pair is 4, of all others 0. Mean losses can be counted: of b
     bytes, of which h are liked, it is log(256 + e^4) - 4 h / b where one byte is liked after each, more or less."""
 
-    without_cache, compute_dtype = True, torch.float32
+    compute_dtype = torch.float32
 
     def __init__(self, liked):
         super().__init__()
@@ -136,6 +137,7 @@ def answer_of(kind, example, others=(), limit=640, delimiter=" ", liked=LIKED):
     examples = [example, *others]
     task = Task("made up", None, kind, 2, delimiter, 0.0)
     [prompt] = core.tasks_of_core.prompts_of(task, examples, BYTES, limit, [0])
+    prompt = dataclasses.replace(prompt, shared=0)  # it takes no cache
     [(answer, empty)] = core.answers_of(Pairs(liked), [prompt], kind, CPU)
     spans = [bytes(prompt.rows[row][prompt.starts[row] :].tolist()).decode() for row in prompt.row_of]
     return answer, empty, spans
@@ -269,6 +271,45 @@ def test_a_file_that_goes_away_during_an_evaluation(tmp_path):
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
     assert result["core_metric"] is None and result["tasks"]["copa"]["accuracy"] is None
     assert "cannot be read" in result["tasks"]["copa"]["reason"] and "copa" in result["reason"]
+
+
+RANK_LOCAL = """
+import sys
+import small, test_core
+from nanochat import core, ranks
+from nanochat.common import UsageError
+ranks.setup("cpu")
+model, prompts = test_core.noisy_model(), core.Core(sys.argv[1], test_core.BYTES, 640)
+prompts.describe(1.0, 1.0)
+encode = prompts.tokenizer.encode_batch
+def encode_or_not(texts, threads=1):
+    if ranks.rank() == 1 and any("of copa" in text for text in texts):
+        raise UsageError("a character of copa")
+    return encode(texts, threads)
+prompts.tokenizer.encode_batch = encode_or_not
+result = core.evaluate(model, prompts, 700, test_core.CPU)
+assert result["core_metric"] is None and result["tasks"]["copa"]["accuracy"] is None, result["tasks"]["copa"]
+assert "a character of copa" in result["tasks"]["copa"]["reason"] and result["tasks"]["boolq"]["n"] == 6
+ranks.close()
+"""
+
+
+def test_what_one_rank_cannot_read_is_nothing_on_all(bundle, tmp_path):
+    """Not a score made of what the others have."""
+    two = small.ranks_of(tmp_path, 2, [str(bundle)], RANK_LOCAL)
+    assert two.returncode == 0, two.stderr
+
+
+def test_no_memory_for_a_copy_of_the_weights(bundle, monkeypatch):
+    """The model itself gives the same answers."""
+    model = noisy_model(torch.bfloat16)
+    expected = core.evaluate(model, described(bundle, 640, 2), 700, CPU)
+
+    def full(model):
+        raise torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(core, "for_inference", full)
+    found = core.evaluate(model, described(bundle, 640, 2), 700, CPU)
+    assert [task["answers"] for task in found["tasks"].values()] == [task["answers"] for task in expected["tasks"].values()]
 
 
 def test_a_tokenizer_that_lacks_characters(bundle):

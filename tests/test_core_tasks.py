@@ -444,7 +444,7 @@ def test_other_tasks_are_left_out_with_a_remark(tmp_path):
     others = [{"label": "mmlu", "dataset_uri": "mmlu.jsonl"}, {"label": "aime"}]
     tasks, problems, remarks = core.read_bundle(bundle(tmp_path, [*entries().values(), *others]))
     assert (list(tasks), problems) == (list(core.LABELS), {})
-    assert remarks == ["not of the 22 CORE tasks and left out: aime, mmlu"]
+    assert remarks == ["not of the 22 CORE tasks and left out: 'aime', 'mmlu'"]
 
 
 @pytest.mark.parametrize("label", [3, None])
