@@ -43,7 +43,19 @@ def load(folder, device, dtype):
     if report["missing_keys"] or report["mismatched_keys"]:
         names = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         raise UsageError(f"{folder}: its weights are not those of its config.json: {', '.join(sorted(names)[:3])} and so on")
-    return HuggingFaceModel(model.to(device), dtype).eval(), HuggingFaceTokenizer(folder, tokenizer)
+    model = HuggingFaceModel(model.to(device), dtype).eval()
+    if not _is_causal(model, device):
+        raise UsageError(f"{folder}: this model sees what comes after a token, as an encoder such as BERT does: nothing is left to predict")
+    return model, HuggingFaceTokenizer(folder, tokenizer)
+
+
+@torch.no_grad()
+def _is_causal(model, device):
+    """Whether logits before the last token are the same, but for rounding, whatever the last one is."""
+    ids = torch.zeros(2, 8, dtype=torch.int64, device=device)
+    ids[1, -1] = model.config.vocab_size - 1
+    first, second = model.hidden(ids)[:, :-1].float()
+    return bool((first - second).abs().max() <= 0.01 * first.abs().max())
 
 
 class HuggingFaceModel(torch.nn.Module):

@@ -490,6 +490,18 @@ def hf(tmp_path_factory):
     return made
 
 
+def test_an_encoder_is_refused(hf, tmp_path, capsys):
+    """transformers loads it as a language model; it would see what it is to predict."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = hf["llama"][2]
+    transformers.BertLMHeadModel(transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        initializer_range=0.3)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    assert main(["evaluate", str(tmp_path / "bert"), "--bpb", "--data=README.md"]) == 2
+    assert "sees what comes after a token" in capsys.readouterr().err
+
+
 def changed(folder, to, **fields):
     """A copy of a folder with other fields in its config.json; returns its path."""
     shutil.copytree(folder, to)
