@@ -345,13 +345,13 @@ class Bench:
         import torch.nn.functional as F
 
         from nanochat import core, corpus as corpora, data, hardware, model as models
-        from tasks.core import prompts_of, read_examples
+        from tasks.core import prompts_of, read_bundle, read_examples
         folder = self.core_bundle
         if folder is None:
             return
         with throw_away_base_dir() as base:
             tokenizer = data.fit_tokenizer(corpora.open_corpus(str(python_text(base))), "bpe", self.config.vocab_size)
-        tasks, limit = core.Core(folder, tokenizer, 0).tasks, core.len_limit(self.config)
+        (tasks, _, _), limit = read_bundle(folder), core.len_limit(self.config)
         prompts = {}
         for label, task in tasks.items():
             examples, _, _ = read_examples(task)

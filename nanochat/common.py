@@ -31,6 +31,11 @@ def install_hint(package, purpose):
     return UsageError(f"{purpose} needs the package '{package}', which is not installed: pip install {package}")
 
 
+def valid_unicode(text):
+    """The text with lone surrogates replaced: JSON may spell them, and undecodable bytes of a command line become some; UTF-8 has none."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def in_a_line(error):
     """What an exception says, in one line of at most 200 characters; its type where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,6 @@ values serve them all, and the head is applied to the scored positions only. The
 several ranks are dealt out in turn."""
 
 import dataclasses
-import fcntl
 import math
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanochat.common import Unavailable, UsageError, base_dir, human_time, in_a_
 from nanochat.engine import Branches, KVCache
 from nanochat.evaluate import EvaluationFailed
 from nanochat.model import GPT, ROPE_REACH, for_inference
-from nanochat.ranks import from_all, from_rank0_or_raise, rank, sum_over_ranks, world_size
+from nanochat.ranks import from_all, from_rank0_or_raise, print0, rank, sum_over_ranks, world_size
 from tasks import core as tasks_of_core
 from tasks.core import LABELS
 
@@ -77,7 +76,7 @@ def find_bundle(given, report=print, download=True):
         return folder if folder.is_dir() else None
     try:
         with open(folder.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it: then wait, and find it
+            hub.wait_for(lock, "the CORE bundle", folder.parent, report)
             if not folder.is_dir():
                 _download(folder, report)
     except OSError as error:
@@ -111,8 +110,8 @@ class Core:
     read once. Raises UsageError for what is no bundle or no task; open_core() does so on every rank alike."""
 
     def __init__(self, folder, tokenizer, limit, max_per_task=-1, labels=LABELS, baselines="v1", threads=1, keep=True, shares=True):
-        if unknown := [label for label in labels if label not in LABELS]:
-            raise UsageError(f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}")
+        if problem := tasks_of_core.label_problem(labels):
+            raise UsageError(problem)
         self.tasks, self.problems, self.remarks = tasks_of_core.read_bundle(folder, baselines)
         self.tasks = {label: task for label, task in self.tasks.items() if label in labels}
         self.problems = {label: self.problems.get(label, LEFT_OUT) for label in LABELS if label not in self.tasks}
@@ -236,8 +235,7 @@ def evaluate(model, core, batch_tokens, device, interrupted=lambda: False, progr
     else:
         summary["reason"] = f"{len(LABELS) - len(good)} of {len(LABELS)} tasks were not evaluated: " + "; ".join(
             [f"{label} ({why})" for label, why in problems.items() if why != LEFT_OUT] or [LEFT_OUT])
-    return {**summary, "seconds": time.monotonic() - started, "baselines": core.baselines, "max_per_task": core.max_per_task,
-            "tasks": results}
+    return {**summary, "seconds": time.monotonic() - started, "baselines": core.baselines, "tasks": results}
 
 
 def _evaluate_task(model, core, label, batch_tokens, device, interrupted, told):
@@ -299,16 +297,15 @@ def open_for_training(args, tokenizer, config, flops_per_token, flops, threads):
     else leaves training alone."""
     if args.core_metric_every == -1:
         return None, ""
-    report = print if rank() == 0 else lambda text: None
     try:
-        folder = from_rank0_or_raise(lambda: find_bundle(args.core_bundle, report))
+        folder = from_rank0_or_raise(lambda: find_bundle(args.core_bundle, print0))
         core = open_core(folder, tokenizer, len_limit(config), args.core_metric_max_per_task, threads=threads)
     except (UsageError, Unavailable) as error:
         if args.core_bundle:
             raise
-        report(f"CORE: cannot be measured, training goes on without it: {error}")
+        print0(f"CORE: cannot be measured, training goes on without it: {error}")
         return None, str(error)
-    report("\n".join(core.describe(flops_per_token, flops)))
+    print0("\n".join(core.describe(flops_per_token, flops)))
     return core, ""
 
 

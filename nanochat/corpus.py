@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import hub
-from nanochat.common import UsageError, in_a_line, install_hint, sha256_file, sha256_hex
+from nanochat.common import UsageError, in_a_line, install_hint, sha256_file, sha256_hex, valid_unicode
 
 FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")  # what is read of a folder; its .json may be anything (`data mix` writes one)
 END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
@@ -155,14 +155,9 @@ def _read_jsonl(path, column):
                     raise UsageError(f"data: {path} line {number}: field '{column}' is not a string but {type(value[column]).__name__}; "
                                      f"write the text as a string")
                 if value[column] is not None:
-                    yield _valid_unicode(value[column])
+                    yield valid_unicode(value[column])
     except OSError as error:
         raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-
-
-def _valid_unicode(text):
-    """The text with lone surrogates replaced: JSON may spell them, UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_parquet(path, column):
@@ -196,7 +191,7 @@ def _read_through_datasets(path, kind, column):
             if document is not None and not isinstance(document, str):
                 raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
             if document is not None:
-                yield _valid_unicode(document)
+                yield valid_unicode(document)
 
 
 def _tables(path, kind):

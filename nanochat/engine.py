@@ -160,6 +160,18 @@ def check_prompt(model, prompt_ids, max_new_tokens):
                          "ask for fewer new tokens")
 
 
+def check_prompts(model, tokenizer, prompts, max_new_tokens):
+    """Raise one UsageError naming every prompt that the model cannot take, before the first is continued."""
+    problems = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            check_prompt(model, prompt_with_bos(tokenizer, prompt), max_new_tokens)
+        except UsageError as error:
+            problems.append(f"prompt {number} of {len(prompts)}: {error}")
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
 @torch.no_grad()
 def last_logits(model, ids_BxT, cache=None):
     """Logits (B, V), fp32, for the token that follows ids_BxT (int64). No dropout; the model's mode is restored."""

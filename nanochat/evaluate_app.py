@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, read_json, step_argument, write_atomic, write_json
+from nanochat.common import (EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, read_json, step_argument, valid_unicode, write_atomic,
+                             write_json)
 
 LOGITS_SHARE = 8  # a Hugging Face model, which makes all logits of a pass, gets that many times fewer tokens at once
 # A flag that says more about one part -> the flag that asks for that part.
@@ -44,7 +45,7 @@ def build_parser():
     group.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="tokens at most; -1: all")
     group = parser.add_argument_group("samples")
     group.add_argument("--sample", action="store_true", help="draw some")
-    group.add_argument("--prompt", type=valid_text, action="append", default=[], metavar="TEXT", help="text to continue; may be given "
+    group.add_argument("--prompt", type=valid_unicode, action="append", default=[], metavar="TEXT", help="text to continue; may be given "
                        "several times; without any, a new document is begun")
     group.add_argument("--max-tokens", type=int, default=96, metavar="N", help="of a sample, at most")
     group.add_argument("--seed", type=int, default=42, help="of samples")
@@ -60,22 +61,17 @@ def comma_separated(text):
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def valid_text(text):
-    """argparse type of a text: what is no UTF-8 on the command line is replaced, as tokenizers do, so that it can be written."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def check(args, parser):
     """One UsageError with a line for every flag that cannot be used, or not on one of the runs."""
-    from tasks.core import LABELS
+    from tasks.core import label_problem
     problems = []
     if not (args.core or args.bpb or args.sample):
         problems.append("nothing to measure: add --core, --bpb or --sample")
     for name, part in PART_OF.items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, part):
             problems.append(f"--{name.replace('_', '-')}: belongs to --{part}; add that, or leave it out")
-    if unknown := [label for label in args.tasks if label not in LABELS]:
-        problems.append(f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}")
+    if problem := label_problem(args.tasks):
+        problems.append(problem)
     if args.batch_tokens != -1 and not (args.core or args.bpb):
         problems.append("--batch-tokens: belongs to --core and --bpb; add one of them, or leave it out")
     for name in ("max_per_task", "eval_tokens", "batch_tokens"):
@@ -138,7 +134,7 @@ def main(argv):
     check(args, parser)
     import torch
 
-    from nanochat import hardware, ranks
+    from nanochat import engine, hardware, ranks
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
     device = ranks.setup(device_type)
@@ -156,7 +152,7 @@ def main(argv):
         report = {"run": str(run), "step": subject.step, "device": hardware.describe(device), "ranks": ranks.world_size(),
                   "dtype": str(dtype).removeprefix("torch.")}
         if args.sample:
-            check_prompts(args, subject)
+            engine.check_prompts(subject.model, subject.tokenizer, args.prompt or [""], args.max_tokens)
         if args.bpb:
             report["bpb"] = measure_bpb(args, subject, device, say)
         if args.core:
@@ -303,13 +299,6 @@ def progress_bar(args):
             bar.n = 100 * share
             bar.set_description_str(f"{label} | eta {human_time(seconds_left)}")
     return show
-
-
-def check_prompts(args, subject):
-    """UsageError for a prompt that the model cannot take: before anything is measured."""
-    from nanochat.engine import check_prompt, prompt_with_bos
-    for prompt in args.prompt or [""]:
-        check_prompt(subject.model, prompt_with_bos(subject.tokenizer, prompt), args.max_tokens)
 
 
 def draw(args, subject):

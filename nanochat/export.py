@@ -5,9 +5,7 @@ are safetensors and JSON, in both directions. The folder is loaded again and com
 
 import argparse
 import atexit
-import contextlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -337,6 +335,8 @@ def verify(folder, model, tokenizer):
     Logits of random ids in fp32, read at once and in two parts through the cache, and ids of sample text. ExportFailed on
     a difference beyond rounding. Without transformers the sentence says that nothing was compared."""
     import torch
+
+    from nanochat.hf_model import quiet
     # the modelling file is copied into a cache when it runs: for this once not into the user's
     if "transformers" not in sys.modules and "HF_MODULES_CACHE" not in os.environ:
         os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
@@ -346,7 +346,7 @@ def verify(folder, model, tokenizer):
     except ImportError:
         return "not verified: that needs the package transformers (pip install transformers), then export again"
     options = {"local_files_only": True, "trust_remote_code": model.config.arch != "llama"}
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True,
                                                                                **options)
@@ -355,22 +355,6 @@ def verify(folder, model, tokenizer):
             raise ExportFailed(f"transformers {transformers.__version__} does not load it ({type(error).__name__}: {error}); "
                                "releases from 4.57 on do") from error
         return _compared(theirs.eval(), report, their_tokenizer, model, tokenizer, transformers.__version__)
-
-
-@contextlib.contextmanager
-def _quiet(transformers):
-    """No progress bars, no advice, no log lines of what transformers imports: none is about what is being checked here."""
-    logging.disable(logging.WARNING)
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 
 def _compared(theirs, report, their_tokenizer, model, tokenizer, version):

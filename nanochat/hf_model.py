@@ -2,6 +2,7 @@
 
 Only data is read: safetensors and JSON, and no code that the folder may bring."""
 
+import contextlib
 import json
 import logging
 import types
@@ -14,6 +15,22 @@ import torch.nn.functional as F
 from nanochat.common import UsageError, in_a_line, install_hint, read_json
 
 
+@contextlib.contextmanager
+def quiet(transformers):
+    """No progress bars, no advice, no log lines of what transformers imports: none is about what is done here."""
+    logging.disable(logging.WARNING)
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
 def load(folder, device, dtype):
     """(HuggingFaceModel, HuggingFaceTokenizer) of a folder. UsageError where transformers cannot load it without running its code."""
     try:
@@ -23,23 +40,15 @@ def load(folder, device, dtype):
     if str(read_json(Path(folder) / "config.json", str(folder))["model_type"]) not in transformers.CONFIG_MAPPING:
         raise UsageError(f"{folder}: transformers {transformers.__version__} has no such model itself, and code that the folder may bring "
                          f"is never run; a run of nanochat's own is evaluated from its run folder")
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        options = {"local_files_only": True, "trust_remote_code": False}
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)  # told below
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        with quiet(transformers):
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options)  # told below
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # of many classes: missing files, unknown models, models that bring code
         raise UsageError(f"{folder}: transformers {transformers.__version__} does not load it ({in_a_line(error)}); only weights in "
                          f"safetensors and models without code of their own are read") from error
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
     if report["missing_keys"] or report["mismatched_keys"]:
         names = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
         raise UsageError(f"{folder}: its weights are not those of its config.json: {', '.join(sorted(names)[:3])} and so on")

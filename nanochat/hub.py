@@ -140,7 +140,7 @@ class RemoteFile:
         except OSError as error:
             raise _failed(self, _Problem("disk", f"{path.parent} cannot be written ({error.strerror})")) from None
         with lock:
-            _wait_for(lock, self, report)
+            wait_for(lock, self.name, path.parent, report)
             if not self.is_local():
                 _download(self, path, report)
             lock_path.unlink(missing_ok=True)  # whoever waits for it finds the file complete, so a second lock does no harm
@@ -160,15 +160,15 @@ def text_suffix(name):
     return name[-len(suffix + compression):] if suffix else ""
 
 
-def _wait_for(lock, file, report):
-    """Take the lock of a file's download; a line is reported if another process has it."""
+def wait_for(lock, name, folder, report):
+    """Take the lock (an open file in `folder`) of a download; a line is reported if another process has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        report(f"data: another process is downloading {file.name}; waiting for it")
+        report(f"data: another process is downloading {name}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError:  # some network file systems have no locks; a file that two processes wrote would fail its check
-        report(f"data: no file locks in {file.local_path().parent}; only one process at a time should download there")
+        report(f"data: no file locks in {folder}; only one process at a time should download there")
 
 
 def _download(file, path, report):

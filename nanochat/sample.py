@@ -83,19 +83,6 @@ def check_settings(args, sampling):
     return prompts
 
 
-def check_prompts(model, tokenizer, prompts, max_new_tokens):
-    """Raise one UsageError naming every prompt that the model cannot take, before the first is continued."""
-    from nanochat.engine import check_prompt, prompt_with_bos
-    problems = []
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            check_prompt(model, prompt_with_bos(tokenizer, prompt), max_new_tokens)
-        except UsageError as error:
-            problems.append(f"prompt {number} of {len(prompts)}: {error}")
-    if problems:
-        raise UsageError("\n".join(problems))
-
-
 def main(argv):
     """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError."""
     args = build_parser().parse_args(argv)
@@ -104,7 +91,7 @@ def main(argv):
     prompts = check_settings(args, sampling)
 
     from nanochat import load
-    from nanochat.engine import NotNumbers, generate_text, generate_texts
+    from nanochat.engine import NotNumbers, check_prompts, generate_text, generate_texts
     model, tokenizer = load(args.run, step=None if args.step == -1 else args.step, device_type=args.device_type,
                             dtype=args.dtype)
     check_prompts(model, tokenizer, prompts, args.max_tokens)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat import hub
-from nanochat.common import Unavailable, UsageError, base_dir, read_json, sha256_hex, write_atomic
+from nanochat.common import Unavailable, UsageError, base_dir, read_json, sha256_hex, valid_unicode, write_atomic
 
 KINDS = ("bpe", "char", "byte")
 FORMAT = 1
@@ -80,8 +80,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids (list of int) of a text, without BOS. UsageError if a char tokenizer lacks one of its characters."""
-        # lone surrogates, which undecodable command-line bytes become, have no UTF-8 form
-        return self.encode_batch([text.encode("utf-8", "replace").decode("utf-8")])[0].tolist()
+        return self.encode_batch([valid_unicode(text)])[0].tolist()
 
     def encode_batch(self, texts, threads=1):
         """Token ids of several texts, as numpy arrays of uint32."""

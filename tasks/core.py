@@ -58,6 +58,12 @@ PUBLISHED = (
 LABELS = tuple(label for label, *_ in PUBLISHED)
 
 
+def label_problem(labels):
+    """What is wrong with labels that are not among the 22, for --tasks; "" if nothing is."""
+    unknown = [label for label in labels if label not in LABELS]
+    return f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}" if unknown else ""
+
+
 # ---- the bundle ----
 
 @dataclass(frozen=True)
@@ -212,23 +218,21 @@ def shots_of(task, index, n):
 
 def texts_of(task, examples, index):
     """The texts of a prompt: one per choice, or for language modelling [without the continuation, with it]."""
-    before = "".join(_solved(task, examples[i]) + "\n\n" for i in shots_of(task, index, len(examples)))
-    example, delimiter = examples[index], task.delimiter
-    if task.kind == _MC:
-        return [before + example["query"] + delimiter + choice for choice in example["choices"]]
-    if task.kind == _SCHEMA:
-        return [before + context + delimiter + example["continuation"] for context in example["context_options"]]
-    # without: white space at its end would be part of the first token of what follows
-    return [(before + example["context"].strip() + delimiter).strip(), before + _solved(task, example)]
+    shots = [examples[i] for i in shots_of(task, index, len(examples))]
+    before = "".join(_written(task, shot, shot.get("gold", 0)) + "\n\n" for shot in shots)
+    example = examples[index]
+    if task.kind == _LM:  # without: white space at its end would be part of the first token of what follows
+        return [(before + example["context"].strip() + task.delimiter).strip(), before + _written(task, example, 0)]
+    n_options = len(example["choices" if task.kind == _MC else "context_options"])
+    return [before + _written(task, example, option) for option in range(n_options)]
 
 
-def _solved(task, example):
-    """An example with its answer."""
+def _written(task, example, option):
+    """An example with one of its options, or for language modelling with its continuation."""
     if task.kind == _MC:
-        return example["query"] + task.delimiter + example["choices"][example["gold"]]
-    if task.kind == _SCHEMA:
-        return example["context_options"][example["gold"]] + task.delimiter + example["continuation"]
-    return example["context"].strip() + task.delimiter + example["continuation"]
+        return example["query"] + task.delimiter + example["choices"][option]
+    context = example["context"].strip() if task.kind == _LM else example["context_options"][option]
+    return context + task.delimiter + example["continuation"]
 
 
 def prompts_of(task, examples, tokenizer, limit, indices, threads=1):
