@@ -43,6 +43,7 @@ def main(argv=None):
         print(f"nanochat {app}: failed: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
+        print(f"\nnanochat {app}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -113,3 +113,31 @@ def _blocked(q, k, v, window):
         out = weights @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, k_BxSxKxD, v_BxSxKxD, lengths, window):
+    """attention() of rows that continue shared beginnings: row r sees beginning r // (R / B), then its own T keys.
+
+    lengths: positions of each of the B beginnings, ints of at most S; what lies behind them is not looked at. The keys of a
+    beginning are read once for all rows that continue it. Meant for short rows, whose scores it does not cut into blocks, and
+    without gradients. Returns (R, T, H, D) in q's dtype."""
+    (R, T, H, D), (B, S, K, _) = q_RxTxHxD.shape, k_BxSxKxD.shape
+    n, group, device = R // B, H // K, q_RxTxHxD.device
+    first = max(0, min(lengths) - window + 1)  # of the keys that any query sees
+    before = S - first
+    trunk_keys, trunk_values = (x[:, first:].permute(0, 2, 1, 3).reshape(B * K, before, D) for x in (k_BxSxKxD, v_BxSxKxD))
+    own_keys, own_values = (x.view(B, n, T, K, D).permute(0, 3, 1, 2, 4).reshape(B * K * n, T, D) for x in (k_RxTxKxD, v_RxTxKxD))
+    rows = q_RxTxHxD.view(B, n, T, K, group, D).permute(0, 3, 1, 4, 2, 5).reshape(B * K, n * group * T, D)
+    nothing = rows.new_zeros(())
+    of_trunk = torch.baddbmm(nothing, rows, trunk_keys.transpose(1, 2), beta=0, alpha=D**-0.5)
+    own = torch.baddbmm(nothing, rows.reshape(B * K * n, group * T, D), own_keys.transpose(1, 2), beta=0, alpha=D**-0.5)
+    scores = torch.cat((of_trunk, own.view(B * K, n * group * T, T)), dim=-1)
+    length = torch.tensor(lengths, device=device)[:, None, None]
+    query, key = torch.arange(T, device=device)[:, None], torch.arange(first, S, device=device)
+    seen_of_trunk = (key < length) & (key > length + query - window)
+    seen = torch.cat((seen_of_trunk, visible(T, T, window, device).expand(B, T, T)), dim=-1)
+    scores.view(B, K * n * group, T, before + T).masked_fill_(~seen[:, None], float("-inf"))
+    weights = scores.softmax(-1)
+    out = weights[..., before:].reshape(B * K * n, group * T, T) @ own_values
+    out = torch.baddbmm(out.view(B * K, n * group * T, D), weights[..., :before], trunk_values)
+    return out.view(B, K, n, group, T, D).permute(0, 2, 4, 1, 3, 5).reshape(R, T, H, D)

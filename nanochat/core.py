@@ -11,6 +11,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanochat import hardware, hub
@@ -366,30 +367,33 @@ def batches(prompts, batch_tokens):
 
 def _cost(batch):
     """Tokens that run through the model for a batch, padding included."""
-    shared = min(prompt.shared for prompt in batch)
-    longest = max(len(row) for prompt in batch for row in prompt.rows)
-    return len(batch) * shared + sum(len(prompt.rows) for prompt in batch) * (longest - shared)
+    tail = max(len(row) - prompt.shared for prompt in batch for row in prompt.rows)
+    return len(batch) * (max(prompt.shared for prompt in batch) + max(len(prompt.rows) for prompt in batch) * tail)
 
 
 def answers_of(model, batch, kind, device):
     """For each prompt of a batch (the choice with the smallest mean loss, or for language modelling 1 if every token of the
     continuation is the most likely one, else 0; number of choices whose span is empty, which are never chosen over another).
 
-    The beginning that is shared by all rows of a prompt is cut to the shortest of the batch: so all rows go on at the same position."""
-    shared = min(prompt.shared for prompt in batch)
-    cache = None
-    if shared:
-        cache = KVCache(model.config, len(batch), shared, device, model.compute_dtype)
-        model.hidden(padded([prompt.rows[0][:shared] for prompt in batch]).to(device), cache, fill=True)
-        cache = Branches(cache, torch.tensor([b for b, prompt in enumerate(batch) for _ in prompt.rows], device=device),
-                         model.config.windows())
-    rows = [(row, start) for prompt in batch for row, start in zip(prompt.rows, prompt.starts, strict=True)]
-    hidden_RxTxC = model.hidden(padded([row[shared:] for row, _ in rows]).to(device), cache)
-    row_P = torch.cat([torch.full((len(row) - start,), r) for r, (row, start) in enumerate(rows)])
-    position_P = torch.cat([torch.arange(start - 1, len(row) - 1) - shared for row, start in rows])
-    targets_P = torch.cat([torch.from_numpy(row[start:]).long() for row, start in rows])
+    A prompt with fewer rows than another of its batch is given empty ones."""
+    cache, lengths, n_rows = None, [prompt.shared for prompt in batch], max(len(prompt.rows) for prompt in batch)
+    if max(lengths):
+        beginnings = padded([prompt.rows[0][: prompt.shared] for prompt in batch]).to(device)
+        cache = KVCache(model.config, *beginnings.shape, device, model.compute_dtype)
+        model.hidden(beginnings, cache, fill=True)
+        last = torch.tensor([prompt.rows[0][prompt.shared - 1] for prompt in batch], device=device)
+        cache = Branches(cache, lengths, n_rows, max(len(row) for prompt in batch for row in prompt.rows), model.embed(last))
+    rows = [(b * n_rows + i, row[prompt.shared:], start - prompt.shared) for b, prompt in enumerate(batch)
+            for i, (row, start) in enumerate(zip(prompt.rows, prompt.starts, strict=True))]
+    tails = [np.zeros(0, dtype=np.int64)] * (len(batch) * n_rows)
+    for r, tail, _ in rows:
+        tails[r] = tail
+    hidden_RxTxC = model.hidden(padded(tails).to(device), cache)
+    row_P = torch.cat([torch.full((len(tail) - start,), r) for r, tail, start in rows])
+    position_P = torch.cat([torch.arange(start - 1, len(tail) - 1) for _, tail, start in rows])
+    targets_P = torch.cat([torch.from_numpy(tail[start:]).long() for _, tail, start in rows])
     nats, hits = _scores(model, hidden_RxTxC[row_P.to(device), position_P.to(device)], targets_P.to(device))
-    lengths = [len(row) - start for row, start in rows]
+    lengths = [len(tail) - start for _, tail, start in rows]
     nats, hits = iter(nats.split(lengths)), iter(hits.split(lengths))
     answers = []
     for prompt in batch:

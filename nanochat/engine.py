@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from nanochat.attention import attention, branched_attention
 from nanochat.common import UsageError, stream_seed
 
 SAMPLE_TOKENS = 96  # length of the samples drawn during training
@@ -29,7 +30,8 @@ class LayerCache:
         self.length = 0
 
     def append(self, k_BxTxKxD, v_BxTxKxD):
-        """Store T more positions; returns all keys and all values so far, each (B, S, K, D), as views of the buffers.
+        """Store T more positions; returns all keys and all values so far, each (B, S, K, D), as views of the buffers. What fills an
+        empty cache is kept as it is, without a copy.
 
         Into an empty cache a single row may be appended: it becomes the start of every row, and only that one row is
         returned. Raises ValueError when the positions do not fit or the number of rows is another one."""
@@ -41,10 +43,17 @@ class LayerCache:
                              f"given {T} more; make it with a larger capacity")
         if rows != batch_size and not (rows == 1 and self.length == 0):
             raise ValueError(f"the key/value cache has {batch_size} rows and was given {rows}")
-        self.keys[:, self.length : end] = k_BxTxKxD
-        self.values[:, self.length : end] = v_BxTxKxD
+        if k_BxTxKxD.shape == self.keys.shape:
+            self.keys, self.values = k_BxTxKxD, v_BxTxKxD
+        else:
+            self.keys[:, self.length : end] = k_BxTxKxD
+            self.values[:, self.length : end] = v_BxTxKxD
         self.length = end
         return self.keys[:rows, :end], self.values[:rows, :end]
+
+    def attend(self, q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, window, backend):
+        """attention() of the T newest positions, stored first, to all."""
+        return attention(q_BxTxHxD, *self.append(k_BxTxKxD, v_BxTxKxD), window, backend)
 
 
 class KVCache:
@@ -60,6 +69,10 @@ class KVCache:
         self.length = 0
         self.previous_embedding = None
 
+    def positions(self, T):
+        """Of the next T tokens."""
+        return slice(self.length, self.length + T)
+
     def advance(self, n_tokens, last_embedding_Bx1xC):
         """Count n_tokens as read, once every layer has appended them. The embedding is None in models without smear."""
         self.length += n_tokens
@@ -68,15 +81,22 @@ class KVCache:
 
 
 class Branches:
-    """Rows that each continue a row of a cache, for one pass; any number of them may continue the same. Nothing is stored: the
-    model reads it as a cache, and the one that was given stays as it is.
+    """Rows that each continue a beginning, for one pass: n of them the first beginning, n the second, and so on. The model reads it
+    as a cache; nothing is stored.
 
-    rows: for each branch the row of `cache` (a KVCache, with at least one position) that it continues. windows: of each layer."""
+    cache: a KVCache filled with the beginnings. lengths: tokens of each, at least 1; what the cache holds behind them is not used.
+    longest: tokens of the longest row, beginning included; what is fed behind is padding. last_embedding_BxC: of the last token of
+    each beginning (GPT.embed), needed by models with smear."""
 
-    def __init__(self, cache, rows, windows):
-        self.length = cache.length
-        self.layers = [BranchesOfLayer(layer, rows, window) for layer, window in zip(cache.layers, windows, strict=True)]
-        self.previous_embedding = None if cache.previous_embedding is None else cache.previous_embedding[rows]
+    def __init__(self, cache, lengths, n, longest, last_embedding_BxC):
+        self.longest = longest
+        self.layers = [BranchesOfLayer(layer, lengths) for layer in cache.layers]
+        self.lengths_R = torch.tensor(lengths, device=last_embedding_BxC.device).repeat_interleave(n)
+        self.previous_embedding = last_embedding_BxC.repeat_interleave(n, dim=0)[:, None]
+
+    def positions(self, T):
+        """Of the next T tokens of each row, (R, T)."""
+        return (self.lengths_R[:, None] + torch.arange(T, device=self.lengths_R.device)).clamp(max=self.longest - 1)
 
     def advance(self, n_tokens, last_embedding_Bx1xC):
         """As a cache's; there is nothing to count."""
@@ -85,15 +105,12 @@ class Branches:
 class BranchesOfLayer:
     """The part of Branches that belongs to one layer."""
 
-    def __init__(self, layer, rows, window):
-        self.layer, self.rows, self.first = layer, rows, max(0, layer.length - window + 1)
+    def __init__(self, layer, lengths):
+        self.layer, self.lengths = layer, lengths
 
-    def append(self, k_BxTxKxD, v_BxTxKxD):
-        """The keys and values of each branch: those of the row it continues, as far as the window reaches, then its own."""
-        parts = (buffer[:, self.first : self.layer.length] for buffer in (self.layer.keys, self.layer.values))
-        # of a single row the branches are views, which saves a copy
-        parts = (part.expand(len(self.rows), -1, -1, -1) if len(part) == 1 else part[self.rows] for part in parts)
-        return tuple(torch.cat(pair, dim=1) for pair in zip(parts, (k_BxTxKxD, v_BxTxKxD), strict=True))
+    def attend(self, q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, backend):
+        """Attention of each branch to the beginning that it continues and to itself, the same for all backends."""
+        return branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, self.layer.keys, self.layer.values, self.lengths, window)
 
 
 def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen_BxV=None):

@@ -78,7 +78,12 @@ def width_for(depth, aspect_ratio, head_dim):
 
 def norm(x):
     """RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    if torch.is_grad_enabled() or x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    # on a CPU torch writes the squares down; without them and in place it takes half the time
+    wide = x.float()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(NORM_EPS).rsqrt_()
+    return wide * scale if wide is x else wide.mul_(scale).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -92,10 +97,12 @@ class Linear(nn.Linear):
 
 
 def rotate(x_BxTxHxD, cos_TxD2, sin_TxD2):
-    """Rotary position embedding (arXiv 2104.09864), first and second half of the head as real and imaginary parts."""
+    """Rotary position embedding (arXiv 2104.09864), first and second half of the head as real and imaginary parts.
+
+    cos and sin: of the T positions, or (B, T, D/2) where each row has its own."""
     x = x_BxTxHxD.float()
     real, imaginary = x.chunk(2, dim=-1)
-    cos, sin = cos_TxD2[:, None, :], sin_TxD2[:, None, :]
+    cos, sin = cos_TxD2[..., None, :], sin_TxD2[..., None, :]
     if not torch.is_grad_enabled():  # the same in place: uncompiled, it takes a fifth of the time
         rotated = x * torch.cat((cos, cos), dim=-1)
         for half, other, sign in zip(rotated.chunk(2, dim=-1), (imaginary, real), (-1, 1), strict=True):
@@ -130,12 +137,12 @@ class Attention(nn.Module):
             gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.value_gate.in_features]))
             v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.to(v.dtype).view_as(v)
         k = self._positioned(k, rope)
-        if cache is not None:
-            k, v = cache.append(k, v)
         if fill:
+            cache.append(k, v)
             return None
         q = self._positioned(self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim), rope)
-        out = attention(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
+        attend = attention if cache is None else cache.attend
+        out = attend(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
         return F.dropout(self.out(out), self.dropout, self.training)
 
     def _positioned(self, heads_BxTxHxD, rope):
@@ -320,15 +327,20 @@ class GPT(nn.Module):
 
         fill: only the cache is wanted; returns None, and the last block computes its keys and values only."""
         T = ids_BxT.size(1)
-        start = cache.length if cache is not None else 0
-        if start + T > self.rope_cos.size(0):
-            raise ValueError(f"{start + T} positions; this model was built for at most {self.rope_cos.size(0)}")
-        rope = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        positions = cache.positions(T) if cache is not None else slice(0, T)
+        end = positions.stop if isinstance(positions, slice) else int(positions.max()) + 1
+        if end > self.rope_cos.size(0):
+            raise ValueError(f"{end} positions; this model was built for at most {self.rope_cos.size(0)}")
+        rope = self.rope_cos[positions], self.rope_sin[positions]
         with self._stance():
             hidden_BxTxC, last_Bx1xC = self._run_blocks(ids_BxT, rope, cache, fill)
         if cache is not None:
             cache.advance(T, last_Bx1xC)
         return hidden_BxTxC
+
+    def embed(self, ids):
+        """Normalised embeddings (..., C) of ids in the compute dtype."""
+        return norm(F.embedding(ids, self.embedding.weight).to(self.compute_dtype))
 
     def _run_block(self, block, *inputs):
         """A block's output. With activation checkpointing its inner tensors are made again in the backward pass, not kept."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.attention import BACKENDS, _blocks, attention, pick_backend, visited_keys
+from nanochat.attention import BACKENDS, _blocks, attention, branched_attention, pick_backend, visited_keys
 
 FULL = 10**6  # a window larger than any S used here
 
@@ -152,3 +152,38 @@ def test_backend_choice():
     assert pick_backend("auto", "cpu")[0] == "blocked"
     for backend in BACKENDS:
         assert pick_backend(backend, "cpu") == (backend, "as requested")
+
+
+@pytest.mark.parametrize(("T", "lengths", "window", "heads"), [
+    (1, [1], FULL, (4, 4, 32)),
+    (9, [40, 17, 1], FULL, (4, 1, 64)),
+    (9, [40, 17, 33], 20, (4, 2, 32)),
+    (9, [300, 259], 5, (2, 2, 128)),  # later queries see nothing of the beginning
+    (70, [65, 30], 64, (2, 1, 32)),
+    (5, [12, 12], 1, (2, 1, 32)),
+])
+def test_rows_that_continue_beginnings(T, lengths, window, heads):
+    """Each row as if its beginning stood before it, whatever the cache holds behind a beginning's end; bf16 as good as attention()."""
+    (H, K, D), n = heads, 3
+    q, k, v, _ = inputs(max(lengths) + T, max(lengths) + T, *heads)
+    q, k, v = (x[:1].repeat(len(lengths) * n, 1, 1, 1) + 0.3 * torch.randn(len(lengths) * n, 1, 1, 1,
+               generator=torch.Generator().manual_seed(5)) for x in (q, k, v))
+    trunks = [x[::n, : max(lengths)].clone() for x in (k, v)]
+    own = [x[:, max(lengths) :] for x in (q, k, v)]
+    for b, length in enumerate(lengths):
+        for trunk in trunks:
+            trunk[b, length:] = 1000.0  # what an unmasked key would add cannot be overlooked
+    for dtype in (torch.float64, torch.bfloat16):
+        with torch.no_grad():
+            found = branched_attention(*(x.to(dtype) for x in (*own, *trunks)), lengths, window)
+        for r in range(len(lengths) * n):
+            b = r // n
+            k_of_row, v_of_row = (torch.cat((trunk[b, : lengths[b]], x[r]))[None] for trunk, x in zip(trunks, own[1:], strict=True))
+            exact = reference(*(x.double() for x in (own[0][r : r + 1], k_of_row, v_of_row)), window)
+            if dtype == torch.float64:
+                torch.testing.assert_close(found[r : r + 1], exact)
+            else:
+                with torch.no_grad():
+                    plain = attention(*(x.to(dtype) for x in (own[0][r : r + 1], k_of_row, v_of_row)), window, "blocked")
+                error, allowed = ((x.double() - exact).norm() for x in (found[r : r + 1], plain))
+                assert error <= 1.5 * allowed + 1e-7

@@ -199,14 +199,15 @@ def test_few_shot_examples_come_before():
 def test_branches_of_a_filled_cache_go_on_like_whole_rows(arch):
     model = noisy_model(**arch)
     ids = torch.randint(BYTES.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
-    tails = torch.randint(BYTES.vocab_size, (3, 9), generator=torch.Generator().manual_seed(3))
+    tails = torch.randint(BYTES.vocab_size, (4, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         cache = KVCache(model.config, 2, 40, CPU, torch.float32)
         assert model.hidden(ids, cache, fill=True) is None
-        rows = [1, 0, 1]
-        found = model.hidden(tails, Branches(cache, torch.tensor(rows), model.config.windows()))
-        whole = model.hidden(torch.cat((ids[rows], tails), dim=1))[:, 40:]
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        lengths = [40, 17]  # of what the second is longer nothing may be used
+        found = model.hidden(tails, Branches(cache, lengths, 2, 49, model.embed(ids[[0, 1], [39, 16]])))
+        for row, tail, one in zip((0, 0, 1, 1), tails, found, strict=True):
+            whole = model.hidden(torch.cat((ids[row, : lengths[row]], tail))[None])[0, lengths[row] :]
+            torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-4)
     assert cache.length == 40
 
 
