@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import socket
 import tempfile
 
@@ -19,6 +20,8 @@ os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_DISABLE_TEL
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(variable, None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `bash runs/test.sh &`; what tests start would ignore Ctrl-C as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
