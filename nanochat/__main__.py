@@ -9,7 +9,8 @@ from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError
 APPS = {
     "sample": "generate text from a run",
     "evaluate": "measure CORE and bits per byte of a run",
-    "report": "plot a run's curves",
+    "compare": "compare runs: tables, noise, plots",
+    "report": "a run's summary, curves and samples on one page",
     "runs": "list the runs under a folder",
     "export": "turn a run into a Hugging Face folder, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
@@ -18,7 +19,7 @@ APPS = {
     "doctor": "check this machine",
 }
 MODULES = {"data": "data_app", "tokenizer": "tokenizer_app", "evaluate": "evaluate_app"}  # where the library has a module of the app's name
-LATER = ("compare", "serve", "client", "dpo", "jobs")
+LATER = ("serve", "client", "dpo", "jobs")
 USAGE = "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n" + "\n".join(
     f"  {name:<10} {text}" for name, text in APPS.items())
 

@@ -27,7 +27,7 @@ NEEDED = {"torch": ("torch==2.13.0", "everything"), "numpy": ("numpy", "everythi
           "tqdm": ("tqdm", "progress bars")}
 OPTIONAL = {"datasets": ("datasets>=5", "--data=hf:..."), "wandb": ("wandb", "--run"), "torchao": ("torchao==0.18.0", "--fp8"),
             "pyyaml": ("pyyaml", "the CORE metric"),
-            "matplotlib": ("matplotlib", "nanochat report"), "tensorboard": ("tensorboard", "--tensorboard"),
+            "matplotlib": ("matplotlib", "nanochat report and compare"), "tensorboard": ("tensorboard", "--tensorboard"),
             "transformers": ("transformers>=4.57", "nanochat export"), "tokenizers": ("tokenizers", "nanochat export"),
             "fastapi": ("fastapi", "nanochat serve"), "uvicorn": ("uvicorn", "nanochat serve"), "pytest": ("pytest", "the tests"),
             "pytest-xdist": ("pytest-xdist", "the tests"),

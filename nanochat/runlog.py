@@ -70,7 +70,7 @@ class RunFolder:
 
     def clear(self):
         """Delete the run that the folder holds (--overwrite), config.json first; files that no run writes stay."""
-        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "core.jsonl", "summary.json", "loss.png"):
+        for name in ("config.json", "metrics.jsonl", "samples.jsonl", "core.jsonl", "summary.json", "loss.png", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         for path in self.path.glob("fault_step_*.json"):
             path.unlink()

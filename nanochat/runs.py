@@ -137,9 +137,9 @@ def last_line(path):
 def table(runs):
     """Runs as aligned columns under a heading."""
     heading = ("run", "status", "depth", "params", "step", "tokens", "time", "tok/s", "val_bpb", "best", "CORE", "updated")
-    rows = [(run["name"], run["status"], str(run["depth"]), _short(run["parameters"]), f"{run['step'] or 0}/{run['steps'] or '?'}",
-             _short(run["tokens"]), "-" if run["total_training_time"] is None else human_time(run["total_training_time"]),
-             _short(run["tok_per_sec"]), _fixed(run["val_bpb"]), _fixed(run["min_val_bpb"]), _fixed(run["core_metric"]),
+    rows = [(run["name"], run["status"], str(run["depth"]), short(run["parameters"]), f"{run['step'] or 0}/{run['steps'] or '?'}",
+             short(run["tokens"]), "-" if run["total_training_time"] is None else human_time(run["total_training_time"]),
+             short(run["tok_per_sec"]), _fixed(run["val_bpb"]), _fixed(run["min_val_bpb"]), _fixed(run["core_metric"]),
              _ago(time.time() - run["updated"])) for run in runs]
     widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
     return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
@@ -159,7 +159,7 @@ def _or_last(value, sign=1):
     return math.inf if value is None else sign * value
 
 
-def _short(number):
+def short(number):
     """12345678 -> '12.3M'; '-' for None."""
     if number is None:
         return "-"

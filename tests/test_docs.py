@@ -23,7 +23,7 @@ LAYERS = [
     {"model", "hf_model", "optim", "schedules", "data", "fit"},
     {"checkpoint", "evaluate", "engine", "core", "plan"},
     {"start", "faults", "profiling"},
-    {"sample", "report", "runs", "doctor", "bench", "export", "tokenizer_app", "data_app", "evaluate_app"},
+    {"sample", "report", "compare", "plots", "runs", "doctor", "bench", "export", "tokenizer_app", "data_app", "evaluate_app"},
 ]
 
 
