@@ -379,10 +379,10 @@ def answers_of(model, batch, kind, device):
     cache, lengths, n_rows = None, [prompt.shared for prompt in batch], max(len(prompt.rows) for prompt in batch)
     if max(lengths):
         beginnings = padded([prompt.rows[0][: prompt.shared] for prompt in batch]).to(device)
-        cache = KVCache(model.config, *beginnings.shape, device, model.compute_dtype)
+        cache = KVCache(model.config, *beginnings.shape, device, model.compute_dtype, lengths)
         model.hidden(beginnings, cache, fill=True)
         last = torch.tensor([prompt.rows[0][prompt.shared - 1] for prompt in batch], device=device)
-        cache = Branches(cache, lengths, n_rows, max(len(row) for prompt in batch for row in prompt.rows), model.embed(last))
+        cache = Branches(cache, n_rows, max(len(row) for prompt in batch for row in prompt.rows), model.embed(last))
     rows = [(b * n_rows + i, row[prompt.shared:], start - prompt.shared) for b, prompt in enumerate(batch)
             for i, (row, start) in enumerate(zip(prompt.rows, prompt.starts, strict=True))]
     tails = [np.zeros(0, dtype=np.int64)] * (len(batch) * n_rows)

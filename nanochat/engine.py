@@ -22,9 +22,13 @@ class NotNumbers(ValueError):
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers of fixed size."""
+    """Keys and values of one layer, in buffers of fixed size.
 
-    def __init__(self, batch_size, capacity, n_kv_head, head_dim, device, dtype):
+    key_before: (B, 1, K, D), the last position's key as it was before shifting, rotating and normalising; None before the first.
+    lengths: see KVCache."""
+
+    def __init__(self, batch_size, capacity, n_kv_head, head_dim, device, dtype, lengths=None):
+        self.key_before, self.lengths = None, lengths
         self.keys = torch.empty(batch_size, capacity, n_kv_head, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length = 0
@@ -51,6 +55,15 @@ class LayerCache:
         self.length = end
         return self.keys[:rows, :end], self.values[:rows, :end]
 
+    def remember(self, raw_keys_BxTxKxD):
+        """Keep the last of the keys that were read, from which the next position's key is made."""
+        if self.lengths is None:
+            last = raw_keys_BxTxKxD[:, -1:].clone()  # a view would hold them all
+        else:
+            rows = torch.arange(len(self.lengths), device=raw_keys_BxTxKxD.device)
+            last = raw_keys_BxTxKxD[rows, torch.tensor(self.lengths, device=rows.device) - 1][:, None]
+        self.key_before = last.expand(self.keys.size(0), -1, -1, -1)
+
     def attend(self, q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, window, backend):
         """attention() of the T newest positions, stored first, to all."""
         return attention(q_BxTxHxD, *self.append(k_BxTxKxD, v_BxTxKxD), window, backend)
@@ -60,12 +73,13 @@ class KVCache:
     """What the model remembers of the tokens it has read: keys and values per layer, and what smear needs.
 
     length: positions read so far. previous_embedding: (B, 1, C), the normalised embedding of the last token, or None
-    before the first and in models without smear. layers: one LayerCache per layer. dtype is the model's compute dtype."""
+    before the first and in models without smear. layers: one LayerCache per layer. dtype is the model's compute dtype.
+    lengths: tokens of each row where the rows that are read are padded, for a cache that is filled once, for Branches."""
 
-    def __init__(self, config, batch_size, capacity, device, dtype):
-        self.layers = [LayerCache(batch_size, capacity, config.n_kv_head, config.head_dim, device, dtype)
+    def __init__(self, config, batch_size, capacity, device, dtype, lengths=None):
+        self.layers = [LayerCache(batch_size, capacity, config.n_kv_head, config.head_dim, device, dtype, lengths)
                        for _ in range(config.depth)]
-        self.batch_size = batch_size
+        self.batch_size, self.lengths = batch_size, lengths
         self.length = 0
         self.previous_embedding = None
 
@@ -84,14 +98,14 @@ class Branches:
     """Rows that each continue a beginning, for one pass: n of them the first beginning, n the second, and so on. The model reads it
     as a cache; nothing is stored.
 
-    cache: a KVCache filled with the beginnings. lengths: tokens of each, at least 1; what the cache holds behind them is not used.
+    cache: a KVCache made with the lengths of the beginnings, each at least 1, and filled; what it holds behind them is not used.
     longest: tokens of the longest row, beginning included; what is fed behind is padding. last_embedding_BxC: of the last token of
     each beginning (GPT.embed), needed by models with smear."""
 
-    def __init__(self, cache, lengths, n, longest, last_embedding_BxC):
+    def __init__(self, cache, n, longest, last_embedding_BxC):
         self.longest = longest
-        self.layers = [BranchesOfLayer(layer, lengths) for layer in cache.layers]
-        self.lengths_R = torch.tensor(lengths, device=last_embedding_BxC.device).repeat_interleave(n)
+        self.layers = [BranchesOfLayer(layer, n) for layer in cache.layers]
+        self.lengths_R = torch.tensor(cache.lengths, device=last_embedding_BxC.device).repeat_interleave(n)
         self.previous_embedding = last_embedding_BxC.repeat_interleave(n, dim=0)[:, None]
 
     def positions(self, T):
@@ -105,12 +119,16 @@ class Branches:
 class BranchesOfLayer:
     """The part of Branches that belongs to one layer."""
 
-    def __init__(self, layer, lengths):
-        self.layer, self.lengths = layer, lengths
+    def __init__(self, layer, n):
+        self.layer = layer
+        self.key_before = layer.key_before.repeat_interleave(n, dim=0)
+
+    def remember(self, raw_keys_RxTxKxD):
+        """As a layer's cache; there is no next time."""
 
     def attend(self, q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, backend):
         """Attention of each branch to the beginning that it continues and to itself, the same for all backends."""
-        return branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, self.layer.keys, self.layer.values, self.lengths, window)
+        return branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, self.layer.keys, self.layer.values, self.layer.lengths, window)
 
 
 def sample_next(logits_BxV, generator, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seen_BxV=None):

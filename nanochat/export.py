@@ -215,7 +215,7 @@ def speedrun_config(config, bos, dtype):
             "layer_windows": [0 if window > config.max_seq_len else window for window in config.windows()],
             "value_embedding_layers": [i for i in range(config.depth) if config.has_value_embedding(i)],
             "backout_layer": max(0, config.depth // 2 - 1), "gate_channels": min(GATE_CHANNELS, config.width),
-            "rope_base": ROPE_BASE, "norm_eps": NORM_EPS, "logit_softcap": LOGIT_SOFTCAP,
+            "rope_base": ROPE_BASE, "norm_eps": NORM_EPS, "logit_softcap": LOGIT_SOFTCAP, "key_shift": config.key_shift,
             "tie_word_embeddings": False, "use_cache": True, "bos_token_id": bos, "eos_token_id": bos, "dtype": dtype}
 
 

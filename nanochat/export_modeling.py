@@ -10,17 +10,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class NanochatSpeedrunConfig(PretrainedConfig):
-    """Names that transformers knows, and six of the model's own.
+    """Names that transformers knows, and the model's own.
 
     layer_windows: keys that a token sees in each layer, itself included; 0 is full context. value_embedding_layers: the
     layers that have one. backout_layer: after it the stream is taken that is subtracted at the end. gate_channels: leading
-    channels that the gates read. rope_base and norm_eps are the usual constants, logit_softcap c gives c tanh(z / c)."""
+    channels that the gates read. rope_base and norm_eps are the usual constants, logit_softcap c gives c tanh(z / c). key_shift:
+    half of a key is that of the position before."""
     model_type = "nanochat_speedrun"
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, vocab_size=257, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
                  max_position_embeddings=256, layer_windows=(0, 0), value_embedding_layers=(1,), backout_layer=0, gate_channels=16,
-                 rope_base=100_000.0, norm_eps=1e-6, logit_softcap=15.0, use_cache=True, **kwargs):
+                 rope_base=100_000.0, norm_eps=1e-6, logit_softcap=15.0, key_shift=False, use_cache=True, **kwargs):
         if hidden_size % num_key_value_heads:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_key_value_heads {num_key_value_heads}")
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
@@ -29,7 +30,7 @@ class NanochatSpeedrunConfig(PretrainedConfig):
         self.layer_windows, self.value_embedding_layers = list(layer_windows), list(value_embedding_layers)
         self.backout_layer, self.gate_channels = backout_layer, gate_channels
         self.rope_base, self.norm_eps, self.logit_softcap = rope_base, norm_eps, logit_softcap
-        self.use_cache = use_cache
+        self.key_shift, self.use_cache = key_shift, use_cache
         super().__init__(**{**kwargs, "tie_word_embeddings": False})
 
 
@@ -52,8 +53,9 @@ class Attention(nn.Module):
         has_value_embedding = layer in config.value_embedding_layers
         self.value_gate = nn.Linear(config.gate_channels, K, bias=False) if has_value_embedding else None
 
-    def forward(self, x_BxTxC, value_embedding_BxTxKD, rope, seen, cache, embedding_BxTxC):
-        """seen: (T, S) or (B, 1, T, S) bool, True where a query sees a key. embedding_BxTxC: what the cache keeps for smear."""
+    def forward(self, x_BxTxC, value_embedding_BxTxKD, rope, seen, cache, embedding_BxTxC, start, follows_Bx1xTx1):
+        """seen: (T, S) or (B, 1, T, S) bool, True where a query sees a key. embedding_BxTxC: what the cache keeps for smear. start:
+        tokens in the cache. follows_Bx1xTx1: 1 where the token before is of the same text, 0 behind padding; None: everywhere."""
         B, T, C = x_BxTxC.shape
         D, K = self.config.head_dim, self.config.num_key_value_heads
         q = self.query(x_BxTxC).view(B, T, -1, D)
@@ -63,8 +65,20 @@ class Attention(nn.Module):
             gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.config.gate_channels]))
             v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.view_as(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.config.key_shift:  # the slowly turning pairs of a key are those of the position before
+            n = (D // 2 + 1) // 2
+            slow = torch.cat((k[..., n : D // 2], k[..., D // 2 + n :]), dim=-1)
+            first = torch.zeros_like(slow[:, :, :1])
+            if start:
+                first = cache.layers[self.layer].values[:, :, start - 1 : start, D : D + slow.size(-1)]
+            before = torch.cat((first.to(slow), slow[:, :, :-1]), dim=2)
+            before = before if follows_Bx1xTx1 is None else before * follows_Bx1xTx1.to(slow.dtype)
+            real, imaginary = before.chunk(2, dim=-1)
+            k = torch.cat((k[..., :n], real, k[..., D // 2 : D // 2 + n], imaginary), dim=-1)
         q, k = (F.rms_norm(rotate(x, *rope), (D,), eps=self.config.norm_eps) for x in (q, k))
         if cache is not None:
+            if self.config.key_shift:  # rides along behind the values
+                v = torch.cat((v, slow), dim=-1)
             if self.layer == 0:  # smear needs the embedding before the next token: it rides along behind layer 0's values
                 v = torch.cat((v, embedding_BxTxC.view(B, T, K, C // K).transpose(1, 2)), dim=-1)
             k, v = cache.update(k, v, self.layer)
@@ -169,13 +183,15 @@ class NanochatSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         # smear: add the gated embedding of the token before, none at the start of a row, where padding ends included
         embedded = self._norm(self.embedding(input_ids))
         if start:
-            cached = cache.layers[0].values[:, :, start - 1, self.config.head_dim :]
+            cached = cache.layers[0].values[:, :, start - 1, -self.config.hidden_size // self.config.num_key_value_heads :]
             previous = cached.reshape(B, 1, -1).to(embedded)
         else:
             previous = torch.zeros_like(embedded[:, :1])
         before = torch.cat((previous, embedded[:, :-1]), dim=1)
+        follows = None
         if attention_mask is not None:
-            before = before * F.pad(attention_mask, (1, -1))[:, -T:, None].to(before.dtype)
+            follows = F.pad(attention_mask, (1, -1))[:, None, -T:, None]
+            before = before * follows[:, 0].to(before.dtype)
         gate = torch.sigmoid(self.smear_gate(embedded[..., : self.config.gate_channels]))
         x0 = embedded + self.smear_lambda.to(embedded.dtype) * gate * before
 
@@ -183,7 +199,7 @@ class NanochatSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         for i, block in enumerate(self.blocks):
             x = self.residual_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             values = self.value_embeddings[str(i)](input_ids) if i in self.config.value_embedding_layers else None
-            x = x + block.attention(self._norm(x), values, rope, seen[self.config.layer_windows[i]], cache, embedded)
+            x = x + block.attention(self._norm(x), values, rope, seen[self.config.layer_windows[i]], cache, embedded, start, follows)
             x = x + block.mlp(self._norm(x))
             if i == self.config.backout_layer:
                 middle = x

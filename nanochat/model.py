@@ -2,8 +2,8 @@
 
 Shape legend: B batch rows, T tokens of a row, C width, H query heads, K key/value heads, D head dim, V vocabulary.
 
-GPT (--arch=speedrun) has, beyond the plain decoder, value embeddings (arXiv 2410.17897), residual and x0 lambdas, smear,
-backout, QK-norm, ReLU^2 and a logit softcap. Llama (--arch=llama) is the plain decoder that other programs know.
+GPT (--arch=speedrun) has, beyond the plain decoder, value embeddings (arXiv 2410.17897), shifted keys (arXiv 2411.19574), residual
+and x0 lambdas, smear, backout, QK-norm, ReLU^2 and a logit softcap. Llama (--arch=llama) is the plain decoder that other programs know.
 Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
 
 import contextlib
@@ -47,6 +47,7 @@ class GPTConfig:
     dropout: float = 0.0
     arch: str = "speedrun"
     tie_embeddings: bool = False  # llama: the head is the embedding table
+    key_shift: bool = False  # half of a key is that of the position before; runs from before there was such a thing have none
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -55,6 +56,8 @@ class GPTConfig:
             raise ValueError(f"windows: pattern {self.window_pattern!r}; a llama has full context in all layers, written L")
         if self.arch == "speedrun" and self.tie_embeddings:
             raise ValueError("tied embeddings are for llama; a speedrun model's table and head differ in scale by design")
+        if self.arch == "llama" and self.key_shift:
+            raise ValueError("shifted keys are for speedrun models; other programs know no such llama")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(f"heads do not fit: {self.n_head} query, {self.n_kv_head} key/value, dim {self.head_dim}")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"} or self.short_window < 1:
@@ -111,8 +114,19 @@ def rotate(x_BxTxHxD, cos_TxD2, sin_TxD2):
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x_BxTxHxD.dtype)
 
 
+def shift_keys(k_BxTxKxD, before_Bx1xKxD):
+    """Keys, not yet rotated, whose slowly turning half is that of the position before (KV shifting, arXiv 2411.19574).
+
+    A single layer can then find what followed an earlier occurrence of a token, which otherwise takes two layers and most of a small
+    run to learn (runs/LOG.md). before: the key of the position before the first, or zeros."""
+    earlier = torch.cat((before_Bx1xKxD, k_BxTxKxD[:, :-1]), dim=1)
+    (real, imaginary), (real_before, imaginary_before) = k_BxTxKxD.chunk(2, dim=-1), earlier.chunk(2, dim=-1)
+    n = (real.size(-1) + 1) // 2  # rotary pairs that turn fast
+    return torch.cat((real[..., :n], real_before[..., n:], imaginary[..., :n], imaginary_before[..., n:]), dim=-1)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; in a speedrun model with QK-norm and on some layers value embeddings."""
+    """Grouped-query attention with rotary positions; in a speedrun model with QK-norm, shifted keys and on some layers value embeddings."""
 
     def __init__(self, config, layer, backend):
         super().__init__()
@@ -121,6 +135,7 @@ class Attention(nn.Module):
         self.window = config.windows()[layer]
         self.backend = backend
         self.qk_norm = config.arch == "speedrun"
+        self.key_shift = config.key_shift
         self.dropout = config.dropout
         self.query = Linear(C, H * D)
         self.key = Linear(C, K * D)
@@ -136,13 +151,20 @@ class Attention(nn.Module):
         if self.value_gate is not None:  # a gate of 1 per head at initialisation, between 0 and 2 afterwards
             gate_BxTxK = 2 * torch.sigmoid(self.value_gate(x_BxTxC[..., : self.value_gate.in_features]))
             v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.to(v.dtype).view_as(v)
+        raw = k
+        if self.key_shift:
+            before = cache.key_before if cache is not None else None
+            k = shift_keys(raw, torch.zeros_like(raw[:, :1]) if before is None else before)
         k = self._positioned(k, rope)
         if fill:
             cache.append(k, v)
+            cache.remember(raw)
             return None
         q = self._positioned(self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim), rope)
         attend = attention if cache is None else cache.attend
         out = attend(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
+        if cache is not None:
+            cache.remember(raw)
         return F.dropout(self.out(out), self.dropout, self.training)
 
     def _positioned(self, heads_BxTxHxD, rope):
@@ -229,8 +251,8 @@ class GPT(nn.Module):
     def _init_parts(self, normal_, uniform_):
         """Fill the parameters. normal_ and uniform_ fill one (parameter, standard deviation) with random numbers.
 
-        Projections back into the residual stream, gates and the smear start at zero, so that each block starts as the
-        identity; the head starts small, so that the first loss is ln(V)."""
+        Projections back into the residual stream and gates start at zero, so that each block starts as the identity; the head
+        starts small, so that the first loss is ln(V)."""
         std = self.config.width**-0.5
         normal_(self.embedding.weight, 1.0)
         for table in self.value_embeddings.values():
@@ -247,7 +269,7 @@ class GPT(nn.Module):
         nn.init.ones_(self.residual_lambdas)
         nn.init.constant_(self.x0_lambdas, 0.1)
         nn.init.zeros_(self.smear_gate.weight)
-        nn.init.zeros_(self.smear_lambda)
+        nn.init.ones_(self.smear_lambda)
         nn.init.zeros_(self.backout_lambda)
 
     def _rotary_angles(self):

@@ -159,7 +159,7 @@ def model_config(args, vocab_size):
         n_kv_head=heads if args.n_kv_head == -1 else args.n_kv_head, vocab_size=vocab_size, max_seq_len=args.max_seq_len,
         window_pattern="L" if args.arch == "llama" else args.window_pattern,
         short_window=max(1, args.max_seq_len // 2) if args.short_window == -1 else args.short_window,
-        dropout=args.dropout, arch=args.arch, tie_embeddings=args.tie_embeddings)
+        dropout=args.dropout, arch=args.arch, tie_embeddings=args.tie_embeddings, key_shift=args.arch == "speedrun")
 
 
 @dataclass

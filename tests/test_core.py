@@ -40,7 +40,7 @@ ranks.close()
 def noisy_model(dtype=torch.float32, **changes):
     """A small model whose every part matters: freshly initialised, blocks would add nothing."""
     config = models.GPTConfig(**{"depth": 3, "width": 32, "head_dim": 16, "n_head": 2, "n_kv_head": 1, "vocab_size": BYTES.vocab_size,
-                                 "max_seq_len": 64, "short_window": 24, **changes})
+                                 "max_seq_len": 64, "short_window": 24, "key_shift": changes.get("arch") != "llama", **changes})
     model = models.build(config, CPU, dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -201,10 +201,10 @@ def test_branches_of_a_filled_cache_go_on_like_whole_rows(arch):
     ids = torch.randint(BYTES.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
     tails = torch.randint(BYTES.vocab_size, (4, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        cache = KVCache(model.config, 2, 40, CPU, torch.float32)
-        assert model.hidden(ids, cache, fill=True) is None
         lengths = [40, 17]  # of what the second is longer nothing may be used
-        found = model.hidden(tails, Branches(cache, lengths, 2, 49, model.embed(ids[[0, 1], [39, 16]])))
+        cache = KVCache(model.config, 2, 40, CPU, torch.float32, lengths)
+        assert model.hidden(ids, cache, fill=True) is None
+        found = model.hidden(tails, Branches(cache, 2, 49, model.embed(ids[[0, 1], [39, 16]])))
         for row, tail, one in zip((0, 0, 1, 1), tails, found, strict=True):
             whole = model.hidden(torch.cat((ids[row, : lengths[row]], tail))[None])[0, lengths[row] :]
             torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,8 @@ BOS = 256
 
 def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
     """A model of about 250k parameters whose every parameter, also those that start at zero, is away from it."""
-    shape = {"width": 64, "head_dim": 16, "n_head": 4, "n_kv_head": 4, "vocab_size": VOCAB, "window_pattern": "L"}
+    shape = {"width": 64, "head_dim": 16, "n_head": 4, "n_kv_head": 4, "vocab_size": VOCAB, "window_pattern": "L",
+             "key_shift": changes.get("arch") != "llama"}
     config = GPTConfig(**(shape | changes), depth=depth, max_seq_len=max_seq_len)
     model = build(config, "cpu", attention_backend=backend)
     generator = torch.Generator().manual_seed(seed)
@@ -93,8 +94,9 @@ def test_cache_takes_several_tokens_at_a_time():
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("what", ["smear", "shifted keys"])
 @pytest.mark.parametrize("n_prompt", [1, 6])
-def test_smear_remembers_the_last_token_of_the_prompt(model, n_prompt):
+def test_the_last_token_of_the_prompt_is_remembered(model, n_prompt, what):
     """Forgetting it changes the logits visibly, so the comparisons above would notice."""
     ids = torch.tensor([random_ids(n_prompt + 1)])
     logits = {}
@@ -102,8 +104,10 @@ def test_smear_remembers_the_last_token_of_the_prompt(model, n_prompt):
         cache = KVCache(model.config, 1, n_prompt + 1, "cpu", torch.float32)
         with torch.no_grad():
             model(ids[:, :n_prompt], cache=cache)
-            if forget:
+            if forget and what == "smear":
                 cache.previous_embedding = None
+            for layer in cache.layers if forget and what == "shifted keys" else []:
+                layer.key_before = None
             logits[forget] = model(ids[:, n_prompt:], cache=cache)[0, -1]
     with torch.no_grad():
         whole = model(ids)[0, -1]

@@ -26,9 +26,9 @@ pytest.importorskip("tokenizers")
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The café sold 12 crêpes, 3456 in all — 日本語 too.\r\n\n    def f(x):\n\t\treturn x  # 🙂 it's don't\n" * 3
 LLAMA = {"depth": 2, "width": 24, "head_dim": 6, "n_head": 4, "n_kv_head": 2, "max_seq_len": 32, "window_pattern": "L", "arch": "llama"}
-SPEEDRUN = LLAMA | {"arch": "speedrun", "depth": 4, "window_pattern": "SSL", "short_window": 3}
+SPEEDRUN = LLAMA | {"arch": "speedrun", "depth": 4, "window_pattern": "SSL", "short_window": 3, "key_shift": True}
 MODELS = {"llama": LLAMA, "llama_mha": LLAMA | {"n_kv_head": 4}, "llama_tied": LLAMA | {"tie_embeddings": True},
-          "speedrun": SPEEDRUN, "speedrun_one": SPEEDRUN | {"depth": 1, "n_kv_head": 4, "width": 12}}
+          "speedrun": SPEEDRUN, "speedrun_one": SPEEDRUN | {"depth": 1, "n_kv_head": 4, "width": 12, "key_shift": False}}
 
 
 def train_tokenizer(kind):

@@ -192,6 +192,12 @@ def test_config_survives_a_dictionary():
 
 def golden_logits(weights, config, ids):
     """fp64 logits of one row of ids, one position, head and key at a time, from the description of the parts."""
+    def golden_keys(weight, y, before, config):
+        """Of each head, channel by channel: those of rotary pair j >= D / 4 are made from the position before."""
+        sources = [before if config.key_shift and channel % (D // 2) >= D / 4 else y for channel in range(D)]
+        return [torch.stack([weight[head * D + channel] @ source for channel, source in enumerate(sources)])
+                for head in range(config.n_kv_head)]
+
     w = {name: tensor.double() for name, tensor in weights.items()}
     D, group, channels = config.head_dim, config.n_head // config.n_kv_head, min(16, config.width)
 
@@ -222,7 +228,7 @@ def golden_logits(weights, config, ids):
         for t, x in enumerate(xs):
             y = rms(x)
             queries.append([rms(turn(q, t)) for q in (weight("attention.query") @ y).split(D)])
-            keys.append([rms(turn(k, t)) for k in (weight("attention.key") @ y).split(D)])
+            keys.append([rms(turn(k, t)) for k in golden_keys(weight("attention.key"), y, rms(xs[t - 1]) if t else 0 * y, config)])
             v = (weight("attention.value") @ y).split(D)
             if (config.depth - 1 - i) % 2 == 0:
                 extra = w[f"value_embeddings.{i}.weight"][ids[t]].split(D)
@@ -251,6 +257,8 @@ def golden_logits(weights, config, ids):
 @pytest.mark.parametrize("config", [
     SMALL,
     replace(SMALL, depth=3, n_kv_head=4, window_pattern="SL"),
+    replace(SMALL, depth=3, n_kv_head=1, key_shift=True),
+    replace(SMALL, depth=2, n_kv_head=2, head_dim=6, key_shift=True),  # three rotary pairs: two turn fast
     replace(SMALL, depth=1, width=10, n_kv_head=1, head_dim=4),  # gates read all 10 channels; width != heads x head dim
 ])
 def test_forward_equals_the_golden_one(config, backend):
