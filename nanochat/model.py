@@ -4,7 +4,7 @@ Shape legend: B batch rows, T tokens of a row, C width, H query heads, K key/val
 
 GPT (--arch=speedrun) has, beyond the plain decoder, value embeddings (arXiv 2410.17897), shifted keys (arXiv 2411.19574), residual
 and x0 lambdas, smear, backout, QK-norm, ReLU^2 and a logit softcap. Llama (--arch=llama) is the plain decoder that other programs know.
-Weights are fp32; products run in the compute dtype. No module knows ranks or devices."""
+Weights are fp32; products run in the compute dtype. No module knows ranks."""
 
 import contextlib
 import math
@@ -251,8 +251,8 @@ class GPT(nn.Module):
     def _init_parts(self, normal_, uniform_):
         """Fill the parameters. normal_ and uniform_ fill one (parameter, standard deviation) with random numbers.
 
-        Projections back into the residual stream and gates start at zero, so that each block starts as the identity; the head
-        starts small, so that the first loss is ln(V)."""
+        Projections back into the residual stream, gates and the smear start at zero, so that each block starts as the
+        identity; the head starts small, so that the first loss is ln(V)."""
         std = self.config.width**-0.5
         normal_(self.embedding.weight, 1.0)
         for table in self.value_embeddings.values():
@@ -269,7 +269,7 @@ class GPT(nn.Module):
         nn.init.ones_(self.residual_lambdas)
         nn.init.constant_(self.x0_lambdas, 0.1)
         nn.init.zeros_(self.smear_gate.weight)
-        nn.init.ones_(self.smear_lambda)
+        nn.init.zeros_(self.smear_lambda)
         nn.init.zeros_(self.backout_lambda)
 
     def _rotary_angles(self):
