@@ -296,11 +296,10 @@ def test_a_terminal_shows_how_far_core_is(run, bundle, capsys, monkeypatch):
 # ---- several runs, several ranks ----
 
 def test_a_run_against_itself_and_against_another(run, bundle, capsys, tmp_path):
-    older = shutil.copytree(run, tmp_path / "older.v2")
-    shutil.rmtree(older / "checkpoints" / "step_000012")
-    assert evaluate(run, run, older, "--core", bundle, f"--out={tmp_path / 'out'}") == 0
+    assert small.run(tmp_path, "--seed=7", "--eval-every=-1", "--sample-every=-1", tag="another.v2") == 0
+    assert evaluate(run, run, tmp_path / "another.v2", "--core", bundle, f"--out={tmp_path / 'out'}") == 0
     shown = capsys.readouterr().out
-    first, same, other = (report_of(tmp_path / "out", name) for name in ("run_step_000012", "run_step_000012_2", "older.v2_step_000008"))
+    first, same, other = (report_of(tmp_path / "out", name) for name in ("run_step_000012", "run_step_000012_2", "another.v2_step_000012"))
     assert "difference" not in first
     assert same["difference"] == {"to": str(run), "core_metric": 0.0, "low": 0.0, "high": 0.0, "reason": None}
     assert f"difference in CORE to {run}: +0.0000, 95% interval +0.0000 to +0.0000, paired by example: within the noise" in shown
@@ -309,9 +308,9 @@ def test_a_run_against_itself_and_against_another(run, bundle, capsys, tmp_path)
     assert (found["low"], found["high"]) == (low, high) and low < found["core_metric"] < high
     apart = [interval(report["core"]["tasks"]) for report in (first, other)]
     assert high - low < sum(b - a for a, b in apart)  # pairs vary less than two independent numbers may
-    row = (tmp_path / "out" / "older.v2_step_000008.csv").read_text().splitlines()[-1]
+    row = (tmp_path / "out" / "another.v2_step_000012.csv").read_text().splitlines()[-1]
     assert row == f"core_metric_difference,{found['core_metric']},,{low},{high},132"
-    assert evaluate(run, older, "--core", bundle, "--tasks=copa", f"--out={tmp_path / 'part'}") == 0
+    assert evaluate(run, tmp_path / "another.v2", "--core", bundle, "--tasks=copa", f"--out={tmp_path / 'part'}") == 0
     assert "difference in CORE to " + str(run) + ": none: one of the two has no CORE metric" in capsys.readouterr().out
 
 
