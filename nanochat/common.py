@@ -92,13 +92,13 @@ def fsync_dir(path):
         os.close(fd)
 
 
-def write_atomic(path, text):
-    """Write a text file so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+def write_atomic(path, content):
+    """Write a file, text or bytes, so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
     path = Path(path)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(fd, "wb") as f:
+            f.write(content.encode("utf-8") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)

@@ -210,6 +210,12 @@ def welch(a, b, confidence=CONFIDENCE):
     return {"difference": difference, "low": difference - reach, "high": difference + reach, "df": df}
 
 
+def spread(values):
+    """{mean, sd, n} of numbers; sd (of n - 1) is None below two values, mean below one."""
+    return {"mean": statistics.fmean(values) if values else None, "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values)}
+
+
 def seed_differences(groups, name):
     """Differences in val_bpb or core_metric between all pairs of groups, with an interval where both have several seeds."""
     found = []
@@ -338,35 +344,26 @@ def table(groups):
     for group in groups:
         for run in group["runs"]:
             core = run["core"] if run["core_metric"] is not None else None
-            rows.append((run["name"], "-" if run["depth"] is None else str(run["depth"]), listing.short(run["parameters"]),
-                         listing.short(run["tokens"]), "-" if not run["total_training_flops"] else f"{run['total_training_flops']:.3g}",
-                         "-" if run["total_training_time"] is None else human_time(run["total_training_time"]), fixed(run["val_bpb"]),
-                         fixed(run["core_metric"]), f"{core['low']:.4f} to {core['high']:.4f}" if core and core["low"] is not None else "-",
-                         f"{core['n']:,}" if core else "-", run["status"]))
+            error = f"{core['low']:.4f} to {core['high']:.4f}" if core and core["low"] is not None else None
+            rows.append((run["name"], None if run["depth"] is None else str(run["depth"]), listing.short(run["parameters"]),
+                         listing.short(run["tokens"]), f"{run['total_training_flops']:.3g}" if run["total_training_flops"] else None,
+                         None if run["total_training_time"] is None else human_time(run["total_training_time"]),
+                         listing.fixed(run["val_bpb"]), listing.fixed(run["core_metric"]), error, f"{core['n']:,}" if core else None,
+                         run["status"]))
         if len(group["runs"]) > 1:
             bpb, core = values_of(group, "val_bpb"), values_of(group, "core_metric")
             n = len(group["members"])
             rows.append((f"= {group['name']}", *[""] * 5, with_spread(bpb, n), with_spread(core, n), "", f"{n} seeds", "mean ± sd"))
-    return aligned(rows)
-
-
-def fixed(value):
-    return "-" if value is None else f"{value:.4f}"
+    return listing.aligned(rows)
 
 
 def with_spread(values, n):
     """1.2345 ± 0.0012: mean and standard deviation; how many they are of is said where that is not n."""
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}" + (f" (n = {len(values)})" if len(values) != n else "")
-
-
-def aligned(rows):
-    """Rows of text in columns, the first flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+    found = spread(values)
+    sd = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
+    return f"{found['mean']:.4f}{sd}" + (f" (n = {len(values)})" if len(values) != n else "")
 
 
 def labels_of(runs):
@@ -386,7 +383,7 @@ def task_table(runs):
         chances = {f"{task['chance']:.3f}" for task in tasks if task}
         rows.append((label, "/".join(sorted(chances)), *("-" if task is None else f"{task['accuracy']:.4f}" + (
             "" if number(task.get("stderr")) is None else f" ± {task['stderr']:.4f}") for task in tasks)))
-    return aligned(rows) + "\n" + "\n".join(f"{run['name']}: CORE {core_in_words(run['core'])}" for run in with_core)
+    return listing.aligned(rows) + "\n" + "\n".join(f"{run['name']}: CORE {core_in_words(run['core'])}" for run in with_core)
 
 
 def pairs_to_print(found, sign):
@@ -454,9 +451,7 @@ def group_as_json(group):
     """What --json says of a group: of one run as well."""
     found = {"name": group["name"], "runs": [run["name"] for run in group["runs"]], "n": len(group["members"])}
     for name in ("val_bpb", "core_metric"):
-        values = values_of(group, name)
-        found[name] = {"n": len(values), "mean": statistics.fmean(values) if values else None,
-                       "sd": statistics.stdev(values) if len(values) > 1 else None}
+        found[name] = spread(values_of(group, name))
     return found
 
 

@@ -24,8 +24,8 @@ class NotNumbers(ValueError):
 class LayerCache:
     """Keys and values of one layer, in buffers of fixed size.
 
-    key_before: (B, 1, K, D), the last position's key as it was before shifting, rotating and normalising; None before the first.
-    lengths: see KVCache."""
+    key_before: (B, 1, K, D), the last position's key as it was before shifting, rotating and normalising; None before the first
+    and in models that shift none. lengths: see KVCache."""
 
     def __init__(self, batch_size, capacity, n_kv_head, head_dim, device, dtype, lengths=None):
         self.key_before, self.lengths = None, lengths
@@ -121,7 +121,7 @@ class BranchesOfLayer:
 
     def __init__(self, layer, n):
         self.layer = layer
-        self.key_before = layer.key_before.repeat_interleave(n, dim=0)
+        self.key_before = None if layer.key_before is None else layer.key_before.repeat_interleave(n, dim=0)
 
     def remember(self, raw_keys_RxTxKxD):
         """As a layer's cache; there is no next time."""

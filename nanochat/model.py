@@ -156,16 +156,17 @@ class Attention(nn.Module):
             before = cache.key_before if cache is not None else None
             k = shift_keys(raw, torch.zeros_like(raw[:, :1]) if before is None else before)
         k = self._positioned(k, rope)
+        out = None
         if fill:
             cache.append(k, v)
+        else:
+            q = self._positioned(self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim), rope)
+            attend = attention if cache is None else cache.attend
+            attended = attend(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
+            out = F.dropout(self.out(attended), self.dropout, self.training)
+        if self.key_shift and cache is not None:
             cache.remember(raw)
-            return None
-        q = self._positioned(self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim), rope)
-        attend = attention if cache is None else cache.attend
-        out = attend(q, k, v, self.window, self.backend).reshape(B, T, self.n_head * self.head_dim)
-        if cache is not None:
-            cache.remember(raw)
-        return F.dropout(self.out(out), self.dropout, self.training)
+        return out
 
     def _positioned(self, heads_BxTxHxD, rope):
         rotated = rotate(heads_BxTxHxD, *rope)

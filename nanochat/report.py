@@ -13,7 +13,7 @@ import numpy as np
 from nanochat import plots
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, in_a_line, read_json, valid_unicode, write_atomic
 from nanochat.plots import number
-from nanochat.runlog import FORMAT, RunFolder, read_lines
+from nanochat.runlog import FORMAT, RunFolder, lines_of, parsed
 from nanochat.runs import DAMAGES, describe
 
 SAMPLE_STEPS = 40  # steps whose samples are on the page, at most: the first, the last, and some between
@@ -121,25 +121,14 @@ def _object(path, problems):
 def _lines(path, problems):
     """The objects of a .jsonl file; problems say what of it cannot be read. A torn last line is what a killed run leaves: no problem."""
     try:
-        lines = read_lines(path)
-        if not path.exists():
-            return []
-        rows = path.read_bytes().split(b"\n")
+        rows = lines_of(path) if path.exists() else [""]
+        values = [parsed(row) for row in rows]
     except (OSError, RecursionError) as error:
         problems.append(f"{path} cannot be read ({in_a_line(error)})")
         return []
-    damaged = sum(bool(row.strip()) for row in rows[:-1]) - len(lines) + _is_whole(rows[-1])
-    if damaged > 0:
+    if damaged := sum(value is None and bool(row.strip()) for row, value in zip(rows[:-1], values[:-1], strict=True)):
         problems.append(f"{path}: {damaged} of its lines cannot be read and are left out")
-    return lines
-
-
-def _is_whole(row):
-    """Whether the part of a .jsonl file after its last newline is a line that read_lines() returns."""
-    try:
-        return isinstance(json.loads(row)["step"], int)
-    except (ValueError, TypeError, KeyError):
-        return False
+    return [value for value in values if value is not None]
 
 
 def _evaluations(folder, problems):

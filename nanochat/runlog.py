@@ -127,7 +127,7 @@ class Metrics:
         Run on resume from `step`: what follows is written again, so that each step stands once."""
         if not self.path.exists():
             return
-        kept = [line for line in _lines_of(self.path) if (value := _parsed(line)) and value["step"] < step]
+        kept = [line for line in lines_of(self.path) if (value := parsed(line)) and value["step"] < step]
         temporary = self.path.with_suffix(".partial")
         with open(temporary, "w", encoding="utf-8") as f:
             f.write("".join(line + "\n" for line in kept))
@@ -190,12 +190,12 @@ def records(folder, report):
     return [Metrics(Path(folder) / f"{name}.jsonl", report) for name in ("metrics", "samples", "core")]
 
 
-def _lines_of(path):
+def lines_of(path):
     """Its lines; what is no UTF-8 (a disk's doing) spoils its own line only."""
     return Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
 
 
-def _parsed(line):
+def parsed(line):
     """The object in a metrics line; None for a torn or foreign one."""
     try:
         value = json.loads(line)
@@ -208,7 +208,7 @@ def read_lines(path):
     """The objects of a .jsonl file as a list, a torn last line left out; [] if there is no file."""
     if not Path(path).exists():
         return []
-    return [value for line in _lines_of(path) if (value := _parsed(line)) is not None]
+    return [value for line in lines_of(path) if (value := parsed(line)) is not None]
 
 
 def bar(items, text, unit):

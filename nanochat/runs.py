@@ -139,11 +139,9 @@ def table(runs):
     heading = ("run", "status", "depth", "params", "step", "tokens", "time", "tok/s", "val_bpb", "best", "CORE", "updated")
     rows = [(run["name"], run["status"], str(run["depth"]), short(run["parameters"]), f"{run['step'] or 0}/{run['steps'] or '?'}",
              short(run["tokens"]), "-" if run["total_training_time"] is None else human_time(run["total_training_time"]),
-             short(run["tok_per_sec"]), _fixed(run["val_bpb"]), _fixed(run["min_val_bpb"]), _fixed(run["core_metric"]),
+             short(run["tok_per_sec"]), fixed(run["val_bpb"]), fixed(run["min_val_bpb"]), fixed(run["core_metric"]),
              _ago(time.time() - run["updated"])) for run in runs]
-    widths = [max(len(row[i]) for row in [heading, *rows]) for i in range(len(heading))]
-    return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in [heading, *rows])
+    return aligned([heading, *rows], left=2)
 
 
 def _name(path, folder):
@@ -173,5 +171,14 @@ def _ago(seconds):
     return human_time(seconds) + " ago" if seconds >= 60 else "just now"
 
 
-def _fixed(number):
-    return "-" if number is None else f"{number:.4f}"
+def fixed(number, digits=4, sign=""):
+    """1.23456 -> '1.2346'; '-' for None. sign: "+" shows it of positive numbers too."""
+    return "-" if number is None else f"{number:{sign}.{digits}f}"
+
+
+def aligned(rows, left=1):
+    """Rows of strings as aligned lines: the first `left` columns to the left, the others to the right, None as '-'."""
+    rows = [["-" if cell is None else cell for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) if i < left else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)

@@ -7,12 +7,12 @@ parabolas leave over, pooled over the budgets, that size itself drawn by its chi
 everything is fitted again. They know nothing of what is wrong in the same way everywhere, such as badly tuned rates."""
 
 import math
-import os
 
 import numpy as np
 
-from nanochat.common import UsageError
-from sweep_results import columns, fixed, short
+from nanochat import plots
+from nanochat.common import UsageError, write_atomic
+from nanochat.runs import aligned, fixed, short
 
 DRAWS, SEED = 4000, 1
 GAMMAS = np.geomspace(0.005, 2.0, 80)  # exponents of the loss that are tried first
@@ -257,7 +257,7 @@ def in_words(result):
     rows = [("budget", "N_opt", "95%", "D_opt", "95%", "D/N", "95%", "val_bpb")]
     rows += [(b["budget"], short(b["N_opt"]), between(b["N_opt_95"], short), short(b["D_opt"]), between(b["D_opt_95"], short),
               fixed(b["ratio"], 2), between(b["ratio_95"], lambda v: fixed(v, 2)), fixed(b["val_bpb"])) for b in result["budgets"]]
-    lines = [columns(rows)] + [f"budget {b['budget']} is left out: {b['left_out']}" for b in result["budgets"] if b["left_out"]]
+    lines = [aligned(rows)] + [f"budget {b['budget']} is left out: {b['left_out']}" for b in result["budgets"] if b["left_out"]]
     if result["why_not"]:
         return "\n".join([*lines, f"no power laws: {result['why_not']}"])
 
@@ -284,10 +284,10 @@ def draw_picture(result, predictions, path):
     """The parabolas with their points and minima, the two power laws, and the loss at the optimum, as a PNG (replaced atomically).
 
     predictions: [{"flops", "val_bpb", "interval_95", "measured"}], measured null before the run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    write_atomic(path, plots.png(lambda figure: _draw_laws(figure, result, predictions), 15, 4.6))
+
+
+def _draw_laws(figure, result, predictions):
     left, middle, right = figure.subplots(1, 3)
     budgets = result["budgets"]
     _draw_parabolas(left, budgets)
@@ -331,12 +331,6 @@ def draw_picture(result, predictions, path):
     left.set(xlabel="N, parameters of matrices and head", ylabel="bits per byte of held-out text", title="runs of equal FLOPs")
     middle.set(xlabel="C, training FLOPs", ylabel="parameters, tokens", title="best model and best amount of data")
     right.set(xlabel="C, training FLOPs", ylabel="bits per byte at the best N", title="loss at the optimum")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
 
 
 def _draw_parabolas(axes, budgets):

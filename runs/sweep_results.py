@@ -4,11 +4,11 @@ Reads config.json, summary.json and the notes of sweep.py; changes nothing. Only
 
 import json
 import math
-import statistics
 
 from nanochat.common import human_time, read_json
+from nanochat.compare import spread
 from nanochat.runlog import RunFolder
-from nanochat.runs import DAMAGES, describe
+from nanochat.runs import DAMAGES, aligned, describe, fixed, short
 
 FAILURE = "failed.json"  # sweep.py's note in the folder of a run that failed; it goes when the run is started again
 NUMBERS = ("depth", "seed", "width", "parameters", "scaling_parameters", "step", "tokens", "flops", "epochs", "seconds", "tok_per_sec",
@@ -57,27 +57,6 @@ def completed(rows):
     return [row for row in rows if row["status"] == "completed"]
 
 
-def columns(rows):
-    """Rows of strings as aligned lines: the first column to the left, the others to the right, None as '-'."""
-    cells = [["-" if cell is None else cell for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells)
-
-
-def short(number):
-    """1234567 -> '1.23M', 3e18 -> '3e+18'; None for None."""
-    if number is None:
-        return None
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if 1e12 > number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def fixed(number, digits=4, sign=""):
-    return None if number is None else f"{number:{sign}.{digits}f}"
-
-
 def seconds_in_words(seconds):
     return None if seconds is None else human_time(seconds)
 
@@ -93,19 +72,12 @@ def table(rows):
     repeats = [row["name"] for row in rows if (row["epochs"] or 0) > 1]
     if repeats:
         reasons.append(f"more than one pass over the data: {', '.join(repeats)}")
-    return "\n".join([columns([heading, *[[cell or None for cell in line] for line in lines]]), *reasons])
-
-
-def spread(values):
-    """{mean, sd, n} of numbers, None left out; sd (of n - 1) is null below two values, mean below one."""
-    values = [value for value in values if value is not None]
-    return {"mean": statistics.fmean(values) if values else None, "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values)}
+    return "\n".join([aligned([heading, *[[cell or None for cell in line] for line in lines]]), *reasons])
 
 
 def noise(rows):
     """{val_bpb: spread(), core_metric: spread()} of the completed runs."""
-    return {name: spread([row[name] for row in completed(rows)]) for name in ("val_bpb", "core_metric")}
+    return {name: spread([row[name] for row in completed(rows) if row[name] is not None]) for name in ("val_bpb", "core_metric")}
 
 
 def ablation(rows):
@@ -122,8 +94,9 @@ def ablation(rows):
         done = {seed: row for seed, row in of_seed.items() if row["status"] == "completed"}
         left = [row["status"] for row in of_seed.values() if row["status"] != "completed"]
         entry = {"name": name, "status": ", ".join(f"{left.count(status)} of {len(of_seed)} {status}" for status in dict.fromkeys(left))
-                 or "completed", "val_bpb": spread([row["val_bpb"] for row in done.values()]),
-                 "seconds": spread([row["seconds"] for row in done.values()])}
+                 or "completed"}
+        for what in ("val_bpb", "seconds"):
+            entry[what] = spread([row[what] for row in done.values() if row[what] is not None])
         for difference, what in (("difference", "val_bpb"), ("core_difference", "core_metric"), ("seconds_difference", "seconds")):
             pairs = [(row[what], variants["baseline"][seed][what]) for seed, row in done.items()
                      if seed in variants["baseline"] and variants["baseline"][seed]["status"] == "completed"]
@@ -148,7 +121,7 @@ def ablation_table(variants):
         cells += [fixed(difference["mean"], sign="+"), fixed(difference["se"]), str(difference["n"]) if entry["difference"] else None,
                   fixed(core["mean"], sign="+"), fixed(core["se"]), seconds_in_words(entry["seconds"]["mean"]), slower, entry["status"]]
         lines.append(cells)
-    return columns(lines)
+    return aligned(lines)
 
 
 def result_line(**values):
