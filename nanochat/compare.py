@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat import plots, runs as listing
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time, in_a_line, valid_unicode
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, in_a_line, valid_unicode, write_atomic
 from nanochat.plots import number
 from nanochat.report import core_in_words, dig, has_answers, read_run
 from nanochat.runlog import RunFolder
@@ -36,7 +36,7 @@ AXES = (("step", "step"), ("total_training_time", "training time"), ("total_trai
 
 
 def main(argv):
-    """Compare, print, draw. Returns 0; UsageError if no run can be shown or the pictures cannot be written."""
+    """Compare, print, draw. Returns 0, or 1 if a folder could not be read; UsageError if none could, or pictures cannot be written."""
     parser = argparse.ArgumentParser(
         prog="nanochat compare", allow_abbrev=False,
         description="Compare runs: a table, which differences exceed the noise, what makes the runs incomparable, and pictures of their "
@@ -51,6 +51,7 @@ def main(argv):
     if not args.no_plots and ((Path(args.out) / "config.json").exists() or RunFolder(args.out).remains()):
         raise UsageError(f"--out={args.out}: holds a run, which is only read; name another folder")
     runs, problems = read_runs(args.runs, args.evaluations)
+    code = EXIT_COMPLETED if len(runs) == len({os.path.realpath(path) for path in args.runs}) else EXIT_FAILED
     if not runs:
         raise UsageError("no run to compare: " + "; ".join(problems))
     groups, notes = grouped(runs)
@@ -62,14 +63,14 @@ def main(argv):
         print(json.dumps({"runs": [as_json(run) for run in runs], "groups": [group_as_json(group) for group in groups],
                           "differences": found, "warnings": warnings, "problems": problems,
                           "pictures": [str(path) for path in pictures]}, indent=2))
-        return EXIT_COMPLETED
+        return code
     for lines in ([table(groups)], [task_table(runs)] if args.per_task else [],
                   noise_of_examples(found["core"]), noise_of_seeds(found, groups),
                   [f"warning: {line}" for line in warnings], [f"problem: {line}" for line in problems],
                   [f"picture: {path}" for path in pictures]):
         if lines:
             print(valid_unicode("\n".join(lines) + "\n"))
-    return EXIT_COMPLETED
+    return code
 
 
 # ---- reading and grouping ----
@@ -120,19 +121,22 @@ def settings_of(run):
 def grouped(runs):
     """([group], notes). A group is a dict: name; runs (in the order given); members: those that completed, whose numbers it is.
 
-    Runs with the same settings and the same seed differ in something that config.json does not tell: each stays alone."""
+    Of runs with the same settings and the same seed only the first is in a group: what they differ in, if in anything, is not in
+    config.json."""
     by_settings, notes = {}, []
     for i, run in enumerate(runs):
         by_settings.setdefault(settings_of(run) or i, []).append(run)
     groups = []
     for alike in by_settings.values():
-        if len({run["seed"] for run in alike}) < len(alike):
-            notes.append(f"{names(alike)}: the same settings with a seed that occurs twice; what they differ in is not in config.json "
-                         f"(uncommitted code, the machine), so they are not taken for seeds of one configuration")
-            alike_groups = [[run] for run in alike]
-        else:
-            alike_groups = [alike]
-        groups += [{"name": name_of(members), "runs": members} for members in alike_groups]
+        first_of_seed = {}
+        for run in alike:
+            first_of_seed.setdefault(run["seed"], run)
+        of_seeds = list(first_of_seed.values())
+        repeats = [run for run in alike if first_of_seed[run["seed"]] is not run]
+        for run in repeats:
+            notes.append(f"{run['name']}: the settings and the seed of {first_of_seed[run['seed']]['name']}; what they differ in, if in "
+                         f"anything, is not in config.json (uncommitted code, the machine), so it stands alone")
+        groups += [{"name": name_of(members), "runs": members} for members in (of_seeds, *([run] for run in repeats))]
     for group in groups:
         done = [run for run in group["runs"] if run["status"] == "completed"]
         group["members"] = done if len(group["runs"]) > 1 else group["runs"]
@@ -159,7 +163,8 @@ def name_of(members):
     """The name of a group: what the names of its runs begin with, and its seeds."""
     if len(members) == 1:
         return members[0]["name"]
-    common = re.sub(r"[\W_]*(seeds?|s)?[\W_]*$", "", os.path.commonprefix([run["name"] for run in members])) or members[0]["name"]
+    common = os.path.commonprefix([run["name"] for run in members])  # such as d4-seed4 of d4-seed42 and d4-seed43
+    common = re.sub(r"(^|[\W_]+)(seeds?\d*|s\d*)?$", "", common) or Path(members[0]["path"]).parent.name or members[0]["name"]
     seeds = sorted(run["seed"] for run in members)
     return f"{common} (seeds {', '.join(map(str, seeds))})" if len(seeds) <= 5 else f"{common} ({len(seeds)} seeds)"
 
@@ -216,23 +221,28 @@ def spread(values):
             "n": len(values)}
 
 
+def joint_confidence(n):
+    """Confidence of each of n intervals so that all of them hold together with CONFIDENCE (Bonferroni): the best of many runs is
+    picked by the same numbers, and by itself would often seem better than the noise."""
+    return 1 - (1 - CONFIDENCE) / max(1, n)
+
+
 def seed_differences(groups, name):
     """Differences in val_bpb or core_metric between all pairs of groups, with an interval where both have several seeds."""
-    found = []
-    for a, b in itertools.combinations(groups, 2):
-        of_a, of_b = values_of(a, name), values_of(b, name)
-        if not of_a or not of_b:
-            continue
-        entry = {"from": a["name"], "to": b["name"], "n": [len(of_a), len(of_b)], "difference": None, "low": None, "high": None, "df": None,
-                 "reason": incomparable(a["runs"][0], b["runs"][0], name)}
+    found, values = [], {group["name"]: values_of(group, name) for group in groups}
+    confidence = joint_confidence(math.comb(sum(len(of_group) > 1 for of_group in values.values()), 2))
+    for a, b in itertools.combinations([group for group in groups if values[group["name"]]], 2):
+        of_a, of_b = values[a["name"]], values[b["name"]]
+        entry = {"from": a["name"], "to": b["name"], "n": [len(of_a), len(of_b)], "difference": None, "low": None, "high": None,
+                 "confidence": confidence, "df": None, "reason": incomparable(a["runs"][0], b["runs"][0], name)}
         if entry["reason"]:
             found.append(entry)
             continue
         entry["difference"] = statistics.fmean(of_b) - statistics.fmean(of_a)
         if min(len(of_a), len(of_b)) >= 2:
-            entry |= welch(of_a, of_b)
+            entry |= welch(of_a, of_b, confidence)
         else:
-            one = [group["name"] for group, values in ((a, of_a), (b, of_b)) if len(values) == 1]
+            one = [group["name"] for group, of_group in ((a, of_a), (b, of_b)) if len(of_group) == 1]
             entry["reason"] = "one seed each: no noise known" if len(one) == 2 else f"one seed of {one[0]}: its noise is not known"
         found.append(entry)
     return found
@@ -252,21 +262,20 @@ def incomparable(a, b, name):
 def core_differences(groups):
     """Differences in CORE between runs of different groups, with the interval of the bootstrap paired by example."""
     from tasks.core import interval
-    found = []
-    for first, second in itertools.combinations(groups, 2):
-        for a, b in itertools.product(first["members"], second["members"]):
-            if a["core_metric"] is None or b["core_metric"] is None:
-                continue
-            entry = {"from": a["name"], "to": b["name"], "difference": b["core_metric"] - a["core_metric"], "low": None, "high": None,
-                     "n": b["core"]["n"], "reason": ""}
-            if not all(has_answers(task) for core in (a["core"], b["core"]) for task in core["tasks"].values()):
-                entry["reason"] = "not every task has its answers by example"
-            else:
-                try:
-                    entry["low"], entry["high"] = interval(b["core"]["tasks"], a["core"]["tasks"], CONFIDENCE)
-                except ValueError as error:
-                    entry["reason"] = str(error)
-            found.append(entry)
+    members = [[run for run in group["members"] if run["core_metric"] is not None] for group in groups]
+    pairs = [pair for first, second in itertools.combinations(members, 2) for pair in itertools.product(first, second)]
+    confidence, found = joint_confidence(len(pairs)), []
+    for a, b in pairs:
+        entry = {"from": a["name"], "to": b["name"], "difference": b["core_metric"] - a["core_metric"], "low": None, "high": None,
+                 "confidence": confidence, "n": b["core"]["n"], "reason": ""}
+        if not all(has_answers(task) for core in (a["core"], b["core"]) for task in core["tasks"].values()):
+            entry["reason"] = "not every task has its answers by example"
+        else:
+            try:
+                entry["low"], entry["high"] = interval(b["core"]["tasks"], a["core"]["tasks"], confidence)
+            except ValueError as error:
+                entry["reason"] = str(error)
+        found.append(entry)
     return found
 
 
@@ -398,6 +407,12 @@ def pairs_to_print(found, sign):
     return [entry for entry in found if best in (entry["from"], entry["to"])], [f"  (pairs with {best}; --json has all {len(found)})"]
 
 
+def together(found):
+    """What the intervals of these differences are, in words."""
+    confidence = found[0]["confidence"]
+    return "95% intervals" if confidence == CONFIDENCE else f"intervals of {confidence:.2%}, which hold together in 95%"
+
+
 def difference_line(entry, noise):
     """One difference in words."""
     text = f"  {entry['to']} - {entry['from']}:"
@@ -417,8 +432,7 @@ def noise_of_examples(found):
     if not found:
         return []
     shown, less = pairs_to_print(found, 1)
-    return ["CORE, differences with 95% intervals (bootstrap over the examples, paired; each pair by itself; the noise of the seed is "
-            "not in it):", *(difference_line(entry, "the noise of the examples") for entry in shown), *less]
+    return [f"CORE, differences with {together(found)} (bootstrap over the examples, paired; the noise of the seed is not in it):", *(difference_line(entry, "the noise of the examples") for entry in shown), *less]
 
 
 def noise_of_seeds(found, groups):
@@ -428,8 +442,7 @@ def noise_of_seeds(found, groups):
         spreads = hints(groups, name)
         if not found[key] or name == "core_metric" and not spreads:
             continue
-        method = " with 95% intervals (Welch's t-test over seeds; each pair by itself)" if any(
-            entry["low"] is not None for entry in found[key]) else ""
+        method = f" with {together(found[key])} (Welch's t-test over seeds)" if any(entry["low"] is not None for entry in found[key]) else ""
         shown, less = pairs_to_print(found[key], sign)
         lines += [f"{title}, differences{method}:", *(difference_line(entry, "the noise of the seeds") for entry in shown), *less]
         if any(entry["low"] is None and entry["difference"] is not None for entry in shown):
@@ -474,19 +487,24 @@ def draw(groups, out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in pictures.items():
-            (out / name).write_bytes(content)
+            write_atomic(out / name, content)
     except OSError as error:
         raise UsageError(f"--out={out}: cannot be written ({error.strerror}); name another folder, or add --no-plots") from None
     return [out / name for name in pictures]
 
 
 def curve_of(group, name, axis, unit=1.0):
-    """A group's curve of a metric: smoothed where it is of every step; over several runs their mean, with its spread."""
-    members = []
+    """A group's curve of a metric: smoothed where it is of every step. Over several runs: at each step the mean of the metric, with its
+    spread, and of where the runs are on the axis, since the time that a step takes differs from run to run."""
+    members, places = [], []
     for run in group["members"] or group["runs"]:
-        x, y = plots.points(run["lines"], name, axis)
-        members.append((x / unit, plots.smoothed(y) if name == "train/loss" else y))
-    x, y, sd = plots.mean_of(members)
+        lines = [line for line in run["lines"] if plots.number(line.get(axis)) is not None]
+        steps, y = plots.points(lines, name)
+        if len(steps):
+            members.append((steps, plots.smoothed(y) if name == "train/loss" else y))
+            places.append(plots.points(lines, axis))
+    steps, y, sd = plots.mean_of(members)
+    x = np.mean([np.interp(steps, *place) for place in places], axis=0) / unit if places else steps
     return {"x": x, "y": y, "sd": sd, **group["look"]}
 
 
@@ -504,6 +522,8 @@ def draw_training(figure, groups, scale):
                                              ("val/bpb", "bits per byte of held-out text"))):
             here = axes[row][column]
             curves = [curve_of(group, name, axis, unit) for group in groups]
+            if any(curve["sd"] is not None for curve in curves):
+                label += "\nbands: ± standard deviation over seeds"
             if axis == "total_training_flops":  # there is no place for 0 on it
                 curves = [{**curve, **{key: value if value is None else value[curve["x"] > 0] for key, value in (
                     ("x", curve["x"]), ("y", curve["y"]), ("sd", curve["sd"]))}} for curve in curves]
@@ -514,7 +534,7 @@ def draw_training(figure, groups, scale):
             if ends[axis]:
                 low, high = min(ends[axis]) / unit, max(ends[axis]) / unit
                 if axis == "total_training_flops" or high > 30 * low:
-                    plots.log_x(here, low / 50, high * 1.15)
+                    plots.log_scale(here, "x", low / 50, high * 1.15)
                 else:
                     here.set_xlim(0, high * 1.01)
     plots.add_key(figure, list(axes.flat), [(group["name"], group["look"]) for group in groups], scale)
@@ -531,10 +551,10 @@ def draw_core(figure, groups, scale):
             core, look = run["core"], group["look"]
             value = run["core_metric"]
             reach = None if core["low"] is None else [[max(0, value - core["low"])], [max(0, core["high"] - value)]]
-            axes.errorbar(place, value, yerr=reach, color=look["color"], fmt="o" if look["dash"] == "-" else "D", markersize=7,
+            axes.errorbar(place, value, yerr=reach, color=look["color"], fmt=plots.MARKERS[look["dash"]], markersize=7,
                           capsize=4, elinewidth=1.6)
             values = values_of(group, "core_metric")
-            if axes is right and values and run is group["members"][-1] and len(groups) <= plots.DISTINCT:
+            if axes is right and values and run is group["members"][-1] and len(groups) <= len(plots.PALETTE):
                 axes.annotate(f"{statistics.fmean(values):.3f}", (place, value), xytext=(8, 5), textcoords="offset points",
                               fontsize=10, color=look["color"], fontweight="bold")
         axes.axhline(0, color=plots.GREY, linewidth=1.2, linestyle=":")
@@ -542,21 +562,23 @@ def draw_core(figure, groups, scale):
                       fontsize=9.5, color=plots.GREY)
     flops = [run["total_training_flops"] for run, _ in shown if run["total_training_flops"]]
     if flops:
-        plots.log_x(right, min(flops) / 1.6, max(flops) * 2.2)
+        plots.log_scale(right, "x", min(flops) / 1.6, max(flops) * 2.2)
     left.set(xlabel="depth", ylabel="CORE (95% interval over the examples)", xticks=depths)
     left.set_xlim(min(depths, default=0) - 0.7 * step, max(depths, default=1) + 0.7 * step)
-    right.set_xlabel("training FLOPs (values: of a run, or the mean of its seeds)")
+    right.set_xlabel("training FLOPs; runs of like FLOPs stand beside each other"
+                     + ("; values: of a run, or the mean of its seeds" if len(groups) <= len(plots.PALETTE) else ""))
     drawn = [group for group in groups if any(run["core_metric"] is not None for run in group["runs"])]
-    plots.add_key(figure, [left, right], [(group["name"], group["look"]) for group in drawn], scale)
+    plots.add_key(figure, [left, right], [(group["name"], group["look"]) for group in drawn], scale, "point")
 
 
 def beside(points, step):
-    """Points (x, ...) whose x agree to 2% moved apart: by parts of `step`, or where that is 0 by factors, for a logarithmic axis."""
+    """Points (x, ...) whose x agree to 2% moved apart: by parts of `step`, or where that is 0 by factors, for a logarithmic axis, of
+    which the outermost two are at most 1.2 apart."""
     out = []
     for x, *rest in points:
         alike = [other for other in points if abs(other[0] - x) <= 0.02 * x]
         at = next(i for i, other in enumerate(alike) if other[1] is rest[0]) - (len(alike) - 1) / 2
-        out.append((x + at * 0.4 * step / max(4, len(alike)) if step else x * 1.04**at, *rest))
+        out.append((x + at * 0.4 * step / max(4, len(alike)) if step else x * 1.2 ** (at / max(4, len(alike))), *rest))
     return out
 
 
@@ -572,7 +594,7 @@ def draw_tasks(figure, groups, labels, scale):
                 if tasks := [tasks[label] for tasks in cores if label in tasks]:
                     place, accuracies = row - 0.42 + (i + 0.5) * thick, [task["accuracy"] for task in tasks]
                     axes.barh(place, statistics.fmean(accuracies), height=thick * 0.92, color=group["look"]["color"], edgecolor="white",
-                              hatch=None if group["look"]["dash"] == "-" else "////", linewidth=0,
+                              hatch=plots.HATCHES[group["look"]["dash"]], linewidth=0,
                               xerr=statistics.fmean(number(task.get("stderr")) or 0 for task in tasks),
                               error_kw={"elinewidth": 1.1, "capsize": min(3, 10 * thick), "ecolor": "#30363d"})
                     if len(tasks) > 1:
@@ -587,4 +609,4 @@ def draw_tasks(figure, groups, labels, scale):
     figure.suptitle("CORE tasks: accuracy ± standard error over the examples; dashed: chance"
                     + ("; small ticks: single seeds" if any(len(cores) > 1 for _, cores in shown) else ""), fontsize=12)
     columns[0].set_xlim(left=0)
-    plots.add_key(figure, list(columns), [(group["name"], group["look"]) for group, _ in shown], scale)
+    plots.add_key(figure, list(columns), [(group["name"], group["look"]) for group, _ in shown], scale, "bar")

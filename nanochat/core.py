@@ -356,7 +356,8 @@ def batches(prompts, batch_tokens):
     batch, cost = [], 0
     for prompt in order:
         alone, together = _cost([prompt]), _cost([*batch, prompt])
-        if batch and (together > batch_tokens or together > cost + alone + CALL_TOKENS):
+        first = batch and batch[0].shared and not prompt.shared  # one without a beginning has no last token of it
+        if batch and (first or together > batch_tokens or together > cost + alone + CALL_TOKENS):
             yield batch
             batch, together = [], alone
         batch.append(prompt)

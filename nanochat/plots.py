@@ -4,7 +4,7 @@ A curve is a dict: x and y (arrays), sd (of y over seeds, or None), color, dash 
 Matplotlib is imported where a figure is made; its text is never read as formulas, since names of runs are the user's."""
 
 import io
-import math
+import sys
 
 import numpy as np
 
@@ -14,11 +14,13 @@ from nanochat.common import install_hint
 # contrast with a white or a dark page is too low. Twelve curves: each colour as a solid line, then as a dashed one.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", (0, (4, 1.6)))
+MARKERS, HATCHES = dict(zip(DASHES, "oD", strict=True)), dict(zip(DASHES, (None, "////"), strict=True))  # of points and bars
 DISTINCT = len(PALETTE) * len(DASHES)
 EARLY = 0.08  # share of a curve, at its start, that does not decide the range of the y axis
 SMOOTHING_STEPS, SMOOTHING_SHARE = 40, 1 / 25  # steps that a smoothed curve is a mean of: the greater of a number and a share of all
 GRID_POINTS = 1000  # of a mean over seeds
 DPI = 110
+LARGEST = sys.float_info.max  # integers beyond it are no numbers to draw
 LONGEST_NAME = 60  # characters of a name below a picture
 GREY = "#8a8f98"  # of what is no run: readable on white and on dark
 INKS = {False: ("#ffffff", "#1d2530", "#8a94a3"), True: ("#161b22", "#e6e9ee", "#7d8795")}  # dark: (page, text, lines of the frame)
@@ -50,7 +52,7 @@ def png(draw, width, height, dark=False):
 
 def number(value):
     """A finite int or float as it is; None for anything else that a damaged file may hold."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST else None
 
 
 def points(lines, name, axis="step"):
@@ -61,10 +63,12 @@ def points(lines, name, axis="step"):
 
 
 def smoothed(values):
-    """The mean of the steps around each: as many on both sides, at the ends those that there are."""
+    """The mean of the steps around each: as many on both sides, so fewer at the start, where a loss falls fast; at the end, where it
+    hardly moves, those that there are."""
     n, reach = len(values), max(SMOOTHING_STEPS, int(len(values) * SMOOTHING_SHARE)) // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first, after = np.maximum(np.arange(n) - reach, 0), np.minimum(np.arange(n) + reach + 1, n)
+    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(n)
+    reach = np.minimum(reach, at)
+    first, after = at - reach, np.minimum(at + reach + 1, n)
     return (sums[after] - sums[first]) / (after - first)
 
 
@@ -87,12 +91,12 @@ def mean_of(members):
 def colors_of(depths):
     """A list of {"color", "dash"} for curves of these depths, and the (name, low, high) of the colour map that was used, or None.
 
-    Up to DISTINCT curves are told apart; more are coloured by depth, or in the order given where depths say nothing."""
+    Up to DISTINCT curves are told apart; more are coloured by depth, or in the order given where depths hardly tell them apart."""
     if len(depths) <= DISTINCT:
         return [{"color": PALETTE[i % len(PALETTE)], "dash": DASHES[i // len(PALETTE)]} for i in range(len(depths))], None
     from matplotlib import colormaps
     known = [depth for depth in depths if depth is not None]
-    by_depth = len(set(known)) > 1
+    by_depth = 2 * len(set(known)) > len(depths)
     values = [min(known) if depth is None else depth for depth in depths] if by_depth else list(range(len(depths)))
     low, high = min(values), max(values)
     shades = colormaps["viridis"]
@@ -101,8 +105,10 @@ def colors_of(depths):
         "depth" if by_depth else "run, in the order given", low, high)
 
 
-def add_key(figure, axes, entries, scale):
-    """Below all axes: names beside their colours, or the colour bar of colors_of(). entries: [(name, {"color", "dash"})]."""
+def add_key(figure, axes, entries, scale, kind="line"):
+    """Below all axes: names beside their colours, or the colour bar of colors_of(). entries: [(name, {"color", "dash"})].
+
+    kind: what the picture is made of: "line", "point" (MARKERS) or "bar" (HATCHES)."""
     if scale:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
@@ -112,9 +118,13 @@ def add_key(figure, axes, entries, scale):
         shades = LinearSegmentedColormap.from_list("shades", colormaps["viridis"](np.linspace(0, 0.9, 64)))
         figure.colorbar(ScalarMappable(Normalize(low, high), shades), ax=axes, location="bottom", shrink=0.4, aspect=50, pad=0.02,
                         label=name, ticks=MaxNLocator(integer=True))
-    elif len(entries) > 1:
+    elif entries:
         from matplotlib.lines import Line2D
-        handles = [Line2D([], [], color=look["color"], linestyle=look["dash"], linewidth=2.5) for _, look in entries]
+        from matplotlib.patches import Patch
+        shapes = {"line": lambda look: Line2D([], [], color=look["color"], linestyle=look["dash"], linewidth=2.5),
+                  "point": lambda look: Line2D([], [], color=look["color"], linestyle="", marker=MARKERS[look["dash"]], markersize=7),
+                  "bar": lambda look: Patch(facecolor=look["color"], edgecolor="white", linewidth=0, hatch=HATCHES[look["dash"]])}
+        handles = [shapes[kind](look) for _, look in entries]
         # a blank first: matplotlib leaves out what begins with "_"
         shown = [" " + (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}...{name[-LONGEST_NAME // 2 :]}")
                  for name, _ in entries]
@@ -177,14 +187,21 @@ def draw_curves(axes, curves, digits=3, marker="", labels=True):
                       fontsize=10, fontweight="bold")
 
 
-def log_x(axes, low, high):
-    """Make the x axis logarithmic over low..high, with ticks such as 2e15 that are there also where it spans less than a decade."""
+def short_number(value):
+    """A tick's number as text: 0.1, 50, 2e15."""
+    return f"{value:g}" if 1e-4 < abs(value) < 1e5 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def log_scale(axes, direction, low, high, shown=short_number):
+    """Make the x or y axis (direction) logarithmic over low..high, with ticks that are there also where it spans less than a decade.
+
+    shown: what stands at a tick, of its value."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 300 * low else (1,), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+0", "e").replace("e+", "e")))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(**{f"{direction}scale": "log", f"{direction}lim": (low, high)})
+    axis = getattr(axes, f"{direction}axis")
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def unit_of_time(seconds):

@@ -6,6 +6,7 @@ import argparse
 import base64
 import html
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def main(argv):
         plot = "none: there is no training step to plot yet"
         if run["steps_logged"]:
             plot = folder / "loss.png"
-            plot.write_bytes(plots.png(lambda figure: draw_loss_picture(figure, run), 11, 4.4))
+            write_atomic(plot, plots.png(lambda figure: draw_loss_picture(figure, run), 11, 4.4))
         page = folder / "report.html"
         write_atomic(page, as_page(run))
     except OSError as error:
@@ -60,6 +61,8 @@ def read_run(path):
     path, problems = Path(path), []
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; name a run folder, for example out/d4")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UsageError(f"{path}: cannot be read (permission denied); ask its owner, or name another run folder")
     if not (path / "config.json").exists() and not RunFolder(path).remains():
         below = sorted(folder.parent.name for folder in path.glob("*/config.json"))
         raise UsageError(f"{path}: holds no run" + (f"; the folders in it do: {', '.join(below[:5])}" if below else
@@ -256,7 +259,7 @@ def draw_steps(axes, run, name, title):
     room = 0.1 * (usual_high - usual_low)
     axes.set_ylim(min(low, usual_low - room), max(high, usual_high + room))
     last = smooth["y"][-1]  # of the smoothed curve
-    axes.set_title(f"{last:,.0f}" if abs(last) >= 1000 else f"{last:.3g}", loc="right", color=BLUE, fontsize=11, fontweight="bold")
+    axes.set_title(f"{last:,.0f}" if abs(last) >= 1000 else f"{last:#.4g}", loc="right", color=BLUE, fontsize=11, fontweight="bold")
 
 
 def draw_bpb(axes, run):
@@ -318,6 +321,7 @@ figcaption { font-weight: 600; margin: 0 4px 4px; }
 th, td { text-align: left; padding: 5px 12px; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; } tr:last-child td { border-bottom: 0; }
 .right th:not(:first-child), .right td:not(:first-child) { text-align: right; white-space: nowrap; }
+.right td:first-child { white-space: nowrap; }
 details { margin: 8px 0; padding: 8px 14px; } summary { cursor: pointer; font-weight: 600; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .88em; margin: 8px 0 14px; padding-left: 12px;
       border-left: 3px solid var(--line); }

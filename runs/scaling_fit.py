@@ -94,6 +94,10 @@ def _parabola(label, points):
     if minimum[2] <= 0:
         return parabola | {"left_out": "the parabola goes below zero; its points are too far from one"}
     inside, found = ln_n[0] <= minimum[0] <= ln_n[-1], float(np.exp(minimum[0]))
+    end = {ln_n[0]: "shallower", ln_n[-1]: "deeper"}.get(ln_n[loss.argmin()])
+    if inside and end and loss.min() < minimum[2]:
+        parabola["left_out"] = (f"the parabola has its minimum inside the range of depths, at N = {short(found)}, and the run at the end of "
+                                f"the range is better than that; add {end} models")
     if not inside:
         side, more = ("below", "shallower") if minimum[0] < ln_n[0] else ("above", "deeper")
         parabola["left_out"] = (f"the minimum is NOT inside the range of depths: N = {short(found)} is {side} "
@@ -168,7 +172,7 @@ def fit_loss(ln_c, losses):
 
 def _loss(ln_c, best, draws):
     """The law of the loss at the optimum: E + A C^-gamma if the runs determine E, else a line of ln L against ln C."""
-    why = ""
+    why, extrapolated = "", None
     if len(ln_c) < 4:
         why = f"{len(ln_c)} budgets cannot tell E from the exponent; it takes four"
     elif draws is None:
@@ -176,7 +180,7 @@ def _loss(ln_c, best, draws):
     else:
         losses = draws["minima"][..., 2]
         (floor,), (factor,), (gamma,) = fit_loss(ln_c, best)
-        floors, factors, gammas = fit_loss(ln_c, losses)
+        extrapolated = floors, factors, gammas = fit_loss(ln_c, losses)
         found = np.isfinite(floors)
         if not np.isfinite(floor):
             why = "the loss does not fall with the budget"
@@ -194,7 +198,9 @@ def _loss(ln_c, best, draws):
     if draws is not None:
         slopes, levels = _line(ln_c, np.log(draws["minima"][..., 2]))
         law["gamma_95"] = _interval(-slopes)
-        draws["loss"] = (np.zeros_like(slopes), np.exp(levels), -slopes)
+        draws["loss"] = lines = (np.zeros_like(slopes), np.exp(levels), -slopes)
+        if extrapolated:  # not to know E does not mean that it is 0: predictions reach as far as what E may be
+            draws["loss"] = tuple(np.where(found, values, line) for values, line in zip(extrapolated, lines, strict=True))
     return law
 
 
@@ -231,7 +237,8 @@ def predict(result, draws, flops, n):
     floors, factors, gammas = draws["loss"]
     slopes, levels = draws["N_opt"]
     losses = floors + factors * np.exp(-gammas * x) + draws["curvature"] * (math.log(n) - levels - slopes * x) ** 2
-    return {"val_bpb": expected, "interval_95": _interval(losses + draws["noise"] * draws["normal"])}
+    low, high = _interval(losses + draws["noise"] * draws["normal"])
+    return {"val_bpb": expected, "interval_95": [min(low, expected), max(high, expected)]}
 
 
 def _shown(parabola, draws):
@@ -284,7 +291,7 @@ def draw_picture(result, predictions, path):
     """The parabolas with their points and minima, the two power laws, and the loss at the optimum, as a PNG (replaced atomically).
 
     predictions: [{"flops", "val_bpb", "interval_95", "measured"}], measured null before the run."""
-    write_atomic(path, plots.png(lambda figure: _draw_laws(figure, result, predictions), 15, 4.6))
+    write_atomic(path, plots.png(lambda figure: _draw_laws(figure, result, predictions), 16, 6))
 
 
 def _draw_laws(figure, result, predictions):
@@ -303,9 +310,10 @@ def _draw_laws(figure, result, predictions):
             middle.errorbar(flops, values, errors, fmt="o", color=color, markersize=5, capsize=3, linewidth=1.2)
             middle.plot(ends, optimum(result, what, ends), color=color, linewidth=1.4,
                         label=f"{name}: C^{law['exponent']:.2f}{interval}")
+        plots.log_scale(middle, "x", *ends)
         # intervals may reach very far; what they are of stays in view
-        middle.set(xscale="log", yscale="log", ylim=(min(b["N_opt"] for b in used) / 4, max(b["D_opt"] for b in used) * 12))
-        middle.legend(frameon=False, loc="upper left")
+        plots.log_scale(middle, "y", min(b["N_opt"] for b in used) / 4, max(b["D_opt"] for b in used) * 4, short)
+        _legend(middle)
         along = np.geomspace(*ends, 100)
         law = result["loss"]
         formula = f"C^-{law['gamma']:.3f}" if law["E"] is None else f"{law['E']:.3f} + A C^-{law['gamma']:.3f}"
@@ -322,20 +330,20 @@ def _draw_laws(figure, result, predictions):
                            label="measured" if i == 0 else None)
         seen = [*values, *loss_at(result, ends), *(p["measured"] for p in predictions if p["measured"] is not None)]
         margin = 0.15 * (max(seen) - min(seen)) + 0.002
-        right.set(xscale="log", ylim=(min(seen) - margin, max(seen) + margin))
-        right.legend(frameon=False, loc="upper right")
+        plots.log_scale(right, "x", *ends)
+        right.set_ylim(min(seen) - margin, max(seen) + margin)
+        _legend(right)
     else:
         for axes in (middle, right):
             axes.text(0.5, 0.5, "no power law", transform=axes.transAxes, ha="center", color="#777777")
             axes.set(xticks=[], yticks=[])
     left.set(xlabel="N, parameters of matrices and head", ylabel="bits per byte of held-out text", title="runs of equal FLOPs")
-    middle.set(xlabel="C, training FLOPs", ylabel="parameters, tokens", title="best model and best amount of data")
-    right.set(xlabel="C, training FLOPs", ylabel="bits per byte at the best N", title="loss at the optimum")
+    middle.set(xlabel="C, training FLOPs", ylabel="parameters, tokens", title="best model and best amount of data (bars: 95%)")
+    right.set(xlabel="C, training FLOPs", ylabel="bits per byte at the best N", title="loss at the optimum (bars: 95%)")
 
 
 def _draw_parabolas(axes, budgets):
     from matplotlib import colormaps
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     for i, budget in enumerate(budgets):
         color = colormaps["viridis"](0.85 * i / max(1, len(budgets) - 1))
         n = np.array(budget["N"])
@@ -347,8 +355,11 @@ def _draw_parabolas(axes, budgets):
                       linestyle="--" if budget["left_out"] else "-")
         if budget["N_opt"] is not None:
             axes.plot(budget["N_opt"], budget["val_bpb"], "*", color="#b4541a", markersize=12, zorder=5)
-    axes.set(xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(frameon=False)
+    smallest, largest = (end(n for budget in budgets for n in budget["N"]) for end in (min, max))
+    plots.log_scale(axes, "x", smallest / 1.2, largest * 1.2, short)
+    _legend(axes, columns=2)
+
+
+def _legend(axes, columns=1):
+    """Below the axes, where no curve is."""
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns)

@@ -25,6 +25,7 @@ import scaling_fit
 import sweep_results
 import train
 from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, UsageError, human_time, read_json, write_json
+from nanochat.plan import check_flags
 from nanochat.runlog import status_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,11 @@ def parse_lines(text, folder, common):
         match = re.fullmatch(r"((?:\w[\w.+-]*/)?\w[\w.+-]*)\s*:(.*)", line)
         if not match:
             raise UsageError(f"no run: {line!r}; write NAME: FLAGS, the name of letters, digits and . _ + -")
-        runs.append(make_run(folder, match[1], shlex.split(match[2]), common))
+        try:
+            flags = shlex.split(match[2])
+        except ValueError as error:
+            raise UsageError(f"no run: {line!r}: {error}; close the quotation") from None
+        runs.append(make_run(folder, match[1], flags, common))
     if twice := {run.name for run in runs if [other.name for other in runs].count(run.name) > 1}:
         raise UsageError(f"two runs of the same name: {', '.join(sorted(twice))}")
     if not runs:
@@ -106,6 +111,7 @@ def check(kind, runs, given):
         problems.append(f"{_names(wrong)}: the horizon of a run is its budget; give BUDGETS=...")
     for run in runs:
         args = train.parse_args(run.argv)  # ends the process with 2 for a flag that there is not
+        problems += [f"{run.name}: {problem}" for problem in check_flags(args)]
         own = train.parse_args(run.flags).given
         if own & NOT_YOURS:
             problems.append(f"{run.name}: {_names(own & NOT_YOURS)}: the sweep sets that itself")
@@ -388,7 +394,11 @@ def main(argv, lines, environ, stop):
     check(kind, runs, given)
     if wanted and not is_depth(wanted) and float(wanted) <= (largest := max(train.parse_args(run.flags).target_flops for run in runs)):
         raise UsageError(f"PREDICT={wanted}: not larger than the budgets that are run, up to {largest:g} FLOPs")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").touch()  # now, not after hours of training
+    except OSError as error:
+        raise UsageError(f"OUT={folder}: cannot be written ({error.strerror}); name another folder") from None
     # as they are now: what another process tries again and fails is not tried a third time
     predictions = [make_run(folder, f"predictions/{path.stem}", [], common) for path in (folder / "predictions").glob("*.json")]
     to_retry = {row["name"]: row["failed_at"] for row in sweep_results.collect([*runs, *predictions])
@@ -399,19 +409,24 @@ def main(argv, lines, environ, stop):
     if kind == "scaling_laws" and not stop.asked:
         result, draws = scaling_fit.fit_points(points_of(rows))
         if wanted:
-            predict_and_train(wanted, folder, result, draws, rows, common, nproc, to_retry, stop)
+            try:
+                predict_and_train(wanted, folder, result, draws, rows, common, nproc, to_retry, stop)
+            except UsageError as error:  # what was trained is told all the same
+                extra["no_prediction"] = str(error)
     print(sweep_results.table(rows), flush=True)
     record = {"sweep": kind, "flags": common, "processes_a_run": nproc, "runs": rows}
     if stop.asked:
         write_json(folder / "results.json", record)
         print("stopped; started again it goes on from here", flush=True)
         return EXIT_STOPPED
-    well = True
+    well = "no_prediction" not in extra
     if kind == "scaling_laws":
         values = scaling(folder, rows, extra, result)
     else:
         values, well = {"miniseries": series, "seeds": seeds, "ablation": ablation}[kind](folder, rows, extra)
     write_json(folder / "results.json", {**record, **extra})
+    if not well and kind == "scaling_laws":
+        print(extra["no_prediction"])
     failed = [row["name"] for row in [*rows, *({"name": p["run"], "status": p["status"]} for p in extra.get("predictions", []))]
               if row["status"] == "failed"]
     if failed:

@@ -6,13 +6,13 @@ import json
 import math
 
 from nanochat.common import human_time, read_json
-from nanochat.compare import spread
+from nanochat.compare import CONFIDENCE, spread, student_quantile
 from nanochat.runlog import RunFolder
 from nanochat.runs import DAMAGES, aligned, describe, fixed, short
 
 FAILURE = "failed.json"  # sweep.py's note in the folder of a run that failed; it goes when the run is started again
 NUMBERS = ("depth", "seed", "width", "parameters", "scaling_parameters", "step", "tokens", "flops", "epochs", "seconds", "tok_per_sec",
-           "val_bpb", "min_val_bpb", "core_metric", "core_metric_n")
+           "val_bpb", "min_val_bpb", "core_metric", "core_metric_n", "git_commit")
 
 
 def facts(path):
@@ -30,9 +30,11 @@ def facts(path):
         return found
     try:
         note = json.loads((path / FAILURE).read_text(encoding="utf-8"))
+        return found | {"status": "failed", "reason": str(note["reason"]), "failed_at": float(note["at"])}
     except FileNotFoundError:  # the usual case; another process may also have taken it away just now
         return found
-    return found | {"status": "failed", "reason": note["reason"], "failed_at": note["at"]}
+    except DAMAGES as error:
+        return found | {"status": "failed", "reason": f"damaged {FAILURE} ({error})", "failed_at": 0.0}
 
 
 def _of_run(path):
@@ -45,7 +47,7 @@ def _of_run(path):
             "failed_at": run["updated"] if run["status"] == "failed" else None, "seed": config["seed"], "width": config["model"]["width"],
             "scaling_parameters": plan["scaling_parameters"], "flops": tokens and tokens * plan["flops_per_token"],
             "epochs": tokens and tokens / config["data"]["tokens_per_epoch"], "seconds": run["total_training_time"],
-            "core_metric_n": summary.get("core_metric_n")}
+            "core_metric_n": summary.get("core_metric_n"), "git_commit": config.get("git_commit")}
 
 
 def collect(runs):
@@ -72,6 +74,13 @@ def table(rows):
     repeats = [row["name"] for row in rows if (row["epochs"] or 0) > 1]
     if repeats:
         reasons.append(f"more than one pass over the data: {', '.join(repeats)}")
+    by_commit = {}
+    for row in rows:
+        if row["git_commit"]:
+            by_commit.setdefault(str(row["git_commit"])[:8], []).append(row["name"])
+    if len(by_commit) > 1:
+        reasons.append("warning: trained by different versions of the code: " + "; ".join(
+            f"{commit}: {', '.join(names)}" for commit, names in by_commit.items()))
     return "\n".join([aligned([heading, *[[cell or None for cell in line] for line in lines]]), *reasons])
 
 
@@ -83,8 +92,8 @@ def noise(rows):
 def ablation(rows):
     """One dict a variant, in order: name, status, n and mean of val_bpb, and differences to the variant "baseline", paired by seed.
 
-    rows: runs named VARIANT/seedS. difference, core_difference and seconds_difference are {mean, se, n} over the seeds that both
-    have completed: variant - baseline; se is null below two pairs. status: completed, or how many of its runs failed or are left."""
+    rows: runs named VARIANT/seedS. difference, core_difference and seconds_difference are {mean, se, reach, n} over the seeds that both
+    have completed: variant - baseline, reach half a 95% interval (Student's t); both null below two pairs. status: completed, or how many of its runs failed or are left."""
     variants = {}
     for row in rows:
         variant, seed = row["name"].split("/")
@@ -95,33 +104,36 @@ def ablation(rows):
         left = [row["status"] for row in of_seed.values() if row["status"] != "completed"]
         entry = {"name": name, "status": ", ".join(f"{left.count(status)} of {len(of_seed)} {status}" for status in dict.fromkeys(left))
                  or "completed"}
-        for what in ("val_bpb", "seconds"):
+        for what in ("val_bpb", "seconds", "flops"):
             entry[what] = spread([row[what] for row in done.values() if row[what] is not None])
         for difference, what in (("difference", "val_bpb"), ("core_difference", "core_metric"), ("seconds_difference", "seconds")):
             pairs = [(row[what], variants["baseline"][seed][what]) for seed, row in done.items()
                      if seed in variants["baseline"] and variants["baseline"][seed]["status"] == "completed"]
             found = spread([mine - base for mine, base in pairs if mine is not None and base is not None])
             se = None if found["sd"] is None else found["sd"] / math.sqrt(found["n"])
-            entry[difference] = None if name == "baseline" else {"mean": found["mean"], "se": se, "n": found["n"]}
+            reach = None if se is None else se * student_quantile((1 + CONFIDENCE) / 2, found["n"] - 1)
+            entry[difference] = None if name == "baseline" else {"mean": found["mean"], "se": se, "reach": reach, "n": found["n"]}
         results.append(entry)
     return results
 
 
 def ablation_table(variants):
     """ablation()'s result for reading."""
-    heading = ("variant", "val_bpb", "to baseline", "se", "pairs", "CORE", "se", "time", "to baseline", "status")
-    lines = [heading]
+    def with_reach(difference, digits, unit=1.0, suffix=""):
+        if difference is None or difference["mean"] is None:
+            return None
+        reach = "" if difference["reach"] is None else f" ± {difference['reach'] * unit:.{digits}f}"
+        return f"{difference['mean'] * unit:+.{digits}f}{reach}{suffix}"
+
+    lines = [("variant", "val_bpb", "to baseline", "pairs", "CORE to baseline", "FLOPs", "time", "to baseline", "status")]
     for entry in variants:
-        cells = [entry["name"], fixed(entry["val_bpb"]["mean"])]
-        difference, core, seconds = (entry[name] or {"mean": None, "se": None, "n": 0}
-                                     for name in ("difference", "core_difference", "seconds_difference"))
-        slower = None
-        if seconds["mean"] is not None:
-            slower = f"{100 * seconds['mean'] / (entry['seconds']['mean'] - seconds['mean']):+.1f}%"
-        cells += [fixed(difference["mean"], sign="+"), fixed(difference["se"]), str(difference["n"]) if entry["difference"] else None,
-                  fixed(core["mean"], sign="+"), fixed(core["se"]), seconds_in_words(entry["seconds"]["mean"]), slower, entry["status"]]
-        lines.append(cells)
-    return aligned(lines)
+        difference, seconds = entry["difference"], entry["seconds_difference"]
+        percent = 0.0 if seconds is None or seconds["mean"] is None else 100 / (entry["seconds"]["mean"] - seconds["mean"])
+        lines.append((entry["name"], fixed(entry["val_bpb"]["mean"]), with_reach(difference, 4), str(difference["n"]) if difference else None,
+                      with_reach(entry["core_difference"], 4), entry["flops"]["mean"] and f"{entry['flops']['mean']:.3g}",
+                      seconds_in_words(entry["seconds"]["mean"]), with_reach(seconds, 1, percent, "%"), entry["status"]))
+    note = "" if len(variants) < 2 else "\n± is half of a 95% interval over the seeds, each variant by itself; without one the noise is unknown"
+    return aligned(lines) + note
 
 
 def result_line(**values):

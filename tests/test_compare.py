@@ -32,8 +32,8 @@ def made_tasks(seed=0, n=50, skill=0.4, file=""):
     return tasks
 
 
-def make(folder, name, depth=4, seed=42, steps=200, bpb=1.5, core=None, status="completed", **changes):
-    """A run folder with falling curves. bpb: of the last evaluation; core: {label: entry} for core.jsonl.
+def make(folder, name, depth=4, seed=42, steps=200, bpb=1.5, core=None, status="completed", pace=1.0, **changes):
+    """A run folder with falling curves. bpb: of the last evaluation; core: {label: entry} for core.jsonl; pace: of its time.
 
     changes: flags, or with a dot in the name entries of config.json such as {"data.fingerprint": "x"}."""
     path = Path(folder) / name
@@ -59,7 +59,7 @@ def make(folder, name, depth=4, seed=42, steps=200, bpb=1.5, core=None, status="
         if step < steps:
             lines.append({**at, "train/loss": 2 * bpb + falling + noise.gauss(0, 0.1), "train/lr": 0.02 * (1 - step / steps),
                           "train/grad_norm": 1 + noise.random(), "train/tok_per_sec": 1000 / (0.01 * depth), "train/mfu": 40.0})
-            seconds += 0.01 * depth
+            seconds += 0.01 * depth * pace
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if core:
         (path / "core.jsonl").write_text("".join(json.dumps({"step": steps, "label": label, "baselines": "v1", **task}) + "\n"
@@ -70,9 +70,9 @@ def make(folder, name, depth=4, seed=42, steps=200, bpb=1.5, core=None, status="
     return path
 
 
-def compared(capsys, *arguments):
+def compared(capsys, *arguments, code=0):
     """What --json says without pictures."""
-    assert compare.main([*map(str, arguments), "--json", "--no-plots"]) == 0
+    assert compare.main([*map(str, arguments), "--json", "--no-plots"]) == code
     return json.loads(capsys.readouterr().out)
 
 
@@ -171,7 +171,8 @@ def test_code_and_repeated_seeds_are_told_apart(tmp_path, capsys):
     for name in ("b1", "b2"):
         edit(tmp_path / name, git_commit="c0ffee")
     found = compared(capsys, *sorted(tmp_path.iterdir()))
-    assert len(found["groups"]) == 4 and any("a seed that occurs twice" in line for line in found["warnings"])
+    assert [group["runs"] for group in found["groups"]] == [["a1", "a2"], ["b1"], ["b2"]]
+    assert sum("it stands alone" in line for line in found["warnings"]) == 2
 
 
 def test_a_timed_run_is_one_configuration_whatever_it_came_to(tmp_path, capsys):
@@ -204,12 +205,13 @@ def test_core_is_paired_by_example(tmp_path, capsys):
     found = compared(capsys, *(tmp_path / name for name in ("a", "b", "better", "unlike", "none")))
     entries = {(entry["from"], entry["to"]): entry for entry in found["differences"]["core"]}
     assert len(entries) == 6
-    low, high = interval(b, a)
+    low, high = interval(b, a, 1 - 0.05 / 6)  # six pairs
     assert (entries["a", "b"]["low"], entries["a", "b"]["high"]) == (low, high) and low < 0 < high
     expected = sum(better[label]["centered"] - a[label]["centered"] for label in LABELS) / 22
     assert entries["a", "better"]["difference"] == pytest.approx(expected) and entries["a", "better"]["low"] > 0
     assert entries["a", "unlike"]["low"] is None and "other examples" in entries["a", "unlike"]["reason"]
     text = shown(capsys, *(tmp_path / name for name in ("a", "b", "better", "unlike", "none")))
+    assert "with intervals of 99.17%, which hold together in 95%" in text
     assert f"b - a: {entries['a', 'b']['difference']:+.4f}, {low:+.4f} to {high:+.4f}: within the noise of the examples" in text
     assert "better - a:" in text and "more than the noise of the examples" in text
     assert "warning: examples of CORE differs: 4,400 in 22 tasks" in text and "they are as many" in text
@@ -358,7 +360,7 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     write_json(tmp_path / "foreign" / "config.json", {"model_type": "gpt2"})
     bad = [tmp_path / name for name in ("empty", "file", "foreign", "nowhere", "out")]
-    found = compared(capsys, tmp_path / "out" / "d4", *bad)
+    found = compared(capsys, tmp_path / "out" / "d4", *bad, code=1)
     assert [run["name"] for run in found["runs"]] == ["d4"] and len(found["problems"]) == 5
     assert any("the folders in it do: d4" in line for line in found["problems"])
     with pytest.raises(UsageError, match="no run to compare"):
@@ -424,11 +426,61 @@ def test_curves():
     assert x.tolist() == [0, 2] and y.tolist() == [1, 7]
     assert plots.smoothed(np.full(500, 3.0)) == pytest.approx(np.full(500, 3.0))
     straight = np.arange(1000.0)
-    assert plots.smoothed(straight)[500] == pytest.approx(500) and plots.smoothed(straight)[0] == pytest.approx(10)  # 41 steps wide
+    smooth = plots.smoothed(straight)  # 41 steps wide; at the start as many as there are on both sides, at the end those before it
+    assert smooth[:-20] == pytest.approx(straight[:-20]) and smooth[-1] == pytest.approx(989)
+    impulse = np.zeros(1000)
+    impulse[500] = 41
+    assert plots.smoothed(impulse)[479:522].tolist() == [0.0] + [1.0] * 41 + [0.0]
     x, mean, sd = plots.mean_of([(np.array([0.0, 10, 20]), np.array([0.0, 10, 20])), (np.array([5.0, 15]), np.array([7.0, 17]))])
     assert x.tolist() == [5, 10, 15] and mean.tolist() == [6, 11, 16] and sd == pytest.approx(np.full(3, math.sqrt(2)))
     only = plots.mean_of([(np.array([1.0]), np.array([2.0])), (np.empty(0), np.empty(0))])
     assert only[1].tolist() == [2] and only[2] is None
+
+
+def test_seeds_of_unlike_speed_are_averaged_by_step(tmp_path):
+    """Their loss at the end is the mean of their ends, and stands at their mean time, though only one of them was trained that long."""
+    for seed, pace in ((1, 1.0), (2, 3.0)):
+        make(tmp_path, f"s{seed}", seed=seed, steps=40, pace=pace, bpb=1.5 + seed / 10)
+    groups, _ = compare.grouped(compare.read_runs(sorted(tmp_path.iterdir()))[0])
+    assert len(groups) == 1
+    groups[0]["look"] = {"color": "black", "dash": "-"}
+    ends = [[plots.points(run["lines"], name)[1][-1] for run in groups[0]["runs"]] for name in ("val/bpb", "total_training_time")]
+    curve = compare.curve_of(groups[0], "val/bpb", "total_training_time", 60.0)
+    assert curve["y"][-1] == pytest.approx(np.mean(ends[0])) and curve["sd"][-1] == pytest.approx(np.std(ends[0], ddof=1))
+    assert ends[1][0] != ends[1][1] and curve["x"][-1] == pytest.approx(np.mean(ends[1]) / 60)
+    for lines in (run["lines"] for run in groups[0]["runs"]):
+        for line in lines:
+            line.pop("total_training_time")
+    assert len(compare.curve_of(groups[0], "val/bpb", "total_training_time")["x"]) == 0
+
+
+def test_groups_of_the_sweeps_have_their_names(tmp_path, capsys):
+    for variant, lr in (("baseline", 0.02), ("half", 0.01)):
+        for seed in (42, 43):
+            make(tmp_path, f"ablation/{variant}/seed{seed}", seed=seed, matrix_lr=lr)
+    make(tmp_path, "seeds/seed42", seed=42, depth=6)
+    make(tmp_path, "seeds/seed43", seed=43, depth=6)
+    make(tmp_path, "again", seed=42, depth=6)
+    found = compared(capsys, *sorted(tmp_path.glob("ablation/*/*")), *sorted(tmp_path.glob("seeds/*")), tmp_path / "again")
+    assert [group["name"] for group in found["groups"]] == ["baseline (seeds 42, 43)", "half (seeds 42, 43)", "seeds (seeds 42, 43)", "again"]
+    assert ["again: the settings and the seed of seeds/seed42" in line for line in found["warnings"]].count(True) == 1
+
+
+def test_equal_runs_seldom_seem_to_differ(tmp_path):
+    """Twelve configurations that are the same, three seeds each: with 95% for each pair by itself every other comparison would find a
+    difference."""
+    generator, claims = np.random.default_rng(1), 0
+    for _ in range(100):
+        groups = [{"name": str(i), "runs": [{"config": {}}], "members": [{"val_bpb": bpb} for bpb in generator.normal(1.5, 0.01, 3)]}
+                  for i in range(12)]
+        found = compare.seed_differences(groups, "val_bpb")
+        assert len(found) == 66
+        claims += any(entry["low"] > 0 or entry["high"] < 0 for entry in found)
+    assert claims <= 8
+
+
+def test_ticks_of_logarithmic_axes():
+    assert [plots.short_number(value) for value in (0.1, 50.0, 1000.0, 2e15, 1e17, 1e-5)] == ["0.1", "50", "1000", "2e15", "1e17", "1e-5"]
 
 
 def test_the_first_steps_do_not_set_the_range():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import small
+from nanochat import plots
 from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, EXIT_STOPPED, UsageError, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,7 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.setattr(sweep, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(sweep, "check_flags", lambda args: [])  # the stand-in trains depth 1 with heads of 128
     monkeypatch.chdir(tmp_path)
     for name in ("NPROC", "RETRY", "TOY", "CORE_BUNDLE", "PREDICT", "OUT", "DEPTHS", "BUDGETS", "SEEDS", "VARIANTS"):
         monkeypatch.delenv(name, raising=False)
@@ -96,6 +98,7 @@ def do(kind, lines, *flags, **environ):
 
 def script(tree, name, *arguments, **environ):
     """One of the scripts, with the stand-in. Returns the finished process."""
+    arguments = arguments if name == "ablation" else (*arguments, "--aspect-ratio=128")  # then depth 1 has room for a head of 128
     return subprocess.run(["bash", f"runs/{name}.sh", *arguments], cwd=tree, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PATH": f"{tree / 'bin'}:{os.environ['PATH']}"} | environ)
 
@@ -213,6 +216,20 @@ def test_a_floor_that_cannot_be_determined_is_not_claimed(points, why):
         assert law["gamma"] == pytest.approx(0.2, abs=0.005) and law["gamma_95"][0] < 0.2 < law["gamma_95"][1]
 
 
+def test_predictions_reach_as_far_as_the_floor_that_is_not_known():
+    """Losses that flatten out, with too much noise to tell E: the truth beyond the budgets is above the line of ln L against ln C."""
+    inside, claimed = 0, 0
+    for seed in range(40):
+        found, draws = scaling_fit.fit_points(surface(BUDGETS, noise=0.01, seed=seed, span=2.5))
+        claimed += found["loss"]["E"] is not None
+        expected = scaling_fit.predict(found, draws, 4 * BUDGETS[-1], scaling_fit.optimum(found, "N_opt", 4 * BUDGETS[-1]))
+        exact = scaling_fit.predict(scaling_fit.fit_points(surface(BUDGETS, noise=1e-7, span=2.5))[0], None, 4 * BUDGETS[-1],
+                                    scaling_fit.optimum(found, "N_opt", 4 * BUDGETS[-1]))["val_bpb"]
+        low, high = expected["interval_95"]
+        inside += low <= exact <= high
+    assert claimed <= 20 and inside >= 36
+
+
 def test_a_model_beside_the_optimum_is_predicted_worse():
     found, draws = scaling_fit.fit_points(surface(BUDGETS, noise=1e-5))
     best = 0.1 * 1e18**0.48
@@ -236,11 +253,19 @@ def test_picture(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(tmp_path.iterdir())) == 2
 
+    def ticks(figure):
+        scaling_fit._draw_laws(figure, found, [prediction | {"measured": 0.7}])
+        figure.canvas.draw()
+        shown.extend(label.get_text() for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both"))
+    shown = []
+    plots.png(ticks, 16, 6)
+    assert "$" not in "".join(shown) and {"1e17", "2e17"} & set(shown) and {"10M", "100M"} & set(shown)
+
 
 # ----- tables
 
 def row(name, val_bpb, status="completed", core=None, seconds=10.0):
-    return {"name": name, "status": status, "val_bpb": val_bpb, "core_metric": core, "seconds": seconds}
+    return {"name": name, "status": status, "val_bpb": val_bpb, "core_metric": core, "seconds": seconds, "flops": 1e9}
 
 
 def test_noise_is_of_completed_runs():
@@ -257,12 +282,14 @@ def test_ablation_is_paired_by_seed():
             row("y/seed42", 1.1), row("y/seed43", 2.3), row("y/seed44", 3.2), row("z/seed42", None, "stopped")]
     baseline, x, y, z = sweep_results.ablation(rows)
     assert baseline["difference"] is None and baseline["val_bpb"]["mean"] == 2.0
-    assert x["difference"] == {"mean": pytest.approx(0.1), "se": pytest.approx(0, abs=1e-12), "n": 2} and x["status"] == "1 of 3 failed"
+    assert x["difference"] == {"mean": pytest.approx(0.1), "se": pytest.approx(0, abs=1e-12), "reach": pytest.approx(0, abs=1e-10), "n": 2}
+    assert x["status"] == "1 of 3 failed"
     assert x["core_difference"]["mean"] == pytest.approx(0.03) and x["seconds_difference"]["mean"] == 5.0
-    assert y["difference"] == {"mean": pytest.approx(0.2), "se": pytest.approx(0.1 / math.sqrt(3)), "n": 3}
-    assert z["difference"] == {"mean": None, "se": None, "n": 0} and z["status"] == "1 of 1 stopped"
+    se = 0.1 / math.sqrt(3)
+    assert y["difference"] == {"mean": pytest.approx(0.2), "se": pytest.approx(se), "reach": pytest.approx(4.302653 * se), "n": 3}
+    assert z["difference"] == {"mean": None, "se": None, "reach": None, "n": 0} and z["status"] == "1 of 1 stopped"
     shown = sweep_results.ablation_table([baseline, x, y, z])
-    assert "+0.2000  0.0577" in shown and "+50.0%" in shown and "1 of 3 failed" in shown
+    assert "+0.2000 ± 0.2484" in shown and "+50.0 ± 0.0%" in shown and "1 of 3 failed" in shown
 
 
 def test_result_line():
@@ -508,10 +535,26 @@ def test_a_prediction_that_was_not_begun_is_made_anew(tree, monkeypatch):
     assert "from_runs" in json.loads((tree / "o" / "predictions" / "d8.json").read_text())
 
 
-def test_a_prediction_needs_laws(tree, monkeypatch):
+def test_a_prediction_needs_laws(tree, monkeypatch, capsys):
     made_up_model(monkeypatch)
-    with pytest.raises(UsageError, match="PREDICT=8: no prediction: 1 budgets"):
-        do("scaling_laws", "".join(line + "\n" for line in GRID.splitlines() if line.startswith("1.6e9")), PREDICT="8")
+    lines = "".join(line + "\n" for line in GRID.splitlines() if line.startswith("1.6e9"))
+    assert do("scaling_laws", lines, PREDICT="8") == EXIT_FAILED
+    shown, found = capsys.readouterr().out, read_json("o/results.json", "")
+    assert "PREDICT=8: no prediction: 1 budgets" in shown and result(shown)["completed"] == "5"
+    assert found["no_prediction"].startswith("PREDICT=8") and len(found["runs"]) == 5 and found["predictions"] == []
+
+
+def test_what_cannot_be_trained_is_found_before_anything_is(tree, monkeypatch):
+    from nanochat import plan
+    monkeypatch.setattr(sweep, "check_flags", plan.check_flags)
+    with pytest.raises(UsageError, match="d2: --n-kv-head=3: does not divide"):
+        do("seeds", "d4: --depth=4\nd2: --depth=2 --n-kv-head=3\n")
+    with pytest.raises(UsageError, match="No closing quotation"):
+        do("seeds", "d2: --depth=2 '--run=x\n")
+    (tree / "o").write_text("no folder")
+    with pytest.raises(UsageError, match="cannot be written"):
+        do("seeds", "d2: --depth=2\n")
+    assert calls(tree) == []
 
 
 def test_ablation_script(tree):
