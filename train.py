@@ -30,16 +30,16 @@ def parse_args(argv=None):
     group = parser.add_argument_group("runtime")
     group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"], help="empty: the first of cuda, mps, cpu")
     group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                       help="of products; weights stay fp32. auto: bfloat16 where the hardware multiplies it fast")
+                       help="of products; weights stay fp32. auto: what the hardware multiplies fast. float16: with a scaled loss")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile blocks with torch.compile")
     group.add_argument("--seed", type=int, default=42, help="of weights, data order, dropout and samples")
-    group.add_argument("--attention", default="auto", help="auto, blocked or sdpa")
+    group.add_argument("--attention", default="auto", help="auto, blocked, sdpa, flex, triton or fa3")
     group.add_argument("--activation-checkpointing", action="store_true", help="make a block's inner tensors again in the "
                        "backward pass instead of keeping them")
     group.add_argument("--shard", action="store_true", help="shard the model with FSDP2 (not available yet)")
     group = parser.add_argument_group("fp8")
-    group.add_argument("--fp8", action="store_true", help="train in fp8 (not available yet)")
-    group.add_argument("--fp8-recipe", default="tensorwise", choices=["tensorwise", "rowwise"], help="scaling (not available yet)")
+    group.add_argument("--fp8", action="store_true", help="train large layers in fp8 (SM89 and later)")
+    group.add_argument("--fp8-recipe", default="tensorwise", choices=["tensorwise", "rowwise"], help="one scale a tensor, or a row")
     group = parser.add_argument_group("model")
     group.add_argument("--depth", type=int, default=20, help="layers; the one dial")
     group.add_argument("--aspect-ratio", type=int, default=64, help="width / depth, width rounded up to whole heads")
@@ -138,7 +138,7 @@ def main(args, stop):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
-    from nanochat import attention, checkpoint, core as core_metric, corpus as corpora, data, engine, evaluate, faults, fit, hardware
+    from nanochat import checkpoint, core as core_metric, corpus as corpora, data, engine, evaluate, faults, fit, fp8, fp16, hardware
     from nanochat import model as models, optim, plan as plans, profiling, ranks, runlog, start, tokenizer as tokenizers, track
     from nanochat.ranks import print0
 
@@ -176,9 +176,8 @@ def main(args, stop):
         source = ranks.from_rank0_or_raise(lambda: start.source_of_weights(args, folder, config and config["init_from"]["step"]))
     vars(args).update(source.flags if source else {})
     args.core_metric_every, args.core_metric_max_per_task = plans.core_metric_flags(args, device_type)
-    dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type)
-    backend, backend_reason = attention.pick_backend(args.attention, device_type)
-    no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
+    runtime = plans.pick_runtime(args, device_type)
+    dtype, backend, no_compiler = runtime.dtype, runtime.attention, runtime.no_compiler
     peak, peak_label = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(device))  # measured on CPUs
 
     # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
@@ -226,9 +225,7 @@ def main(args, stop):
                                             tokens_per_epoch)))
     if advice := plans.long_run_advice(args, plan, plans.estimated_seconds(plan, args, peak, world_size)):
         print0(advice)
-    print0(f"runtime: {device_type} x {world_size}, {str(dtype).removeprefix('torch.')} ({dtype_reason}); attention: {backend} "
-           f"({backend_reason}); " + (f"eager ({no_compiler})" if no_compiler else "compiled per block")
-           + "; loss: cross-entropy in fp32; fp32 products in full precision; deterministic algorithms on")
+    print0(plans.runtime_in_words(runtime, model_config, device_type, world_size))
 
     compressed = config["data"]["compressed_bpb"] if config else ranks.from_rank0_or_raise(
         lambda: corpora.compressed_bits_per_byte(corpus.val))
@@ -254,15 +251,7 @@ def main(args, stop):
         # before the new plan of an extended run, which they are no part of
         aside = checkpoint.set_aside_after(folder.path, start_step, print0)
         best_bpb = metrics.value_at(checkpoint.best_step(folder.path), "val/bpb")  # of a line that may be cut below
-        # the same text may have moved, and a rule for an early end that was changed counts from now on
-        config["args"] |= {name: getattr(args, name) for name in ("data", "val_data", "stop_at_bpb", "patience")}
-        if extending:
-            config["args"] |= {name: getattr(args, name) for name in plans.HORIZONS}
-            config["plan"] = plan.as_dict()
-            config["extended"] = [*config.get("extended", []), {"from_step": start_step, "steps_before": was}]
-        # where a run leaves the curve that it drew before, W&B gets a new one
-        if extending or aside and args.resume_from_step != -1 or "wandb_id" not in config:
-            config["wandb_id"] = track.new_run_id()
+        start.renew_config(config, args, plan, start_step, was if extending else None, aside and args.resume_from_step != -1)
         folder.write_config(config)
         for record in records:
             record.keep_before(start_step)
@@ -300,8 +289,9 @@ def main(args, stop):
     def save(kind, loop_state, hold=False):
         optimizer_state = optimizer.state()  # all ranks: it gathers
         if main_rank:
-            saver.save(step, kind, model, optimizer_state, {**loop_state, "recent_losses": list(loop_state["recent_losses"]),
-                                                            "shard_tokens": dict(rows.cache.lengths)}, hold)
+            saver.save(step, kind, model, optimizer_state, {
+                **loop_state, "recent_losses": list(loop_state["recent_losses"]), "shard_tokens": dict(rows.cache.lengths),
+                "loss_scaler": scaler and scaler.state()}, hold)
 
     def asked_meanwhile():
         watchdog.move(f"the evaluation of step {step}")
@@ -317,6 +307,8 @@ def main(args, stop):
         if model_config.dropout:  # seeded by step, so that resuming needs no generator state
             torch.manual_seed(stream_seed(args.seed, "dropout", at, micro, rank))
         inputs, targets = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in batch)
+        if scaler:
+            return scaler.backward(model, inputs, targets, accumulation)
         loss = model(inputs, targets, reduction="mean")
         (loss / accumulation).backward()
         return loss.detach()
@@ -343,17 +335,20 @@ def main(args, stop):
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
         model = models.build(model_config, device, dtype, backend, seed=stream_seed(args.seed, "model"))
         model.checkpointing = args.activation_checkpointing
-        optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, dtype)
+        scaler = fp16.LossScaler(saved_state.get("loss_scaler")) if dtype == torch.float16 else None
+        optimizer = optim.Optimizer(model.parameter_groups(), plan.groups, torch.float32 if scaler else dtype)
         if start_step:
             checkpoint.load_model(folder.path, start_step, model)
             optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
         elif source:
             checkpoint.load_model(args.init_from, source.step, model)
         model.train()
+        if runtime.fp8_recipe:
+            fp8.convert(model, runtime.fp8_recipe)
         if not no_compiler:
             model.compile_parts()
         started = time.monotonic()
-        key = [vars(model_config), str(dtype), backend, no_compiler, args.activation_checkpointing, hardware.describe(device)]
+        key = [vars(model_config), *map(str, runtime), args.activation_checkpointing, hardware.describe(device)]
         device_batch = fit.settle(trial, device_batch, args.device_batch_size != -1, plan, key, device, progress.message)
         optimizer.zero_grad()
         accumulation = plan.rows_per_step // (device_batch * world_size)
@@ -470,6 +465,8 @@ def main(args, stop):
             except (data.DataFailed, UsageError) as error:  # the other ranks are in this step: take part, then save and leave
                 failure = str(error)
                 optimizer.zero_grad(to_zeros=True)
+            if scaler:
+                scaler.unscale(optimizer.parameters)
             grad_norm = optimizer.reduce()
             # one more exchange: mean loss, was any rank told to stop, has one no data; from rank 0, whose clock counts: is a
             # rolling checkpoint due, is the time budget measured
@@ -506,20 +503,23 @@ def main(args, stop):
                     **{"train/loss": loss, "train/lr": plan.groups["matrices"]["lr"] * multiplier, "train/lrm": multiplier,
                        "train/grad_norm": grad_norm, "train/dt": dt, "train/tok_per_sec": speed, "train/mfu": mfu,
                        "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch},
-                    **({} if z is None else {"spike": z}),
+                    **({} if z is None else {"spike": z}), **({"train/loss_scale": scaler.scale} if scaler else {}),
                     **({} if finite else {"skipped": "non-finite loss" if not math.isfinite(loss) else "non-finite gradient"}))
             state["training_seconds"] += dt
             measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
             for remark in faults.remarks(step, loss, z, state["recent_losses"], None if source else tokenizer.vocab_size):
                 progress.message(remark)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            # a scale that is too large for the gradients is no fault; a loss that is not finite has nothing to do with it
+            lowered = scaler and math.isfinite(loss) and scaler.update(finite)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + (not lowered)
             if finite and main_rank:
                 saver.release()
                 saver.retry()
             if not finite:
                 state["skipped_steps"] += 1
-                progress.message(f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone")
-                if args.debug_nans or skipped_in_a_row >= args.max_skipped:
+                progress.message(f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone"
+                                 + (f"; fp16 overflowed, the loss is scaled by {scaler.scale:g} from here on" if lowered else ""))
+                if not lowered and (args.debug_nans or skipped_in_a_row >= args.max_skipped):
                     optimizer.zero_grad()
                     located = faults.locate(model, lambda: [forward_backward(batch, step - 1, micro)
                                                             for micro, batch in enumerate(micro_batches)])

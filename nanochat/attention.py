@@ -4,35 +4,91 @@ Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S 
 heads (H a multiple of K), D head dim."""
 
 import functools
+import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
 
-BACKENDS = ("blocked", "sdpa")
+from nanochat.common import UsageError
+
+BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3")
 # Queries that share one slice of keys in the blocked path: small blocks skip more of what is masked, large ones make larger
 # products. Measured in runs/LOG.md.
 QUERY_BLOCK, SHORT_QUERY_BLOCK, SHORT_WINDOW = 256, 128, 256
+TRITON_HEAD_DIMS = (16, 32, 64, 128)  # of our kernel
 
 
-def pick_backend(requested, device_type):
-    """(backend, reason) for --attention. 'auto' means: sdpa on a GPU, blocked elsewhere."""
+def pick_backend(requested, device_type, dtype=None, head_dim=None, capability=None, no_compiler=None):
+    """(backend, reason) for --attention. Raises UsageError for one that cannot run there.
+
+    'auto' means: blocked on a CPU; on a GPU of SM80 and later flex, which skips what a window hides and leaves full context to SDPA;
+    sdpa on older ones, for which triton has no matrix instructions. The kernel of our own is not chosen before it is measured.
+    dtype, head_dim: of the model, where known. capability: (major, minor) of a GPU that is planned for, where what is installed
+    here does not matter. no_compiler: why nothing is compiled, or None."""
+    known = {"dtype": dtype, "head_dim": head_dim, "capability": capability, "no_compiler": no_compiler}
     if requested != "auto":
+        if problem := _problem(requested, device_type, **known):
+            raise UsageError(f"--attention={requested}: {problem}; choose auto, {' or '.join(usable_backends(device_type, **known))}")
         return requested, "as requested"
     if device_type == "cuda":
-        return "sdpa", "fused kernels for full context"
+        if problem := _problem("flex", device_type, **known):
+            return "sdpa", f"fused kernels for full context; flex, for windows, {problem}"
+        return "flex", "compiled for windows, whose hidden blocks it skips; SDPA for full context, and where nothing is compiled"
     if device_type == "cpu":
         return "blocked", "plain products over causal blocks skip masked keys and beat SDPA on CPUs"
     return "blocked", "work and memory grow with the window; SDPA is not measured here"
 
 
+def usable_backends(device_type, **known):
+    """The names of those that run, forward and backward, on this machine's devices of that type. known: as for pick_backend()."""
+    return tuple(name for name in BACKENDS if not _problem(name, device_type, **known))
+
+
+def _problem(backend, device_type, dtype=None, head_dim=None, capability=None, no_compiler=None):
+    """Why a backend cannot run on a device, as the rest of a sentence, or None. Arguments as in pick_backend()."""
+    if backend in ("blocked", "sdpa"):
+        return None
+    if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
+        return f"has no kernel for a head dim of {head_dim} (there are {', '.join(map(str, TRITON_HEAD_DIMS))})"
+    package, source = ("triton", "pip install triton") if backend != "fa3" else (
+        "flash_attn_interface", "it comes with FlashAttention-3, built from the folder hopper of its repository")
+    missing = capability is None and importlib.util.find_spec(package) is None
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and not missing:
+        return None  # runs in Triton's interpreter, for tests
+    if device_type != "cuda":
+        return f"runs on NVIDIA GPUs, and this device is {device_type}"
+    if missing:
+        return f"needs the package {package}, which is not installed ({source})"
+    if backend == "flex" and no_compiler:
+        return f"makes all scores unless it is compiled ({no_compiler})"
+    major, minor = capability or torch.cuda.get_device_capability()
+    if backend == "fa3" and major != 9:
+        return f"is made for Hopper (SM90), and this GPU is SM{major}{minor}"
+    if backend == "fa3" and dtype == torch.float32:
+        return "takes bfloat16 and float16, not float32"
+    if major < 8:
+        return f"would multiply without matrix instructions, which triton has from SM80 on, and this GPU is SM{major}{minor}"
+    return None
+
+
 def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
     """softmax(q k^T / sqrt(D)) v, where query t sees itself and the window - 1 positions before it.
 
-    window: number of visible keys, itself included; anything >= S is full causal context.
+    window: number of visible keys, itself included; anything >= S is full causal context. backend: as pick_backend() gives it.
     Returns (B, T, H, D) in q's dtype. Softmax is in fp32 for every backend."""
     if backend not in BACKENDS or window < 1:
         raise ValueError(f"attention backend {backend!r} (there are {BACKENDS}) with a window of {window} (1 or more)")
-    if backend == "sdpa":
+    if backend == "triton":
+        from nanochat.kernels.flash_attention import flash_attention
+        return flash_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    if backend == "fa3":
+        return _fa3(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    # uncompiled, FlexAttention would make all scores, in fp32: what evaluates, samples or looks for a fault takes SDPA with a mask
+    if backend == "flex" and window < k_BxSxKxD.size(1) and torch.compiler.is_compiling():
+        from nanochat.kernels.flex_attention import windowed_attention
+        return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    if backend in ("sdpa", "flex"):
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
 
@@ -62,6 +118,15 @@ def _sdpa(q, k, v, window):
     mask = None if full else visible(T, S, window, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=full, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
+
+
+def _fa3(q, k, v, window):
+    """FlashAttention-3 (arXiv 2407.08608). Its causal mask too ends at the last key where there are more keys than queries."""
+    from flash_attn_interface import flash_attn_func
+    left = window - 1 if window < k.size(1) else -1  # keys before itself; -1: all
+    out = flash_attn_func(q, k, v, causal=True, window_size=(left, 0 if left >= 0 else -1),
+                          deterministic=torch.are_deterministic_algorithms_enabled())
+    return out[0] if isinstance(out, tuple) else out  # older versions also return the log-sum-exp
 
 
 class _Softmax(torch.autograd.Function):

@@ -92,8 +92,8 @@ def main(argv):
         config = plan.model_config(args, args.vocab_size)
     except ValueError as error:
         raise UsageError(f"these flags describe no model: {error}") from error
-    backend, _ = attention.pick_backend(args.attention, device_type)
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
+    backend, _ = attention.pick_backend(args.attention, device_type, dtype, args.head_dim, no_compiler=no_compiler)
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     bundle = None
     if "core" in args.only:
@@ -265,7 +265,7 @@ class Bench:
     def part_attention(self):
         import torch
 
-        from nanochat.attention import BACKENDS, attention
+        from nanochat.attention import attention, usable_backends
         config, rows, T = self.config, self.args.device_batch_size, self.config.max_seq_len
 
         def randn(heads):
@@ -274,7 +274,8 @@ class Bench:
         generator = torch.Generator().manual_seed(2)
         q, k, v, upstream = (randn(heads) for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head))
         for window in sorted({min(window, T) for window in config.windows()}):
-            for backend in BACKENDS:
+            for backend in usable_backends(self.device.type, dtype=self.dtype, head_dim=config.head_dim,
+                                           no_compiler=None if self.compiled else "--no-compile"):
                 function = torch.compile(attention, dynamic=False) if self.compiled else attention
 
                 def both():
@@ -286,7 +287,7 @@ class Bench:
         import torch
         import torch.nn.functional as F
 
-        from nanochat.loss import linear_cross_entropy
+        from nanochat.loss import linear_cross_entropy, pick_loss
         V, C, N = self.config.vocab_size, self.config.width, self.args.device_batch_size * self.config.max_seq_len
         generator = torch.Generator().manual_seed(3)
         hidden = torch.randn(N, C, generator=generator).to(self.device, self.dtype).requires_grad_()
@@ -297,8 +298,10 @@ class Bench:
             logits = F.linear(hidden, weight.to(hidden.dtype)).float()
             F.cross_entropy(15 * torch.tanh(logits / 15), targets).backward()
 
+        backend, _ = pick_loss(self.device.type, self.compiled)
+
         def ours():
-            linear_cross_entropy(hidden, weight, targets, 15.0, compiled=self.compiled).backward()
+            linear_cross_entropy(hidden, weight, targets, 15.0, backend=backend).backward()
 
         def before():
             hidden.grad = weight.grad = None

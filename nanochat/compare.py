@@ -432,7 +432,8 @@ def noise_of_examples(found):
     if not found:
         return []
     shown, less = pairs_to_print(found, 1)
-    return [f"CORE, differences with {together(found)} (bootstrap over the examples, paired; the noise of the seed is not in it):", *(difference_line(entry, "the noise of the examples") for entry in shown), *less]
+    return [f"CORE, differences with {together(found)} (bootstrap over the examples, paired; the noise of the seed is not in it):",
+            *(difference_line(entry, "the noise of the examples") for entry in shown), *less]
 
 
 def noise_of_seeds(found, groups):
@@ -442,7 +443,8 @@ def noise_of_seeds(found, groups):
         spreads = hints(groups, name)
         if not found[key] or name == "core_metric" and not spreads:
             continue
-        method = f" with {together(found[key])} (Welch's t-test over seeds)" if any(entry["low"] is not None for entry in found[key]) else ""
+        known = any(entry["low"] is not None for entry in found[key])
+        method = f" with {together(found[key])} (Welch's t-test over seeds)" if known else ""
         shown, less = pairs_to_print(found[key], sign)
         lines += [f"{title}, differences{method}:", *(difference_line(entry, "the noise of the seeds") for entry in shown), *less]
         if any(entry["low"] is None and entry["difference"] is not None for entry in shown):

@@ -37,6 +37,7 @@ COMPILE_SECONDS = 90  # to wait for one small compiled function
 LITTLE_DISK, TOO_LITTLE_DISK = 10 * 2**30, 200 * 2**20  # bytes: worth a remark; not enough for a small run
 LITTLE_MEMORY = 6 * 2**30  # bytes free on the training device
 FEW_CORES = 4
+DEPTHS, CONTEXT = (4, 8, 12, 16, 20, 24, 32), 2048  # of the models whose fit is told
 COMPILE_TEST = """
 import sys, torch
 def f(x):
@@ -108,18 +109,19 @@ def machine(quick):
     from nanochat import hardware
     device_type = hardware.pick_device_type("")
     device = torch.device(device_type)
-    dtype, reason = hardware.pick_dtype("auto", device_type)
+    dtype, reason = hardware.pick_dtype("auto", device_type, training=True)
     facts = {"device": device_type, "gpus": [], "dtype": str(dtype).removeprefix("torch."), "dtype_reason": reason,
              "cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads(),
              "bf16_cpu": hardware.cpu_multiplies_bf16(), "free_memory_bytes": hardware.free_memory(device),
-             "cuda_build": torch.version.cuda}
+             "cuda_build": torch.version.cuda, "rows_that_fit": None}
     if device_type == "cuda":
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             facts["gpus"].append({"name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_memory_bytes": free,
                                   "capability": ".".join(map(str, torch.cuda.get_device_capability(index)))})
+        facts["rows_that_fit"] = rows_that_fit(facts["free_memory_bytes"], dtype)
     facts["matmul_flops"] = {}
-    for name in ("float32", "bfloat16"):
+    for name in ("float32", "bfloat16", *(["float16"] if device_type == "cuda" else [])):
         small = quick or name == "bfloat16" and device_type == "cpu" and not facts["bf16_cpu"]
         n = 512 if small and device_type == "cpu" else 1024 if small else 2048 if device_type == "cpu" else 4096
         try:
@@ -130,6 +132,22 @@ def machine(quick):
     if facts["compiler_problem"] is None and not quick:
         facts["compiler_problem"] = trial_compilation(device_type)
     return facts
+
+
+def rows_that_fit(free_bytes, dtype):
+    """{depth: rows of CONTEXT tokens that a GPU with so much memory takes at once}, estimated for train.py's defaults; 0: not even one."""
+    from nanochat import fit
+    from nanochat.model import GPTConfig, meta_model, width_for
+    fitting = {}
+    for depth in DEPTHS:
+        width = width_for(depth, aspect_ratio=64, head_dim=128)
+        config = GPTConfig(depth=depth, width=width, head_dim=128, n_head=width // 128, n_kv_head=width // 128, vocab_size=32768,
+                           max_seq_len=CONTEXT, short_window=CONTEXT // 2, key_shift=True)
+        parameters = meta_model(config).count_parameters()
+        rows = (2**i for i in range(10) if fit.step_memory_bytes(config, parameters, 2**i, dtype.itemsize, "sdpa")
+                <= fit.MEMORY_SHARE["cuda"] * free_bytes)
+        fitting[depth] = max(rows, default=0)
+    return fitting
 
 
 def cpu_name():
@@ -269,8 +287,15 @@ def slow(facts):
                 add("everything on the CPU", f"torch uses {facts['threads']} of {facts['cores']} cores",
                     "raise or unset OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") else "set OMP_NUM_THREADS")
         if device == "cuda" and facts["dtype"] != "bfloat16":
-            add("matrix products", f"{facts['gpus'][0]['name']} has no bf16 matrix instructions, so they run in fp32",
+            name, how = facts["gpus"][0]["name"], "fp32"
+            if facts["dtype"] == "float16":
+                how = "fp16 in training, whose loss is scaled for that, and in fp32 elsewhere"
+            add("matrix products", f"{name} has no bf16 matrix instructions, so they run in {how}",
                 "a small --depth, or a GPU of the Ampere generation or newer")
+        if facts["rows_that_fit"] and 0 in facts["rows_that_fit"].values():
+            least = min(depth for depth, rows in facts["rows_that_fit"].items() if not rows)
+            add("larger models", f"of --depth={least} with the default context not even one row is estimated to fit into "
+                f"{human_bytes(facts['free_memory_bytes'])}", "a smaller --max-seq-len, or --activation-checkpointing")
         if facts["compiler_problem"]:
             tools = "--no-compile silences this" if device == "mps" else (
                 "pip install triton" if device == "cuda" else "install g++ and Python's headers (python3-dev)")
@@ -303,6 +328,9 @@ def as_text(facts):
         lines.append(("cpu", f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads in torch"))
         lines.append(("trains on", f"{facts['device']} in {facts['dtype']} ({facts['dtype_reason']}), "
                                    f"{human_bytes(facts['free_memory_bytes'])} of memory free"))
+        if facts["rows_that_fit"]:
+            lines.append((f"rows of {CONTEXT:,}", "estimated to fit at once: " + ", ".join(
+                f"{rows} at depth {depth}" for depth, rows in facts["rows_that_fit"].items() if rows)))
         lines.append(("matrix products", ", ".join(f"{name} {flops / 1e12:.3g} TFLOP/s" if flops else f"{name}: not on this device"
                                                    for name, flops in facts["matmul_flops"].items())))
         lines.append(("torch.compile", facts["compiler_problem"] or "works"))

@@ -7,25 +7,38 @@ import re
 import shutil
 import sysconfig
 import time
+from typing import NamedTuple
 
 import torch
 
 from nanochat.common import UsageError, base_dir
 
-# GPU name, as a whole word of what CUDA reports: (dense bf16 peak in FLOP/s, memory in bytes). Source: NVIDIA data sheets.
+
+class Gpu(NamedTuple):
+    """A GPU as its data sheet has it. peak_flops: dense, in bf16; in fp16 (sums in fp32) where there is no bf16, before SM80."""
+    peak_flops: float
+    memory_bytes: float
+    capability: tuple  # (major, minor): (7, 5) is SM75
+
+
+# By name, as a whole word of what CUDA reports. Source: NVIDIA data sheets.
 GPUS = {
-    "B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100": (989e12, 80e9), "H100 NVL": (835e12, 94e9),
-    "H100 PCIe": (756e12, 80e9), "H800": (989e12, 80e9), "A100": (312e12, 80e9), "A800": (312e12, 80e9), "A40": (149.7e12, 48e9),
-    "A30": (165e12, 24e9), "A10": (125e12, 24e9), "A10G": (70e12, 24e9), "L40S": (362e12, 48e9), "L4": (121e12, 24e9),
-    "RTX 5090": (209.5e12, 32e9), "RTX 4090": (165.2e12, 24e9), "RTX 4080": (97.5e12, 16e9), "RTX 3090": (71e12, 24e9),
-    "RTX 3080": (59.5e12, 10e9),
+    "B200": Gpu(2250e12, 180e9, (10, 0)), "H200": Gpu(989e12, 141e9, (9, 0)), "H100": Gpu(989e12, 80e9, (9, 0)),
+    "H100 NVL": Gpu(835e12, 94e9, (9, 0)), "H100 PCIe": Gpu(756e12, 80e9, (9, 0)), "H800": Gpu(989e12, 80e9, (9, 0)),
+    "A100": Gpu(312e12, 80e9, (8, 0)), "A800": Gpu(312e12, 80e9, (8, 0)), "A40": Gpu(149.7e12, 48e9, (8, 6)),
+    "A30": Gpu(165e12, 24e9, (8, 0)), "A10": Gpu(125e12, 24e9, (8, 6)), "A10G": Gpu(70e12, 24e9, (8, 6)),
+    "L40S": Gpu(362e12, 48e9, (8, 9)), "L4": Gpu(121e12, 24e9, (8, 9)), "RTX 5090": Gpu(209.5e12, 32e9, (12, 0)),
+    "RTX 4090": Gpu(165.2e12, 24e9, (8, 9)), "RTX 4080": Gpu(97.5e12, 16e9, (8, 9)), "RTX 3090": Gpu(71e12, 24e9, (8, 6)),
+    "RTX 3080": Gpu(59.5e12, 10e9, (8, 6)), "V100": Gpu(125e12, 16e9, (7, 0)), "V100-PCIE": Gpu(112e12, 16e9, (7, 0)),
+    "T4": Gpu(65e12, 16e9, (7, 5)), "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5)),
 }
 PEAK_SIZES = (2048, 4096)  # rows of the products whose best speed is a device's peak
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FP16_ON_CPU = False  # for tests: CPUs multiply fp16 a thousand times slower than bf16 (runs/LOG.md)
 
 
 def listed_gpu(name):
-    """(peak FLOP/s, memory bytes) of the GPU whose longest listed name stands in `name` as whole words, or None."""
+    """The Gpu whose longest listed name stands in `name` as whole words, or None."""
     found = [key for key in GPUS if re.search(rf"\b{re.escape(key)}\b", name, re.IGNORECASE)]
     return GPUS[max(found, key=len)] if found else None
 
@@ -49,19 +62,25 @@ def cpu_multiplies_bf16():
     return bool((amx or avx512_bf16) and torch.backends.mkldnn.is_available())
 
 
-def pick_dtype(requested, device_type):
-    """(compute dtype, reason). bf16 where the hardware multiplies it fast, otherwise fp32.
+def pick_dtype(requested, device_type, training=False, capability=None):
+    """(compute dtype, reason): bf16 where the hardware multiplies it fast. Where that is true of fp16 alone (SM70 to SM75), training,
+    which can scale its loss, is in fp16; weights that may have been trained in bf16 could exceed its range, so all else is in fp32.
 
-    Raises UsageError for float16, which needs a gradient scaler that does not exist yet."""
-    if requested == "float16":
-        raise UsageError("--dtype=float16: not available yet (it needs loss scaling); use bfloat16 or float32")
+    capability: (major, minor) of the GPU, if not that of this machine's. Raises UsageError for float16 without CUDA."""
+    if requested == "float16" and device_type != "cuda" and not FP16_ON_CPU:
+        raise UsageError(f"--dtype=float16: for CUDA devices (this is {device_type}, which multiplies it slowly or not at all); use "
+                         f"bfloat16 or float32")
+    if device_type == "cuda":
+        major, minor = capability or torch.cuda.get_device_capability()
+        no_bf16 = f"SM{major}{minor} has no bf16 matrix instructions"
+        if requested == "auto" and major >= 8:
+            return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
+        if requested == "auto":
+            return (torch.float16, f"{no_bf16} and multiplies fp16") if training and major == 7 else (torch.float32, no_bf16)
+        if requested == "bfloat16" and major < 8:
+            return torch.bfloat16, f"as requested, though {no_bf16}"
     if requested != "auto":
         return DTYPES[requested], "as requested"
-    if device_type == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major >= 8:
-            return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
-        return torch.float32, f"SM{major}{minor} has no bf16 matrix instructions"
     if device_type == "cpu" and cpu_multiplies_bf16():
         return torch.bfloat16, "this CPU has bf16 instructions (AMX or AVX512-BF16)"
     return torch.float32, f"no fast bf16 on this {device_type}"
@@ -84,6 +103,9 @@ def compiler_missing(device_type):
             import triton  # noqa: F401  (inductor's CUDA back end)
         except ImportError:
             return "triton is not installed (pip install triton)"
+        major, minor = torch.cuda.get_device_capability()
+        if major < 7:
+            return f"SM{major}{minor} is older than what triton compiles for (SM70)"
     else:
         compiler = os.environ.get("CXX") or "g++"
         if not (shutil.which(compiler) or shutil.which("clang++")):
@@ -141,6 +163,11 @@ def matmul_flops(device, dtype, n, repeats):
     return 2 * n**3 / best
 
 
+def peak_label(gpu, name):
+    """What the peak of a listed Gpu is called."""
+    return f"listed {'bf16' if gpu.capability >= (8, 0) else 'fp16'} peak of {name}"
+
+
 def measured_peak(device, dtype):
     """FLOP/s of the fastest of square products of PEAK_SIZES; of the small one where products are so slow that it takes a second."""
     slow = device.type == "cpu" and dtype != torch.bfloat16
@@ -150,12 +177,12 @@ def measured_peak(device, dtype):
 def peak_flops(device):
     """(FLOP/s, label): the listed dense bf16 peak of a known GPU, otherwise a measured one (best of n = 2048 and 4096).
 
-    Where bf16 has no matrix instructions it is measured in fp32, and the label says so."""
+    Where bf16 has no matrix instructions it is that of fp16 or fp32, in which training runs there, and the label says so."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if (known := listed_gpu(name)) is not None:
-            return known[0], f"listed bf16 peak of {name}"
-    dtype, _ = pick_dtype("auto", device.type)
+            return known.peak_flops, peak_label(known, name)
+    dtype, _ = pick_dtype("auto", device.type, training=True)
     return measured_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} peak"
 
 

@@ -9,34 +9,51 @@ import torch
 CHUNK_LOGITS = 2**24  # logits that exist at once, in the compute dtype: 32 MiB in bf16
 EAGER_LOGITS = 2**20  # of these the uncompiled softmax works on so many at once, in fp32
 NARROW_CAP = 60.0  # e^60 times any vocabulary is finite in fp32
+BACKENDS = ("plain", "compiled", "triton")  # of what is between the products
 
 
-def linear_cross_entropy(hidden_NxC, weight_VxC, targets_N, softcap=None, reduction="mean", compiled=False):
+def pick_loss(device_type, compiled):
+    """(backend, reason) of linear_cross_entropy() for training. compiled: torch.compile works here and was not declined.
+
+    The Triton kernel is not chosen before it has run on a GPU, though by counting it should be faster there: per logit the compiled
+    functions read twice and write once, into a second tensor; the kernel reads once and writes once, in place."""
+    if not compiled:
+        return "plain", "nothing is compiled"
+    unmeasured = "; the Triton kernel is not measured yet" if device_type == "cuda" else ""
+    return "compiled", f"the softmax and its gradient, between the products{unmeasured}"
+
+
+def linear_cross_entropy(hidden_NxC, weight_VxC, targets_N, softcap=None, reduction="mean", backend="plain", upstream=1.0):
     """Cross-entropy in nats of logits softcap * tanh(hidden @ weight.T / softcap), as F.cross_entropy(ignore_index=-1) has it.
 
     hidden is in the compute dtype, in which products run; weight is fp32 and so is its gradient; targets are int64, -1 for
     tokens that do not count; softcap None: no cap. Returns fp32: a number for reduction "mean" (over the tokens that count) or
-    "sum", and (N,), 0 where a token does not count, for "none". compiled: use torch.compile between the products.
+    "sum", and (N,), 0 where a token does not count, for "none". backend: how what is between the products is computed. upstream: what
+    the backward pass of "mean" and "sum" will begin with, as far as that is known (loss scaling): their gradients are rounded to the
+    compute dtype at that size; otherwise it changes nothing.
 
     "mean" and "sum" compute the gradients along with the loss, so that logits are made once; "none", whose tokens may each get
     another gradient, makes them again in its backward pass. Both need memory for CHUNK_LOGITS logits and their gradients.
-    Raises ValueError for another reduction. (Chunks, and the gradient in the forward pass: arXiv 2410.10989.)"""
+    Raises ValueError for another reduction or backend. (Chunks, and the gradient in the forward pass: arXiv 2410.10989.)"""
+    if backend not in BACKENDS:
+        raise ValueError(f"loss backend {backend!r}; there are {', '.join(BACKENDS)}")
     if reduction == "none":
-        return _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, compiled)
+        return _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, backend)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}; there are mean, sum and none")
     if not torch.is_grad_enabled():
-        nats = _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, compiled).sum()
+        nats = _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, backend).sum()
         return nats if reduction == "sum" else nats / (targets_N != -1).sum()
-    return _Reduced.apply(hidden_NxC, weight_VxC, targets_N, softcap, reduction, compiled)
+    return _Reduced.apply(hidden_NxC, weight_VxC, targets_N, softcap, reduction, backend, upstream)
 
 
 class _Reduced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, reduction, compiled):
+    def forward(ctx, hidden, weight, targets, softcap, reduction, backend, expected):
         counted = (targets != -1).sum() if reduction == "mean" else torch.ones((), device=targets.device)
         scale = (1 / counted.clamp_min(1)).expand(targets.shape).contiguous()
-        nats, *ctx.gradients = _chunked(hidden, weight, targets, scale, softcap, compiled)
+        nats, *ctx.gradients = _chunked(hidden, weight, targets, scale * expected, softcap, backend)
+        ctx.expected = expected
         return torch.dot(nats, scale) / (counted > 0)  # a mean over nothing is NaN, and its gradients are zero
 
     @staticmethod
@@ -46,23 +63,24 @@ class _Reduced(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: backward a second time; its gradients are given away the first time")
         (hidden_gradient, weight_gradient), ctx.gradients = ctx.gradients, None
-        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None
+        upstream = upstream / ctx.expected
+        return hidden_gradient.mul_(upstream), weight_gradient.mul_(upstream), None, None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, compiled):
+    def forward(ctx, hidden, weight, targets, softcap, backend):
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.softcap, ctx.compiled = softcap, compiled
-        return _chunked(hidden, weight, targets, None, softcap, compiled)[0]
+        ctx.softcap, ctx.backend = softcap, backend
+        return _chunked(hidden, weight, targets, None, softcap, backend)[0]
 
     @staticmethod
     def backward(ctx, upstream):
         hidden, weight, targets = ctx.saved_tensors
-        return *_chunked(hidden, weight, targets, upstream, ctx.softcap, ctx.compiled)[1:], None, None, None
+        return *_chunked(hidden, weight, targets, upstream, ctx.softcap, ctx.backend)[1:], None, None, None
 
 
-def _chunked(hidden, weight, targets, scale, softcap, compiled):
+def _chunked(hidden, weight, targets, scale, softcap, backend):
     """(nats (N,), and of sum(scale * nats) the gradients for hidden, in its dtype, and weight, fp32; None without a scale)."""
     N, V = len(targets), len(weight)
     rows = max(1, -(-N // max(1, -(-N * V // CHUNK_LOGITS))))  # chunks of nearly equal length
@@ -73,10 +91,9 @@ def _chunked(hidden, weight, targets, scale, softcap, compiled):
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         logits = hidden[part] @ matrix.T
-        nats[part], log_total = _rowwise(_nats_and_log_total, compiled, softcap, logits, targets[part])
+        nats[part], gradient = _nats_and_gradient(logits, targets[part], None if scale is None else scale[part], softcap, backend)
         if scale is None:
             continue
-        gradient = _rowwise(_gradient, compiled, softcap, logits, targets[part], scale[part], log_total)
         torch.mm(gradient, matrix, out=hidden_gradient[part])
         product = gradient.T @ hidden[part]
         weight_gradient = product.float() if weight_gradient is None else weight_gradient.add_(product)
@@ -85,9 +102,18 @@ def _chunked(hidden, weight, targets, scale, softcap, compiled):
     return nats, hidden_gradient, weight_gradient
 
 
-def _rowwise(function, compiled, softcap, logits, *of_rows):
+def _nats_and_gradient(logits, targets, scale, softcap, backend):
+    """(nats (R,) fp32, the gradient of sum(scale * nats) for the logits in their dtype, perhaps in their place; None without a scale)."""
+    if backend == "triton":
+        from nanochat.kernels.cross_entropy import cross_entropy_
+        return cross_entropy_(logits, targets, scale, softcap), None if scale is None else logits
+    nats, log_total = _rowwise(_nats_and_log_total, backend, softcap, logits, targets)
+    return nats, None if scale is None else _rowwise(_gradient, backend, softcap, logits, targets, scale, log_total)
+
+
+def _rowwise(function, backend, softcap, logits, *of_rows):
     """function(logits, *of_rows, softcap): at once if it is compiled, which makes no copies, otherwise a few rows at a time."""
-    if compiled:
+    if backend == "compiled":
         return _compiled(function)(logits, *of_rows, softcap)
     rows = max(1, EAGER_LOGITS // logits.size(1))
     parts = [function(*(x[start : start + rows] for x in (logits, *of_rows)), softcap) for start in range(0, len(logits), rows)]

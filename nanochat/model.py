@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import attention
 from nanochat.common import round_up
-from nanochat.loss import linear_cross_entropy
+from nanochat.loss import linear_cross_entropy, pick_loss
 
 NORM_EPS = 1e-6
 ROPE_BASE = 100_000.0
@@ -92,10 +92,14 @@ def norm(x):
 class Linear(nn.Linear):
     """nn.Linear without bias whose fp32 weight is cast to the input's dtype for the product."""
 
+    training_product = None  # of (x, weight), in place of that product while training (nanochat/fp8.py)
+
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
+        if self.training and self.training_product is not None:
+            return self.training_product(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -215,7 +219,7 @@ class GPT(nn.Module):
         self.register_buffer("rope_cos", torch.empty(reach, half), persistent=False)
         self.register_buffer("rope_sin", torch.empty(reach, half), persistent=False)
         self.run_mix_embedding = type(self).mix_embedding  # a plain function: a bound method would make the model hold itself
-        self.compiled = False
+        self.loss_backend = "plain"
         self.checkpointing = False  # --activation-checkpointing
 
     def _add_parts(self, attention_backend):
@@ -283,9 +287,10 @@ class GPT(nn.Module):
     def compile_parts(self):
         """Compile each block, the embedding mix and the loss's softmax, not the whole: layers of one kind share one kernel set.
 
-        Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled."""
+        Only training mode uses them. Evaluation and generation, whose shapes vary, run the same code uncompiled; but where the
+        loss has a kernel, that takes any shape."""
         self.run_mix_embedding = torch.compile(type(self).mix_embedding, dynamic=False)
-        self.compiled = True
+        self.loss_backend, _ = pick_loss(self.head_weight().device.type, compiled=True)
         for block in self.blocks:
             block.compile(dynamic=False)
 
@@ -401,15 +406,16 @@ class GPT(nn.Module):
         logits = F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def forward(self, ids_BxT, targets_BxT=None, cache=None, reduction="none"):
+    def forward(self, ids_BxT, targets_BxT=None, cache=None, reduction="none", upstream=1.0):
         """Logits (B, T, V); given targets, their cross-entropy in nats, fp32: (B, T), 0 where the target is -1, or its mean or sum.
 
-        ids and targets are int64. What is trained on is the mean: it needs the logits only once."""
+        ids and targets are int64. What is trained on is the mean: it needs the logits only once. upstream: of linear_cross_entropy()."""
         hidden = self.hidden(ids_BxT, cache)
         if targets_BxT is None:
             return self.logits(hidden)
-        nats = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets_BxT.flatten(), self.softcap, reduction,
-                                    self.compiled and self.training)
+        backend = "plain" if self.loss_backend == "compiled" and not self.training else self.loss_backend
+        nats = linear_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets_BxT.flatten(), self.softcap, reduction, backend,
+                                    upstream)
         return nats.view_as(targets_BxT) if reduction == "none" else nats
 
 

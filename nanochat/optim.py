@@ -10,6 +10,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from nanochat.common import round_up
+from nanochat.hardware import compiler_missing
 from nanochat.ranks import all_gather, rank, reduce_scatter, sum_over_ranks, world_size
 
 # Quintic coefficients of Polar Express (arXiv 2505.16932), five steps from a lower singular-value bound of 1e-3, with the
@@ -22,6 +23,11 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+SYMMETRIC_KERNEL = False  # until it has run on a GPU, Gram matrices are plain products
+# Side from which half of a Gram matrix is computed and the other mirrored. By counting, not measured: of its 4 x 4 tiles 10 are left;
+# at half the side 3 of 4 would be, and eight matrices four times as long as wide are 1.1 GFLOP there, as short as the launch.
+SYMMETRIC_SIDE = 512
+
 
 def orthogonalize(matrices_NxRxC, dtype):
     """Nearest semi-orthogonal matrix of each (U V^T of its SVD), approximately: singular values land near 1.
@@ -30,12 +36,27 @@ def orthogonalize(matrices_NxRxC, dtype):
     X = matrices_NxRxC.to(dtype)
     tall = X.size(-2) > X.size(-1)
     X = X / (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.02 + 1e-6).to(dtype)
+    symmetric_product = _symmetric_product(X)
     for a, b, c in POLAR_EXPRESS:
         # X <- a X + (b A + c A^2) X with A = X X^T, or its mirror image for tall matrices
-        A = X.mT @ X if tall else X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        if symmetric_product:
+            A = symmetric_product(X.mT if tall else X)
+            B = symmetric_product(A, add_NxRxR=A, beta=b, alpha=c)
+        else:
+            A = X.mT @ X if tall else X @ X.mT
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def _symmetric_product(X):
+    """The kernel for products of X with itself where it is worth its launch and can be compiled (bf16 needs SM80), or None."""
+    if not SYMMETRIC_KERNEL or not X.is_cuda or X.dtype != torch.bfloat16 or min(X.shape[-2:]) < SYMMETRIC_SIDE:
+        return None
+    if torch.cuda.get_device_capability(X.device) < (8, 0) or compiler_missing("cuda"):
+        return None
+    from nanochat.kernels.symmetric_matmul import symmetric_product
+    return symmetric_product
 
 
 def muon_update(grad_NxRxC, momentum_NxRxC, second_NxS, mu, beta2, dtype):

@@ -7,23 +7,21 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from nanochat import corpus as corpora, fit, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
+from nanochat import corpus as corpora, fit, fp8, hardware, hub, ranks, schedules, tokenizer as tokenizers, track
 from nanochat.attention import BACKENDS, pick_backend
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
+from nanochat.loss import pick_loss
 from nanochat.model import GPTConfig, meta_model, width_for
 
 HORIZONS = ("num_iterations", "target_flops", "target_tokens", "target_epochs", "target_minutes", "target_param_data_ratio")
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
 LONG_RUN_SECONDS = 2 * 86400
 # What the flags of the contract name and this version does not do yet: refused by name, never ignored.
-LATER = {
-    "shard": "sharding the model (FSDP2)", "fp8": "fp8 training",
-    "fp8_recipe": "fp8 training",
-}
-LATER_VALUES = {("dtype", "float16"): "float16 training (it needs loss scaling)"}
+LATER = {"shard": "sharding the model (FSDP2)"}
 
 
 def flag(name):
@@ -51,8 +49,6 @@ def check_flags(args):
         value = getattr(args, name)
         if name in args.given and value is not False:
             require(name, False, f"{feature} is not available in this version", "leave the flag out")
-    for (name, value), feature in LATER_VALUES.items():
-        require(name, getattr(args, name) != value, f"{feature} is not available in this version", "choose another value")
     known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
     require("tokenizer", known, "neither a kind of tokenizer nor a folder",
             f"choose {', '.join(tokenizers.KINDS)}, gpt2, a folder with a saved one, or a run folder")
@@ -71,6 +67,9 @@ def check_flags(args):
                 "--arch=llama sees the full context in every layer", "leave the flag out")
     for name in ("stop_at_bpb", "patience"):
         require(name, args.eval_every != -1 or getattr(args, name) == -1, "needs evaluations, and --eval-every is -1", "give --eval-every")
+    require("fp8_recipe", args.fp8 or "fp8_recipe" not in args.given, "belongs to --fp8", "add that, or leave it out")
+    require("dtype", not args.fp8 or args.dtype in ("auto", "bfloat16"), "what --fp8 leaves alone is in bfloat16", "leave it out")
+    require("fp8", not args.fp8 or args.compile or fp8.EMULATE, "slower than bfloat16 where it is not compiled", "leave --no-compile out")
     require("depth", args.depth <= 1000, "deeper than any model this program can hold", "give at most 1000")
     require("aspect_ratio", args.depth * args.aspect_ratio <= 2**17, "wider than any model this program can hold", "give less")
     require("out_dir", args.out_dir, "empty", "name a folder, or leave the flag out")
@@ -135,8 +134,8 @@ def check_flags(args):
     require("gpus", args.gpus >= 1, "must be at least 1", "give a positive number")
     require("gpu", not args.gpu or hardware.listed_gpu(args.gpu), "not in the table of GPUs",
             f"choose one of {', '.join(hardware.GPUS)}")
-    require("gpu", not args.gpu or args.dtype in ("auto", "bfloat16") and args.device_type in ("", "cuda"),
-            "plans for CUDA in bfloat16, whose peak the table has", "leave --dtype and --device-type out")
+    require("gpu", not args.gpu or args.dtype != "float32" and args.device_type in ("", "cuda"),
+            "plans for CUDA in 16 bits, whose peak the table has", "leave --dtype and --device-type out")
     return problems + track.problems(args.run, args.tensorboard)
 
 
@@ -266,10 +265,12 @@ def estimated_seconds(plan, args, peak_flops, devices):
     return plan.flops / (ASSUMED_MFU * peak_flops * devices)
 
 
-def as_json(args, config, plan, device_batch, peak_flops, peak_label, devices, memory):
+def as_json(args, config, plan, device_batch, runtime, peak_flops, peak_label, devices, memory):
     """The plan as numbers, for --json."""
     return {"model": dataclasses.asdict(config), "plan": plan.as_dict(), "flops": plan.flops, "devices": devices,
             "device_batch_size": device_batch, "accumulation": plan.rows_per_step // (device_batch * devices),
+            "dtype": str(runtime.dtype).removeprefix("torch."),
+            "fp8_layers": list(fp8.large_layers(meta_model(config))) if runtime.fp8_recipe else [],
             "peak_flops": peak_flops, "peak": peak_label,
             "estimates": {"seconds": estimated_seconds(plan, args, peak_flops, devices), "assumed_mfu": ASSUMED_MFU,
                           "memory_bytes": memory(device_batch),
@@ -313,6 +314,38 @@ def describe(args, config, plan, device_batch, peak_flops, peak_label, devices, 
     }
 
 
+class Runtime(NamedTuple):
+    """What computes how. no_compiler: why torch.compile is not used, or None; fp8_recipe: of layers trained in fp8, or None."""
+    dtype: torch.dtype
+    dtype_reason: str
+    attention: str
+    attention_reason: str
+    no_compiler: str | None
+    fp8_recipe: str | None
+
+
+def pick_runtime(args, device_type, gpu=None):
+    """The Runtime of these flags on this machine, or on a hardware.Gpu. UsageError for what cannot be had there."""
+    capability = gpu and gpu.capability
+    dtype, dtype_reason = hardware.pick_dtype(args.dtype, device_type, training=True, capability=capability)
+    no_compiler = "--no-compile" if not args.compile else None if gpu else hardware.compiler_missing(device_type)
+    backend, backend_reason = pick_backend(args.attention, device_type, dtype, args.head_dim, capability, no_compiler)
+    if args.fp8:
+        fp8.require(meta_model(model_config(args, vocab_size=1)), device_type, dtype, no_compiler, capability)
+    return Runtime(dtype, dtype_reason, backend, backend_reason, no_compiler, args.fp8_recipe if args.fp8 else None)
+
+
+def runtime_in_words(runtime, config, device_type, devices):
+    """The line on what computes how, and why."""
+    loss, loss_reason = pick_loss(device_type, not runtime.no_compiler)
+    return (f"runtime: {device_type} x {devices}, {str(runtime.dtype).removeprefix('torch.')} ({runtime.dtype_reason})"
+            + (" with loss scaling" if runtime.dtype == torch.float16 else "")
+            + (f", {fp8.in_words(meta_model(config), runtime.fp8_recipe)}" if runtime.fp8_recipe else "")
+            + f"; attention: {runtime.attention} ({runtime.attention_reason}); "
+            + (f"eager ({runtime.no_compiler})" if runtime.no_compiler else "compiled per block")
+            + f"; loss: {loss} ({loss_reason}), cross-entropy in fp32; fp32 products in full precision; deterministic algorithms on")
+
+
 def format_plan(description):
     """The lines of describe() as an aligned block."""
     lines = []
@@ -340,22 +373,23 @@ def dry_run(args, model=None):
     names one. Returns the exit code."""
     device_type = "cuda" if args.gpu else hardware.pick_device_type(args.device_type)
     if args.gpu:
-        dtype, (peak, free_bytes), peak_label = torch.bfloat16, hardware.listed_gpu(args.gpu), f"listed bf16 peak of {args.gpu}"
+        gpu = hardware.listed_gpu(args.gpu)
+        peak, peak_label, free_bytes = gpu.peak_flops, hardware.peak_label(gpu, args.gpu), gpu.memory_bytes
     else:
-        device = torch.device(device_type)
-        dtype, _ = hardware.pick_dtype(args.dtype, device_type)
+        gpu, device = None, torch.device(device_type)
         (peak, peak_label), free_bytes = hardware.peak_flops(device), fit.free_memory(device, args.gpus)
+    runtime = pick_runtime(args, device_type, gpu)
     n_bytes = corpora.estimated_bytes(args.data)
     config = model or model_config(args, tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes))
     tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
     plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
-    compiled = args.compile and (bool(args.gpu) or not hardware.compiler_missing(device_type))
-    memory = fit.memory_of(args, config, plan.parameters, dtype, pick_backend(args.attention, device_type)[0], compiled, device_type)
+    memory = fit.memory_of(args, config, plan.parameters, runtime.dtype, runtime.attention, not runtime.no_compiler, device_type)
     device_batch = fit.pick_device_batch(args, plan, memory, free_bytes, args.gpus, device_type)
     if args.json:
-        print(json.dumps(as_json(args, config, plan, device_batch, peak, peak_label, args.gpus, memory), indent=2))
+        print(json.dumps(as_json(args, config, plan, device_batch, runtime, peak, peak_label, args.gpus, memory), indent=2))
         return EXIT_COMPLETED
     print(format_plan(describe(args, config, plan, device_batch, peak, peak_label, args.gpus, memory, tokens_per_epoch)))
+    print(runtime_in_words(runtime, config, device_type, args.gpus))
     if advice := long_run_advice(args, plan, estimated_seconds(plan, args, peak, args.gpus)):
         print(advice)
     return EXIT_COMPLETED

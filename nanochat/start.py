@@ -12,6 +12,7 @@ from nanochat.common import UsageError, human_bytes, human_time, read_json
 from nanochat.model import GPTConfig
 from nanochat.plan import HORIZONS, flag, make_plan
 from nanochat.runlog import RunFolder, provenance, read_lines, status_of
+from nanochat.track import new_run_id
 
 # Flags of one start, not of the run: never taken from a run's config.json, and not kept when it is resumed.
 OF_THIS_START = ("resume", "resume_from_step", "overwrite", "out_dir", "model_tag", "config", "dry_run", "json", "gpus", "gpu")
@@ -184,6 +185,20 @@ def first_config(args, plan, model_config, corpus, tokens_per_epoch, compressed_
               "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
               **provenance()}
     return config | ({"init_from": {"run": args.init_from, "step": source.step}} if source else {})
+
+
+def renew_config(config, args, plan, start_step, steps_before, left_its_curve):
+    """Change the config of a run where this start of it differs from earlier ones. plan: the new one where the run was extended from
+    steps_before steps (None where it was not). left_its_curve: it goes on from before what it has drawn already."""
+    # the same text may have moved, and a rule for an early end that was changed counts from now on
+    config["args"] |= {name: getattr(args, name) for name in ("data", "val_data", "stop_at_bpb", "patience")}
+    if steps_before is not None:
+        config["args"] |= {name: getattr(args, name) for name in HORIZONS}
+        config["plan"] = plan.as_dict()
+        config["extended"] = [*config.get("extended", []), {"from_step": start_step, "steps_before": steps_before}]
+    # there W&B gets a new curve
+    if steps_before is not None or left_its_curve or "wandb_id" not in config:
+        config["wandb_id"] = new_run_id()
 
 
 def last_words(args, folder, step, state, completed, failure, peak_memory_bytes):

@@ -96,8 +96,8 @@ def _parabola(label, points):
     inside, found = ln_n[0] <= minimum[0] <= ln_n[-1], float(np.exp(minimum[0]))
     end = {ln_n[0]: "shallower", ln_n[-1]: "deeper"}.get(ln_n[loss.argmin()])
     if inside and end and loss.min() < minimum[2]:
-        parabola["left_out"] = (f"the parabola has its minimum inside the range of depths, at N = {short(found)}, and the run at the end of "
-                                f"the range is better than that; add {end} models")
+        parabola["left_out"] = (f"the parabola has its minimum inside the range of depths, at N = {short(found)}, and the run at the "
+                                f"end of the range is better than that; add {end} models")
     if not inside:
         side, more = ("below", "shallower") if minimum[0] < ln_n[0] else ("above", "deeper")
         parabola["left_out"] = (f"the minimum is NOT inside the range of depths: N = {short(found)} is {side} "

@@ -93,7 +93,8 @@ def ablation(rows):
     """One dict a variant, in order: name, status, n and mean of val_bpb, and differences to the variant "baseline", paired by seed.
 
     rows: runs named VARIANT/seedS. difference, core_difference and seconds_difference are {mean, se, reach, n} over the seeds that both
-    have completed: variant - baseline, reach half a 95% interval (Student's t); both null below two pairs. status: completed, or how many of its runs failed or are left."""
+    have completed: variant - baseline, reach half a 95% interval (Student's t); both null below two pairs. status: completed, or how
+    many of its runs failed or are left."""
     variants = {}
     for row in rows:
         variant, seed = row["name"].split("/")
@@ -129,11 +130,12 @@ def ablation_table(variants):
     for entry in variants:
         difference, seconds = entry["difference"], entry["seconds_difference"]
         percent = 0.0 if seconds is None or seconds["mean"] is None else 100 / (entry["seconds"]["mean"] - seconds["mean"])
-        lines.append((entry["name"], fixed(entry["val_bpb"]["mean"]), with_reach(difference, 4), str(difference["n"]) if difference else None,
+        pairs = str(difference["n"]) if difference else None
+        lines.append((entry["name"], fixed(entry["val_bpb"]["mean"]), with_reach(difference, 4), pairs,
                       with_reach(entry["core_difference"], 4), entry["flops"]["mean"] and f"{entry['flops']['mean']:.3g}",
                       seconds_in_words(entry["seconds"]["mean"]), with_reach(seconds, 1, percent, "%"), entry["status"]))
-    note = "" if len(variants) < 2 else "\n± is half of a 95% interval over the seeds, each variant by itself; without one the noise is unknown"
-    return aligned(lines) + note
+    note = "\n± is half of a 95% interval over the seeds, each variant by itself; without one the noise is unknown"
+    return aligned(lines) + note * (len(variants) > 1)
 
 
 def result_line(**values):

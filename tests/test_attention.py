@@ -1,11 +1,16 @@
-"""Both attention backends against an explicit fp64 softmax over every pair of positions."""
+"""Attention backends against an explicit fp64 softmax over every pair of positions; the Triton kernel has tests/test_flash_attention.py."""
+
+import importlib.util
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.attention import BACKENDS, _blocks, attention, branched_attention, pick_backend, visited_keys
+from nanochat.attention import BACKENDS, _blocks, attention, branched_attention, pick_backend, usable_backends, visited_keys
+from nanochat.common import UsageError
 
 FULL = 10**6  # a window larger than any S used here
 
@@ -62,7 +67,7 @@ def output_and_gradients(function, q, k, v, grad_out, dtype):
     return dict(zip(("out", "alone", "dq", "dk", "dv"), (out.detach(), alone, *(leaf.grad for leaf in leaves))))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("T, S, window, H, K, D", CASES)
 def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D):
     q, k, v, grad_out = inputs(T, S, H, K, D)
@@ -74,7 +79,7 @@ def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D)
         assert (ours[name] - exact[name]).abs().max() <= 2e-5 * scale, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("T, S, window, H, K, D", [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128),
                                                    (65, 257, FULL, 4, 1, 32)])
 def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
@@ -147,11 +152,77 @@ def test_blocked_work_grows_with_the_window_not_with_the_square():
     assert flops(2048, FULL) < 0.6 * dense
 
 
-def test_backend_choice():
-    assert pick_backend("auto", "cuda")[0] == "sdpa"
-    assert pick_backend("auto", "cpu")[0] == "blocked"
+def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
+    """Traced, forward and backward, though not made into a kernel: on a CPU that is refused, which is taken out here. One mask serves all
+    graphs of a window; without a window, or uncompiled, there is none."""
+    from torch.nn.attention import flex_attention as torchs
+    from nanochat.kernels import flex_attention as ours
+    monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(ours, "_masks", types.SimpleNamespace())
+    for T, S, window, H, K, n_masks in [(200, 200, 100, 4, 2, 1), (200, 200, 100, 1, 1, 1), (65, 200, 9, 2, 1, 2), (65, 65, FULL, 2, 1, 2)]:
+        torch.compiler.reset()  # each has a graph of its own, and there is a limit
+        *leaves, grad_out = (x.requires_grad_() for x in inputs(T, S, H, K, 32))
+        exact = reference(*(x.double() for x in leaves), window)
+        exact_grads = torch.autograd.grad(exact, leaves, grad_out.double())
+        torch.testing.assert_close(attention(*leaves, window, "flex"), exact.float(), atol=2e-5, rtol=2e-5)
+        out = torch.compile(lambda *x: attention(*x, window, "flex"), backend="aot_eager", fullgraph=True, dynamic=False)(*leaves)
+        torch.testing.assert_close(out, exact.float(), atol=2e-5, rtol=2e-5)
+        for grad, exact_grad in zip(torch.autograd.grad(out, leaves, grad_out), exact_grads, strict=True):
+            torch.testing.assert_close(grad, exact_grad, atol=5e-5, rtol=5e-5)
+        assert len(vars(ours._masks)) == n_masks
+
+
+@pytest.mark.parametrize("also_lse", [False, True])
+@pytest.mark.parametrize("T, S, window", [(40, 40, FULL), (40, 40, 40), (40, 40, 39), (9, 40, 1), (9, 40, 7), (9, 40, FULL)])
+def test_fa3_is_asked_for_the_same_window(monkeypatch, T, S, window, also_lse):
+    """Against a stand-in with the meaning of that package: keys from left before to right after a query, aligned at the end; -1: all."""
+    def flash_attn_func(q, k, v, causal, window_size, deterministic):
+        assert causal and deterministic
+        left, right = window_size
+        distance = (torch.arange(T) + S - T)[:, None] - torch.arange(S)[None, :]
+        seen = (distance >= 0) & ((distance <= left) | (left == -1)) & ((-distance <= right) | (right == -1))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True).transpose(1, 2)
+        return (out, None) if also_lse else out
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    q, k, v, _ = inputs(T, S, 4, 2, 32)
+    torch.testing.assert_close(attention(q, k, v, window, "fa3"), reference(q, k, v, window), atol=1e-5, rtol=1e-5)
+
+
+def test_backend_choice(monkeypatch):
+    assert pick_backend("auto", "cpu")[0] == pick_backend("auto", "mps")[0] == "blocked"
+    assert pick_backend("auto", "cuda", capability=(9, 0))[0] == pick_backend("auto", "cuda", capability=(8, 0))[0] == "flex"
+    assert pick_backend("auto", "cuda", capability=(7, 5))[0] == "sdpa"
+    assert pick_backend("auto", "cuda", capability=(9, 0), no_compiler="--no-compile")[0] == "sdpa"
     for backend in BACKENDS:
-        assert pick_backend(backend, "cpu") == (backend, "as requested")
+        assert pick_backend(backend, "cuda", torch.bfloat16, 128, (9, 0)) == (backend, "as requested")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for installed, auto, usable in [({"triton"}, "flex", ("blocked", "sdpa", "flex", "triton")), ((), "sdpa", ("blocked", "sdpa")),
+                                    ({"triton", "flash_attn_interface"}, "flex", BACKENDS)]:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+        assert pick_backend("auto", "cuda")[0] == auto and usable_backends("cuda") == usable
+
+
+@pytest.mark.parametrize("backend, device_type, known, reason", [
+    ("triton", "cpu", {}, "runs on NVIDIA GPUs, and this device is cpu; choose auto, blocked or sdpa"),
+    ("flex", "mps", {}, "this device is mps"),
+    ("fa3", "cpu", {}, "this device is cpu"),
+    ("fa3", "cuda", {"capability": (8, 0)}, "Hopper"),
+    ("fa3", "cuda", {"capability": (9, 0), "dtype": torch.float32}, "not float32; choose auto, blocked or sdpa or flex or triton"),
+    ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
+    ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
+    ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),
+])
+def test_a_backend_that_cannot_run_is_refused(monkeypatch, backend, device_type, known, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match=f"^--attention={backend}: .*{reason}"):
+        pick_backend(backend, device_type, **known)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for backend, package in [("triton", "triton"), ("flex", "triton"), ("fa3", "flash_attn_interface")]:
+        with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed"):
+            pick_backend(backend, "cuda")
 
 
 @pytest.mark.parametrize(("T", "lengths", "window", "heads"), [

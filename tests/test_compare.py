@@ -462,7 +462,8 @@ def test_groups_of_the_sweeps_have_their_names(tmp_path, capsys):
     make(tmp_path, "seeds/seed43", seed=43, depth=6)
     make(tmp_path, "again", seed=42, depth=6)
     found = compared(capsys, *sorted(tmp_path.glob("ablation/*/*")), *sorted(tmp_path.glob("seeds/*")), tmp_path / "again")
-    assert [group["name"] for group in found["groups"]] == ["baseline (seeds 42, 43)", "half (seeds 42, 43)", "seeds (seeds 42, 43)", "again"]
+    named = [group["name"] for group in found["groups"]]
+    assert named == ["baseline (seeds 42, 43)", "half (seeds 42, 43)", "seeds (seeds 42, 43)", "again"]
     assert ["again: the settings and the seed of seeds/seed42" in line for line in found["warnings"]].count(True) == 1
 
 

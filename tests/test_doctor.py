@@ -80,13 +80,16 @@ def good_gpu(**changes):
     place = {"path": "/data", "free_bytes": 10**12, "problem": None}
     return {"python": "3.12.1", "system": "Linux x86_64", "packages": {"torch": "2.13.0"}, "missing": [], "torch_error": None,
             "device": "cuda", "gpus": [gpu], "dtype": "bfloat16", "dtype_reason": "SM90", "cpu": "a CPU", "cores": 32, "threads": 32,
-            "bf16_cpu": True, "free_memory_bytes": 79e9, "cuda_build": "13.0", "compiler_problem": None,
+            "bf16_cpu": True, "free_memory_bytes": 79e9, "cuda_build": "13.0", "compiler_problem": None, "rows_that_fit": {4: 512, 32: 4},
             "matmul_flops": {"float32": 5e13, "bfloat16": None}, "disk": {"caches": place, "runs": place},
             "dataset_hub": {"address": "x", "problem": None}, "wandb": "WANDB_API_KEY"} | changes
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"dtype": "float32"}, ["no bf16 matrix instructions", "Ampere"]),
+    ({"dtype": "float32"}, ["no bf16 matrix instructions", "they run in fp32", "Ampere"]),
+    ({"dtype": "float16"}, ["no bf16 matrix instructions", "fp16 in training, whose loss is scaled", "Ampere"]),
+    ({"rows_that_fit": {4: 128, 20: 0, 24: 0}, "free_memory_bytes": 15.8e9},
+     ["of --depth=20", "not even one row", "14.7 GiB", "--max-seq-len"]),
     ({"compiler_problem": "triton is not installed"}, ["torch.compile cannot be used", "triton", "pip install triton"]),
     ({"free_memory_bytes": 3e9}, ["2.8 GiB of memory are free", "--depth"]),
     ({"gpus": [{"name": "G", "memory_bytes": 80e9, "free_memory_bytes": 20e9, "capability": "9.0"}]},
@@ -101,6 +104,27 @@ def test_what_will_be_slow(monkeypatch, changes, words):
     monkeypatch.setattr(doctor, "nvidia_gpu_present", lambda: False)
     found = remarks({"slow": doctor.slow(good_gpu(**changes))})
     assert all(word in found for word in words), found
+
+
+def test_a_t4(monkeypatch):
+    """A GPU of 16 GB without bf16: what it trains in, what fits, what is slow. Simulated."""
+    import torch
+    gpu = torch.device("cuda")
+    properties = {"device_count": lambda: 1, "mem_get_info": lambda index=0: (15.6e9, 15.8e9),
+                  "get_device_name": lambda index=0: "Tesla T4", "get_device_capability": lambda index=0: (7, 5)}
+    for name, value in properties.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(hardware, "pick_device_type", lambda requested: gpu.type)
+    monkeypatch.setattr(hardware, "matmul_flops", lambda device, dtype, n, repeats: 1e12)
+    monkeypatch.setattr(hardware, "compiler_missing", lambda device_type: None)
+    facts = good_gpu(**doctor.machine(quick=True))
+    assert facts["dtype"] == "float16" and set(facts["matmul_flops"]) == {"float32", "bfloat16", "float16"}
+    rows = facts["rows_that_fit"]
+    assert rows[4] > rows[12] >= 1 and rows[24] == 0
+    facts |= {"slow": doctor.slow(facts), "needed": []}
+    shown = doctor.as_text(facts)
+    assert f"{rows[4]} at depth 4" in shown and "at depth 24" not in shown and "cuda in float16 (SM75 has no bf16" in shown
+    assert "Tesla T4 has no bf16 matrix instructions" in shown and "not even one row" in shown
 
 
 def test_an_idle_gpu(monkeypatch):

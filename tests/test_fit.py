@@ -196,5 +196,5 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch, tmp_path):
 def test_backends_keep_other_amounts():
     args, config = config_of("--depth=4", "--max-seq-len=1024")
     parameters = meta_model(config).count_parameters()
-    blocked, fused = (fit.step_memory_bytes(config, parameters, 4, 2, backend) for backend in attention.BACKENDS)
-    assert fused < blocked
+    blocked, *fused = (fit.step_memory_bytes(config, parameters, 4, 2, backend) for backend in attention.BACKENDS)
+    assert max(fused) < blocked

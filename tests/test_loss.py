@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat import loss
-from nanochat.loss import linear_cross_entropy
+from nanochat.loss import linear_cross_entropy, pick_loss
 
 # N tokens, C width, V vocabulary, logits in a chunk, softcap
 CASES = [
@@ -136,15 +136,22 @@ def test_compiled_equals_eager():
     hidden, weight, targets = inputs(64, 32, 500)
     for reduction in ("mean", "none"):
         eager = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
-        compiled = results(lambda *x: linear_cross_entropy(*x, compiled=True), hidden, weight, targets, 15.0, reduction)
+        compiled = results(lambda *x: linear_cross_entropy(*x, backend="compiled"), hidden, weight, targets, 15.0, reduction)
         for name in eager:
             torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
+
+
+def test_backend_choice():
+    assert pick_loss("cpu", compiled=False)[0] == pick_loss("cuda", compiled=False)[0] == "plain"
+    assert pick_loss("cpu", compiled=True)[0] == pick_loss("cuda", compiled=True)[0] == "compiled"
 
 
 def test_refused():
     hidden, weight, targets = inputs(6, 4, 11)
     with pytest.raises(ValueError, match="median"):
         linear_cross_entropy(hidden, weight, targets, reduction="median")
+    with pytest.raises(ValueError, match="backend 'fused'"):
+        linear_cross_entropy(hidden, weight, targets, backend="fused")
     nats = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
     nats.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import small
+
 ROOT = Path(__file__).resolve().parent.parent
 # Notes its arguments, and ends with the exit code that codes.json names for this start; "wait": when it is told to stop.
 COMMAND = """
@@ -149,3 +151,45 @@ def test_requeue_has_one_way_to_name_the_folder(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.s*")), ids=lambda path: path.name)
 def test_scripts_are_sound_shell(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True).stderr == b""
+
+
+def test_speedrun_at_toy_size(tmp_path):
+    """The real commands in their order, on text of this repository; started again, the run is complete and is told so."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    for name in ("runs", "nanochat", "tasks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "README.md"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "runs" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."')
+    (root / "bin").mkdir()
+    for name, command in (("python", f'{sys.executable} "$@"'), ("nanochat", f'{sys.executable} -m nanochat "$@"')):
+        (root / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (root / "bin" / name).chmod(0o755)
+    environ = small.environment() | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "TOY": "1", "PYTHONPATH": str(root),
+                                     "CORE_BUNDLE": str(small.core_bundle(tmp_path))}
+
+    def run(*arguments):
+        return subprocess.run(["bash", "runs/speedrun.sh", *arguments], cwd=root, env=environ, capture_output=True, text=True)
+    done = run("2", "1", "--num-iterations=20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = dict(word.split("=") for word in done.stdout.splitlines()[-1].removeprefix("RESULT ").split())
+    assert -1 < float(words["core_low"]) <= float(words["core"]) <= float(words["core_high"]) < 1 and float(words["val_bpb"]) > 1
+    assert "planned: " in done.stderr and (root / "out" / "speedrun-d2" / "report.html").exists()
+    again = run("2", "1", "--num-iterations=20")
+    assert again.returncode == 0 and "is complete at step 20" in again.stdout + again.stderr, again.stdout + again.stderr
+    refused = run("2", "0")
+    assert refused.returncode == 2 and "GPUS=0" in refused.stderr
+
+
+def test_the_plan_of_the_speedrun_is_what_its_header_says():
+    header = (ROOT / "runs" / "speedrun.sh").read_text().split("set -euo")[0]
+    for gpus, hours in ((8, "2.53 hours on eight"), (1, "20.3 on one")):
+        flags = ["--depth=24", "--target-param-data-ratio=8", "--dry-run", "--json", "--gpu=H100", f"--gpus={gpus}", "--fp8"]
+        shown = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, check=True).stdout
+        plan = json.loads(shown)
+        planned = plan["estimates"]["seconds"] / 3600
+        assert f"{planned:.3g}" == hours.split()[0] and hours in header
+        assert f"{plan['flops']:.2e}".replace("e+", "e") in header and f"{plan['plan']['tokens']:.2e}".replace("e+0", "e") in header
+        assert f"{planned * gpus:.3g} GPU-hours: ${planned * gpus * 3:.0f} at PRICE=3" in header
+        assert f"N: {plan['plan']['scaling_parameters'] / 1e6:.0f}M" in header

@@ -1,0 +1,316 @@
+"""Triton kernels of the loss and the optimizer. Three-way rule: their error against fp64 may not exceed plain PyTorch's in the same dtype.
+
+They run on the GPU where there is one, otherwise in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import loss, optim
+from nanochat.loss import linear_cross_entropy
+from nanochat.model import GPTConfig, build
+from nanochat.optim import POLAR_EXPRESS, SYMMETRIC_SIDE, orthogonalize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as environment:
+    if DEVICE == "cpu":  # read where kernels are defined; not left to other tests and what they start
+        environment.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from nanochat.kernels.cross_entropy import cross_entropy_
+    from nanochat.kernels.symmetric_matmul import symmetric_product
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOOR = 1e-6 if DEVICE == "cuda" else 2e-7  # relative error that is always allowed; the exponential of a GPU is an approximate instruction
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Triton's interpreter, mended: it cuts fp32 off to bf16, where GPUs round to nearest, and warns of every overflow."""
+    if DEVICE == "cuda":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import JITFunction, interpreter
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # triton's own functions in kernels, such as tl.sum, if triton was imported before: the compiler of torch does that
+    for module in (tl, tl.standard):
+        for name, function in list(vars(module).items()):
+            if isinstance(function, JITFunction):
+                monkeypatch.setattr(module, name, interpreter.InterpretedFunction(function.fn))
+    cut_off = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, wanted):
+        if source.dtype.scalar != tl.float32 or wanted.scalar != tl.bfloat16:
+            return cut_off(self, source, wanted)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return interpreter.TensorHandle(rounded, wanted.scalar)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+    with np.errstate(all="ignore"):
+        yield
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_no_worse(ours, plain, exact, floor=FLOOR):
+    """Errors in the Frobenius norm, by name."""
+    for name in exact:
+        assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype
+        error, allowed = ((x[name].double() - exact[name]).norm() for x in (ours, plain))
+        assert error <= 1.5 * allowed + floor * exact[name].norm(), f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+# ---- cross-entropy ----
+
+def rows(R, V, dtype, seed=0):
+    """Logits that grow along the row, of tens and in every other row of tenths; targets of which a third are the likeliest and a fifth
+    do not count; a factor for each row."""
+    logits = 20 * randn(R, V, seed=seed) + torch.linspace(-20, 20, V, device=DEVICE)
+    logits[::2] *= 0.01
+    logits = logits.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(V, (R,), generator=generator).to(DEVICE)
+    targets[::3] = logits[::3].argmax(-1)
+    targets[1::5] = -1
+    return logits, targets, torch.linspace(-1, 2, R, device=DEVICE)
+
+
+def plain_rows(logits, targets, scale, softcap, dtype):
+    leaf = logits.to(dtype, copy=True).requires_grad_()
+    z = leaf if dtype == torch.float64 else leaf.float()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    nats = F.cross_entropy(z, targets, ignore_index=-1, reduction="none")
+    (nats * scale).sum().backward()
+    return {"nats": nats.detach(), "gradient": leaf.grad}
+
+
+def kernel_rows(logits, targets, scale, softcap):
+    logits = logits.clone()
+    return {"nats": cross_entropy_(logits, targets, scale, softcap), "gradient": logits}
+
+
+def check_rows(R, V, softcap, dtype):
+    logits, targets, scale = rows(R, V, dtype)
+    assert_no_worse(kernel_rows(logits, targets, scale, softcap), plain_rows(logits, targets, scale, softcap, dtype),
+                    plain_rows(logits, targets, scale, softcap, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R, V, softcap", [(1, 1, 15.0), (7, 3, None), (33, 257, 15.0), (6, 4096, 15.0), (9, 4099, 15.0), (9, 4099, None),
+                                           (9, 4099, 300.0), (4, 257, 1e4), (2, 12289, 15.0), (2, 12289, None)])
+def test_cross_entropy(R, V, softcap, dtype):
+    check_rows(R, V, softcap, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [15.0, None])
+def test_cross_entropy_of_a_whole_vocabulary(softcap, dtype):
+    check_rows(4099, 32768, softcap, dtype)
+
+
+def test_cross_entropy_writes_nothing_else():
+    """Rows of a wider tensor, whose other columns stay; nothing at all is written without a scale; zeros where a token does not count."""
+    logits, targets, scale = rows(11, 500, torch.bfloat16)
+    wide = torch.cat((logits, logits), dim=1)
+    nats = cross_entropy_(wide[:, :500], targets, None, 15.0)
+    assert torch.equal(wide, torch.cat((logits, logits), dim=1))
+    assert torch.equal(cross_entropy_(wide[:, :500], targets, scale, 15.0), nats)  # and the same bits again
+    assert torch.equal(wide[:, 500:], logits) and not torch.equal(wide[:, :500], logits)
+    assert (nats[targets == -1] == 0).all() and (wide[targets == -1, :500] == 0).all()
+
+
+def test_cross_entropy_shows_what_is_wrong():
+    """NaN for the row with a logit that is NaN, or with a target that does not exist, and for no other."""
+    logits, targets, scale = rows(6, 300, torch.float32)
+    logits[2, 299], targets[2], targets[4] = float("nan"), 7, 300
+    assert cross_entropy_(logits, targets, scale, 15.0).isnan().tolist() == [False, False, True, False, True, False]
+    with pytest.raises(ValueError, match="float64"):
+        cross_entropy_(logits.double(), targets)
+    with pytest.raises(ValueError, match="strides"):
+        cross_entropy_(logits.T, targets)
+
+
+def plain_loss(hidden, weight, targets, softcap, reduction):
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction=reduction)
+
+
+def loss_and_gradients(function, hidden, weight, *rest):
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    nats = function(hidden, weight, *rest)
+    (nats.sum() / 3).backward()  # of "none", whose upstream gradient is then one number with strides of 0
+    return {"nats": nats.detach(), "d hidden": hidden.grad, "d weight": weight.grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [15.0, None])
+def test_linear_cross_entropy(softcap, reduction, dtype, monkeypatch):
+    """Forward and backward pass in chunks of 9, 9 and 7 rows, logits of tens."""
+    N, C, V = 25, 32, 1000
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 10 * V)
+    hidden = F.rms_norm(randn(N, C, seed=1), (C,)).to(dtype)
+    weight = (20 * randn(V, C, seed=2) / C**0.5).to(dtype).float()
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    targets[::4] = -1
+    exact = loss_and_gradients(plain_loss, hidden.double(), weight.double(), targets, softcap, reduction)
+    plain = loss_and_gradients(plain_loss, hidden, weight, targets, softcap, reduction)
+    ours = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, softcap, reduction, "triton")
+    assert_no_worse(ours, plain, exact, floor=5 * FLOOR)
+    with torch.no_grad():
+        alone = linear_cross_entropy(hidden, weight, targets, softcap, reduction, "triton")
+    assert torch.allclose(alone, ours["nats"], rtol=1e-6)
+
+
+def test_model_with_the_kernel():
+    """Loss and gradients of a model in training mode are those of the plain loss; evaluation uses the kernel too."""
+    config = GPTConfig(depth=2, width=32, head_dim=16, n_head=2, n_kv_head=2, vocab_size=101, max_seq_len=16)
+    ids, targets = torch.randint(101, (2, 2, 16), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    found = {}
+    for backend in ("plain", "triton"):
+        model = build(config, DEVICE)
+        model.loss_backend = backend
+        model(ids, targets, reduction="mean").backward()
+        with torch.no_grad():
+            nats = model.eval()(ids, targets)
+        found[backend] = [nats, *(p.grad for p in model.parameters())]
+    for plain, ours in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+
+
+# ---- symmetric products ----
+
+def check_products(N, R, C, dtype, tall=False):
+    """X X^T, then with A that result 2.1 A - 1.3 A A as the optimizer has it, against exact arithmetic on the same inputs."""
+    X = randn(N, C, R).to(dtype).mT if tall else randn(N, R, C).to(dtype)
+    ours = {"gram": symmetric_product(X)}
+    A = ours["gram"]
+    ours["polynomial"] = symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1)
+    plain = {"gram": X @ X.mT, "polynomial": torch.baddbmm(A, A, A, alpha=-1.3, beta=2.1)}
+    X, A64 = X.double(), A.double()
+    # two ways to sum C products in fp32 differ by about the square root of C in the last place
+    assert_no_worse(ours, plain, {"gram": X @ X.mT, "polynomial": 2.1 * A64 - 1.3 * A64 @ A64}, floor=FLOOR + 6e-8 * max(R, C)**0.5)
+    for name, result in ours.items():
+        assert torch.equal(result, result.mT), name
+    assert torch.equal(symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1), ours["polynomial"])  # the same bits again
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, R, C", [(3, 1, 5), (2, 128, 64), (2, 130, 201), (1, 300, 77)])
+def test_symmetric_product(N, R, C, dtype, tall):
+    check_products(N, R, C, dtype, tall)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R, C, tall", [(768, 3072, False), (768, 3072, True), (777, 3001, True)])
+def test_symmetric_product_of_a_layer_stack(R, C, tall, dtype):
+    check_products(12, R, C, dtype, tall)
+
+
+def test_symmetric_product_refuses():
+    X = randn(2, 5, 7)
+    with pytest.raises(ValueError, match="float64"):
+        symmetric_product(X.double())
+    with pytest.raises(ValueError, match=r"add is torch.float32 \(5, 5\)"):
+        symmetric_product(X, add_NxRxR=X[0] @ X[0].mT)
+
+
+def polar_express(matrices):
+    """What orthogonalize() is to return, in fp64 through the SVD."""
+    U, values, Vt = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / (1.02 * values.square().sum(-1, keepdim=True).sqrt() + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        values = a * values + b * values**3 + c * values**5
+    return U * values[:, None] @ Vt
+
+
+def check_orthogonalize(shape, dtype, monkeypatch):
+    """With the kernel against without it: no further from exact, apart by no more than both are from that, singular values near 1."""
+    U, _, Vt = torch.linalg.svd(randn(*shape).double(), full_matrices=False)
+    matrices = (U * 0.01 ** torch.linspace(0, 1, min(shape[1:]), dtype=torch.float64, device=DEVICE) @ Vt).float()
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return symmetric_product(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "_symmetric_product", lambda X: None)
+        plain = orthogonalize(matrices, dtype)
+        patch.setattr(optim, "_symmetric_product", lambda X: counted)
+        ours = orthogonalize(matrices, dtype)
+    assert len(calls) == 2 * len(POLAR_EXPRESS)
+    exact = polar_express(matrices)
+    assert_no_worse({"matrices": ours}, {"matrices": plain}, {"matrices": exact}, floor=5 * FLOOR)
+    error = (plain.double() - exact).norm()
+    assert (ours.double() - plain.double()).norm() <= 2 * error + 5 * FLOOR * exact.norm()
+    values = torch.linalg.svdvals(ours.double())
+    assert 0.85 < values.min() and values.max() < 1.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 40, 150), (2, 150, 40), (1, 131, 131)])
+def test_orthogonalize(shape, dtype, monkeypatch):
+    check_orthogonalize(shape, dtype, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 768, 3072), (4, 3072, 768), (4, 768, 768)])
+def test_orthogonalize_a_layer_stack(shape, monkeypatch):
+    check_orthogonalize(shape, torch.bfloat16, monkeypatch)
+    monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
+    assert optim._symmetric_product(torch.empty(shape, dtype=torch.bfloat16, device="cuda")) is symmetric_product
+
+
+def test_plain_products_where_the_kernel_is_not_worth_it(monkeypatch):
+    monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
+    side = SYMMETRIC_SIDE - 1
+    for dtype, size in ((torch.bfloat16, side), (torch.float32, side + 1)):
+        assert optim._symmetric_product(torch.empty(1, size, 2 * size, dtype=dtype, device=DEVICE)) is None
+    assert optim._symmetric_product(torch.empty(1, side + 1, side + 1, dtype=torch.bfloat16)) is None  # on the CPU
+
+
+# ---- compilation, which needs no GPU ----
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from nanochat.kernels import cross_entropy, symmetric_matmul
+
+
+def build(kernel, capability, types, constants, **options):
+    types = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    whole = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name][0] in "*i"}
+    built = triton.compile(ASTSource(kernel, types, constants, whole), target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= 99 * 1024, (kernel, built.metadata.shared)  # of the smallest of these GPUs
+    return built.asm["ptx"]
+
+
+for capability, product in ((80, "mma.sync"), (90, "wgmma.mma_async")):
+    types = {"logits": "*bf16", "targets": "*i64", "scales": "*fp32", "nats": "*fp32", "softcap": "fp32"}
+    ptx = build(cross_entropy._row, capability, types, {"BLOCK": cross_entropy.BLOCK}, num_warps=cross_entropy.WARPS)
+    assert "ld.global.v4" in ptx and "st.global.v4" in ptx
+    types = {"X": "*bf16", "add": "*bf16", "out": "*bf16", "alpha": "fp32", "beta": "fp32"}
+    constants = {"ADD": True, "TILE": symmetric_matmul.TILE, "STEP": 64, "X_c": 1, "add_c": 1}
+    ptx = build(symmetric_matmul._tile, capability, types, constants, num_warps=symmetric_matmul.WARPS, num_stages=symmetric_matmul.STAGES)
+    assert product in ptx and "cp.async" in ptx and "st.global.v4" in ptx
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """To machine code, which takes no GPU: with matrix instructions for products, loads and stores of 16 bytes, in the shared memory
+    that there is."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parent.parent, env=environment, check=True)
