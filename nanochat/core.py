@@ -356,8 +356,8 @@ def batches(prompts, batch_tokens):
     batch, cost = [], 0
     for prompt in order:
         alone, together = _cost([prompt]), _cost([*batch, prompt])
-        first = batch and batch[0].shared and not prompt.shared  # one without a beginning has no last token of it
-        if batch and (first or together > batch_tokens or together > cost + alone + CALL_TOKENS):
+        unlike = batch and batch[0].shared and not prompt.shared  # what has no beginning has no last token of it
+        if batch and (unlike or together > batch_tokens or together > cost + alone + CALL_TOKENS):
             yield batch
             batch, together = [], alone
         batch.append(prompt)

@@ -425,7 +425,7 @@ def main(argv, lines, environ, stop):
     else:
         values, well = {"miniseries": series, "seeds": seeds, "ablation": ablation}[kind](folder, rows, extra)
     write_json(folder / "results.json", {**record, **extra})
-    if not well and kind == "scaling_laws":
+    if "no_prediction" in extra:
         print(extra["no_prediction"])
     failed = [row["name"] for row in [*rows, *({"name": p["run"], "status": p["status"]} for p in extra.get("predictions", []))]
               if row["status"] == "failed"]

@@ -154,6 +154,15 @@ def _visible(position, key, window):
 
 
 @triton.jit
+def _block_of_queries(T, n_head, n_kv_head, QUERIES: tl.constexpr):
+    """(first query, head, its key/value head, batch) of this program."""
+    n_blocks = tl.cdiv(T, QUERIES)
+    first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * QUERIES  # the longest first: the last to end is then a short one
+    head = tl.program_id(0) // n_blocks % n_head
+    return first, head, head // (n_head // n_kv_head), (tl.program_id(0) // n_blocks // n_head).to(tl.int64)
+
+
+@triton.jit
 def _gather_values(total, weight_sum, peak, q, K, V, position, begin, end, S, window, scale, k_stride, v_stride,
                    D: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr):
     """Take in the keys begin..end. EDGE: some are hidden from some queries, or do not exist."""
@@ -177,11 +186,7 @@ def _gather_values(total, weight_sum, peak, q, K, V, position, begin, end, S, wi
 def _forward(Q, K, V, Out, Lse, T, S, window, scale, n_head, n_kv_head, q_batch, q_row, q_head, k_batch, k_row, k_head,
              v_batch, v_row, v_head, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """out and log-sum-exp of a block of queries of one head. Strides: of a batch, of a row (one position), of a head."""
-    n_blocks = tl.cdiv(T, QUERIES)
-    first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * QUERIES  # the longest first: the last to end is then a short one
-    head = tl.program_id(0) // n_blocks % n_head
-    kv_head = head // (n_head // n_kv_head)
-    batch = (tl.program_id(0) // n_blocks // n_head).to(tl.int64)
+    first, head, kv_head, batch = _block_of_queries(T, n_head, n_kv_head, QUERIES)
     K += batch * k_batch + kv_head * k_head
     V += batch * v_batch + kv_head * v_head
     row = first + tl.arange(0, QUERIES)
@@ -220,11 +225,7 @@ def _backward_of_queries(Q, K, V, Out, GradOut, Lse, Delta, GradQ, T, S, window,
                          k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head,
                          D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """dQ and delta of a block of queries of one head."""
-    n_blocks = tl.cdiv(T, QUERIES)
-    first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * QUERIES
-    head = tl.program_id(0) // n_blocks % n_head
-    kv_head = head // (n_head // n_kv_head)
-    batch = (tl.program_id(0) // n_blocks // n_head).to(tl.int64)
+    first, head, kv_head, batch = _block_of_queries(T, n_head, n_kv_head, QUERIES)
     K += batch * k_batch + kv_head * k_head
     V += batch * v_batch + kv_head * v_head
     row = first + tl.arange(0, QUERIES)
