@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,6 +35,12 @@ def install_hint(package, purpose):
 def valid_unicode(text):
     """The text with lone surrogates replaced: JSON may spell them, and undecodable bytes of a command line become some; UTF-8 has none."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def printable(text):
+    """The text as a terminal may get it: valid_unicode(), and control characters replaced but for line ends and tabs. Names of folders
+    and what is written in them may be another's, and could move the cursor or clear the screen."""
+    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", valid_unicode(text))
 
 
 def in_a_line(error):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat import plots, runs as listing
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, in_a_line, valid_unicode, write_atomic
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, human_time, in_a_line, printable, write_atomic
 from nanochat.plots import number
 from nanochat.report import core_in_words, dig, has_answers, read_run
 from nanochat.runlog import RunFolder
@@ -29,6 +29,7 @@ BOOKKEEPING = {
     "device_batch_size", "eval_every", "core_metric_every", "core_metric_max_per_task", "core_bundle", "sample_every",
     "sample_prompts", "save_every", "save_every_minutes", "keep_last", "no_save", "max_skipped", "debug_nans", "profile",
     "tokenizer", "init_from"}
+PICTURES = ("curves.png", "core.png", "core_tasks.png")
 ALL_PAIRS = 8  # up to so many runs or groups every pair is printed; of more each is compared with the best, and --json has all
 CONFIDENCE = 0.95
 FEW_STEPS = 20  # a run with fewer does not decide where axes begin
@@ -59,6 +60,9 @@ def main(argv):
              "core_seeds": seed_differences(groups, "core_metric")}
     warnings = differences_in_kind(runs) + unfinished(runs) + notes
     pictures = [] if args.no_plots else draw(groups, Path(args.out))
+    if pictures:
+        old = [path for name in PICTURES if (path := Path(args.out) / name) not in pictures and path.exists()]
+        warnings += [f"{path} is of an earlier comparison; of these runs there is nothing to draw in it" for path in old]
     if args.json:
         print(json.dumps({"runs": [as_json(run) for run in runs], "groups": [group_as_json(group) for group in groups],
                           "differences": found, "warnings": warnings, "problems": problems,
@@ -69,7 +73,7 @@ def main(argv):
                   [f"warning: {line}" for line in warnings], [f"problem: {line}" for line in problems],
                   [f"picture: {path}" for path in pictures]):
         if lines:
-            print(valid_unicode("\n".join(lines) + "\n"))
+            print(printable("\n".join(lines) + "\n"))
     return code
 
 
@@ -102,7 +106,7 @@ def distinct_names(paths):
     parts, names = [Path(path).parts for path in paths], []
     for own in parts:
         depth = next((n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own))
-        names.append(valid_unicode(os.path.join(*own[-depth:])))
+        names.append(printable(os.path.join(*own[-depth:])))
     return names
 
 

@@ -91,18 +91,18 @@ def mean_of(members):
 def colors_of(depths):
     """A list of {"color", "dash"} for curves of these depths, and the (name, low, high) of the colour map that was used, or None.
 
-    Up to DISTINCT curves are told apart; more are coloured by depth, or in the order given where depths hardly tell them apart."""
+    Up to DISTINCT curves are told apart; more are coloured by depth, or in their order where depths hardly tell them apart."""
     if len(depths) <= DISTINCT:
         return [{"color": PALETTE[i % len(PALETTE)], "dash": DASHES[i // len(PALETTE)]} for i in range(len(depths))], None
     from matplotlib import colormaps
     known = [depth for depth in depths if depth is not None]
     by_depth = 2 * len(set(known)) > len(depths)
-    values = [min(known) if depth is None else depth for depth in depths] if by_depth else list(range(len(depths)))
+    values = [min(known) if depth is None else depth for depth in depths] if by_depth else list(range(1, len(depths) + 1))
     low, high = min(values), max(values)
     shades = colormaps["viridis"]
     # its last part is too pale on white
     return [{"color": shades(0.9 * (value - low) / (high - low)), "dash": "-"} for value in values], (
-        "depth" if by_depth else "run, in the order given", low, high)
+        "depth" if by_depth else "run, in the order of the table", low, high)
 
 
 def add_key(figure, axes, entries, scale, kind="line"):

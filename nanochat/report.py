@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from nanochat import plots
-from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, in_a_line, read_json, valid_unicode, write_atomic
+from nanochat.common import (EXIT_COMPLETED, UsageError, human_bytes, human_time, in_a_line, printable, read_json, valid_unicode,
+                             write_atomic)
 from nanochat.plots import number
 from nanochat.runlog import FORMAT, RunFolder, lines_of, parsed
 from nanochat.runs import DAMAGES, describe
@@ -43,9 +44,9 @@ def main(argv):
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror or error}); name another folder with --out") from None
     for name, value in [*summary_rows(run), ("plot", plot), ("page", page)]:
-        print(valid_unicode(f"{name:<29} {value}"))
+        print(printable(f"{name:<29} {value}"))
     for problem in run["problems"]:
-        print(valid_unicode(f"problem: {problem}"))
+        print(printable(f"problem: {problem}"))
     return EXIT_COMPLETED
 
 
@@ -75,7 +76,7 @@ def read_run(path):
     lines, samples, answers = (_lines(path / f"{name}.jsonl", problems) for name in ("metrics", "samples", "core"))
     if not config and not lines and "status" not in summary:
         raise UsageError(f"{path}: nothing to show ({'; '.join(problems) or 'no file of a run'})")
-    run = {"path": str(path), "name": valid_unicode(path.resolve().name), "config": config, "summary": summary, "lines": lines,
+    run = {"path": str(path), "name": printable(path.resolve().name), "config": config, "summary": summary, "lines": lines,
            "problems": problems, "samples": [line for line in samples if isinstance(line.get("text"), str)]}
     try:
         described = describe(path)

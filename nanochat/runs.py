@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time, read_json
+from nanochat.common import EXIT_COMPLETED, UsageError, human_time, printable, read_json
 from nanochat.runlog import RunFolder
 
 LEVELS = 2  # folders below FOLDER that are looked into: FOLDER/d4 and FOLDER/sweep/d4
@@ -54,9 +54,9 @@ def main(argv):
         print(json.dumps({"runs": runs, "problems": problems}, indent=2))
     else:
         if runs:
-            print(table(runs))
+            print(printable(table(runs)))
         for problem in problems:
-            print(problem)
+            print(printable(problem))
     if not runs:
         raise UsageError(f"no runs in {', '.join(args.folders)}; name the --out-dir of your runs")
     return EXIT_COMPLETED

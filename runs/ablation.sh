@@ -15,11 +15,14 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 if [ "${TOY:-}" = 1 ]; then depth=1; else depth=12; fi
-variants="baseline:"$'\n'"$(cat "${VARIANTS:-runs/ablation.txt}")"
+[[ "${SEEDS:=1}" =~ ^[1-9][0-9]*$ ]] || { echo "ablation.sh: error: SEEDS=$SEEDS: give how many seeds to train" >&2; exit 2; }
+file="${VARIANTS:-runs/ablation.txt}"
+[ -r "$file" ] && [ ! -d "$file" ] || { echo "ablation.sh: error: VARIANTS=$file: cannot be read; give lines NAME: FLAGS" >&2; exit 2; }
+variants="baseline:"$'\n'"$(cat "$file")"
 runs=""
 while IFS= read -r line; do
-    case "$line" in "#"* | "") continue ;; *:*) ;; *) echo "ablation.sh: '$line': write NAME: FLAGS" >&2; exit 2 ;; esac
-    for ((seed = 42; seed < 42 + ${SEEDS:-1}; seed++)); do runs+="${line%%:*}/seed$seed: ${line#*:} --seed=$seed"$'\n'; done
+    case "$line" in "#"* | "") continue ;; *:*) ;; *) echo "ablation.sh: error: '$line': write NAME: FLAGS" >&2; exit 2 ;; esac
+    for ((seed = 42; seed < 42 + SEEDS; seed++)); do runs+="${line%%:*}/seed$seed: ${line#*:} --seed=$seed"$'\n'; done
 done <<<"$variants"
 # trains, prints the tables, and last: RESULT runs= failed= baseline= and for every variant its difference to the baseline
 exec python runs/sweep.py ablation "${OUT:-out/ablation}" --depth=$depth "$@" <<<"$runs"

@@ -19,7 +19,9 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 case "${1:-}" in
     --predict=*) PREDICT="${1#*=}"; shift ;;
-    --predict) PREDICT="${2:?--predict: give a depth or a budget}"; shift 2 ;;
+    --predict) 
+        if [[ $# -lt 2 || "$2" = -* ]]; then echo "scaling_laws.sh: error: --predict: give a depth, such as 10, or a budget in FLOPs" >&2; exit 2; fi
+        PREDICT="$2"; shift 2 ;;
 esac
 export PREDICT="${PREDICT:-}"
 if [ "${TOY:-}" = 1 ]; then budgets="2e9 4e9 8e9" depths="1 2 3 4"; else budgets="5e16 1e17 2e17 4e17" depths="4 6 8 10 12 14"; fi

@@ -14,7 +14,8 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 if [ "${TOY:-}" = 1 ]; then depth=1; else depth=12; fi
+[[ "${SEEDS:=3}" =~ ^[1-9][0-9]*$ ]] || { echo "seeds.sh: error: SEEDS=$SEEDS: give how many seeds to train" >&2; exit 2; }
 runs=""
-for ((seed = 42; seed < 42 + ${SEEDS:-3}; seed++)); do runs+="seed$seed: --seed=$seed"$'\n'; done
+for ((seed = 42; seed < 42 + SEEDS; seed++)); do runs+="seed$seed: --seed=$seed"$'\n'; done
 # trains, prints the table, mean and standard deviation, and last: RESULT runs= failed= val_bpb_mean= val_bpb_sd= val_bpb_n= ...
 exec python runs/sweep.py seeds "${OUT:-out/seeds}" --depth=$depth "$@" <<<"$runs"

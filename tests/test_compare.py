@@ -401,7 +401,10 @@ def test_pictures_and_nothing_else_is_written(tmp_path, capsys, monkeypatch):
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000 for path in (tmp_path / "compare").iterdir())
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted((tmp_path / "runs").rglob("*"))}
     assert compare.main([folders[2], "--out", "other"]) == 0
-    assert {path.name for path in (tmp_path / "other").iterdir()} == {"curves.png"}
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"curves.png"} and "earlier comparison" not in capsys.readouterr().out
+    assert compare.main([folders[2]]) == 0
+    out = capsys.readouterr().out
+    assert all(f"warning: compare/{name} is of an earlier comparison" in out for name in ("core.png", "core_tasks.png"))
     for out in (folders[0], str(tmp_path / "compare" / "core.png")):
         with pytest.raises(UsageError, match="--out"):
             compare.main([*folders, "--out", out])
@@ -414,7 +417,7 @@ def test_more_runs_than_colours(tmp_path):
     assert compare.main([*folders, "--out", str(tmp_path / "out")]) == 0
     looks, scale = plots.colors_of([2, 2, *range(3, 15)])
     assert scale == ("depth", 2, 14) and looks[0] == looks[1] != looks[2] and len({look["color"] for look in looks}) == 13
-    assert plots.colors_of([4] * 14)[1][0] == "run, in the order given"
+    assert plots.colors_of([4] * 14)[1] == ("run, in the order of the table", 1, 14)
     looks, scale = plots.colors_of([4] * 12)
     assert scale is None and len({(look["color"], look["dash"]) for look in looks}) == 12
 

@@ -130,6 +130,11 @@ def test_a_run_without_steps(tmp_path, capsys):
     assert "problem" not in out and "imported from hf/model" in text and "Curves" not in text and "64" in text
 
 
+# which of the DAMAGES are shown as what is missing (numbers that are none, torn or empty lines), without a line of their own
+UNTOLD = {"summary.json": {4}, "metrics.jsonl": {0, 2, 3}, "core.jsonl": {0, 1, 2, 3}, "evaluations/step_000001.json": {3, 4},
+          "samples.jsonl": {0, 1}}
+
+
 @pytest.mark.parametrize("file", DAMAGES)
 def test_damages_are_told_and_the_rest_is_shown(tmp_path, capsys, file, monkeypatch):
     if file != "metrics.jsonl":  # what pictures are made of
@@ -142,9 +147,7 @@ def test_damages_are_told_and_the_rest_is_shown(tmp_path, capsys, file, monkeypa
         out = capsys.readouterr().out
         lost = "[1]\nnull" in content or '"x", "val/bpb"' in content  # a line that is none; nothing to plot
         assert ("plot                          none" in out) == (file == "metrics.jsonl" and (not content or lost))
-        # torn ends; numbers that are none
-        harmless = file.endswith(".jsonl") or file != "config.json" and content.startswith('{"')
-        assert "problem: " in out or harmless, content
+        assert ("problem: " in out) == (i not in UNTOLD.get(file, ())), content
 
 
 def test_what_is_left_when_all_but_the_lines_is_lost(tmp_path, capsys):
@@ -181,3 +184,11 @@ def test_a_real_run(tmp_path, capsys):
     summary = small.summary(tmp_path)
     assert "problem" not in out and "status                        completed" in out and f"{summary['val_bpb']:.4f}" in text
     assert "step 6<" in text and "--total-batch-size" in text and "16,384" not in text
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
+    path = make(tmp_path, "d4\x1b[2J\x9b31m", steps=20)
+    for arguments in (["report", str(path)], ["compare", str(path), "--no-plots"], ["runs", str(tmp_path)]):
+        assert nanochat(arguments) == 0
+        out = capsys.readouterr().out
+        assert "d4\ufffd[2J\ufffd31m" in out and "\x1b" not in out and "\x9b" not in out

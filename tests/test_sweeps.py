@@ -574,6 +574,16 @@ def test_ablation_script(tree):
     assert script(tree, "ablation", VARIANTS="v.txt").returncode == 2
 
 
+@pytest.mark.parametrize("name, arguments, variables, says", [
+    ("seeds", [], {"SEEDS": "x"}, "SEEDS=x: give how many"), ("ablation", [], {"SEEDS": "0"}, "SEEDS=0: give how many"),
+    ("ablation", [], {"VARIANTS": "nowhere"}, "VARIANTS=nowhere: cannot be read"),
+    ("scaling_laws", ["--predict"], {}, "--predict: give a depth")])
+def test_scripts_refuse_in_one_line(tree, name, arguments, variables, says):
+    refused = script(tree, name, *arguments, **variables)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"{name}.sh: error: {says}") and refused.stderr.count("\n") == 1
+    assert calls(tree) == []
+
+
 def test_the_committed_variants_are_flags():
     import train
     from nanochat.plan import check_flags
