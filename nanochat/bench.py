@@ -23,7 +23,7 @@ DECODE_ROWS, DECODE_TOKENS = (1, 8), 32
 START_UP_SECONDS = 900
 CORE_EXAMPLES, CORE_LONGEST, CORE_REPEATS = 25, 10, 3  # of each task, the longest of all among them; timings, at most
 SETTINGS = ("arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "short_window", "vocab_size",
-            "device_batch_size", "activation_checkpointing")  # that make times comparable, beside those that the machine decides
+            "device_batch_size", "activation_checkpointing", "fp8", "fp8_recipe")  # that make times comparable
 
 
 def parse_args(argv):
@@ -41,6 +41,8 @@ def parse_args(argv):
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--attention", default="auto")
     group.add_argument("--activation-checkpointing", action="store_true")
+    group.add_argument("--fp8", action="store_true")
+    group.add_argument("--fp8-recipe", default="tensorwise", choices=["tensorwise", "rowwise"])
     group.add_argument("--depth", type=int, default=4)
     group.add_argument("--aspect-ratio", type=int, default=64)
     group.add_argument("--head-dim", type=int, default=128)
@@ -77,11 +79,35 @@ def main(argv):
     """Measure, print a table or JSON. Returns 0; UsageError for flags that name no model, or an unreadable --compare."""
     args = parse_args(argv)
     other, settings_of_other = read_results(args.compare) if args.compare else (None, None)
+    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    bench, settings = make_bench(args, say)
+    say(bench.describe())
+    if other is not None and (differ := [name for name in settings if settings[name] != settings_of_other.get(name, settings[name])]):
+        say("the earlier run is no measure of this one where it had other settings: "
+            + ", ".join(f"{name} {settings_of_other.get(name)} (now {settings[name]})" for name in differ))
+    for part in args.only:
+        for entry in getattr(bench, "part_" + part.replace("-", "_"))():
+            bench.results.append(entry)
+            say(line(entry, bench.peak, other))
+    results = bench.as_json(settings)
+    if args.out:
+        write_json(Path(args.out), results)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        say(f"peak of matrix products in {settings['dtype']}: {bench.peak / 1e12:.3g} TFLOP/s, the better of before and "
+            f"after; shares above are of what was measured before")
+    return EXIT_COMPLETED
+
+
+def make_bench(args, say):
+    """(a Bench for these flags, the settings that make its times comparable). Raises UsageError for flags that name no model."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler, which counts memory, says that it is one
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
-    from nanochat import attention, core, hardware, plan
+    from nanochat import attention, core, fp8, hardware, plan
+    from nanochat.model import meta_model
     if args.attention not in ("auto", *attention.BACKENDS):
         raise UsageError(f"--attention={args.attention}: unknown backend; choose auto, {' or '.join(attention.BACKENDS)}")
     device_type = hardware.pick_device_type(args.device_type)
@@ -94,34 +120,16 @@ def main(argv):
         raise UsageError(f"these flags describe no model: {error}") from error
     no_compiler = hardware.compiler_missing(device_type) if args.compile else "--no-compile"
     backend, _ = attention.pick_backend(args.attention, device_type, dtype, args.head_dim, no_compiler=no_compiler)
-    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    if args.fp8:
+        fp8.require(meta_model(config), device_type, dtype, no_compiler)
     bundle = None
     if "core" in args.only:
         bundle = core.find_bundle(args.core_bundle, say, download=args.only == ["core"])
         if bundle is None:
             say("core: left out, as its bundle is not here; --core-bundle names one, --only=core downloads it")
-    bench = Bench(args, config, device, dtype, backend, not no_compiler, bundle)
-    say(bench.describe())
     settings = {"dtype": str(dtype).removeprefix("torch."), "attention": backend, "compiled": not no_compiler,
                 **{name: getattr(args, name) for name in SETTINGS}}
-    if other is not None and (differ := [name for name in settings if settings[name] != settings_of_other.get(name)]):
-        say("the earlier run is no measure of this one where it had other settings: "
-            + ", ".join(f"{name} {settings_of_other.get(name)} (now {settings[name]})" for name in differ))
-    for part in args.only:
-        for entry in getattr(bench, "part_" + part.replace("-", "_"))():
-            bench.results.append(entry)
-            say(line(entry, bench.peak, other))
-    bench.peak = max(bench.peak, hardware.measured_peak(device, dtype))  # a machine that others use may have been slow the first time
-    results = {"settings": settings, "hardware": hardware.describe(device), "peak_flops": bench.peak,
-               "flops_per_token": bench.flops_per_token, "results": [summary(entry, bench.peak) for entry in bench.results]}
-    if args.out:
-        write_json(Path(args.out), results)
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        say(f"peak of matrix products in {settings['dtype']}: {bench.peak / 1e12:.3g} TFLOP/s, the better of before and "
-            f"after; shares above are of what was measured before")
-    return EXIT_COMPLETED
+    return Bench(args, config, device, dtype, backend, not no_compiler, bundle), settings
 
 
 def read_results(path):
@@ -168,7 +176,7 @@ class Bench:
     def __init__(self, args, config, device, dtype, backend, compiled, core_bundle=None):
         import torch
 
-        from nanochat import hardware, model as models, optim
+        from nanochat import fp8, hardware, model as models, optim
         self.args, self.config, self.device, self.dtype, self.backend, self.compiled = args, config, device, dtype, backend, compiled
         self.core_bundle, self.results, self.peak = core_bundle, [], hardware.measured_peak(device, dtype)
         model = models.meta_model(config)
@@ -178,6 +186,8 @@ class Bench:
             return
         self.model = models.build(config, device, dtype, backend, seed=1).train()
         self.model.checkpointing = args.activation_checkpointing
+        if args.fp8:
+            fp8.convert(self.model, args.fp8_recipe)
         if compiled:
             self.model.compile_parts()
         groups = self.model.parameter_groups()
@@ -200,6 +210,13 @@ class Bench:
                 f"attention {self.backend}, "
                 f"{'compiled' if self.compiled else 'eager'}; matrix products {self.peak / 1e12:.3g} TFLOP/s")
         return text + (f"\nfirst two steps (compilation): {human_time(self.warm_up_seconds)}" if hasattr(self, "model") else "")
+
+    def as_json(self, settings):
+        """All that was measured, with what it was measured on; the peak is measured again, since others may have used the machine."""
+        from nanochat import hardware
+        self.peak = max(self.peak, hardware.measured_peak(self.device, self.dtype))
+        return {"settings": settings, "hardware": hardware.describe(self.device), "peak_flops": self.peak,
+                "flops_per_token": self.flops_per_token, "results": [summary(entry, self.peak) for entry in self.results]}
 
     def _timed(self, function, before=lambda: None):
         """Seconds of each repetition of function(), and its peak memory. before() is not timed."""
@@ -247,6 +264,7 @@ class Bench:
                           2 / 3 * (self.flops_per_token - self.head_flops) * self.tokens)
 
     def part_optimizer(self):
+        from nanochat import optim
         self.optimizer.zero_grad()
         self._loss().backward()
         gradients = [p.grad for p in self.optimizer.parameters]
@@ -255,6 +273,11 @@ class Bench:
             for parameter, gradient in zip(self.optimizer.parameters, gradients, strict=True):
                 parameter.grad = gradient
         yield self._entry("optimizer", self._timed(self._update, before), flops=self._muon_flops())
+        if self.device.type == "cuda":  # where it may be chosen
+            was, optim.SYMMETRIC_KERNEL = optim.SYMMETRIC_KERNEL, not optim.SYMMETRIC_KERNEL
+            yield self._entry(f"optimizer, {'plain products' if was else 'symmetric kernel'}", self._timed(self._update, before),
+                              flops=self._muon_flops())
+            optim.SYMMETRIC_KERNEL = was
 
     def _muon_flops(self):
         """Of the products of orthogonalisation: three in each of its iterations."""
@@ -265,7 +288,7 @@ class Bench:
     def part_attention(self):
         import torch
 
-        from nanochat.attention import attention, usable_backends
+        from nanochat.attention import attention, usable_backends, visible
         config, rows, T = self.config, self.args.device_batch_size, self.config.max_seq_len
 
         def randn(heads):
@@ -273,15 +296,29 @@ class Bench:
             return torch.randn(shape, generator=generator).to(self.device, self.dtype).requires_grad_()
         generator = torch.Generator().manual_seed(2)
         q, k, v, upstream = (randn(heads) for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head))
+
+        def before():
+            q.grad = k.grad = v.grad = None
+
+        def plain(q, k, v, window):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for x in (k, v))
+            hidden = ~visible(T, T, window, q.device)
+            scores = (q @ k.mT * config.head_dim**-0.5).float().masked_fill(hidden, float("-inf"))
+            return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
         for window in sorted({min(window, T) for window in config.windows()}):
+            flops = 12 * config.n_head * config.head_dim * window * rows * T
             for backend in usable_backends(self.device.type, dtype=self.dtype, head_dim=config.head_dim,
                                            no_compiler=None if self.compiled else "--no-compile"):
                 function = torch.compile(attention, dynamic=False) if self.compiled else attention
 
                 def both():
                     function(q, k, v, window, backend).backward(upstream)
-                yield self._entry(f"attention {backend}, window {window}", self._timed(both), rows * T,
-                                  12 * config.n_head * config.head_dim * window * rows * T, "forward and backward")
+                yield self._entry(f"attention {backend}, window {window}", self._timed(both, before), rows * T, flops,
+                                  "forward and backward")
+            measured = self._timed(lambda: plain(q, k, v, window).backward(upstream), before)
+            yield self._entry(f"attention, plain PyTorch, window {window}", measured, rows * T, flops, "forward and backward, uncompiled")
 
     def part_loss(self):
         import torch

@@ -144,7 +144,7 @@ def rows_that_fit(free_bytes, dtype):
         config = GPTConfig(depth=depth, width=width, head_dim=128, n_head=width // 128, n_kv_head=width // 128, vocab_size=32768,
                            max_seq_len=CONTEXT, short_window=CONTEXT // 2, key_shift=True)
         parameters = meta_model(config).count_parameters()
-        rows = (2**i for i in range(10) if fit.step_memory_bytes(config, parameters, 2**i, dtype.itemsize, "sdpa")
+        rows = (2**i for i in range(10) if fit.step_memory_bytes(config, parameters, 2**i, dtype.itemsize, "sdpa", device_type="cuda")
                 <= fit.MEMORY_SHARE["cuda"] * free_bytes)
         fitting[depth] = max(rows, default=0)
     return fitting

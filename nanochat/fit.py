@@ -8,7 +8,7 @@ import torch
 from nanochat import hardware, ranks
 from nanochat.attention import QUERY_BLOCK, visited_keys
 from nanochat.common import TrainingFailed, UsageError, base_dir, human_bytes, sha256_hex, write_json
-from nanochat.loss import CHUNK_LOGITS
+from nanochat.loss import chunk_logits
 
 MEASURED_AS = 1  # to be raised when a change of the code makes measured numbers of earlier versions wrong
 # Share of the free memory that may be planned with: a GPU has no other users.
@@ -25,7 +25,8 @@ PROCESS_BYTES, HEAP_FACTOR = 460e6, 1.6
 SAVING_FACTOR = 2.5  # of the state: the copy that is written, and what writing it and reading it back takes
 
 
-def step_memory_bytes(config, parameters, rows, element_bytes, backend, optimizer="muon", compiled=True, checkpointing=False):
+def step_memory_bytes(config, parameters, rows, element_bytes, backend, optimizer="muon", compiled=True, checkpointing=False,
+                      device_type="cpu"):
     """Peak bytes of tensors in a training step: weights, gradients, optimizer state, activations, the loss, copies.
 
     parameters: as of GPT.count_parameters(). rows: taken at once. element_bytes: of the compute dtype. Tested against what is
@@ -45,7 +46,7 @@ def step_memory_bytes(config, parameters, rows, element_bytes, backend, optimize
     widest = max(min(window, T) for window in config.windows())
     copies = 0 if compiled or not scores else 16 * rows * config.n_head * min(T, QUERY_BLOCK) * min(T, widest + QUERY_BLOCK)
     head = 4 * V * C + tokens * e * C  # the gradients of the head and of the hidden states
-    chunk = min(tokens * V, CHUNK_LOGITS)
+    chunk = min(tokens * V, chunk_logits(device_type))
     loss = kept + head + 2 * e * chunk + 2 * e * V * C
     backward_begins = kept + head + (max(layers) if checkpointing else 0) + tokens * e * GRADIENT_ELEMENTS * C + copies
     backward_ends = 4 * n + max(layers) + copies
@@ -68,7 +69,7 @@ def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
     saving included."""
     def memory(rows):
         tensors = step_memory_bytes(config, parameters, rows, dtype.itemsize, backend, args.optimizer, compiled,
-                                    args.activation_checkpointing)
+                                    args.activation_checkpointing, device_type)
         saving = 0 if args.no_save else SAVING_FACTOR * state_bytes(parameters, args.optimizer)
         return round(PROCESS_BYTES + HEAP_FACTOR * tensors + saving) if device_type == "cpu" else tensors
     return memory

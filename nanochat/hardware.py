@@ -106,14 +106,12 @@ def compiler_missing(device_type):
         major, minor = torch.cuda.get_device_capability()
         if major < 7:
             return f"SM{major}{minor} is older than what triton compiles for (SM70)"
-    else:
-        compiler = os.environ.get("CXX") or "g++"
-        if not (shutil.which(compiler) or shutil.which("clang++")):
-            return f"no C++ compiler ({compiler}) on PATH"
-        header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-        if not os.path.exists(header):
-            return "Python.h is missing (the python3-dev package)"
-    return None
+    language, variable, usual, other = ("C++", "CXX", "g++", "clang++") if device_type == "cpu" else ("C", "CC", "gcc", "clang")
+    compiler = os.environ.get(variable) or usual
+    if not (shutil.which(compiler) or shutil.which(other)):
+        return f"no {language} compiler ({compiler}) on PATH"
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")  # triton compiles what launches its kernels with it
+    return None if os.path.exists(header) else "Python.h is missing (the python3-dev package)"
 
 
 def prepare(device_type):

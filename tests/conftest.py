@@ -18,6 +18,7 @@ with socket.socket() as free:
 os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=tempfile.mkdtemp(prefix="nanochat-hf-"),
                   NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products on a GPU are refused
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(variable, None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `bash runs/test.sh &`; what tests start would ignore Ctrl-C as well

@@ -36,7 +36,8 @@ def results(tmp_path_factory):
 def test_every_part_is_there_and_its_figures_fit_together(results):
     content = json.loads(results.read_text())
     table = {entry["name"]: entry for entry in content["results"]}
-    assert {"step", "forward", "backward", "optimizer", "attention blocked, window 32", "attention sdpa, window 64", "loss",
+    assert {"step", "forward", "backward", "optimizer", "attention blocked, window 32", "attention sdpa, window 64",
+            "attention, plain PyTorch, window 32", "loss",
             "loss, plain PyTorch", "tokenize", "rows", "decode, 1 samples", "decode, 8 samples", "start-up, --help",
             "core", "core, naive", "start-up, first step, cold", "start-up, first step, warm"} <= set(table)
     for entry in table.values():

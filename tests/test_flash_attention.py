@@ -24,7 +24,6 @@ from test_attention import FULL, inputs, output_and_gradients, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for plain PyTorch's products on a GPU, with deterministic algorithms
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

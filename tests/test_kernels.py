@@ -158,7 +158,7 @@ def loss_and_gradients(function, hidden, weight, *rest):
 def test_linear_cross_entropy(softcap, reduction, dtype, monkeypatch):
     """Forward and backward pass in chunks of 9, 9 and 7 rows, logits of tens."""
     N, C, V = 25, 32, 1000
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 10 * V)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 10 * V})
     hidden = F.rms_norm(randn(N, C, seed=1), (C,)).to(dtype)
     weight = (20 * randn(V, C, seed=2) / C**0.5).to(dtype).float()
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)

@@ -52,7 +52,7 @@ def results(function, hidden, weight, targets, softcap, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("N, C, V, chunk, softcap", CASES)
 def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     monkeypatch.setattr(loss, "EAGER_LOGITS", 3 * V)  # three rows at a time
     hidden, weight, targets = inputs(N, C, V)
     exact = results(plain, hidden.double(), weight.double(), targets, softcap, reduction)
@@ -69,7 +69,7 @@ def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
 @pytest.mark.parametrize("N, C, V, chunk, softcap", CASES[1:])
 def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, monkeypatch):
     """Three-way rule: the error against exact arithmetic on the same bf16 inputs, compared with plain PyTorch's."""
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     hidden, weight, targets = inputs(N, C, V)
     hidden, weight = hidden.bfloat16(), weight.bfloat16().float()
     exact = results(plain, hidden.double(), weight.double(), targets, softcap, reduction)
@@ -84,7 +84,7 @@ def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, mo
 def test_no_tensor_holds_all_logits(monkeypatch):
     """Forward and backward pass: nothing larger than a chunk's logits or the weight, and few of those at a time."""
     N, C, V, chunk = 512, 16, 2000, 20_000
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     largest = 0
 
     class Watch(TorchDispatchMode):
