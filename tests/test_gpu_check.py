@@ -80,7 +80,8 @@ def test_no_gpu_is_said(capsys):
 
 
 def toy(folder, *flags):
-    return subprocess.run(["bash", ROOT / "runs" / "gpu_check.sh", f"--out={folder}/sub/found.json", *flags], capture_output=True, text=True,
+    command = ["bash", ROOT / "runs" / "gpu_check.sh", f"--out={folder}/sub/found.json", *flags]
+    return subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"TOY": "1", "PYTHON": sys.executable})
 
 
