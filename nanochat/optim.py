@@ -2,6 +2,7 @@
 
 A step has three phases. reduce(): gradients are averaged over the ranks, each rank keeping its share (reduce-scatter).
 step(): each rank updates its share of the parameters, then the shares are put together again (all-gather).
+In both, what a part exchanges travels while the next parts compute, and all is waited for at the end.
 With one rank the share is everything and the communication is skipped; the code is the same.
 
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs)."""
@@ -86,7 +87,7 @@ class MatrixStack:
         self.padded = round_up(len(self.names), world_size())
         self.share = self.padded // world_size()
         self.first = rank() * self.share
-        self.grad = None
+        self.grad = self.exchange = None  # exchange: (what to wait for, the tensor that travels)
         self.momentum = torch.zeros(self.share, *shape, device=device)
         second = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
         self.second = torch.zeros(self.share, *second, device=device)
@@ -103,8 +104,13 @@ class MatrixStack:
             return
         everything = torch.stack(grads + [torch.zeros_like(grads[0])] * (self.padded - len(grads)))
         self.grad = torch.empty_like(everything[: self.share])
-        reduce_scatter(self.grad, everything)
-        self.grad /= world_size()
+        self.exchange = reduce_scatter(self.grad, everything), everything
+
+    def finish_reduce(self):
+        if self.exchange:
+            self.exchange[0].wait()
+            self.grad /= world_size()
+            self.exchange = None
 
     def step(self, lr, mu):
         decay = self.settings["weight_decay"]
@@ -115,12 +121,21 @@ class MatrixStack:
         own -= lr * max(1.0, own.size(-2) / own.size(-1)) ** 0.5 * update
         if decay:
             own -= lr * decay * kept
-        if world_size() > 1:
-            gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
-            all_gather(gathered, own)
-            own = gathered
-        torch._foreach_copy_([parameter.data for parameter in self.parameters], list(own[: len(self.names)]))
         self.grad = None
+        if world_size() == 1:
+            self._take(own)
+            return
+        gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
+        self.exchange = all_gather(gathered, own), gathered, own
+
+    def finish_step(self):
+        if self.exchange:
+            self.exchange[0].wait()
+            self._take(self.exchange[1])
+            self.exchange = None
+
+    def _take(self, stack):
+        torch._foreach_copy_([parameter.data for parameter in self.parameters], list(stack[: len(self.names)]))
 
     def state(self):
         """{parameter name: {state name: full tensor}}; every rank must call it."""
@@ -129,7 +144,7 @@ class MatrixStack:
             own = getattr(self, key)
             if world_size() > 1:
                 gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
-                all_gather(gathered, own)
+                all_gather(gathered, own).wait()
                 own = gathered
             for i, name in enumerate(self.names):
                 whole.setdefault(name, {})[key] = own[i]
@@ -150,7 +165,7 @@ class FlatParameter:
         self.name, self.parameter, self.settings = name, parameter, settings
         self.padded = round_up(parameter.numel(), world_size())
         self.share = self.padded // world_size()
-        self.grad = None
+        self.grad = self.exchange = None  # as MatrixStack's
         self.exp_avg = torch.zeros(self.share, device=parameter.device)
         self.exp_avg_sq = torch.zeros(self.share, device=parameter.device)
         self.steps = torch.zeros((), device=parameter.device)
@@ -169,26 +184,42 @@ class FlatParameter:
             self.grad = flat
             return
         self.grad = torch.empty_like(self.exp_avg)
-        reduce_scatter(self.grad, flat)
-        self.grad /= world_size()
+        self.exchange = reduce_scatter(self.grad, flat), flat
+
+    def finish_reduce(self):
+        if self.exchange:
+            self.exchange[0].wait()
+            self.grad /= world_size()
+            self.exchange = None
 
     def step(self, lr, mu):
-        own = self._own(self.parameter.data)
+        flat = self._flat(self.parameter.data)
+        own = flat[rank() * self.share : (rank() + 1) * self.share]
         settings = self.settings
         adamw([own], [self.grad], [self.exp_avg], [self.exp_avg_sq], [], [self.steps], fused=True, amsgrad=False,
               maximize=False, lr=lr, beta1=settings["beta1"], beta2=settings["beta2"], eps=settings["eps"],
               weight_decay=settings["weight_decay"])
-        if world_size() > 1:
-            self.parameter.data.copy_(self._gather(own))
         self.grad = None
+        if world_size() > 1:
+            self.exchange = all_gather(flat, own), flat
+
+    def finish_step(self):
+        if self.exchange:
+            self.exchange[0].wait()
+            if self.padded > self.parameter.numel():  # else the flat tensor is the parameter
+                self.parameter.data.copy_(self._whole(self.exchange[1]))
+            self.exchange = None
+
+    def _whole(self, flat):
+        return flat[: self.parameter.numel()].view(self.parameter.shape)
 
     def _gather(self, own):
         """The full parameter-shaped tensor from every rank's share."""
         if world_size() == 1:
             return own.view(self.parameter.shape)
         gathered = torch.empty(self.padded, device=own.device)
-        all_gather(gathered, own.contiguous())
-        return gathered[: self.parameter.numel()].view(self.parameter.shape)
+        all_gather(gathered, own.contiguous()).wait()
+        return self._whole(gathered)
 
     def state(self):
         return {self.name: {"exp_avg": self._gather(self.exp_avg), "exp_avg_sq": self._gather(self.exp_avg_sq),
@@ -218,6 +249,8 @@ class Optimizer:
             for name, parameter in members.items():
                 by_shape.setdefault(parameter.shape, {})[name] = parameter
             self.parts += [MatrixStack(stack, settings[group], dtype) for stack in by_shape.values()]
+        # those with much to exchange and little to compute first, so that the others' products cover it
+        self.parts.sort(key=lambda part: isinstance(part, MatrixStack))
         self.parameters = [p for members in groups.values() for p in members.values()]
 
     def zero_grad(self, to_zeros=False):
@@ -230,6 +263,8 @@ class Optimizer:
         """Average the gradients over the ranks. Returns the norm of the averaged gradient, a 0-D fp32 tensor."""
         for part in self.parts:
             part.reduce()
+        for part in self.parts:
+            part.finish_reduce()
         squares = torch.stack([torch.linalg.vector_norm(part.grad) for part in self.parts]).square().sum()
         return sum_over_ranks(squares).sqrt()
 
@@ -245,6 +280,8 @@ class Optimizer:
         """Apply the reduced gradients. lr_multiplier scales every group's lr; mu is Muon's momentum at this step."""
         for part in self.parts:
             part.step(part.settings["lr"] * lr_multiplier, mu)
+        for part in self.parts:
+            part.finish_step()
 
     def drop_gradients(self):
         """Forget reduced gradients without applying them (a skipped step)."""

@@ -60,14 +60,16 @@ def sum_over_ranks(tensor):
 
 
 def reduce_scatter(share, everything):
-    """Fill `share` with this rank's part, along dimension 0, of the sum of `everything` over the ranks."""
+    """Begin to fill `share` with this rank's part, along dimension 0, of the sum of `everything` over the ranks. Returns what to wait()
+    for; until then both tensors must be kept and left alone."""
     # torch 2.13 deprecates the names that torch 2.11 has
-    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(share, everything)
+    return (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(share, everything, async_op=True)
 
 
 def all_gather(everything, share):
-    """Fill `everything` with the shares of all ranks, in order along dimension 0."""
-    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(everything, share)
+    """Begin to fill `everything` with the shares of all ranks, in order along dimension 0; `share` may be this rank's part of it.
+    Returns as reduce_scatter()."""
+    return (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(everything, share, async_op=True)
 
 
 def from_rank0(value):
