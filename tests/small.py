@@ -48,6 +48,21 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["small", "safetensors.torch", "nanochat.start", "nanochat.faults", "nanochat.evaluate", "nanochat.engine"])
 
 
+def round_in_interpreter(monkeypatch):
+    """Let Triton's interpreter round fp32 to bf16 to nearest, as GPUs do, where it would cut off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    cut_off = InterpreterBuilder.cast_impl
+
+    def cast(self, source, wanted):
+        if source.dtype.scalar != tl.float32 or wanted.scalar != tl.bfloat16:
+            return cut_off(self, source, wanted)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(rounded.view(np.uint16), wanted.scalar)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+
+
 def corpus(folder):
     """A text file with enough structure to learn from; returns the flag that names it."""
     path = Path(folder) / "text.txt"

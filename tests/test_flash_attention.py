@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
+import small
 import torch
 
 from nanochat.attention import attention
@@ -100,17 +100,7 @@ class TestInterpreted:
 
     @pytest.fixture(autouse=True)
     def rounding(self, monkeypatch):
-        """To bf16 the interpreter cuts numbers off, where GPUs round to nearest; here it rounds too."""
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-        cut_off = InterpreterBuilder.cast_impl
-
-        def cast(self, source, wanted):
-            if source.dtype.scalar != tl.float32 or wanted.scalar != tl.bfloat16:
-                return cut_off(self, source, wanted)
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
-            return TensorHandle(rounded.view(np.uint16), wanted.scalar)
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+        small.round_in_interpreter(monkeypatch)
 
     # T queries, S keys, window, H query heads, K key/value heads, D head dim; the interpreter's tiles are 64 x 32 and 32 x 64
     @pytest.mark.parametrize("T, S, window, H, K, D", [
