@@ -33,7 +33,7 @@ def parse_args(argv=None):
                        help="of products; weights stay fp32. auto: what the hardware multiplies fast. float16: with a scaled loss")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile blocks with torch.compile")
     group.add_argument("--seed", type=int, default=42, help="of weights, data order, dropout and samples")
-    group.add_argument("--attention", default="auto", help="auto, blocked, sdpa, flex, triton or fa3")
+    group.add_argument("--attention", default="auto", help="auto, blocked, sdpa, flex, triton, fa3 or fa4")
     group.add_argument("--activation-checkpointing", action="store_true", help="make a block's inner tensors again in the "
                        "backward pass instead of keeping them")
     group.add_argument("--shard", action="store_true", help="shard the model with FSDP2 (not available yet)")

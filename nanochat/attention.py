@@ -12,11 +12,15 @@ import torch.nn.functional as F
 
 from nanochat.common import UsageError
 
-BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3")
+BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
 # Queries that share one slice of keys in the blocked path: small blocks skip more of what is masked, large ones make larger
 # products. Measured in runs/LOG.md.
 QUERY_BLOCK, SHORT_QUERY_BLOCK, SHORT_WINDOW = 256, 128, 256
 TRITON_HEAD_DIMS = (16, 32, 64, 128)  # of our kernel
+# What backends need: a package, and where it comes from.
+PACKAGES = {"flex": ("triton", "pip install triton"), "triton": ("triton", "pip install triton"),
+            "fa3": ("flash_attn_interface", "it comes with FlashAttention-3, built from the folder hopper of its repository"),
+            "fa4": ("flash_attn.cute", "pip install flash-attn-4")}
 
 
 def pick_backend(requested, device_type, dtype=None, head_dim=None, capability=None, no_compiler=None):
@@ -33,8 +37,9 @@ def pick_backend(requested, device_type, dtype=None, head_dim=None, capability=N
         return requested, "as requested"
     if device_type == "cuda":
         if problem := _problem("flex", device_type, **known):
-            return "sdpa", f"fused kernels for full context; flex, for windows, {problem}"
-        return "flex", "compiled for windows, whose hidden blocks it skips; SDPA for full context, and where nothing is compiled"
+            return "sdpa", f"fused kernels for full context; windows cost as much, or more: flex, made for them, {problem}"
+        return "flex", "compiled for windows, whose hidden blocks it skips; SDPA for full context (without cuDNN, which is not " \
+                       "deterministic), and where nothing is compiled"
     if device_type == "cpu":
         return "blocked", "plain products over causal blocks skip masked keys and beat SDPA on CPUs"
     return "blocked", "work and memory grow with the window; SDPA is not measured here"
@@ -51,9 +56,8 @@ def _problem(backend, device_type, dtype=None, head_dim=None, capability=None, n
         return None
     if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
         return f"has no kernel for a head dim of {head_dim} (there are {', '.join(map(str, TRITON_HEAD_DIMS))})"
-    package, source = ("triton", "pip install triton") if backend != "fa3" else (
-        "flash_attn_interface", "it comes with FlashAttention-3, built from the folder hopper of its repository")
-    missing = capability is None and importlib.util.find_spec(package) is None
+    package, source = PACKAGES[backend]
+    missing = capability is None and not _installed(package)
     if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and not missing:
         return None  # runs in Triton's interpreter, for tests
     if device_type != "cuda":
@@ -65,11 +69,19 @@ def _problem(backend, device_type, dtype=None, head_dim=None, capability=None, n
     major, minor = capability or torch.cuda.get_device_capability()
     if backend == "fa3" and major != 9:
         return f"is made for Hopper (SM90), and this GPU is SM{major}{minor}"
-    if backend == "fa3" and dtype == torch.float32:
+    if backend == "fa4" and major not in (9, 10):
+        return f"is made for Hopper and Blackwell (SM90, SM100), and this GPU is SM{major}{minor}"
+    if backend in ("fa3", "fa4") and dtype == torch.float32:
         return "takes bfloat16 and float16, not float32"
     if major < 8:
         return f"would multiply without matrix instructions, which triton has from SM80 on, and this GPU is SM{major}{minor}"
     return None
+
+
+def _installed(package):
+    """Whether a package is there. Of one inside another the outer one is imported, and the inner one not."""
+    outer, _, inner = package.partition(".")
+    return importlib.util.find_spec(outer) is not None and (not inner or importlib.util.find_spec(package) is not None)
 
 
 def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
@@ -82,8 +94,8 @@ def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
     if backend == "triton":
         from nanochat.kernels.flash_attention import flash_attention
         return flash_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
-    if backend == "fa3":
-        return _fa3(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    if backend in ("fa3", "fa4"):
+        return _flash_attention_package(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend)
     # uncompiled, FlexAttention would make all scores, in fp32: what evaluates, samples or looks for a fault takes SDPA with a mask
     if backend == "flex" and window < k_BxSxKxD.size(1) and torch.compiler.is_compiling():
         from nanochat.kernels.flex_attention import windowed_attention
@@ -120,13 +132,16 @@ def _sdpa(q, k, v, window):
     return out.transpose(1, 2)
 
 
-def _fa3(q, k, v, window):
-    """FlashAttention-3 (arXiv 2407.08608). Its causal mask too ends at the last key where there are more keys than queries."""
-    from flash_attn_interface import flash_attn_func
-    left = window - 1 if window < k.size(1) else -1  # keys before itself; -1: all
-    out = flash_attn_func(q, k, v, causal=True, window_size=(left, 0 if left >= 0 else -1),
-                          deterministic=torch.are_deterministic_algorithms_enabled())
-    return out[0] if isinstance(out, tuple) else out  # older versions also return the log-sum-exp
+def _flash_attention_package(q, k, v, window, backend):
+    """FlashAttention-3 (arXiv 2407.08608) or 4. Their causal mask too ends at the last key where there are more keys than queries."""
+    if backend == "fa3":
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn.cute import flash_attn_func
+    # keys before itself and after; all of them are -1 in one and None in the other
+    sides = (window - 1, 0) if window < k.size(1) else (-1, -1) if backend == "fa3" else (None, None)
+    out = flash_attn_func(q, k, v, causal=True, window_size=sides, deterministic=torch.are_deterministic_algorithms_enabled())
+    return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
 
 
 class _Softmax(torch.autograd.Function):

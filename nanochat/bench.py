@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ START_UP_SECONDS = 900
 CORE_EXAMPLES, CORE_LONGEST, CORE_REPEATS = 25, 10, 3  # of each task, the longest of all among them; timings, at most
 SETTINGS = ("arch", "depth", "aspect_ratio", "head_dim", "n_kv_head", "max_seq_len", "window_pattern", "short_window", "vocab_size",
             "device_batch_size", "activation_checkpointing", "fp8", "fp8_recipe")  # that make times comparable
+NOT_IN_OLD_FILES = {"fp8": False, "fp8_recipe": "tensorwise"}  # what was measured before there were these settings
 
 
 def parse_args(argv):
@@ -37,7 +39,7 @@ def parse_args(argv):
     parser.add_argument("--core-bundle", default="", metavar="FOLDER", help="for core; empty: the cached one, if there is one")
     group = parser.add_argument_group("as in train.py")
     group.add_argument("--device-type", default="", choices=["", "cuda", "mps", "cpu"])
-    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--attention", default="auto")
     group.add_argument("--activation-checkpointing", action="store_true")
@@ -62,6 +64,8 @@ def parse_args(argv):
         raise UsageError(f"--core-bundle={args.core_bundle}: core is not among --only; add it there, or leave this out")
     if args.json and args.compare:
         raise UsageError(f"--compare={args.compare}: belongs to the table; leave --json out, or write the JSON with --out")
+    if args.fp8_recipe != "tensorwise" and not args.fp8:
+        raise UsageError(f"--fp8-recipe={args.fp8_recipe}: belongs to --fp8; add that, or leave it out")
     if args.n_kv_head < 1 and args.n_kv_head != -1:
         raise UsageError(f"--n-kv-head={args.n_kv_head}: must be at least 1, or -1 for as many as query heads; give one of these")
     if args.out and (os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(os.path.abspath(args.out)))):
@@ -82,9 +86,10 @@ def main(argv):
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
     bench, settings = make_bench(args, say)
     say(bench.describe())
-    if other is not None and (differ := [name for name in settings if settings[name] != settings_of_other.get(name, settings[name])]):
+    if other is not None and (differ := [name for name in settings
+                                         if settings[name] != settings_of_other.get(name, NOT_IN_OLD_FILES.get(name))]):
         say("the earlier run is no measure of this one where it had other settings: "
-            + ", ".join(f"{name} {settings_of_other.get(name)} (now {settings[name]})" for name in differ))
+            + ", ".join(f"{name} {settings_of_other.get(name, NOT_IN_OLD_FILES.get(name))} (now {settings[name]})" for name in differ))
     for part in args.only:
         for entry in getattr(bench, "part_" + part.replace("-", "_"))():
             bench.results.append(entry)
@@ -113,7 +118,7 @@ def make_bench(args, say):
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
     device = torch.device(device_type)
-    dtype, _ = hardware.pick_dtype(args.dtype, device_type)
+    dtype, _ = hardware.pick_dtype(args.dtype, device_type, training=True)
     try:
         config = plan.model_config(args, args.vocab_size)
     except ValueError as error:
@@ -248,7 +253,7 @@ class Bench:
         self.optimizer.step(1.0, 0.95)
 
     def part_step(self):
-        yield self._entry("step", self._timed(self._step), self.tokens, self.flops_per_token * self.tokens)
+        yield self._entry("step", self._timed(self._step, self.optimizer.zero_grad), self.tokens, self.flops_per_token * self.tokens)
 
     def part_forward(self):
         flops = (self.flops_per_token + 2 * self.head_flops) / 3  # the gradients of the head's products are made here
@@ -288,37 +293,33 @@ class Bench:
     def part_attention(self):
         import torch
 
-        from nanochat.attention import attention, usable_backends, visible
-        config, rows, T = self.config, self.args.device_batch_size, self.config.max_seq_len
+        from nanochat.attention import attention, usable_backends
+        backends = usable_backends(self.device.type, dtype=self.dtype, head_dim=self.config.head_dim,
+                                   no_compiler=None if self.compiled else "--no-compile")
+        for window in self.windows():
+            for backend in backends:
+                if backend == "blocked" and self.device.type == "cuda":
+                    continue  # made for CPUs: every block of queries would be compiled for itself
+                function = torch.compile(attention, dynamic=False) if self.compiled else attention
+                yield self.attention_entry(f"attention {backend}", window, functools.partial(function, backend=backend))
+            yield self.attention_entry("attention, plain PyTorch", window, plain_attention)
 
-        def randn(heads):
-            shape = rows, T, heads, config.head_dim
-            return torch.randn(shape, generator=generator).to(self.device, self.dtype).requires_grad_()
+    def windows(self):
+        """The windows of the model's layers, none larger than the context."""
+        return sorted({min(window, self.config.max_seq_len) for window in self.config.windows()})
+
+    def attention_entry(self, name, window, function):
+        """The entry of function(q, k, v, window=...), forward and backward, on tensors of the model's shape."""
+        import torch
+        config, rows, T = self.config, self.args.device_batch_size, self.config.max_seq_len
         generator = torch.Generator().manual_seed(2)
-        q, k, v, upstream = (randn(heads) for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head))
+        q, k, v, upstream = (torch.randn(rows, T, heads, config.head_dim, generator=generator).to(self.device, self.dtype).requires_grad_()
+                             for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head))
 
         def before():
             q.grad = k.grad = v.grad = None
-
-        def plain(q, k, v, window):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            k, v = (x.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for x in (k, v))
-            hidden = ~visible(T, T, window, q.device)
-            scores = (q @ k.mT * config.head_dim**-0.5).float().masked_fill(hidden, float("-inf"))
-            return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
-
-        for window in sorted({min(window, T) for window in config.windows()}):
-            flops = 12 * config.n_head * config.head_dim * window * rows * T
-            for backend in usable_backends(self.device.type, dtype=self.dtype, head_dim=config.head_dim,
-                                           no_compiler=None if self.compiled else "--no-compile"):
-                function = torch.compile(attention, dynamic=False) if self.compiled else attention
-
-                def both():
-                    function(q, k, v, window, backend).backward(upstream)
-                yield self._entry(f"attention {backend}, window {window}", self._timed(both, before), rows * T, flops,
-                                  "forward and backward")
-            measured = self._timed(lambda: plain(q, k, v, window).backward(upstream), before)
-            yield self._entry(f"attention, plain PyTorch, window {window}", measured, rows * T, flops, "forward and backward, uncompiled")
+        return self._entry(f"{name}, window {window}", self._timed(lambda: function(q, k, v, window=window).backward(upstream), before),
+                           rows * T, 12 * config.n_head * config.head_dim * window * rows * T, "forward and backward")
 
     def part_loss(self):
         import torch
@@ -440,6 +441,7 @@ class Bench:
             "attention")]
         flags += [] if args.arch == "llama" else [f"--window-pattern={args.window_pattern}", f"--short-window={args.short_window}"]
         flags += ["--activation-checkpointing"] * args.activation_checkpointing + ["--no-compile"] * (not args.compile)
+        flags += ["--fp8", f"--fp8-recipe={args.fp8_recipe}"] * args.fp8
         flags += [f"--total-batch-size={args.device_batch_size * args.max_seq_len}", f"--device-type={self.device.type}"]
         flags += ["--num-iterations=1", "--eval-every=-1", "--sample-every=-1", "--no-save", "--overwrite"]
         with throw_away_base_dir() as folder:
@@ -460,6 +462,16 @@ class Bench:
             raise UsageError(f"start-up: train.py ended with exit code {process.returncode}: "
                              f"{(process.stderr.strip().splitlines() or ['no message'])[-1]}; leave it out with --only")
         return time.perf_counter() - started
+
+
+def plain_attention(q, k, v, window):
+    """nanochat.attention.attention() as plain PyTorch: all scores at once."""
+    from nanochat.attention import visible
+    (T, H, D), S = q.shape[1:], k.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
+    scores = (q @ k.mT * D**-0.5).float().masked_fill(~visible(T, S, window, q.device), float("-inf"))
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def longest_and_others(task, examples):

@@ -297,8 +297,11 @@ def slow(facts):
             add("larger models", f"of --depth={least} with the default context not even one row is estimated to fit into "
                 f"{human_bytes(facts['free_memory_bytes'])}", "a smaller --max-seq-len, or --activation-checkpointing")
         if facts["compiler_problem"]:
-            tools = "--no-compile silences this" if device == "mps" else (
-                "pip install triton" if device == "cuda" else "install g++ and Python's headers (python3-dev)")
+            tools = f"install {'gcc' if device == 'cuda' else 'g++'} and Python's headers (python3-dev)"
+            if device == "mps":
+                tools = "--no-compile silences this"
+            elif "triton" in facts["compiler_problem"]:  # missing, or made for newer GPUs
+                tools = "pip install triton" if "not installed" in facts["compiler_problem"] else "a newer GPU"
             add("training, about by half", f"torch.compile cannot be used: {facts['compiler_problem']}", tools)
         if facts["free_memory_bytes"] < LITTLE_MEMORY:
             add("larger models and batches", f"{human_bytes(facts['free_memory_bytes'])} of memory are free",

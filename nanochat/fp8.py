@@ -46,7 +46,7 @@ def require(model, device_type, dtype, no_compiler, capability=None):
     problems, found = [], capability or (torch.cuda.get_device_capability() if device_type == "cuda" else None)
     if not EMULATE and device_type != "cuda":
         problems.append(f"a GPU that multiplies fp8 is needed (this is {device_type}); leave the flag out, or plan for such a GPU with "
-                        f"--dry-run --gpu=NAME")
+                        f"train.py --dry-run --gpu=NAME")
     elif not EMULATE and found < CAPABILITY:
         problems.append(f"SM{found[0]}{found[1]} does not multiply fp8 (SM89 and later do); leave the flag out")
     elif dtype != torch.bfloat16:

@@ -2,7 +2,7 @@
 
 A step has three phases. reduce(): gradients are averaged over the ranks, each rank keeping its share (reduce-scatter).
 step(): each rank updates its share of the parameters, then the shares are put together again (all-gather).
-In both, what a part exchanges travels while the next parts compute, and all is waited for at the end.
+What a part exchanges travels meanwhile: gradients while later parts stack theirs, shares while later parts compute their updates.
 With one rank the share is everything and the communication is skipped; the code is the same.
 
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs)."""

@@ -172,20 +172,24 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
         assert len(vars(ours._masks)) == n_masks
 
 
+@pytest.mark.parametrize("backend, everything", [("fa3", -1), ("fa4", None)])
 @pytest.mark.parametrize("also_lse", [False, True])
 @pytest.mark.parametrize("T, S, window", [(40, 40, FULL), (40, 40, 40), (40, 40, 39), (9, 40, 1), (9, 40, 7), (9, 40, FULL)])
-def test_fa3_is_asked_for_the_same_window(monkeypatch, T, S, window, also_lse):
-    """Against a stand-in with the meaning of that package: keys from left before to right after a query, aligned at the end; -1: all."""
+def test_fa3_and_fa4_are_asked_for_the_same_window(monkeypatch, T, S, window, also_lse, backend, everything):
+    """Against a stand-in with the meaning of these packages: keys from left before to right after a query, aligned at the end."""
     def flash_attn_func(q, k, v, causal, window_size, deterministic):
         assert causal and deterministic
-        left, right = window_size
+        left, right = (S if side == everything else side for side in window_size)
         distance = (torch.arange(T) + S - T)[:, None] - torch.arange(S)[None, :]
-        seen = (distance >= 0) & ((distance <= left) | (left == -1)) & ((-distance <= right) | (right == -1))
+        seen = (distance >= 0) & (distance <= left) & (-distance <= right)
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True).transpose(1, 2)
         return (out, None) if also_lse else out
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    package = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    for name, module in (("flash_attn_interface", package), ("flash_attn", types.SimpleNamespace(cute=package)),
+                         ("flash_attn.cute", package)):
+        monkeypatch.setitem(sys.modules, name, module)
     q, k, v, _ = inputs(T, S, 4, 2, 32)
-    torch.testing.assert_close(attention(q, k, v, window, "fa3"), reference(q, k, v, window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, window, backend), reference(q, k, v, window), atol=1e-5, rtol=1e-5)
 
 
 def test_backend_choice(monkeypatch):
@@ -197,7 +201,8 @@ def test_backend_choice(monkeypatch):
         assert pick_backend(backend, "cuda", torch.bfloat16, 128, (9, 0)) == (backend, "as requested")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for installed, auto, usable in [({"triton"}, "flex", ("blocked", "sdpa", "flex", "triton")), ((), "sdpa", ("blocked", "sdpa")),
-                                    ({"triton", "flash_attn_interface"}, "flex", BACKENDS)]:
+                                    ({"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"}, "flex", BACKENDS),
+                                    ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton"))]:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
         assert pick_backend("auto", "cuda")[0] == auto and usable_backends("cuda") == usable
 
@@ -208,6 +213,7 @@ def test_backend_choice(monkeypatch):
     ("fa3", "cpu", {}, "this device is cpu"),
     ("fa3", "cuda", {"capability": (8, 0)}, "Hopper"),
     ("fa3", "cuda", {"capability": (9, 0), "dtype": torch.float32}, "not float32; choose auto, blocked or sdpa or flex or triton"),
+    ("fa4", "cuda", {"capability": (8, 9)}, "Hopper and Blackwell"),
     ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
     ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
     ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),
@@ -220,7 +226,7 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, backend, device_type,
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for backend, package in [("triton", "triton"), ("flex", "triton"), ("fa3", "flash_attn_interface")]:
+    for backend, package in [("triton", "triton"), ("flex", "triton"), ("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")]:
         with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed"):
             pick_backend(backend, "cuda")
 

@@ -111,6 +111,8 @@ def test_json_alone_on_standard_output(capsys):
     (["--compare=nowhere.json"], "nowhere.json"),
     (["--compare=README.md"], "README.md"),
     (["--attention=fast"], "--attention=fast"),
+    (["--fp8-recipe=rowwise"], "--fp8-recipe=rowwise: belongs to --fp8"),
+    (["--fp8", "--device-type=cpu"], "plan for such a GPU with train.py --dry-run --gpu=NAME"),
     (["--n-kv-head=0"], "--n-kv-head=0: must be at least 1, or -1"),
     (["--json", "--compare=README.md"], "--compare=README.md: belongs to the table"),
     (["--out=nowhere/x.json"], "--out=nowhere/x.json: a folder, or in no folder"),

@@ -18,7 +18,7 @@ import pytest
 import small
 import torch
 
-from nanochat.attention import attention
+from nanochat.attention import _problem, attention
 from nanochat.model import GPTConfig, build
 from test_attention import FULL, inputs, output_and_gradients, reference
 
@@ -334,12 +334,12 @@ def test_gpu_compiled_block(backend, around):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flex", "fa3"])
+@pytest.mark.parametrize("backend", ["flex", "fa3", "fa4"])
 @pytest.mark.parametrize("T, window", [(512, FULL), (1024, 300), (1001, 500)])
 def test_gpu_other_backends(backend, T, window):
-    """The same three-way rule for what comes from elsewhere; FlashAttention-3 where it is installed."""
-    if backend == "fa3":
-        pytest.importorskip("flash_attn_interface")
+    """The same three-way rule for what comes from elsewhere; FlashAttention-3 and 4 where they are installed."""
+    if problem := _problem(backend, "cuda", torch.bfloat16, 128):
+        pytest.skip(problem)
     q, k, v, grad_out = (x.to("cuda", torch.bfloat16) for x in inputs(T, T, 4, 2, 128))
     torch.compiler.reset()
     compiled = torch.compile(lambda *x: attention(*x, window, backend), dynamic=False)

@@ -169,6 +169,7 @@ def test_a_layer_is_one_graph(emulated):
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_compiled_on_a_gpu(recipe):
+    pytest.importorskip("torchao")
     if torch.cuda.get_device_capability() < fp8.CAPABILITY:
         pytest.skip("this GPU does not multiply fp8")
     layer, x, grad = layer_and_inputs(256, 1024, 1536)

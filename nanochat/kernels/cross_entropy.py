@@ -25,8 +25,9 @@ def cross_entropy_(logits_RxV, targets_R, scale_R=None, softcap=None):
     R, V = logits_RxV.shape
     nats = torch.empty(R, dtype=torch.float32, device=logits_RxV.device)
     scale = None if scale_R is None else scale_R.contiguous()
-    _row[(R,)](logits_RxV, targets_R.contiguous(), scale, nats, logits_RxV.stride(0), V, softcap,
-               BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
+    with torch.cuda.device_of(logits_RxV):
+        _row[(R,)](logits_RxV, targets_R.contiguous(), scale, nats, logits_RxV.stride(0), V, softcap,
+                   BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS)
     return nats
 
 

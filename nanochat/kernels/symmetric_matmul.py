@@ -28,8 +28,9 @@ def symmetric_product(X_NxRxC, add_NxRxR=None, alpha=1.0, beta=1.0):
     out = torch.empty(N, R, R, dtype=dtype, device=X_NxRxC.device)
     tiles = triton.cdiv(R, TILE)
     add = out if add_NxRxR is None else add_NxRxR
-    _tile[(tiles * tiles, N)](X_NxRxC, add, out, R, C, *X_NxRxC.stride(), *add.stride(), *out.stride()[:2], alpha, beta,
-                              ADD=add_NxRxR is not None, TILE=TILE, STEP=128 // dtype.itemsize, num_warps=WARPS, num_stages=STAGES)
+    with torch.cuda.device_of(X_NxRxC):
+        _tile[(tiles * tiles, N)](X_NxRxC, add, out, R, C, *X_NxRxC.stride(), *add.stride(), *out.stride()[:2], alpha, beta,
+                                  ADD=add_NxRxR is not None, TILE=TILE, STEP=128 // dtype.itemsize, num_warps=WARPS, num_stages=STAGES)
     return out
 
 
