@@ -129,8 +129,8 @@ def test_only_what_the_machine_can_do_is_tried():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("flags, says", [([], "finds no GPU; TOY=1 tries"), (["--only=speed"], "--only=speed: no such check; there are kernels"),
-                                         (["--out=tests"], "tests")])
+@pytest.mark.parametrize("flags, says", [
+    ([], "finds no GPU; TOY=1 tries"), (["--only=speed"], "--only=speed: no such check; there are kernels"), (["--out=tests"], "tests")])
 def test_refused_before_anything_is_done(tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.setattr(gpu_check, "TOY", bool(flags))
     monkeypatch.setattr(gpu_check, "run", None)
