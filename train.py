@@ -461,6 +461,7 @@ def main(args, stop):
             try:
                 micro_batches = next(batches)
                 for micro, batch in enumerate(micro_batches):
+                    optimizer.early = micro == accumulation - 1 and not scaler  # gradients travel while others are being made
                     loss += forward_backward(batch, step, micro) / accumulation
             except (data.DataFailed, UsageError) as error:  # the other ranks are in this step: take part, then save and leave
                 failure = str(error)
@@ -557,9 +558,8 @@ def main(args, stop):
                 trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
         raise error
     finally:
-        for worker in (batches, ahead, watchdog, saver, profiler, *records):
-            if worker is not None:
-                worker.close()
+        for worker in filter(None, (batches, ahead, watchdog, saver, profiler, *records)):
+            worker.close()
         progress.close()
 
     if main_rank:

@@ -1,8 +1,9 @@
 """Muon for matrices and AdamW for the rest, in one optimizer that averages gradients and shards its state over ranks.
 
-A step has three phases. reduce(): gradients are averaged over the ranks, each rank keeping its share (reduce-scatter).
+A step has two phases. reduce(): gradients are averaged over the ranks, each rank keeping its share (reduce-scatter).
 step(): each rank updates its share of the parameters, then the shares are put together again (all-gather).
-What a part exchanges travels meanwhile: gradients while later parts stack theirs, shares while later parts compute their updates.
+What a part exchanges travels meanwhile: shares while later parts compute their updates, and gradients, where `early` is set,
+while the backward pass makes those of other parts.
 With one rank the share is everything and the communication is skipped; the code is the same.
 
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs)."""
@@ -12,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from nanochat.common import round_up
 from nanochat.hardware import compiler_missing
-from nanochat.ranks import all_gather, rank, reduce_scatter, sum_over_ranks, world_size
+from nanochat.ranks import all_gather, from_rank0, rank, reduce_scatter, sum_over_ranks, world_size
 
 # Quintic coefficients of Polar Express (arXiv 2505.16932), five steps from a lower singular-value bound of 1e-3, with the
 # paper's safety factor of 1.02 folded in.
@@ -163,6 +164,7 @@ class FlatParameter:
     def __init__(self, name, parameter, settings):
         assert parameter.is_contiguous(), f"{name}: the update goes through a flat view"
         self.name, self.parameter, self.settings = name, parameter, settings
+        self.parameters = [parameter]
         self.padded = round_up(parameter.numel(), world_size())
         self.share = self.padded // world_size()
         self.grad = self.exchange = None  # as MatrixStack's
@@ -252,6 +254,25 @@ class Optimizer:
         # those with much to exchange and little to compute first, so that the others' products cover it
         self.parts.sort(key=lambda part: isinstance(part, MatrixStack))
         self.parameters = [p for members in groups.values() for p in members.values()]
+        # early: the next backward pass is the last before reduce(), so that gradients may travel as soon as they are made
+        self.early, self.made, self.begun, self.order = False, {}, 0, None
+        if world_size() > 1:
+            for part in self.parts:
+                for parameter in part.parameters:
+                    parameter.register_post_accumulate_grad_hook(lambda _, part=part: self._made(part))
+
+    @torch.no_grad()
+    def _made(self, part):
+        """A gradient of a part has been made. Parts begin to exchange in one order, that of all ranks: each waits for those before it."""
+        if not self.early:
+            return
+        self.made[part] = self.made.get(part, 0) + 1
+        while self.order and self.begun < len(self.order):
+            first = self.order[self.begun]
+            if self.made.get(first, 0) < len(first.parameters):
+                break
+            first.reduce()
+            self.begun += 1
 
     def zero_grad(self, to_zeros=False):
         """Drop the gradients, or (to_zeros) make them zeros, for a rank that has to reduce() without a backward pass."""
@@ -261,10 +282,14 @@ class Optimizer:
     @torch.no_grad()
     def reduce(self):
         """Average the gradients over the ranks. Returns the norm of the averaged gradient, a 0-D fp32 tensor."""
-        for part in self.parts:
+        if self.order is None:  # that in which rank 0's first backward pass made them, as far as it told
+            made = [*self.made, *(part for part in self.parts if part not in self.made)]
+            self.order = [self.parts[i] for i in from_rank0([self.parts.index(part) for part in made])]
+        for part in self.order[self.begun :]:
             part.reduce()
-        for part in self.parts:
+        for part in self.order:
             part.finish_reduce()
+        self.early, self.made, self.begun = False, {}, 0
         squares = torch.stack([torch.linalg.vector_norm(part.grad) for part in self.parts]).square().sum()
         return sum_over_ranks(squares).sqrt()
 

@@ -22,6 +22,7 @@ from nanochat.optim import Optimizer
 WORLD = 2
 TIMEOUT_SECONDS = 120
 STEPS, HALFWAY = 10, 5
+BEGUN = []  # parts whose exchange had begun after each backward pass
 # Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 tables of 2,013 elements.
 CONFIG = GPTConfig(depth=3, width=33, head_dim=8, n_head=2, n_kv_head=1, vocab_size=61, max_seq_len=16,
                    window_pattern="SL", short_window=5)
@@ -45,15 +46,20 @@ def start(kind):
     return model, Optimizer(model.parameter_groups(), settings_for(kind), torch.float32)
 
 
-def train(model, optimizer, steps):
-    """Train on this rank's rows of each batch of 4; returns the gradient norms. Clipping acts in every step."""
+def train(model, optimizer, steps, early=False):
+    """Train on this rank's rows of each batch of 4; returns the gradient norms. Clipping acts in every step. early: gradients travel
+    while others are made, but on rank 1 in step 2, which as after a failure to read has none at first."""
     rows = 4 // ranks.world_size()
     mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
     norms = []
     for step in steps:
         ids = torch.randint(CONFIG.vocab_size, (4, 14), generator=torch.Generator().manual_seed(step))[mine]
         optimizer.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        late = step == 2 and ranks.rank() == 1
+        for micro in range(2):  # in two passes, of which the second is the last
+            optimizer.early = early and micro == 1 and not late
+            (model(ids[:, :-1], ids[:, 1:]).mean() / 2).backward()
+            BEGUN.append(optimizer.begun)
         norm = optimizer.reduce()
         optimizer.clip(norm, 0.3)
         optimizer.step(lr_multiplier=1 - step / (2 * STEPS), mu=0.85 + 0.01 * step)
@@ -68,13 +74,14 @@ def snapshot(model, optimizer):
                       for name, tensors in optimizer.state().items()}}
 
 
-def whole_run(kind):
+def whole_run(kind, early=False):
     """All steps from the start, with a snapshot halfway and one at the end."""
     model, optimizer = start(kind)
-    norms = train(model, optimizer, range(HALFWAY))
+    BEGUN.clear()
+    norms = train(model, optimizer, range(HALFWAY), early)
     halfway = snapshot(model, optimizer)
-    norms += train(model, optimizer, range(HALFWAY, STEPS))
-    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer)}
+    norms += train(model, optimizer, range(HALFWAY, STEPS), early)
+    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer), "begun": list(BEGUN), "parts": len(optimizer.parts)}
 
 
 def resumed_run(kind, halfway):
@@ -100,6 +107,7 @@ def worker(folder):
     results = {"facts": facts}
     for kind in MATRICES:
         results[kind] = whole_run(kind)
+        results[f"{kind}, early"] = whole_run(kind, early=True)
         single = torch.load(folder / f"single_{kind}.pt")
         results[kind]["resumed_from_single"] = resumed_run(kind, single["halfway"])
     torch.save(results, folder / f"rank{me}.pt")
@@ -196,6 +204,18 @@ def test_ranks_agree_bit_for_bit(runs, kind):
             assert torch.equal(weight, second[moment]["weights"][name])
             for key, tensor in first[moment]["state"][name].items():
                 assert torch.equal(tensor, second[moment]["state"][name][key])
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_gradients_that_travel_early_are_the_same(runs, kind):
+    """With == . In the first step their order is learnt; afterwards all are on their way when the backward pass ends."""
+    for rank, results in enumerate(runs["ranks"]):
+        early, late = results[f"{kind}, early"], results[kind]
+        assert early["norms"] == late["norms"]
+        assert all(torch.equal(early["end"]["weights"][name], weight) for name, weight in late["end"]["weights"].items())
+        n = early["parts"]
+        expected = {step: [0, n] for step in range(STEPS)} | {0: [0, 0]} | ({2: [0, 0]} if rank == 1 else {})
+        assert early["begun"] == sum(expected.values(), []) and not any(late["begun"])
 
 
 @pytest.mark.parametrize("kind", MATRICES)
