@@ -113,6 +113,8 @@ def outcome(text):
 
 def check_training(depth, kind, peak, memory_bytes):
     """Speed and memory of training a depth with BATCH tokens a step. kind: bf16, fp8, rowwise, or triton (attention in bf16)."""
+    import torch
+
     from nanochat import bench as benchmarks, hardware
     rows = ROWS[depth] if not TOY else 2
     while not TOY and rows > 1 and memory_bytes < 75e9 * rows / ROWS[depth]:
@@ -126,6 +128,11 @@ def check_training(depth, kind, peak, memory_bytes):
     micro = bench._timed(lambda: bench._loss().backward())
     optimizer = {entry["name"]: entry for entry in attempt_entries(bench.part_optimizer())}
     micro_seconds, update_seconds = statistics.median(micro["seconds"]), statistics.median(optimizer["optimizer"]["seconds"])
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    bench._step()
+    bench._loss().backward()  # with gradients there
+    memory = hardware.peak_memory_bytes(bench.device)
     n = max(1, BATCH // bench.tokens)
     seconds = n * micro_seconds + update_seconds
     speed = n * bench.tokens / seconds
@@ -134,7 +141,7 @@ def check_training(depth, kind, peak, memory_bytes):
               f"{len(micro['seconds'])})")
     yield row(f"d{depth} {kind} MFU", 100 * speed * bench.flops_per_token / (peak or bench.peak), "%",
               f"of the {'listed dense bf16' if peak else 'measured'} peak, {(peak or bench.peak) / 1e12:.4g} TFLOP/s")
-    yield row(f"d{depth} {kind} memory", hardware.peak_memory_bytes(bench.device) / 2**30, "GiB", "at most, all together")
+    yield row(f"d{depth} {kind} memory", memory / 2**30, "GiB", "at most, all together")
     for name, entry in optimizer.items() if kind == "bf16" else ():
         if "seconds" not in entry:
             yield entry
@@ -298,7 +305,8 @@ def same_again(whole, again, weights, weights_again, half):
 def check_ranks():
     """Two ranks against one: losses of fp32 steps with the same batches."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--no-save", "--eval-every=-1", "--save-every=-1", "--dtype=float32", "--no-compile", f"--num-iterations={8 if TOY else 50}"]
+        flags = ["--no-save", "--eval-every=-1", "--save-every=-1", "--dtype=float32", "--no-compile"]
+        flags.append(f"--num-iterations={8 if TOY else 50}")
         for ranks in (1, 2):
             train(folder, f"--model-tag=on{ranks}", *flags, ranks=ranks)
         one, two = losses(Path(folder) / "on1"), losses(Path(folder) / "on2")
