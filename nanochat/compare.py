@@ -572,7 +572,7 @@ def draw_core(figure, groups, scale):
     left.set(xlabel="depth", ylabel="CORE (95% interval over the examples)", xticks=depths)
     left.set_xlim(min(depths, default=0) - 0.7 * step, max(depths, default=1) + 0.7 * step)
     right.set_xlabel("training FLOPs; runs of like FLOPs stand beside each other"
-                     + ("; values: of a run, or the mean of its seeds" if len(groups) <= len(plots.PALETTE) else ""))
+                     + ("\nvalues: of a run, or the mean of its seeds" if len(groups) <= len(plots.PALETTE) else ""))
     drawn = [group for group in groups if any(run["core_metric"] is not None for run in group["runs"])]
     plots.add_key(figure, [left, right], [(group["name"], group["look"]) for group in drawn], scale, "point")
 
