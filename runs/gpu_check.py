@@ -37,7 +37,7 @@ AT_MOST = {"d12 optimizer share"}
 # seconds that each may take, the most important first. Those named "dN-..." train that depth, "attention-T" time all backends.
 CHECKS = {"kernels": 200, "d12-bf16": 100, "resume": 200, "attention-512": 60, "attention-2048": 90, "d12-fp8": 90, "d24-bf16": 100,
           "d24-fp8": 100, "d20-bf16": 90, "d20-fp8": 90, "loss": 60, "ranks": 100, "d12-triton": 60, "determinism": 90,
-          "attention-8192": 90, "d24-rowwise": 90, "tiles": 150}
+          "attention-8192": 90, "d24-rowwise": 90, "resume-fp8": 120, "tiles": 150}
 
 
 def row(what, value, unit="", note="", wrong=False):
@@ -258,6 +258,9 @@ TRAINING = ["--data=python", "--tokenizer=byte", "--sample-every=-1", "--core-me
      "--eval-every=150", "--eval-tokens=1000000"])
 
 
+IN_FP8 = ["--fp8", "--depth=16", "--num-iterations=40", "--save-every=20", "--eval-every=20"]
+
+
 def train(folder, *flags, ranks=1):
     """train.py in a process of its own (or ranks under torchrun), with TRAINING; a failure raises RuntimeError with its last words."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
@@ -273,24 +276,26 @@ def losses(path):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def check_resume():
+def check_resume(*flags):
     """A real training to bits per byte, and its second half again from the checkpoint: the same losses and weights with ==."""
     from safetensors.torch import load_file
     with tempfile.TemporaryDirectory() as folder:
         whole, again = Path(folder) / "whole", Path(folder) / "again"
-        train(folder, "--model-tag=whole")
+        train(folder, "--model-tag=whole", *flags)
         summary = json.loads((whole / "summary.json").read_text())
         last, half = summary["step"], summary["step"] // 2
-        yield row("real training, bits per byte", summary["val_bpb"], "", f"{summary['tokens']:,} bytes of source code, "
+        in_fp8 = " in fp8" if "--fp8" in flags else ""
+        yield row(f"real training{in_fp8}, bits per byte", summary["val_bpb"], "", f"{summary['tokens']:,} bytes of source code, "
                   f"{summary['total_training_time']:.0f} s, {summary['tok_per_sec']:,.0f} tokens/s, MFU {summary['mfu']:.1f}%",
-                  wrong=not summary["val_bpb"] or not TOY and summary["val_bpb"] > 2)
+                  wrong=not summary["val_bpb"] or not TOY and summary["val_bpb"] > (4 if flags else 2))
         shutil.copytree(whole, again, symlinks=True)
         for checkpoint in (again / "checkpoints").glob("step_*"):  # nothing of the second half is left but its lines, which resuming cuts
             if int(checkpoint.name.removeprefix("step_")) > half:
                 shutil.rmtree(checkpoint)
-        train(folder, "--model-tag=again", "--resume")
+        train(folder, "--model-tag=again", "--resume", *flags)
         name = f"checkpoints/step_{last:06d}/model.safetensors"
-        yield same_again(losses(whole), losses(again), load_file(whole / name), load_file(again / name), half)
+        found = same_again(losses(whole), losses(again), load_file(whole / name), load_file(again / name), half)
+        yield {**found, "what": found["what"] + in_fp8}
 
 
 def same_again(whole, again, weights, weights_again, half):
@@ -350,7 +355,8 @@ def rows_of(name, peak, memory_bytes):
     if match := re.fullmatch(r"attention-(\d+)", name):
         return check_attention(int(match[1]))
     return {"machine": check_machine, "kernels": check_kernels, "loss": check_loss, "determinism": check_determinism,
-            "resume": check_resume, "ranks": check_ranks, "tiles": check_tiles}[name]()
+            "resume": check_resume, "resume-fp8": functools.partial(check_resume, *IN_FP8), "ranks": check_ranks,
+            "tiles": check_tiles}[name]()
 
 
 # ---- all of them ----

@@ -131,7 +131,7 @@ def test_only_what_the_machine_can_do_is_tried():
     assert [name for name in gpu_check.CHECKS if gpu_check.missing(name, facts)] == []
     facts = {"torchao": False, "triton": False, "pytest": False, "gpus": 1}
     left_out = {name for name in gpu_check.CHECKS if gpu_check.missing(name, facts)}
-    assert left_out == {"kernels", "d12-fp8", "d20-fp8", "d24-fp8", "d24-rowwise", "d12-triton", "ranks", "tiles"}
+    assert left_out == {"kernels", "d12-fp8", "d20-fp8", "d24-fp8", "d24-rowwise", "resume-fp8", "d12-triton", "ranks", "tiles"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
