@@ -266,7 +266,7 @@ class Optimizer:
         """A gradient of a part has been made. Parts begin to exchange in one order, that of all ranks: each waits for those before it."""
         if not self.early:
             return
-        self.made[part] = self.made.get(part, 0) + 1
+        self.made[part] = self.made.pop(part, 0) + 1  # behind the others: the last gradient decides
         while self.order and self.begun < len(self.order):
             first = self.order[self.begun]
             if self.made.get(first, 0) < len(first.parameters):

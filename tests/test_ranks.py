@@ -81,7 +81,9 @@ def whole_run(kind, early=False):
     norms = train(model, optimizer, range(HALFWAY), early)
     halfway = snapshot(model, optimizer)
     norms += train(model, optimizer, range(HALFWAY, STEPS), early)
-    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer), "begun": list(BEGUN), "parts": len(optimizer.parts)}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer), "begun": list(BEGUN),
+            "order": [names[part.parameters[0]] for part in optimizer.order]}
 
 
 def resumed_run(kind, halfway):
@@ -213,7 +215,9 @@ def test_gradients_that_travel_early_are_the_same(runs, kind):
         early, late = results[f"{kind}, early"], results[kind]
         assert early["norms"] == late["norms"]
         assert all(torch.equal(early["end"]["weights"][name], weight) for name, weight in late["end"]["weights"].items())
-        n = early["parts"]
+        order, n = early["order"], len(early["order"])
+        assert order[0] == "head.weight" and order[-1] == "embedding.weight"  # as backward passes make them; a stack when it is whole
+        assert order.index("value_embeddings.2.weight") < order.index("blocks.0.mlp.down.weight")
         expected = {step: [0, n] for step in range(STEPS)} | {0: [0, 0]} | ({2: [0, 0]} if rank == 1 else {})
         assert early["begun"] == sum(expected.values(), []) and not any(late["begun"])
 
