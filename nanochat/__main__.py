@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError
+from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError, printable
 
 APPS = {
     "sample": "generate text from a run",
@@ -38,10 +38,10 @@ def main(argv=None):
     try:
         return importlib.import_module(f"nanochat.{MODULES.get(app, app)}").main(rest)
     except UsageError as error:
-        print(f"nanochat {app}: error: {error}", file=sys.stderr)
+        print(printable(f"nanochat {app}: error: {error}"), file=sys.stderr)
         return EXIT_USAGE
     except Unavailable as error:
-        print(f"nanochat {app}: failed: {error}", file=sys.stderr)
+        print(printable(f"nanochat {app}: failed: {error}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)

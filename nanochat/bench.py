@@ -196,7 +196,8 @@ class Bench:
         if compiled:
             self.model.compile_parts()
         groups = self.model.parameter_groups()
-        self.optimizer = optim.Optimizer(groups, {name: RATES.get(name, ADAMW) for name in groups}, dtype)
+        self.optimizer = optim.Optimizer(groups, {name: RATES.get(name, ADAMW) for name in groups},
+                                         torch.float32 if dtype == torch.float16 else dtype)
         ids = torch.randint(config.vocab_size, (args.device_batch_size, config.max_seq_len + 1),
                             generator=torch.Generator().manual_seed(1)).to(device)
         self.inputs, self.targets = ids[:, :-1], ids[:, 1:]
@@ -280,9 +281,11 @@ class Bench:
         yield self._entry("optimizer", self._timed(self._update, before), flops=self._muon_flops())
         if self.device.type == "cuda":  # where it may be chosen
             was, optim.SYMMETRIC_KERNEL = optim.SYMMETRIC_KERNEL, not optim.SYMMETRIC_KERNEL
-            yield self._entry(f"optimizer, {'plain products' if was else 'symmetric kernel'}", self._timed(self._update, before),
-                              flops=self._muon_flops())
-            optim.SYMMETRIC_KERNEL = was
+            try:
+                measured = self._timed(self._update, before)
+            finally:
+                optim.SYMMETRIC_KERNEL = was
+            yield self._entry(f"optimizer, {'plain products' if was else 'symmetric kernel'}", measured, flops=self._muon_flops())
 
     def _muon_flops(self):
         """Of the products of orthogonalisation: three in each of its iterations."""

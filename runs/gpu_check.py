@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -99,12 +100,19 @@ def check_kernels():
                *(f"tests/test_{name}.py" for name in ("kernels", "flash_attention", "fp8"))]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time is the compiler's
-    yield outcome(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        yield outcome(process.communicate(timeout=CHECKS["kernels"] - 25)[0])
+        return
+    process.send_signal(signal.SIGINT)  # it tells what has passed so far
+    yield outcome(process.communicate()[0])
+    yield row("tests of kernels", None, note="cut off: the last of them have not run")
 
 
 def outcome(text):
     """The row of what pytest printed."""
-    last = (text.strip().splitlines() or ["no output"])[-1]
+    lines = text.strip().splitlines() or ["no output"]
+    last = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|skipped|error|deselected)", line)), lines[-1])
     count = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
     return row("tests of kernels passed", count.get("passed", 0), "", "; ".join([last, *failed[:5]]),
@@ -126,8 +134,9 @@ def check_training(depth, kind, peak, memory_bytes):
         yield row(f"d{depth} {kind}", None, note="not compiled", wrong=True)
     # as all micro-batches but the first: their gradients are added to what is there
     micro = bench._timed(lambda: bench._loss().backward())
-    optimizer = {entry["name"]: entry for entry in attempt_entries(bench.part_optimizer())}
-    micro_seconds, update_seconds = statistics.median(micro["seconds"]), statistics.median(optimizer["optimizer"]["seconds"])
+    of_optimizer = bench.part_optimizer()
+    update = next(of_optimizer)
+    micro_seconds, update_seconds = statistics.median(micro["seconds"]), statistics.median(update["seconds"])
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     bench._step()
@@ -142,22 +151,13 @@ def check_training(depth, kind, peak, memory_bytes):
     yield row(f"d{depth} {kind} MFU", 100 * speed * bench.flops_per_token / (peak or bench.peak), "%",
               f"of the {'listed dense bf16' if peak else 'measured'} peak, {(peak or bench.peak) / 1e12:.4g} TFLOP/s")
     yield row(f"d{depth} {kind} memory", memory / 2**30, "GiB", "at most, all together")
-    for name, entry in optimizer.items() if kind == "bf16" else ():
-        if "seconds" not in entry:
-            yield entry
-            continue
+    def share(entry):
         took = statistics.median(entry["seconds"])
-        yield row(f"d{depth} {name} share", 100 * took / (seconds - update_seconds + took), "%", f"of the step; {1000 * took:.2f} ms"
-                  + (f", {entry['flops'] / took / 1e12:.0f} TFLOP/s of its products" if entry["flops"] else ""))
-
-
-def attempt_entries(entries):
-    """Entries of a part of the bench; one that fails ends them and is a wrong row, under "name"."""
-    try:
-        yield from entries
-    except Exception as error:  # as in attempt()
-        name = "optimizer, other kernel"
-        yield {"name": name, **row(name, None, note=f"{type(error).__name__}: {str(error)[:300]}", wrong=True)}
+        return row(f"d{depth} {entry['name']} share", 100 * took / (seconds - update_seconds + took), "%", f"of the step; "
+                   f"{1000 * took:.2f} ms, {entry['flops'] / took / 1e12:.0f} TFLOP/s of its products")
+    if kind == "bf16":
+        yield share(update)
+        yield from attempt(f"d{depth} optimizer, other kernel", lambda: map(share, of_optimizer))
 
 
 def check_attention(T):
@@ -381,11 +381,16 @@ def run(command, seconds, cut_off=False):
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
                                    start_new_session=True)
+        code = None
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = None
+            pass
         finally:  # also on Ctrl-C: what is left of a check would slow the next
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                if code is None:
+                    os.killpg(process.pid, signal.SIGTERM)  # torchrun's workers are in groups of their own: it has to end them
+                    process.wait(5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -394,7 +399,10 @@ def run(command, seconds, cut_off=False):
         rows, last = [], (errors.read().strip().splitlines() or ["no message"])[-1]
         for line in out.read().splitlines():
             with contextlib.suppress(ValueError):  # a line that is cut off
-                rows.append(json.loads(line))
+                rows += [found] if isinstance(found := json.loads(line), dict) and "what" in found else []
+    for entry in rows:
+        if entry["value"] is not None and not math.isfinite(entry["value"]):
+            entry |= {"value": None, "wrong": True, "note": f"{entry['value']}; {entry['note']}"}
     if code is None:
         rows.append(row("time", None, note=f"cut off after {seconds:.0f} s, the end of --minutes" if cut_off else
                         f"stopped after {seconds:.0f} s", wrong=not cut_off))
@@ -414,7 +422,7 @@ def conclusions(found):
         if value and (match := re.fullmatch(r"attention,? (.+), window (\d+), T = (\d+)", name)):
             times.setdefault(int(match[3]), {}).setdefault(int(match[2]), {})[match[1]] = value
     for T, by_window in sorted(times.items()):
-        full, short = by_window[max(by_window)], by_window[min(by_window)]
+        full, short = by_window.get(32 if TOY else T, {}), by_window[min(by_window)]
         out += ratio(f"plain PyTorch / triton, T = {T}", full.get("plain PyTorch"), full.get("triton"))
         libraries = [value for way, value in full.items() if way not in ("triton", "plain PyTorch", "blocked")]
         out += ratio(f"best library / triton, T = {T}", min(libraries, default=None), full.get("triton"))

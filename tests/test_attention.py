@@ -198,10 +198,11 @@ def test_backend_choice(monkeypatch):
     assert pick_backend("auto", "cuda", capability=(7, 5))[0] == "sdpa"
     assert pick_backend("auto", "cuda", capability=(9, 0), no_compiler="--no-compile")[0] == "sdpa"
     for backend in BACKENDS:
-        assert pick_backend(backend, "cuda", torch.bfloat16, 128, (9, 0)) == (backend, "as requested")
+        capability = (10, 0) if backend == "fa4" else (9, 0)
+        assert pick_backend(backend, "cuda", torch.bfloat16, 128, capability) == (backend, "as requested")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for installed, auto, usable in [({"triton"}, "flex", ("blocked", "sdpa", "flex", "triton")), ((), "sdpa", ("blocked", "sdpa")),
-                                    ({"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"}, "flex", BACKENDS),
+                                    ({"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"}, "flex", BACKENDS[:-1]),
                                     ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton"))]:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
         assert pick_backend("auto", "cuda")[0] == auto and usable_backends("cuda") == usable
@@ -213,7 +214,7 @@ def test_backend_choice(monkeypatch):
     ("fa3", "cpu", {}, "this device is cpu"),
     ("fa3", "cuda", {"capability": (8, 0)}, "Hopper"),
     ("fa3", "cuda", {"capability": (9, 0), "dtype": torch.float32}, "not float32; choose auto, blocked or sdpa or flex or triton"),
-    ("fa4", "cuda", {"capability": (8, 9)}, "Hopper and Blackwell"),
+    ("fa4", "cuda", {"capability": (9, 0)}, "on Blackwell only"),
     ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
     ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
     ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),

@@ -49,7 +49,7 @@ def test_training_speed_is_that_of_a_batch_of_many_micro_batches(monkeypatch):
     assert found["d12 bf16 speed"] == pytest.approx(524288 / seconds)
     assert found["d12 bf16 MFU"] == pytest.approx(100 * 524288 / seconds * 6e8 / 989e12)
     assert found["d12 optimizer share"] == pytest.approx(100 * 0.010 / seconds)
-    assert rows[-1]["what"] == "optimizer, other kernel" and rows[-1]["wrong"] and "no such kernel" in rows[-1]["note"]
+    assert rows[-1]["what"] == "d12 optimizer, other kernel" and rows[-1]["wrong"] and "no such kernel" in rows[-1]["note"]
     assert not any(entry["wrong"] for entry in rows[:-1])
     list(gpu_check.check_training(12, "fp8", 1e14, 24e9))
     list(gpu_check.check_training(24, "rowwise", 1e14, 15e9))
@@ -64,7 +64,8 @@ def test_what_follows_from_other_rows():
              "attention, plain PyTorch, window 512, T = 512": 7.0, "attention triton, window 256, T = 512": 1.0,
              "attention triton, window 2048, T = 2048": 5.0, "attention sdpa, window 2048, T = 2048": 4.0,
              "attention sdpa_cudnn, not deterministic, window 2048, T = 2048": 3.0, "attention sdpa, window 1024, T = 2048": 8.0,
-             "attention flex, window 1024, T = 2048": None}
+             "attention flex, window 1024, T = 2048": None,
+             "attention triton, window 1024, T = 8192": 1.0, "attention sdpa, window 1024, T = 8192": 9.0}  # cut off before full context
     assert values(gpu_check.conclusions(found)) == {
         "d24 fp8 / bf16 speed": 1.3, "plain PyTorch / triton, T = 512": 3.5, "full context / window, triton, T = 512": 2.0,
         "best library / triton, T = 2048": 0.6, "full context / window, sdpa, T = 2048": 0.5}
@@ -102,7 +103,9 @@ ROW = 'print(\'{"what": "a", "value": 1, "wrong": false}\', flush=True)'
     ("print('{'); import os; os.abort()", "exit code -6: no message"),
     ("while True: pass", "stopped after 1 s")])
 def test_what_breaks_costs_nothing_but_itself(code, says):
-    first, entry = gpu_check.run([sys.executable, "-c", f"{ROW}\n{code}"], 1)
+    other = "print(7); print('{\"what\": \"b\", \"value\": NaN, \"wrong\": false, \"note\": \"n\"}', flush=True)"
+    first, second, entry = gpu_check.run([sys.executable, "-c", f"{ROW}\n{other}\n{code}"], 1)
+    assert second == {"what": "b", "value": None, "wrong": True, "note": "nan; n"}
     assert first["what"] == "a" and entry["wrong"] and entry["note"] == says and "WRONG: " + says in gpu_check.shown(entry)
 
 

@@ -303,3 +303,5 @@ def test_several_ranks_on_mps_are_a_usage_error(monkeypatch):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as train.py ends: gloo's threads may abort an interpreter that is on its way out

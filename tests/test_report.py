@@ -192,3 +192,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
         assert nanochat(arguments) == 0
         out = capsys.readouterr().out
         assert "d4\ufffd[2J\ufffd31m" in out and "\x1b" not in out and "\x9b" not in out
+    (path / "config.json").unlink()
+    (path / "summary.json").unlink()
+    (path / "metrics.jsonl").unlink()
+    assert nanochat(["report", str(path)]) == 2 and "\x1b" not in capsys.readouterr().err
