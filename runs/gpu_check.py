@@ -134,14 +134,14 @@ def check_training(depth, kind, peak, memory_bytes):
         yield row(f"d{depth} {kind}", None, note="not compiled", wrong=True)
     # as all micro-batches but the first: their gradients are added to what is there
     micro = bench._timed(lambda: bench._loss().backward())
-    of_optimizer = bench.part_optimizer()
-    update = next(of_optimizer)
-    micro_seconds, update_seconds = statistics.median(micro["seconds"]), statistics.median(update["seconds"])
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     bench._step()
     bench._loss().backward()  # with gradients there
     memory = hardware.peak_memory_bytes(bench.device)
+    of_optimizer = bench.part_optimizer()  # from here on it holds gradients of its own
+    update = next(of_optimizer)
+    micro_seconds, update_seconds = statistics.median(micro["seconds"]), statistics.median(update["seconds"])
     n = max(1, BATCH // bench.tokens)
     seconds = n * micro_seconds + update_seconds
     speed = n * bench.tokens / seconds
@@ -151,6 +151,7 @@ def check_training(depth, kind, peak, memory_bytes):
     yield row(f"d{depth} {kind} MFU", 100 * speed * bench.flops_per_token / (peak or bench.peak), "%",
               f"of the {'listed dense bf16' if peak else 'measured'} peak, {(peak or bench.peak) / 1e12:.4g} TFLOP/s")
     yield row(f"d{depth} {kind} memory", memory / 2**30, "GiB", "at most, all together")
+
     def share(entry):
         took = statistics.median(entry["seconds"])
         return row(f"d{depth} {entry['name']} share", 100 * took / (seconds - update_seconds + took), "%", f"of the step; "
