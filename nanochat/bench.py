@@ -174,6 +174,20 @@ def line(entry, peak, other):
     return "  ".join(cells).rstrip()
 
 
+def timed(function, device, repeats, before=lambda: None):
+    """Seconds of each of so many calls of function(), after one that warms up. before() is not timed."""
+    from nanochat import hardware
+    seconds = []
+    for _ in range(repeats + 1):
+        before()
+        hardware.synchronize(device.type)
+        started = time.perf_counter()
+        function()
+        hardware.synchronize(device.type)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
 class Bench:
     """A model on a device, and a method for each part, which yields entries: name, tokens, flops (or None), seconds of each
     repetition, memory (peak bytes above what was there before, or None), note."""
@@ -227,16 +241,9 @@ class Bench:
     def _timed(self, function, before=lambda: None):
         """Seconds of each repetition of function(), and its peak memory. before() is not timed."""
         from nanochat import hardware
-        seconds = []
-        for repetition in range(self.args.repeats + 1):  # the first warms up
-            before()
-            hardware.synchronize(self.device.type)
-            started = time.perf_counter()
-            function()
-            hardware.synchronize(self.device.type)
-            seconds.append(time.perf_counter() - started)
+        seconds = timed(function, self.device, self.args.repeats, before)
         before()
-        return {"seconds": seconds[1:], "memory": hardware.allocated_peak(function, self.device)}
+        return {"seconds": seconds, "memory": hardware.allocated_peak(function, self.device)}
 
     def _entry(self, name, measured, tokens=None, flops=None, note=""):
         return {"name": name, "tokens": tokens, "flops": flops, "note": note, **measured}
@@ -294,18 +301,22 @@ class Bench:
         return len(POLAR_EXPRESS) * sum(2 * small * small * (2 * large + small) for small, large in shapes)
 
     def part_attention(self):
+        for window in self.windows():
+            for name, function in self.attention_ways().items():
+                yield self.attention_entry(name, window, function)
+
+    def attention_ways(self):
+        """{name: function(q, k, v, window=...)} of the backends that run here, and of plain PyTorch."""
         import torch
 
         from nanochat.attention import attention, usable_backends
+        function = torch.compile(attention, dynamic=False) if self.compiled else attention
         backends = usable_backends(self.device.type, dtype=self.dtype, head_dim=self.config.head_dim,
                                    no_compiler=None if self.compiled else "--no-compile")
-        for window in self.windows():
-            for backend in backends:
-                if backend == "blocked" and self.device.type == "cuda":
-                    continue  # made for CPUs: every block of queries would be compiled for itself
-                function = torch.compile(attention, dynamic=False) if self.compiled else attention
-                yield self.attention_entry(f"attention {backend}", window, functools.partial(function, backend=backend))
-            yield self.attention_entry("attention, plain PyTorch", window, plain_attention)
+        # blocked is made for CPUs: for a GPU every block of queries would be compiled for itself
+        ways = {f"attention {name}": functools.partial(function, backend=name) for name in backends
+                if name != "blocked" or self.device.type != "cuda"}
+        return {**ways, "attention, plain PyTorch": plain_attention}
 
     def windows(self):
         """The windows of the model's layers, none larger than the context."""
@@ -325,34 +336,35 @@ class Bench:
                            rows * T, 12 * config.n_head * config.head_dim * window * rows * T, "forward and backward")
 
     def part_loss(self):
+        from nanochat.loss import pick_loss
+        yield self.loss_entry("loss", pick_loss(self.device.type, self.compiled)[0])
+        yield self.loss_entry("loss, plain PyTorch", None)
+
+    def loss_entry(self, name, backend):
+        """The entry of the head's loss with its gradients. backend: of nanochat.loss; None: plain PyTorch, all logits at once."""
         import torch
         import torch.nn.functional as F
 
-        from nanochat.loss import linear_cross_entropy, pick_loss
+        from nanochat.loss import linear_cross_entropy
         V, C, N = self.config.vocab_size, self.config.width, self.args.device_batch_size * self.config.max_seq_len
         generator = torch.Generator().manual_seed(3)
         hidden = torch.randn(N, C, generator=generator).to(self.device, self.dtype).requires_grad_()
         weight = (torch.randn(V, C, generator=generator) * C**-0.5).to(self.device).requires_grad_()
         targets = torch.randint(V, (N,), generator=generator).to(self.device)
 
-        def plain():
-            logits = F.linear(hidden, weight.to(hidden.dtype)).float()
-            F.cross_entropy(15 * torch.tanh(logits / 15), targets).backward()
-
-        backend, _ = pick_loss(self.device.type, self.compiled)
-
-        def ours():
-            linear_cross_entropy(hidden, weight, targets, 15.0, backend=backend).backward()
+        def both():
+            if backend:
+                linear_cross_entropy(hidden, weight, targets, 15.0, backend=backend).backward()
+            else:
+                logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+                F.cross_entropy(15 * torch.tanh(logits / 15), targets).backward()
 
         def before():
             hidden.grad = weight.grad = None
-        gradients = hidden.nbytes + weight.nbytes
-        for name, function in (("loss", ours), ("loss, plain PyTorch", plain)):
-            measured = self._timed(function, before)
-            if measured["memory"] is not None:
-                measured["memory"] -= gradients
-            yield self._entry(name, measured, N, self.head_flops * N, "forward and backward; memory beyond the gradients")
-        before()
+        measured = self._timed(both, before)
+        if measured["memory"] is not None:
+            measured["memory"] -= hidden.nbytes + weight.nbytes
+        return self._entry(name, measured, N, self.head_flops * N, "forward and backward; memory beyond the gradients")
 
     def part_data(self):
         from nanochat import corpus as corpora, data

@@ -88,7 +88,7 @@ class MatrixStack:
         self.padded = round_up(len(self.names), world_size())
         self.share = self.padded // world_size()
         self.first = rank() * self.share
-        self.grad = self.exchange = None  # exchange: (what to wait for, the tensor that travels)
+        self.grad = self.exchange = None  # exchange: (what to wait for, the whole tensor, what else to keep)
         self.momentum = torch.zeros(self.share, *shape, device=device)
         second = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
         self.second = torch.zeros(self.share, *second, device=device)
@@ -107,12 +107,6 @@ class MatrixStack:
         self.grad = torch.empty_like(everything[: self.share])
         self.exchange = reduce_scatter(self.grad, everything), everything
 
-    def finish_reduce(self):
-        if self.exchange:
-            self.exchange[0].wait()
-            self.grad /= world_size()
-            self.exchange = None
-
     def step(self, lr, mu):
         decay = self.settings["weight_decay"]
         update = muon_update(self.grad, self.momentum, self.second, mu, self.settings["beta2"], self.dtype)
@@ -124,18 +118,13 @@ class MatrixStack:
             own -= lr * decay * kept
         self.grad = None
         if world_size() == 1:
-            self._take(own)
+            self.take(own)
             return
         gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
         self.exchange = all_gather(gathered, own), gathered, own
 
-    def finish_step(self):
-        if self.exchange:
-            self.exchange[0].wait()
-            self._take(self.exchange[1])
-            self.exchange = None
-
-    def _take(self, stack):
+    def take(self, stack):
+        """Set the parameters to the matrices of a whole stack."""
         torch._foreach_copy_([parameter.data for parameter in self.parameters], list(stack[: len(self.names)]))
 
     def state(self):
@@ -188,12 +177,6 @@ class FlatParameter:
         self.grad = torch.empty_like(self.exp_avg)
         self.exchange = reduce_scatter(self.grad, flat), flat
 
-    def finish_reduce(self):
-        if self.exchange:
-            self.exchange[0].wait()
-            self.grad /= world_size()
-            self.exchange = None
-
     def step(self, lr, mu):
         flat = self._flat(self.parameter.data)
         own = flat[rank() * self.share : (rank() + 1) * self.share]
@@ -205,12 +188,10 @@ class FlatParameter:
         if world_size() > 1:
             self.exchange = all_gather(flat, own), flat
 
-    def finish_step(self):
-        if self.exchange:
-            self.exchange[0].wait()
-            if self.padded > self.parameter.numel():  # else the flat tensor is the parameter
-                self.parameter.data.copy_(self._whole(self.exchange[1]))
-            self.exchange = None
+    def take(self, flat):
+        """Set the parameter to a whole flat tensor."""
+        if self.padded > self.parameter.numel():  # else the flat tensor is the parameter
+            self.parameter.data.copy_(self._whole(flat))
 
     def _whole(self, flat):
         return flat[: self.parameter.numel()].view(self.parameter.shape)
@@ -231,6 +212,15 @@ class FlatParameter:
         self.exp_avg.copy_(self._own(state[self.name]["exp_avg"]))
         self.exp_avg_sq.copy_(self._own(state[self.name]["exp_avg_sq"]))
         self.steps.copy_(state[self.name]["steps"])
+
+
+def arrived(part):
+    """Wait for what a part exchanges. Returns the whole tensor; None if nothing travels, as on one rank."""
+    if part.exchange is None:
+        return None
+    (work, whole, *_), part.exchange = part.exchange, None
+    work.wait()
+    return whole
 
 
 class Optimizer:
@@ -288,7 +278,8 @@ class Optimizer:
         for part in self.order[self.begun :]:
             part.reduce()
         for part in self.order:
-            part.finish_reduce()
+            if arrived(part) is not None:
+                part.grad /= world_size()
         self.early, self.made, self.begun = False, {}, 0
         squares = torch.stack([torch.linalg.vector_norm(part.grad) for part in self.parts]).square().sum()
         return sum_over_ranks(squares).sqrt()
@@ -306,7 +297,8 @@ class Optimizer:
         for part in self.parts:
             part.step(part.settings["lr"] * lr_multiplier, mu)
         for part in self.parts:
-            part.finish_step()
+            if (whole := arrived(part)) is not None:
+                part.take(whole)
 
     def drop_gradients(self):
         """Forget reduced gradients without applying them (a skipped step)."""

@@ -62,6 +62,7 @@ def check_machine():
     import torch
 
     from nanochat import hardware
+    from nanochat.bench import timed
     device = torch.device("cpu" if TOY else "cuda")
     facts = hardware.describe(device)
     facts |= {name: importlib.util.find_spec(name) is not None for name in ("triton", "torchao", "pytest", "xdist")}
@@ -78,20 +79,7 @@ def check_machine():
                   f"best of 5, n = {size}")
     x = torch.zeros(2**20 if TOY else 2**30, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    yield row("copies", 2 * x.numel() / timed(lambda: y.copy_(x), device) / 1e9, "GB/s", "reading and writing")
-
-
-def timed(function, device, repeats=5):
-    """Median seconds of so many calls, after one that warms up."""
-    from nanochat import hardware
-    seconds = []
-    for _ in range(repeats + 1):
-        hardware.synchronize(device.type)
-        started = time.perf_counter()
-        function()
-        hardware.synchronize(device.type)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    yield row("copies", 2 * x.numel() / statistics.median(timed(lambda: y.copy_(x), device, 5)) / 1e9, "GB/s", "reading and writing")
 
 
 def check_kernels():
@@ -170,70 +158,49 @@ def check_attention(T):
     args = benchmarks.parse_args([*MODEL, "--only=attention", f"--max-seq-len={length}", f"--short-window={short}", "--window-pattern=SL",
                                   f"--depth={2 if TOY else 12}", f"--device-batch-size={1 if TOY else 32768 // T}"])
     bench, _ = benchmarks.make_bench(args, print)
-    usable = attention.usable_backends(bench.device.type, dtype=bench.dtype, head_dim=args.head_dim,
-                                       no_compiler=None if bench.compiled else "--no-compile")
-
     def sdpa_by(which, q, k, v, window):
         from torch.nn.attention import SDPBackend, sdpa_kernel
         with sdpa_kernel(SDPBackend[which]):
             return attention.attention(q, k, v, window, "sdpa")
 
+    def entry(name, window, function):
+        found = bench.attention_entry(name, window, function)
+        return milliseconds(f"{found['name']}, T = {T}", found, "the window counted for every token")
+
     for window in bench.windows():
-        ways = {f"attention {name}": functools.partial(torch.compile(attention.attention, dynamic=False) if bench.compiled
-                                                       else attention.attention, backend=name)
-                for name in usable if name != "blocked" or TOY}
-        ways["attention, plain PyTorch"] = benchmarks.plain_attention
-        for name, function in ways.items():
-            yield from attempt(name, lambda name=name, function=function: milliseconds(bench.attention_entry(name, window, function), T))
+        for name, function in bench.attention_ways().items():
+            yield from attempt(name, functools.partial(entry, name, window, function))
         if window == length and not TOY:  # what deterministic algorithms, which are on above, keep away
             torch.use_deterministic_algorithms(False)
             for which in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
                 name = f"attention sdpa_{which.split('_')[0].lower()}, not deterministic"
-                yield from attempt(name, lambda name=name, which=which: milliseconds(
-                    bench.attention_entry(name, window, functools.partial(sdpa_by, which)), T))
+                yield from attempt(name, functools.partial(entry, name, window, functools.partial(sdpa_by, which)))
             torch.use_deterministic_algorithms(True)
 
 
-def milliseconds(entry, T):
-    """The row of an entry of attention."""
+def milliseconds(what, entry, note):
+    """The row of an entry of the bench."""
     seconds = statistics.median(entry["seconds"])
-    return row(f"{entry['name']}, T = {T}", 1000 * seconds, "ms", f"{entry['flops'] / seconds / 1e12:.1f} TFLOP/s, the window counted for "
-               f"every token; {(entry['memory'] or 0) / 2**20:.0f} MiB")
+    speed, memory = entry["flops"] / seconds / 1e12, (entry["memory"] or 0) / 2**20
+    return row(what, 1000 * seconds, "ms", f"{speed:.1f} TFLOP/s, {memory:.0f} MiB; {note}")
 
 
 def check_loss():
     """Time and memory of the head's loss with its gradients, by backend and size of chunks, and as plain PyTorch."""
-    import torch
-    import torch.nn.functional as F
+    from nanochat import bench as benchmarks, loss
+    args = benchmarks.parse_args([*MODEL, "--only=loss", *(["--depth=1", "--device-batch-size=2"] if TOY else
+                                                           ["--depth=12", "--device-batch-size=16"])])
+    bench, _ = benchmarks.make_bench(args, print)
 
-    from nanochat import hardware, loss
-    device = torch.device("cpu" if TOY else "cuda")
-    hardware.prepare(device.type)
-    N, C, V = (64, 16, 300) if TOY else (32768, 768, 32768)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(N, C, generator=generator).to(device, torch.bfloat16).requires_grad_()
-    weight = (torch.randn(V, C, generator=generator) * C**-0.5).to(device).requires_grad_()
-    targets = torch.randint(V, (N,), generator=generator).to(device)
+    def entry(name, backend):
+        return milliseconds(name, bench.loss_entry(name, backend), "memory beyond the gradients")
 
-    def plain():
-        return F.cross_entropy(15 * torch.tanh(F.linear(hidden, weight.to(hidden.dtype)).float() / 15), targets)
-
-    def measured(name, function):
-        def both():
-            hidden.grad = weight.grad = None
-            function().backward()
-        seconds = timed(both, device)
-        hidden.grad = weight.grad = None
-        memory = hardware.allocated_peak(both, device) - hidden.nbytes - weight.nbytes
-        return row(name, 1000 * seconds, "ms", f"{N:,} tokens x {C} -> {V:,}; {memory / 2**20:.0f} MiB beyond the gradients")
-
-    yield from attempt("loss, plain PyTorch", lambda: measured("loss, plain PyTorch", plain))
+    yield from attempt("loss, plain PyTorch", lambda: entry("loss, plain PyTorch", None))
     for chunk in (2**12,) if TOY else (2**24, 2**26, 2**28, 2**30):
         loss.CHUNK_LOGITS = {"cpu": chunk, "cuda": chunk}
         for backend in loss.BACKENDS[:1] if TOY else loss.BACKENDS:
             name = f"loss {backend}, chunks of 2^{chunk.bit_length() - 1}"
-            ours = functools.partial(loss.linear_cross_entropy, hidden, weight, targets, 15.0, backend=backend)
-            yield from attempt(name, functools.partial(measured, name, ours))
+            yield from attempt(name, functools.partial(entry, name, backend))
 
 
 def check_determinism():
@@ -324,6 +291,7 @@ def check_tiles():
     """The tiles of the attention kernel that are in use and the fastest of those that could be, as far as the time reaches."""
     import torch
 
+    from nanochat.bench import timed
     from nanochat.kernels import flash_attention as flash
     capability = torch.cuda.get_device_capability()
     for D, T, window in ((128, 2048, 2048), (128, 2048, 1024), (64, 2048, 2048)):
@@ -339,7 +307,7 @@ def check_tiles():
                     choice = {"tile_of_keys" if which == "backward of keys" else "tile_of_queries": tile}
                     run = functools.partial(flash.backward, g, q, k, v, out, lse, window, **choice)
                 try:
-                    seconds = timed(run, q.device, 9)
+                    seconds = statistics.median(timed(run, q.device, 9))
                 except Exception:  # does not compile, or does not fit: no choice
                     continue
                 used = used or seconds
