@@ -5,11 +5,13 @@ __version__ = "0.1.0"
 
 def load(run, step=None, device_type="", dtype="auto"):
     """(model, tokenizer) of a run folder, ready to generate. See checkpoint.load_run()."""
-    from nanochat.checkpoint import load_run
+    from nanochat.run.checkpoint import load_run
+
     return load_run(run, step, device_type, dtype)
 
 
 def generate(model, tokenizer, prompt, **options):
     """The text that continues `prompt`, a str. options: see engine.generate_text()."""
-    from nanochat.engine import generate_text
+    from nanochat.eval.generation import generate_text
+
     return "".join(generate_text(model, tokenizer, prompt, **options))

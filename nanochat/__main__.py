@@ -18,10 +18,11 @@ APPS = {
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
-MODULES = {"data": "data_app", "tokenizer": "tokenizer_app", "evaluate": "evaluate_app"}  # where the library has a module of the app's name
 LATER = ("serve", "client", "dpo", "jobs")
-USAGE = "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n" + "\n".join(
-    f"  {name:<10} {text}" for name, text in APPS.items())
+USAGE = (
+    "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n"
+    + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())
+)
 
 
 def main(argv=None):
@@ -36,7 +37,7 @@ def main(argv=None):
         print(f"nanochat: error: '{app}' {why}; there are: {', '.join(APPS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        return importlib.import_module(f"nanochat.{MODULES.get(app, app)}").main(rest)
+        return importlib.import_module(f"nanochat.apps.{app}").main(rest)
     except UsageError as error:
         print(printable(f"nanochat {app}: error: {error}"), file=sys.stderr)
         return EXIT_USAGE
@@ -46,7 +47,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
+    except (
+        BrokenPipeError
+    ):  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -29,7 +29,9 @@ class TrainingFailed(Exception):
 
 def install_hint(package, purpose):
     """The UsageError to raise when an optional package is missing."""
-    return UsageError(f"{purpose} needs the package '{package}', which is not installed: pip install {package}")
+    return UsageError(
+        f"{purpose} needs the package '{package}', which is not installed: pip install {package}"
+    )
 
 
 def valid_unicode(text):
@@ -40,7 +42,9 @@ def valid_unicode(text):
 def printable(text):
     """The text as a terminal may get it: valid_unicode(), and control characters replaced but for line ends and tabs. Names of folders
     and what is written in them may be another's, and could move the cursor or clear the screen."""
-    return re.sub(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", valid_unicode(text))
+    return re.sub(
+        r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", valid_unicode(text)
+    )
 
 
 def in_a_line(error):
@@ -60,9 +64,15 @@ def base_dir(make=True):
             path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
         named = f"NANOCHAT_BASE_DIR={given}" if given else "the folder of caches, ~/.cache/nanochat"
-        reason = "not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or in_a_line(error)
-        raise UsageError(f"{named}: cannot be made or used ({reason}); "
-                         f"{'name' if given else 'set NANOCHAT_BASE_DIR to'} a folder that can hold caches") from None
+        reason = (
+            "not a folder"
+            if isinstance(error, FileExistsError)
+            else getattr(error, "strerror", None) or in_a_line(error)
+        )
+        raise UsageError(
+            f"{named}: cannot be made or used ({reason}); "
+            f"{'name' if given else 'set NANOCHAT_BASE_DIR to'} a folder that can hold caches"
+        ) from None
     return path
 
 
@@ -76,7 +86,9 @@ def stream_seed(seed, *names):
 
 def sha256_hex(data):
     """Hex SHA-256 of bytes or of the UTF-8 form of a string."""
-    return hashlib.sha256(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data).hexdigest()
+    return hashlib.sha256(
+        data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+    ).hexdigest()
 
 
 def sha256_file(path):
@@ -126,13 +138,17 @@ def new_folder(out):
     deleted."""
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; name another one, or delete it first")
+        raise UsageError(
+            f"{out} exists and is not an empty folder; name another one, or delete it first"
+        )
     folder = out.with_name(f".{out.name}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UsageError(f"{out} cannot be made ({error.strerror}); name a folder that can be written") from None
+        raise UsageError(
+            f"{out} cannot be made ({error.strerror}); name a folder that can be written"
+        ) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,7 +172,9 @@ def new_folder(out):
         except OSError as error:
             if in_body and not _is_of_writing(error, folder):
                 raise
-            raise Unavailable(f"{out} cannot be written ({error.strerror or error}); nothing of it is left") from None
+            raise Unavailable(
+                f"{out} cannot be written ({error.strerror or error}); nothing of it is left"
+            ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -165,7 +183,11 @@ def new_folder(out):
 
 def _is_of_writing(error, folder):
     """Whether an OSError is about a file inside a folder, or names no file and is of a disk that takes no more."""
-    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    names = [
+        name
+        for name in (error.filename, error.filename2)
+        if isinstance(name, str | bytes | os.PathLike)
+    ]
     if not names:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)
@@ -196,9 +218,14 @@ def step_argument(text):
     return text if text == "best" else int(text)
 
 
-def round_up(value, multiple):
+def ceil_div(value: int, divisor: int) -> int:
+    """`value / divisor`, rounded up."""
+    return -(-value // divisor)
+
+
+def round_up(value: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least `value`."""
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple
 
 
 def human_bytes(n):

@@ -16,6 +16,7 @@ from nanochat.common import UsageError, base_dir
 
 class Gpu(NamedTuple):
     """A GPU as its data sheet has it. peak_flops: dense, in bf16; in fp16 (sums in fp32) where there is no bf16, before SM80."""
+
     peak_flops: float
     memory_bytes: float
     capability: tuple  # (major, minor): (7, 5) is SM75
@@ -23,14 +24,29 @@ class Gpu(NamedTuple):
 
 # By name, as a whole word of what CUDA reports. Source: NVIDIA data sheets.
 GPUS = {
-    "B200": Gpu(2250e12, 180e9, (10, 0)), "H200": Gpu(989e12, 141e9, (9, 0)), "H100": Gpu(989e12, 80e9, (9, 0)),
-    "H100 NVL": Gpu(835e12, 94e9, (9, 0)), "H100 PCIe": Gpu(756e12, 80e9, (9, 0)), "H800": Gpu(989e12, 80e9, (9, 0)),
-    "A100": Gpu(312e12, 80e9, (8, 0)), "A800": Gpu(312e12, 80e9, (8, 0)), "A40": Gpu(149.7e12, 48e9, (8, 6)),
-    "A30": Gpu(165e12, 24e9, (8, 0)), "A10": Gpu(125e12, 24e9, (8, 6)), "A10G": Gpu(70e12, 24e9, (8, 6)),
-    "L40S": Gpu(362e12, 48e9, (8, 9)), "L4": Gpu(121e12, 24e9, (8, 9)), "RTX 5090": Gpu(209.5e12, 32e9, (12, 0)),
-    "RTX 4090": Gpu(165.2e12, 24e9, (8, 9)), "RTX 4080": Gpu(97.5e12, 16e9, (8, 9)), "RTX 3090": Gpu(71e12, 24e9, (8, 6)),
-    "RTX 3080": Gpu(59.5e12, 10e9, (8, 6)), "V100": Gpu(125e12, 16e9, (7, 0)), "V100-PCIE": Gpu(112e12, 16e9, (7, 0)),
-    "T4": Gpu(65e12, 16e9, (7, 5)), "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5)),
+    "B200": Gpu(2250e12, 180e9, (10, 0)),
+    "H200": Gpu(989e12, 141e9, (9, 0)),
+    "H100": Gpu(989e12, 80e9, (9, 0)),
+    "H100 NVL": Gpu(835e12, 94e9, (9, 0)),
+    "H100 PCIe": Gpu(756e12, 80e9, (9, 0)),
+    "H800": Gpu(989e12, 80e9, (9, 0)),
+    "A100": Gpu(312e12, 80e9, (8, 0)),
+    "A800": Gpu(312e12, 80e9, (8, 0)),
+    "A40": Gpu(149.7e12, 48e9, (8, 6)),
+    "A30": Gpu(165e12, 24e9, (8, 0)),
+    "A10": Gpu(125e12, 24e9, (8, 6)),
+    "A10G": Gpu(70e12, 24e9, (8, 6)),
+    "L40S": Gpu(362e12, 48e9, (8, 9)),
+    "L4": Gpu(121e12, 24e9, (8, 9)),
+    "RTX 5090": Gpu(209.5e12, 32e9, (12, 0)),
+    "RTX 4090": Gpu(165.2e12, 24e9, (8, 9)),
+    "RTX 4080": Gpu(97.5e12, 16e9, (8, 9)),
+    "RTX 3090": Gpu(71e12, 24e9, (8, 6)),
+    "RTX 3080": Gpu(59.5e12, 10e9, (8, 6)),
+    "V100": Gpu(125e12, 16e9, (7, 0)),
+    "V100-PCIE": Gpu(112e12, 16e9, (7, 0)),
+    "T4": Gpu(65e12, 16e9, (7, 5)),
+    "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5)),
 }
 PEAK_SIZES = (2048, 4096)  # rows of the products whose best speed is a device's peak
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -45,13 +61,19 @@ def listed_gpu(name):
 
 def pick_device_type(requested):
     """'cuda', 'mps' or 'cpu': the requested one, or the first that is present. Raises UsageError if it is absent."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if not requested:
         return next(name for name in ("cuda", "mps", "cpu") if present[name])
     if not present[requested]:
         have = ", ".join(name for name in present if present[name])
-        raise UsageError(f"--device-type={requested}: this machine or build of torch {torch.__version__} has none "
-                         f"(here: {have}); leave the flag out to autodetect")
+        raise UsageError(
+            f"--device-type={requested}: this machine or build of torch {torch.__version__} has none "
+            f"(here: {have}); leave the flag out to autodetect"
+        )
     return requested
 
 
@@ -68,15 +90,21 @@ def pick_dtype(requested, device_type, training=False, capability=None):
 
     capability: (major, minor) of the GPU, if not that of this machine's. Raises UsageError for float16 without CUDA."""
     if requested == "float16" and device_type != "cuda" and not FP16_ON_CPU:
-        raise UsageError(f"--dtype=float16: for CUDA devices (this is {device_type}, which multiplies it slowly or not at all); use "
-                         f"bfloat16 or float32")
+        raise UsageError(
+            f"--dtype=float16: for CUDA devices (this is {device_type}, which multiplies it slowly or not at all); use "
+            f"bfloat16 or float32"
+        )
     if device_type == "cuda":
         major, minor = capability or torch.cuda.get_device_capability()
         no_bf16 = f"SM{major}{minor} has no bf16 matrix instructions"
         if requested == "auto" and major >= 8:
             return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
         if requested == "auto":
-            return (torch.float16, f"{no_bf16} and multiplies fp16") if training and major == 7 else (torch.float32, no_bf16)
+            return (
+                (torch.float16, f"{no_bf16} and multiplies fp16")
+                if training and major == 7
+                else (torch.float32, no_bf16)
+            )
         if requested == "bfloat16" and major < 8:
             return torch.bfloat16, f"as requested, though {no_bf16}"
     if requested != "auto":
@@ -106,11 +134,15 @@ def compiler_missing(device_type):
         major, minor = torch.cuda.get_device_capability()
         if major < 7:
             return f"SM{major}{minor} is older than what triton compiles for (SM70)"
-    language, variable, usual, other = ("C++", "CXX", "g++", "clang++") if device_type == "cpu" else ("C", "CC", "gcc", "clang")
+    language, variable, usual, other = (
+        ("C++", "CXX", "g++", "clang++") if device_type == "cpu" else ("C", "CC", "gcc", "clang")
+    )
     compiler = os.environ.get(variable) or usual
     if not (shutil.which(compiler) or shutil.which(other)):
         return f"no {language} compiler ({compiler}) on PATH"
-    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")  # triton compiles what launches its kernels with it
+    header = os.path.join(
+        sysconfig.get_paths()["include"], "Python.h"
+    )  # triton compiles what launches its kernels with it
     return None if os.path.exists(header) else "Python.h is missing (the python3-dev package)"
 
 
@@ -121,7 +153,9 @@ def prepare(device_type):
     set_determinism(device_type)
     if device_type == "cpu":
         keep_freed_memory()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, would say when it starts and stops
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler, which counts memory, would say when it starts and stops
     # blocks of several kinds share one function; the limit of 8 versions would leave some of them uncompiled without a word
     torch._dynamo.config.recompile_limit = 64
 
@@ -134,6 +168,7 @@ def keep_freed_memory():
     if platform.libc_ver()[0] != "glibc":
         return False
     import ctypes
+
     mallopt = ctypes.CDLL(None).mallopt
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
@@ -169,7 +204,9 @@ def peak_label(gpu, name):
 def measured_peak(device, dtype):
     """FLOP/s of the fastest of square products of PEAK_SIZES; of the small one where products are so slow that it takes a second."""
     slow = device.type == "cpu" and dtype != torch.bfloat16
-    return max(matmul_flops(device, dtype, n, repeats=2) for n in (PEAK_SIZES[:1] if slow else PEAK_SIZES))
+    return max(
+        matmul_flops(device, dtype, n, repeats=2) for n in (PEAK_SIZES[:1] if slow else PEAK_SIZES)
+    )
 
 
 def peak_flops(device):
@@ -190,7 +227,9 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -206,9 +245,15 @@ def allocated_peak(function, device):
         return torch.cuda.max_memory_allocated() - before
     if device.type != "cpu":
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         function()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     return max(itertools.accumulate((n for _, n in changes), initial=0))
 
 
@@ -222,6 +267,7 @@ def peak_memory_bytes(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
@@ -230,15 +276,27 @@ def is_out_of_memory(error):
     """True for the exceptions with which torch reports that an allocation failed, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in (
-        "can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return isinstance(error, RuntimeError) and any(
+        text in str(error)
+        for text in (
+            "can't allocate memory",
+            "MPS backend out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+        )
+    )
 
 
 def describe(device):
     """What runs here, for config.json: names, counts, versions. No host names or paths."""
-    facts = {"device_type": device.type, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
-             "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
-             "torch": torch.__version__}
+    facts = {
+        "device_type": device.type,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     if device.type == "cuda":
         facts.update(gpu=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
     else:

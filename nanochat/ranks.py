@@ -33,16 +33,21 @@ def setup(device_type):
     if device_type == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"torchrun started local rank {local_rank}, but this machine has "
-                             f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+            raise UsageError(
+                f"torchrun started local rank {local_rank}, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         if device_type == "mps":
             raise UsageError("--device-type=mps: one process only; start without torchrun")
         # long: the others wait while rank 0 reads and tokenizes; torchrun ends them all when one dies
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6),
-                                device_id=device if device_type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            timeout=datetime.timedelta(hours=6),
+            device_id=device if device_type == "cuda" else None,
+        )
     return device
 
 
@@ -63,13 +68,17 @@ def reduce_scatter(share, everything):
     """Begin to fill `share` with this rank's part, along dimension 0, of the sum of `everything` over the ranks. Returns what to wait()
     for; until then both tensors must be kept and left alone."""
     # torch 2.13 deprecates the names that torch 2.11 has
-    return (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(share, everything, async_op=True)
+    return (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(
+        share, everything, async_op=True
+    )
 
 
 def all_gather(everything, share):
     """Begin to fill `everything` with the shares of all ranks, in order along dimension 0; `share` may be this rank's part of it.
     Returns as reduce_scatter()."""
-    return (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(everything, share, async_op=True)
+    return (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(
+        everything, share, async_op=True
+    )
 
 
 def from_rank0(value):
@@ -105,7 +114,10 @@ def from_all(value):
 
 
 LOST = "lost the others"  # last word of a rank that ends because another did
-PATIENCE_SECONDS = 3.0, 20.0  # to wait for last words: at least, at most (torchrun ends a rank by force 30 s after another died)
+PATIENCE_SECONDS = (
+    3.0,
+    20.0,
+)  # to wait for last words: at least, at most (torchrun ends a rank by force 30 s after another died)
 
 
 def last_word(text):
@@ -117,7 +129,11 @@ def last_word(text):
 
 def is_lost_exchange(error):
     """True for the exceptions with which an exchange fails because another rank is not there any more."""
-    return world_size() > 1 and (isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error))
+    return world_size() > 1 and (
+        isinstance(error, dist.DistError)
+        or isinstance(error, RuntimeError)
+        and "gloo" in str(error)
+    )
 
 
 def who_is_gone(step_seconds=0.0, clock=time.monotonic, sleep=time.sleep):
@@ -127,7 +143,9 @@ def who_is_gone(step_seconds=0.0, clock=time.monotonic, sleep=time.sleep):
     the usual step_seconds are waited for words, and of who is silent then it cannot be said whether it died or is slow."""
     last_word(LOST)
     store, words = dist.distributed_c10d._get_default_store(), {}
-    store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # as under torchrun; else it is rank 0's
+    store_is_launchers = (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )  # as under torchrun; else it is rank 0's
     patience = min(max(PATIENCE_SECONDS[0], 2 * step_seconds), PATIENCE_SECONDS[1])
     deadline = clock() + patience
     try:
@@ -141,5 +159,8 @@ def who_is_gone(step_seconds=0.0, clock=time.monotonic, sleep=time.sleep):
     except RuntimeError:  # the store is gone, and with it who held it
         return "" if store_is_launchers or rank() == 0 else "rank 0 is gone"
     silent = f"did not answer within {patience:.3g} s"
-    return " and ".join(f"rank {other} " + (f"failed ({words[other]})" if other in words else silent)
-                        for other in range(world_size()) if words.get(other) != LOST)
+    return " and ".join(
+        f"rank {other} " + (f"failed ({words[other]})" if other in words else silent)
+        for other in range(world_size())
+        if words.get(other) != LOST
+    )

@@ -19,8 +19,11 @@ class StopSignals:
 
     def __init__(self, speaks):
         self.requested, self.at_once, self.speaks = False, True, speaks
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-                         if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves SIGHUP
+        self.previous = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        }  # as nohup leaves SIGHUP
 
     def _note(self, number, frame):
         if self.requested and number == signal.SIGINT:
@@ -28,11 +31,19 @@ class StopSignals:
         if self.requested:
             return
         self.requested = True
-        if number == signal.SIGHUP:  # nobody is there to read, and writing to a closed terminal is an error
+        if (
+            number == signal.SIGHUP
+        ):  # nobody is there to read, and writing to a closed terminal is an error
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if self.speaks and not self.at_once:  # os.write: print() is not safe inside a signal handler
-            again = b"; Ctrl-C again leaves at once without saving" if signal.SIGINT in self.previous else b""  # ignored in the background
+        if (
+            self.speaks and not self.at_once
+        ):  # os.write: print() is not safe inside a signal handler
+            again = (
+                b"; Ctrl-C again leaves at once without saving"
+                if signal.SIGINT in self.previous
+                else b""
+            )  # ignored in the background
             os.write(2, b"\nstopping after this step, saving first" + again + b"\n")
         self.check()
 

@@ -1,7 +1,7 @@
 """The CORE benchmark of DCLM (arXiv 2406.11794): its 22 tasks, read from a bundle, as prompts of token ids; and its statistics.
 
 A bundle is a folder in the published layout: core.yaml (the tasks), eval_meta_data.csv (chance levels), eval_data/ (one JSON
-object a line). Nothing here knows a model; nanochat/core.py answers the prompts.
+object a line). Nothing here knows a model; nanochat/eval/core.py answers the prompts.
 
 A prompt is the example after its few-shot examples, each followed by a blank line; each of its rows of ids begins with BOS:
 multiple_choice   query + delimiter + choice, a row per choice; scored from where the rows begin to differ
@@ -24,7 +24,11 @@ KINDS = ("multiple_choice", "schema", "language_modeling")
 SHUFFLE_SEED, FEW_SHOT_SEED = 1337, 1234
 BASELINES = ("v1", "v2")
 # Chance levels that DCLM corrected in September 2025, in percent: the first published value and the corrected one.
-CORRECTED = {"commonsense_qa": (20, 40.3), "agi_eval_lsat_ar": (20, 25), "bigbench_language_identification": (9.1, 25)}
+CORRECTED = {
+    "commonsense_qa": (20, 40.3),
+    "agi_eval_lsat_ar": (20, 25),
+    "bigbench_language_identification": (9.1, 25),
+}
 AT_ONCE = 256  # examples that are tokenized together: their texts and lists of ids are in memory
 RESAMPLES, BOOTSTRAP_SEED = 10_000, 1337
 
@@ -45,15 +49,39 @@ PUBLISHED = (
     ("hellaswag", "language_understanding/hellaswag.jsonl", 10, _MC, " "),
     ("winograd", "language_understanding/winograd_wsc.jsonl", 0, _SCHEMA, " "),
     ("winogrande", "language_understanding/winogrande.jsonl", 0, _SCHEMA, " "),
-    ("bigbench_dyck_languages", "symbolic_problem_solving/bigbench_dyck_languages.jsonl", 10, _LM, " "),
+    (
+        "bigbench_dyck_languages",
+        "symbolic_problem_solving/bigbench_dyck_languages.jsonl",
+        10,
+        _LM,
+        " ",
+    ),
     ("agi_eval_lsat_ar", "symbolic_problem_solving/agi_eval_lsat_ar.jsonl", 3, _MC, " "),
-    ("bigbench_cs_algorithms", "symbolic_problem_solving/bigbench_cs_algorithms.jsonl", 10, _LM, " "),
+    (
+        "bigbench_cs_algorithms",
+        "symbolic_problem_solving/bigbench_cs_algorithms.jsonl",
+        10,
+        _LM,
+        " ",
+    ),
     ("bigbench_operators", "symbolic_problem_solving/bigbench_operators.jsonl", 10, _LM, " "),
-    ("bigbench_repeat_copy_logic", "symbolic_problem_solving/bigbench_repeat_copy_logic.jsonl", 10, _LM, " "),
+    (
+        "bigbench_repeat_copy_logic",
+        "symbolic_problem_solving/bigbench_repeat_copy_logic.jsonl",
+        10,
+        _LM,
+        " ",
+    ),
     ("squad", "reading_comprehension/squad.jsonl", 10, _LM, " "),
     ("coqa", "reading_comprehension/coqa.jsonl", 0, _LM, " "),
     ("boolq", "reading_comprehension/boolq.jsonl", 10, _MC, _ANSWER),
-    ("bigbench_language_identification", "language_understanding/bigbench_language_identification.jsonl", 10, _MC, " "),
+    (
+        "bigbench_language_identification",
+        "language_understanding/bigbench_language_identification.jsonl",
+        10,
+        _MC,
+        " ",
+    ),
 )
 LABELS = tuple(label for label, *_ in PUBLISHED)
 
@@ -61,14 +89,20 @@ LABELS = tuple(label for label, *_ in PUBLISHED)
 def label_problem(labels):
     """What is wrong with labels that are not among the 22, for --tasks; "" if nothing is."""
     unknown = [label for label in labels if label not in LABELS]
-    return f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}" if unknown else ""
+    return (
+        f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}"
+        if unknown
+        else ""
+    )
 
 
 # ---- the bundle ----
 
+
 @dataclass(frozen=True)
 class Task:
     """One task. path: its file of examples; shots: few-shot examples before each; chance: accuracy of guessing, 0 to 1."""
+
     label: str
     path: Path
     kind: str
@@ -79,8 +113,21 @@ class Task:
 
 def published_yaml():
     """The text of the published core.yaml, as far as it is read here (JSON is YAML)."""
-    return json.dumps({"icl_tasks": [{"label": label, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind,
-                                      "continuation_delimiter": delimiter} for label, uri, shots, kind, delimiter in PUBLISHED]}, indent=1)
+    return json.dumps(
+        {
+            "icl_tasks": [
+                {
+                    "label": label,
+                    "dataset_uri": uri,
+                    "num_fewshot": [shots],
+                    "icl_task_type": kind,
+                    "continuation_delimiter": delimiter,
+                }
+                for label, uri, shots, kind, delimiter in PUBLISHED
+            ]
+        },
+        indent=1,
+    )
 
 
 def read_bundle(folder, baselines="v1"):
@@ -89,7 +136,10 @@ def read_bundle(folder, baselines="v1"):
     baselines: "v1", the chance levels first published, or "v2", the corrected ones. remarks: sentences on what differs from
     the published bundle. Raises UsageError for a folder that is no bundle."""
     folder = Path(folder)
-    entries, chances = _read_tasks(folder / "core.yaml"), _read_chances(folder / "eval_meta_data.csv")
+    entries, chances = (
+        _read_tasks(folder / "core.yaml"),
+        _read_chances(folder / "eval_meta_data.csv"),
+    )
     tasks, problems, remarks = {}, {}, []
     for label, uri, shots, kind, delimiter in PUBLISHED:
         entry = entries.get(label)
@@ -100,17 +150,23 @@ def read_bundle(folder, baselines="v1"):
             task = _task(label, entry, folder, chances, baselines)
             is_there = task.path.is_file()
         except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
-            problems[label] = f"core.yaml or eval_meta_data.csv describe it badly ({type(error).__name__}: {in_a_line(error)})"
+            problems[label] = (
+                f"core.yaml or eval_meta_data.csv describe it badly ({type(error).__name__}: {in_a_line(error)})"
+            )
             continue
         if (task.shots, task.kind, task.delimiter) != (shots, kind, delimiter):
-            remarks.append(f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; published are {shots}, {kind}, "
-                           f"{delimiter!r}")
+            remarks.append(
+                f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; published are {shots}, {kind}, "
+                f"{delimiter!r}"
+            )
         if is_there:
             tasks[label] = task
         else:
             problems[label] = f"{task.path} is missing"
     if others := set(entries) - set(LABELS):
-        remarks.append(f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(repr, others)))}")
+        remarks.append(
+            f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(repr, others)))}"
+        )
     return tasks, problems, remarks
 
 
@@ -124,10 +180,14 @@ def _read_tasks(path):
         entries = yaml.safe_load(path.read_text(encoding="utf-8-sig"))["icl_tasks"]
         return {entry["label"]: entry for entry in entries}
     except FileNotFoundError:
-        raise UsageError(f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, eval_meta_data.csv and "
-                         f"eval_data/") from None
+        raise UsageError(
+            f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, eval_meta_data.csv and "
+            f"eval_data/"
+        ) from None
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"CORE bundle: {path} cannot be read as a list of tasks ({in_a_line(error)})") from None
+        raise UsageError(
+            f"CORE bundle: {path} cannot be read as a list of tasks ({in_a_line(error)})"
+        ) from None
 
 
 def _read_chances(path):
@@ -136,7 +196,9 @@ def _read_chances(path):
         with open(path, encoding="utf-8-sig", newline="") as f:
             return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
-        raise UsageError(f"CORE bundle: {path} cannot be read as the table of chance levels ({in_a_line(error)})") from None
+        raise UsageError(
+            f"CORE bundle: {path} cannot be read as the table of chance levels ({in_a_line(error)})"
+        ) from None
 
 
 def _task(label, entry, folder, chances, baselines):
@@ -145,7 +207,9 @@ def _task(label, entry, folder, chances, baselines):
     delimiter = entry.get("continuation_delimiter", " ")
     shots = shots[0] if isinstance(shots, list) else shots
     if kind not in KINDS or type(shots) is not int or shots < 0 or not isinstance(delimiter, str):
-        raise ValueError(f"type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}")
+        raise ValueError(
+            f"type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}"
+        )
     path = folder / "eval_data" / uri
     if os.path.isabs(uri) or os.path.normpath(uri).startswith(".."):
         raise ValueError(f"dataset_uri {uri!r} leads out of eval_data")
@@ -169,7 +233,9 @@ def read_examples(task, limit=-1):
                 malformed += example is None
                 examples += [] if example is None else [example]
     total = len(examples)
-    random.Random(SHUFFLE_SEED).shuffle(examples)  # also when nothing is cut: few-shot examples are drawn by position
+    random.Random(SHUFFLE_SEED).shuffle(
+        examples
+    )  # also when nothing is cut: few-shot examples are drawn by position
     return examples[: limit if limit != -1 else None], total, malformed
 
 
@@ -180,18 +246,27 @@ def _parsed(kind, line):
         if "\\ud" in line.lower():  # perhaps half of a character, which no text can hold
             json.dumps(example, ensure_ascii=False).encode("utf-8")
         if kind == _LM:
-            texts, good = [example["context"], example["continuation"]], bool(example["continuation"])
+            texts, good = (
+                [example["context"], example["continuation"]],
+                bool(example["continuation"]),
+            )
         else:
             options = example["choices" if kind == _MC else "context_options"]
             texts = [example["query" if kind == _MC else "continuation"], *options]
-            good = (isinstance(options, list) and len(options) > 1 and type(example["gold"]) is int
-                    and 0 <= example["gold"] < len(options) and bool(kind == _MC or example["continuation"]))
+            good = (
+                isinstance(options, list)
+                and len(options) > 1
+                and type(example["gold"]) is int
+                and 0 <= example["gold"] < len(options)
+                and bool(kind == _MC or example["continuation"])
+            )
         return example if good and all(isinstance(text, str) for text in texts) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 # ---- prompts ----
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -200,6 +275,7 @@ class Prompt:
     index: place among the task's examples. gold: the right choice. rows: int32 arrays, each begins with BOS, no two alike;
     starts: where the scored span of each begins (1 or later), its end is the row's. row_of: the row of each choice.
     shared: leading ids that all rows have in common and that lie before every scored prediction. cropped: ids left out."""
+
     index: int
     gold: int
     rows: list
@@ -221,8 +297,13 @@ def texts_of(task, examples, index):
     shots = [examples[i] for i in shots_of(task, index, len(examples))]
     before = "".join(_written(task, shot, shot.get("gold", 0)) + "\n\n" for shot in shots)
     example = examples[index]
-    if task.kind == _LM:  # without: white space at its end would be part of the first token of what follows
-        return [(before + example["context"].strip() + task.delimiter).strip(), before + _written(task, example, 0)]
+    if (
+        task.kind == _LM
+    ):  # without: white space at its end would be part of the first token of what follows
+        return [
+            (before + example["context"].strip() + task.delimiter).strip(),
+            before + _written(task, example, 0),
+        ]
     n_options = len(example["choices" if task.kind == _MC else "context_options"])
     return [before + _written(task, example, option) for option in range(n_options)]
 
@@ -246,7 +327,9 @@ def prompts_of(task, examples, tokenizer, limit, indices, threads=1):
         ids = iter(tokenizer.encode_batch([text for of_one in texts for text in of_one], threads))
         for index, of_one in zip(part, texts, strict=True):
             rows = [np.concatenate([[tokenizer.bos], next(ids)]).astype(np.int32) for _ in of_one]
-            prompts.append(prompt_of_rows(task.kind, index, examples[index].get("gold", 0), rows, limit))
+            prompts.append(
+                prompt_of_rows(task.kind, index, examples[index].get("gold", 0), rows, limit)
+            )
     return prompts
 
 
@@ -289,6 +372,7 @@ def fingerprint_of(task, examples):
 
 # ---- statistics ----
 
+
 def centered(accuracy, chance):
     """Accuracy on the scale where guessing is 0 and perfection 1."""
     return (accuracy - chance) / (1 - chance)
@@ -312,14 +396,19 @@ def interval(results, others=None, confidence=0.95):
     same tasks and examples, which are resampled in pairs. Tasks with the same examples are resampled together.
     Raises ValueError if they cannot be paired."""
     if others is not None and set(results) != set(others):
-        raise ValueError(f"evaluated on other tasks: {', '.join(sorted(set(results) ^ set(others)))}")
+        raise ValueError(
+            f"evaluated on other tasks: {', '.join(sorted(set(results) ^ set(others)))}"
+        )
     groups = {}  # columns of answers, 0 or 1, that are drawn together, and the share of each in the result
     for label, result in results.items():
         share = 1 / (len(results) * (1 - result["chance"]))
         columns = groups.setdefault(_same_examples(result), [])
         columns.append((_answers(result), share))
         if others is not None:
-            for name, what in (("fingerprint", "evaluated on other examples"), ("chance", "counted from another chance level")):
+            for name, what in (
+                ("fingerprint", "evaluated on other examples"),
+                ("chance", "counted from another chance level"),
+            ):
                 if others[label][name] != result[name]:
                     raise ValueError(f"{label}: {what}")
             columns.append((_answers(others[label]), -share))
@@ -328,9 +417,15 @@ def interval(results, others=None, confidence=0.95):
     for columns in groups.values():
         worth = sum(share * answers for answers, share in columns)  # of each example
         values, counts = np.unique(worth, return_counts=True)
-        draws += rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES) @ values / counts.sum()
+        draws += (
+            rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
+            @ values
+            / counts.sum()
+        )
     if others is None:  # `worth` leaves out what does not vary: the chance levels
-        draws -= sum(result["chance"] / (1 - result["chance"]) for result in results.values()) / len(results)
+        draws -= sum(
+            result["chance"] / (1 - result["chance"]) for result in results.values()
+        ) / len(results)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

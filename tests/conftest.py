@@ -15,13 +15,22 @@ import torch
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]
-os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=tempfile.mkdtemp(prefix="nanochat-hf-"),
-                  NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+os.environ.update(
+    HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HOME=tempfile.mkdtemp(prefix="nanochat-hf-"),
+    NO_PROXY="127.0.0.1,localhost",
+    no_proxy="127.0.0.1,localhost",
+)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic products on a GPU are refused
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # without it, deterministic products on a GPU are refused
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(variable, None)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `bash runs/test.sh &`; what tests start would ignore Ctrl-C as well
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in `bash runs/test.sh &`; what tests start would ignore Ctrl-C as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -30,7 +39,11 @@ def settled_environment(tmp_path_factory):
     """Caches and downloads go to a throw-away folder, results do not depend on the number of cores or on luck."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("nanochat_base")))
-        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # set by torchrun, they mean other processes to wait for
+        for variable in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+        ):  # set by torchrun, they mean other processes to wait for
             patch.delenv(variable, raising=False)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
@@ -41,5 +54,6 @@ def settled_environment(tmp_path_factory):
 def hub():
     """A local stand-in for the Hugging Face hub (tests/hub_server.py), at the address that HF_ENDPOINT names."""
     from hub_server import HubServer
+
     with HubServer(HUB_PORT) as server:
         yield server

@@ -43,15 +43,26 @@ class HubFile:
     def described(self, path):
         """The JSON object of the tree and paths-info answers."""
         if not self.lfs:
-            return {"type": "file", "path": path, "size": len(self.content), "oid": blob_sha1(self.content)}
+            return {
+                "type": "file",
+                "path": path,
+                "size": len(self.content),
+                "oid": blob_sha1(self.content),
+            }
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
-        return {"type": "file", "path": path, "size": len(self.content), "oid": blob_sha1(pointer),
-                "lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": len(pointer)}}
+        return {
+            "type": "file",
+            "path": path,
+            "size": len(self.content),
+            "oid": blob_sha1(pointer),
+            "lfs": {"oid": self.sha256, "size": len(self.content), "pointerSize": len(pointer)},
+        }
 
 
 @dataclass
 class Repo:
     """commits: {sha: {path: HubFile}}, the newest last. closed: "" or "private" or "gated"."""
+
     commits: dict = field(default_factory=dict)
     closed: str = ""
 
@@ -74,6 +85,7 @@ class Fault:
 @dataclass(frozen=True)
 class Request:
     """One answered request. start, end: the range of the file's bytes that were sent, for bodies of files, else None."""
+
     method: str
     path: str
     range: str
@@ -120,8 +132,14 @@ class HubServer:
             if content is None:
                 tree.pop(path)
             else:
-                tree[path] = HubFile(content, lfs and not path.endswith((".md", ".py", ".yaml", ".gitattributes")))
-        sha = hashlib.sha1(repr([repo, list(held.commits), sorted((p, f.sha256) for p, f in tree.items())]).encode()).hexdigest()
+                tree[path] = HubFile(
+                    content, lfs and not path.endswith((".md", ".py", ".yaml", ".gitattributes"))
+                )
+        sha = hashlib.sha1(
+            repr(
+                [repo, list(held.commits), sorted((p, f.sha256) for p, f in tree.items())]
+            ).encode()
+        ).hexdigest()
         held.commits[sha] = tree
         return sha
 
@@ -150,13 +168,15 @@ class HubServer:
 
 REPO = r"([^/]+(?:/[^/]+)?)"
 # (pattern, method), first match wins; matched before unquoting, since a revision with a slash arrives with %2F
-ROUTES = [(rf"/api/datasets/{REPO}/tree/([^/]+)(?:/(.*))?", "tree"),
-          (rf"/api/datasets/{REPO}/paths-info/([^/]+)()", "paths_info"),
-          (rf"/api/datasets/{REPO}/revision/([^/]+)()", "info"),
-          (rf"/api/datasets/{REPO}/(auth-check)()", "auth_check"),
-          (rf"/api/datasets/{REPO}()()", "info"),
-          (rf"/datasets/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
-          (rf"/cdn/datasets/{REPO}/resolve/([^/]+)/(.+)", "cdn")]
+ROUTES = [
+    (rf"/api/datasets/{REPO}/tree/([^/]+)(?:/(.*))?", "tree"),
+    (rf"/api/datasets/{REPO}/paths-info/([^/]+)()", "paths_info"),
+    (rf"/api/datasets/{REPO}/revision/([^/]+)()", "info"),
+    (rf"/api/datasets/{REPO}/(auth-check)()", "auth_check"),
+    (rf"/api/datasets/{REPO}()()", "info"),
+    (rf"/datasets/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
+    (rf"/cdn/datasets/{REPO}/resolve/([^/]+)/(.+)", "cdn"),
+]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -177,7 +197,9 @@ class Handler(BaseHTTPRequestHandler):
         self.form = parse_qs(self.rfile.read(length).decode()) if length else {}
         fault = self.hub.take_fault(self.request_path, ("status",))
         if fault:
-            return self.error(fault.options["code"], "", "scripted fault", fault.options.get("headers"))
+            return self.error(
+                fault.options["code"], "", "scripted fault", fault.options.get("headers")
+            )
         if self.request_path in self.hub.urls:
             return self.send_file(self.hub.urls[self.request_path], {})
         for pattern, method in ROUTES:
@@ -190,14 +212,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, body=b"", headers=None, sent=None):
         # logged before anything goes out, so that a client that has its answer finds the request in the log
-        self.hub.requests.append(Request(self.command, self.request_path, self.headers.get("Range") or "", status,
-                                         self.headers.get("Authorization") or "", *(sent or ())))
+        self.hub.requests.append(
+            Request(
+                self.command,
+                self.request_path,
+                self.headers.get("Range") or "",
+                status,
+                self.headers.get("Authorization") or "",
+                *(sent or ()),
+            )
+        )
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         if "Content-Length" not in (headers or {}):
             self.send_header("Content-Length", str(len(body)))
-        self.send_header("Connection", "close")  # no idle connection may outlive the server: "no network" must mean it
+        self.send_header(
+            "Connection", "close"
+        )  # no idle connection may outlive the server: "no network" must mean it
         self.close_connection = True
         self.end_headers()
         if self.command != "HEAD":
@@ -205,18 +237,28 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body)
 
     def error(self, status, code, message, headers=None):
-        described = {"Content-Type": "application/json", "X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        described = {
+            "Content-Type": "application/json",
+            "X-Error-Message": message,
+            **({"X-Error-Code": code} if code else {}),
+        }
         self.send(status, json.dumps({"error": message}).encode(), {**described, **(headers or {})})
 
     def send_json(self, value, headers=None):
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+        self.send(
+            200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
+        )
 
     def find(self, repo, revision):
         """(sha, files), or None after an error was sent."""
         held = self.hub.repos.get(repo)
         if held is None or held.closed == "private":
             # the hub does not tell strangers which private repositories exist
-            self.error(404 if self.headers.get("Authorization") else 401, "RepoNotFound", "Repository not found")
+            self.error(
+                404 if self.headers.get("Authorization") else 401,
+                "RepoNotFound",
+                "Repository not found",
+            )
             return None
         found = held.commit(revision or "main")
         if found is None:
@@ -228,12 +270,24 @@ class Handler(BaseHTTPRequestHandler):
         if found:
             sha, files = found
             closed = self.hub.repos[repo].closed
-            self.send_json({"id": repo, "sha": sha, "private": False, "gated": "manual" if closed == "gated" else False, "tags": [],
-                            "siblings": [{"rfilename": path} for path in sorted(files)]})
+            self.send_json(
+                {
+                    "id": repo,
+                    "sha": sha,
+                    "private": False,
+                    "gated": "manual" if closed == "gated" else False,
+                    "tags": [],
+                    "siblings": [{"rfilename": path} for path in sorted(files)],
+                }
+            )
 
     def auth_check(self, repo, *_):
         if self.hub.repos[repo].closed == "gated":
-            self.error(403, "GatedRepo", f"Access to dataset {repo} is restricted and you are not in the authorized list.")
+            self.error(
+                403,
+                "GatedRepo",
+                f"Access to dataset {repo} is restricted and you are not in the authorized list.",
+            )
         else:
             self.send_json({})
 
@@ -245,21 +299,30 @@ class Handler(BaseHTTPRequestHandler):
         for path, file in sorted(found[1].items()):
             if not path.startswith(prefix):
                 continue
-            parts = path[len(prefix):].split("/")
+            parts = path[len(prefix) :].split("/")
             for depth in range(1, len(parts)):
                 name = prefix + "/".join(parts[:depth])
-                entries[name] = {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
+                entries[name] = {
+                    "type": "directory",
+                    "path": name,
+                    "size": 0,
+                    "oid": hashlib.sha1(name.encode()).hexdigest(),
+                }
             entries[path] = file.described(path)
         if prefix and not entries:
             return self.error(404, "EntryNotFound", f"{folder} does not exist")
         recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
-        listed = [entry for name, entry in entries.items() if recursive or "/" not in name[len(prefix):]]
+        listed = [
+            entry for name, entry in entries.items() if recursive or "/" not in name[len(prefix) :]
+        ]
         first = int(self.query.get("cursor", ["0"])[0])
         last = first + self.hub.page_size
         link = {}
         if last < len(listed):
             path = quote(self.request_path, safe="/%")
-            link = {"Link": f'<{self.hub.url}{path}?recursive={str(recursive).lower()}&expand=false&cursor={last}>; rel="next"'}
+            link = {
+                "Link": f'<{self.hub.url}{path}?recursive={str(recursive).lower()}&expand=false&cursor={last}>; rel="next"'
+            }
         self.send_json(listed[first:last], link)
 
     def paths_info(self, repo, revision, _):
@@ -270,7 +333,14 @@ class Handler(BaseHTTPRequestHandler):
                 if path in found[1]:
                     answers.append(found[1][path].described(path))
                 elif any(name.startswith(path + "/") for name in found[1]):
-                    answers.append({"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()})
+                    answers.append(
+                        {
+                            "type": "directory",
+                            "path": path,
+                            "size": 0,
+                            "oid": hashlib.sha1(path.encode()).hexdigest(),
+                        }
+                    )
             self.send_json(answers)
 
     def resolve(self, repo, revision, path):
@@ -281,14 +351,27 @@ class Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self.error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
         if self.hub.repos[repo].closed == "gated":
-            return self.error(401, "GatedRepo", f"Access to dataset {repo} is restricted.", {"X-Repo-Commit": sha})
+            return self.error(
+                401, "GatedRepo", f"Access to dataset {repo} is restricted.", {"X-Repo-Commit": sha}
+            )
         file = files[path]
         if not file.lfs:
-            return self.send_file(file, {"X-Repo-Commit": sha, "ETag": f'"{blob_sha1(file.content)}"'})
+            return self.send_file(
+                file, {"X-Repo-Commit": sha, "ETag": f'"{blob_sha1(file.content)}"'}
+            )
         # another name for this host: clients must take it for another site, as the hub's CDN is, and send no token there
         location = f"http://localhost:{self.hub.port}/cdn/datasets/{repo}/resolve/{sha}/{quote(path)}?Signature=0123"
-        self.send(302, b"", {"Location": location, "X-Repo-Commit": sha, "X-Linked-Etag": f'"{file.sha256}"',
-                             "X-Linked-Size": str(len(file.content)), "ETag": f'"{file.sha256}"'})
+        self.send(
+            302,
+            b"",
+            {
+                "Location": location,
+                "X-Repo-Commit": sha,
+                "X-Linked-Etag": f'"{file.sha256}"',
+                "X-Linked-Size": str(len(file.content)),
+                "ETag": f'"{file.sha256}"',
+            },
+        )
 
     def cdn(self, repo, revision, path):
         file = self.hub.repos[repo].commits[revision][path]
@@ -297,23 +380,30 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, file, headers):
         """The body of a file, or of the requested range, with what faults make of it."""
         content, body = file.content, self.command != "HEAD"
-        fault = body and self.hub.take_fault(self.request_path, ("cut", "short", "corrupt", "no_range", "stall"))
+        fault = body and self.hub.take_fault(
+            self.request_path, ("cut", "short", "corrupt", "no_range", "stall")
+        )
         kind, options = (fault.kind, fault.options) if fault else ("", {})
         if kind == "stall":
             time.sleep(options["seconds"])
         elif kind == "short":
-            content = content[:options["size"]]
+            content = content[: options["size"]]
         elif kind == "corrupt":
             content = bytes(byte ^ 1 for byte in content)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start, end, status = 0, len(content), 200
         headers = {**headers, "Accept-Ranges": "bytes"}
         if match and kind != "no_range":
-            start, end = int(match[1]), min(len(content), int(match[2]) + 1 if match[2] else len(content))
+            start, end = (
+                int(match[1]),
+                min(len(content), int(match[2]) + 1 if match[2] else len(content)),
+            )
             if start >= len(content):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status, headers["Content-Range"] = 206, f"bytes {start}-{end - 1}/{len(content)}"
         headers["Content-Length"] = str(end - start)
         if kind == "cut":
             end = min(end, start + options["after"])
-        self.send(status, content[start:end] if body else b"", headers, (start, end) if body else None)
+        self.send(
+            status, content[start:end] if body else b"", headers, (start, end) if body else None
+        )

@@ -1,4 +1,4 @@
-"""The CORE evaluation once more, one example at a time and with nothing clever in it, to check nanochat/core.py against.
+"""The CORE evaluation once more, one example at a time and with nothing clever in it, to check nanochat/eval/core.py against.
 
 It shares no code with nanochat: whatever the two get wrong, they do not get wrong in the same lines."""
 
@@ -29,10 +29,17 @@ def evaluate(bundle, model, tokenizer, max_per_task=None, labels=None, crop=Fals
         if task["icl_task_type"] == "language_modeling":
             correct = list(answers)
         else:
-            correct = [given == example["gold"] for given, example in zip(answers, examples, strict=True)]
+            correct = [
+                given == example["gold"] for given, example in zip(answers, examples, strict=True)
+            ]
         accuracy = sum(correct) / len(correct)
         centered = (accuracy - chances[label]) / (1 - chances[label])
-        results[label] = {"answers": answers, "correct": correct, "accuracy": accuracy, "centered": centered}
+        results[label] = {
+            "answers": answers,
+            "correct": correct,
+            "accuracy": accuracy,
+            "centered": centered,
+        }
     return results
 
 
@@ -44,7 +51,9 @@ def core(results):
 def read_chances(bundle):
     """{label: accuracy of guessing}, from 0 to 1."""
     with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
-        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        return {
+            row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)
+        }
 
 
 def read_examples(path, max_per_task):
@@ -61,7 +70,9 @@ def options(task, example):
     if task["icl_task_type"] == "multiple_choice":
         return [example["query"] + delimiter + choice for choice in example["choices"]]
     if task["icl_task_type"] == "schema":
-        return [option + delimiter + example["continuation"] for option in example["context_options"]]
+        return [
+            option + delimiter + example["continuation"] for option in example["context_options"]
+        ]
     assert task["icl_task_type"] == "language_modeling", task
     return [example["context"].strip() + delimiter + example["continuation"]]
 
@@ -78,6 +89,7 @@ def rows_and_starts(task, examples, index, tokenizer, limit):
     """The token ids of an example's prompts, and where the scored span of each begins (it ends with the row).
 
     limit: the most tokens that a prompt may have."""
+
     def tokens(text):
         return [tokenizer.bos] + list(tokenizer.encode(text))
 
@@ -89,9 +101,13 @@ def rows_and_starts(task, examples, index, tokenizer, limit):
         starts = [common(rows)] * len(rows)
     elif task["icl_task_type"] == "schema":
         suffix = common([row[::-1] for row in rows])
-        starts = [max(1, len(row) - suffix) for row in rows]  # nothing comes before BOS to predict it from
+        starts = [
+            max(1, len(row) - suffix) for row in rows
+        ]  # nothing comes before BOS to predict it from
     else:
-        before = shots + examples[index]["context"].strip() + task.get("continuation_delimiter", " ")
+        before = (
+            shots + examples[index]["context"].strip() + task.get("continuation_delimiter", " ")
+        )
         starts = [common([tokens(before.strip()), rows[0]])]
     excess = max(map(len, rows)) - limit
     if excess > 0:
@@ -106,13 +122,17 @@ def answer(task, examples, index, model, tokenizer, limit):
     rows, starts = rows_and_starts(task, examples, index, tokenizer, limit)
     longest = max(map(len, rows))
     logits_BxTxV = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
-    spans = [(logits_TxV[start - 1 : len(row) - 1], torch.tensor(row[start:], dtype=torch.int64))
-             for row, start, logits_TxV in zip(rows, starts, logits_BxTxV, strict=True)]
+    spans = [
+        (logits_TxV[start - 1 : len(row) - 1], torch.tensor(row[start:], dtype=torch.int64))
+        for row, start, logits_TxV in zip(rows, starts, logits_BxTxV, strict=True)
+    ]
     if task["icl_task_type"] == "language_modeling":
         predictions, targets = spans[0]
         return len(targets) > 0 and predictions.argmax(dim=-1).tolist() == targets.tolist()
     losses = [mean_loss(*span) for span in spans]
-    losses = [losses[rows.index(row)] for row in rows]  # equal rows are a tie, whatever the rounding
+    losses = [
+        losses[rows.index(row)] for row in rows
+    ]  # equal rows are a tie, whatever the rounding
     return losses.index(min(losses))
 
 

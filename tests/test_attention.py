@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanochat.attention import BACKENDS, _blocks, attention, branched_attention, pick_backend, usable_backends, visited_keys
 from nanochat.common import UsageError
+from nanochat.model.attention import (
+    BACKENDS,
+    _blocks,
+    attention,
+    branched_attention,
+    pick_backend,
+    usable_backends,
+    visited_keys,
+)
 
 FULL = 10**6  # a window larger than any S used here
 
@@ -64,7 +72,12 @@ def output_and_gradients(function, q, k, v, grad_out, dtype):
     out.backward(grad_out.to(dtype))
     with torch.no_grad():  # may take a shorter way
         alone = function(*leaves)
-    return dict(zip(("out", "alone", "dq", "dk", "dv"), (out.detach(), alone, *(leaf.grad for leaf in leaves))))
+    return dict(
+        zip(
+            ("out", "alone", "dq", "dk", "dv"),
+            (out.detach(), alone, *(leaf.grad for leaf in leaves)),
+        )
+    )
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
@@ -72,22 +85,32 @@ def output_and_gradients(function, q, k, v, grad_out, dtype):
 def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D):
     q, k, v, grad_out = inputs(T, S, H, K, D)
     exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
-    ours = output_and_gradients(lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.float32)
+    ours = output_and_gradients(
+        lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.float32
+    )
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == torch.float32
-        scale = exact[name].abs().max().clamp_min(1.0)  # dq and dk are exactly 0 where one key is visible
+        scale = (
+            exact[name].abs().max().clamp_min(1.0)
+        )  # dq and dk are exactly 0 where one key is visible
         assert (ours[name] - exact[name]).abs().max() <= 2e-5 * scale, name
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-@pytest.mark.parametrize("T, S, window, H, K, D", [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128),
-                                                   (65, 257, FULL, 4, 1, 32)])
+@pytest.mark.parametrize(
+    "T, S, window, H, K, D",
+    [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128), (65, 257, FULL, 4, 1, 32)],
+)
 def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
     """Three-way rule: the error against exact arithmetic on the same bf16 inputs, compared with plain PyTorch's."""
     q, k, v, grad_out = (x.bfloat16() for x in inputs(T, S, H, K, D))
     exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
-    plain = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.bfloat16)
-    ours = output_and_gradients(lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.bfloat16)
+    plain = output_and_gradients(
+        lambda *x: reference(*x, window), q, k, v, grad_out, torch.bfloat16
+    )
+    ours = output_and_gradients(
+        lambda *x: attention(*x, window, backend), q, k, v, grad_out, torch.bfloat16
+    )
     for name in exact:
         assert ours[name].dtype == torch.bfloat16
         for size in (lambda x: x.square().mean().sqrt(), lambda x: x.abs().max()):
@@ -102,12 +125,18 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
     """The blocked path at windows 1, 31 and T: outputs and all gradients, against fp64, beside plain PyTorch in the same dtype."""
     for window in sorted({1, min(31, T), T}):
         q, k, v, grad_out = (x.to(dtype) for x in inputs(T, T, H, K, D))
-        exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
+        exact = output_and_gradients(
+            lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64
+        )
         plain = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, dtype)
-        ours = output_and_gradients(lambda *x: attention(*x, window, "blocked"), q, k, v, grad_out, dtype)
+        ours = output_and_gradients(
+            lambda *x: attention(*x, window, "blocked"), q, k, v, grad_out, dtype
+        )
         for name in exact:
             error, allowed = ((x[name] - exact[name]).norm() for x in (ours, plain))
-            assert error <= 1.5 * allowed + 1e-7 * exact[name].norm(), f"{name}, window {window}: {error:.2e} against {allowed:.2e}"
+            assert error <= 1.5 * allowed + 1e-7 * exact[name].norm(), (
+                f"{name}, window {window}: {error:.2e} against {allowed:.2e}"
+            )
 
 
 def test_blocked_keeps_little_for_the_backward_pass():
@@ -156,69 +185,126 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
     """Traced, forward and backward, though not made into a kernel: on a CPU that is refused, which is taken out here. One mask serves all
     graphs of a window; without a window, or uncompiled, there is none."""
     from torch.nn.attention import flex_attention as torchs
-    from nanochat.kernels import flex_attention as ours
+
+    from nanochat.model.kernels import flex_attention as ours
+
     monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
     monkeypatch.setattr(ours, "_masks", types.SimpleNamespace())
-    for T, S, window, H, K, n_masks in [(200, 200, 100, 4, 2, 1), (200, 200, 100, 1, 1, 1), (65, 200, 9, 2, 1, 2), (65, 65, FULL, 2, 1, 2)]:
+    for T, S, window, H, K, n_masks in [
+        (200, 200, 100, 4, 2, 1),
+        (200, 200, 100, 1, 1, 1),
+        (65, 200, 9, 2, 1, 2),
+        (65, 65, FULL, 2, 1, 2),
+    ]:
         torch.compiler.reset()  # each has a graph of its own, and there is a limit
         *leaves, grad_out = (x.requires_grad_() for x in inputs(T, S, H, K, 32))
         exact = reference(*(x.double() for x in leaves), window)
         exact_grads = torch.autograd.grad(exact, leaves, grad_out.double())
-        torch.testing.assert_close(attention(*leaves, window, "flex"), exact.float(), atol=2e-5, rtol=2e-5)
-        out = torch.compile(lambda *x: attention(*x, window, "flex"), backend="aot_eager", fullgraph=True, dynamic=False)(*leaves)
+        torch.testing.assert_close(
+            attention(*leaves, window, "flex"), exact.float(), atol=2e-5, rtol=2e-5
+        )
+        out = torch.compile(
+            lambda *x: attention(*x, window, "flex"),
+            backend="aot_eager",
+            fullgraph=True,
+            dynamic=False,
+        )(*leaves)
         torch.testing.assert_close(out, exact.float(), atol=2e-5, rtol=2e-5)
-        for grad, exact_grad in zip(torch.autograd.grad(out, leaves, grad_out), exact_grads, strict=True):
+        for grad, exact_grad in zip(
+            torch.autograd.grad(out, leaves, grad_out), exact_grads, strict=True
+        ):
             torch.testing.assert_close(grad, exact_grad, atol=5e-5, rtol=5e-5)
         assert len(vars(ours._masks)) == n_masks
 
 
 @pytest.mark.parametrize("backend, everything", [("fa3", -1), ("fa4", None)])
 @pytest.mark.parametrize("also_lse", [False, True])
-@pytest.mark.parametrize("T, S, window", [(40, 40, FULL), (40, 40, 40), (40, 40, 39), (9, 40, 1), (9, 40, 7), (9, 40, FULL)])
-def test_fa3_and_fa4_are_asked_for_the_same_window(monkeypatch, T, S, window, also_lse, backend, everything):
+@pytest.mark.parametrize(
+    "T, S, window",
+    [(40, 40, FULL), (40, 40, 40), (40, 40, 39), (9, 40, 1), (9, 40, 7), (9, 40, FULL)],
+)
+def test_fa3_and_fa4_are_asked_for_the_same_window(
+    monkeypatch, T, S, window, also_lse, backend, everything
+):
     """Against a stand-in with the meaning of these packages: keys from left before to right after a query, aligned at the end."""
+
     def flash_attn_func(q, k, v, causal, window_size, deterministic):
         assert causal and deterministic
         left, right = (S if side == everything else side for side in window_size)
         distance = (torch.arange(T) + S - T)[:, None] - torch.arange(S)[None, :]
         seen = (distance >= 0) & (distance <= left) & (-distance <= right)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen, enable_gqa=True
+        ).transpose(1, 2)
         return (out, None) if also_lse else out
+
     package = types.SimpleNamespace(flash_attn_func=flash_attn_func)
-    for name, module in (("flash_attn_interface", package), ("flash_attn", types.SimpleNamespace(cute=package)),
-                         ("flash_attn.cute", package)):
+    for name, module in (
+        ("flash_attn_interface", package),
+        ("flash_attn", types.SimpleNamespace(cute=package)),
+        ("flash_attn.cute", package),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     q, k, v, _ = inputs(T, S, 4, 2, 32)
-    torch.testing.assert_close(attention(q, k, v, window, backend), reference(q, k, v, window), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention(q, k, v, window, backend), reference(q, k, v, window), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_backend_choice(monkeypatch):
     assert pick_backend("auto", "cpu")[0] == pick_backend("auto", "mps")[0] == "blocked"
-    assert pick_backend("auto", "cuda", capability=(9, 0))[0] == pick_backend("auto", "cuda", capability=(8, 0))[0] == "flex"
+    assert (
+        pick_backend("auto", "cuda", capability=(9, 0))[0]
+        == pick_backend("auto", "cuda", capability=(8, 0))[0]
+        == "flex"
+    )
     assert pick_backend("auto", "cuda", capability=(7, 5))[0] == "sdpa"
     assert pick_backend("auto", "cuda", capability=(9, 0), no_compiler="--no-compile")[0] == "sdpa"
     for backend in BACKENDS:
         capability = (10, 0) if backend == "fa4" else (9, 0)
-        assert pick_backend(backend, "cuda", torch.bfloat16, 128, capability) == (backend, "as requested")
+        assert pick_backend(backend, "cuda", torch.bfloat16, 128, capability) == (
+            backend,
+            "as requested",
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    for installed, auto, usable in [({"triton"}, "flex", ("blocked", "sdpa", "flex", "triton")), ((), "sdpa", ("blocked", "sdpa")),
-                                    ({"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"}, "flex", BACKENDS[:-1]),
-                                    ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton"))]:
+    for installed, auto, usable in [
+        ({"triton"}, "flex", ("blocked", "sdpa", "flex", "triton")),
+        ((), "sdpa", ("blocked", "sdpa")),
+        (
+            {"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"},
+            "flex",
+            BACKENDS[:-1],
+        ),
+        ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton")),
+    ]:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
         assert pick_backend("auto", "cuda")[0] == auto and usable_backends("cuda") == usable
 
 
-@pytest.mark.parametrize("backend, device_type, known, reason", [
-    ("triton", "cpu", {}, "runs on NVIDIA GPUs, and this device is cpu; choose auto, blocked or sdpa"),
-    ("flex", "mps", {}, "this device is mps"),
-    ("fa3", "cpu", {}, "this device is cpu"),
-    ("fa3", "cuda", {"capability": (8, 0)}, "Hopper"),
-    ("fa3", "cuda", {"capability": (9, 0), "dtype": torch.float32}, "not float32; choose auto, blocked or sdpa or flex or triton"),
-    ("fa4", "cuda", {"capability": (9, 0)}, "on Blackwell only"),
-    ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
-    ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
-    ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),
-])
+@pytest.mark.parametrize(
+    "backend, device_type, known, reason",
+    [
+        (
+            "triton",
+            "cpu",
+            {},
+            "runs on NVIDIA GPUs, and this device is cpu; choose auto, blocked or sdpa",
+        ),
+        ("flex", "mps", {}, "this device is mps"),
+        ("fa3", "cpu", {}, "this device is cpu"),
+        ("fa3", "cuda", {"capability": (8, 0)}, "Hopper"),
+        (
+            "fa3",
+            "cuda",
+            {"capability": (9, 0), "dtype": torch.float32},
+            "not float32; choose auto, blocked or sdpa or flex or triton",
+        ),
+        ("fa4", "cuda", {"capability": (9, 0)}, "on Blackwell only"),
+        ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
+        ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
+        ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),
+    ],
+)
 def test_a_backend_that_cannot_run_is_refused(monkeypatch, backend, device_type, known, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UsageError, match=f"^--attention={backend}: .*{reason}"):
@@ -227,25 +313,38 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, backend, device_type,
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for backend, package in [("triton", "triton"), ("flex", "triton"), ("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute")]:
-        with pytest.raises(UsageError, match=f"needs the package {package}, which is not installed"):
+    for backend, package in [
+        ("triton", "triton"),
+        ("flex", "triton"),
+        ("fa3", "flash_attn_interface"),
+        ("fa4", "flash_attn.cute"),
+    ]:
+        with pytest.raises(
+            UsageError, match=f"needs the package {package}, which is not installed"
+        ):
             pick_backend(backend, "cuda")
 
 
-@pytest.mark.parametrize(("T", "lengths", "window", "heads"), [
-    (1, [1], FULL, (4, 4, 32)),
-    (9, [40, 17, 1], FULL, (4, 1, 64)),
-    (9, [40, 17, 33], 20, (4, 2, 32)),
-    (9, [300, 259], 5, (2, 2, 128)),  # later queries see nothing of the beginning
-    (70, [65, 30], 64, (2, 1, 32)),
-    (5, [12, 12], 1, (2, 1, 32)),
-])
+@pytest.mark.parametrize(
+    ("T", "lengths", "window", "heads"),
+    [
+        (1, [1], FULL, (4, 4, 32)),
+        (9, [40, 17, 1], FULL, (4, 1, 64)),
+        (9, [40, 17, 33], 20, (4, 2, 32)),
+        (9, [300, 259], 5, (2, 2, 128)),  # later queries see nothing of the beginning
+        (70, [65, 30], 64, (2, 1, 32)),
+        (5, [12, 12], 1, (2, 1, 32)),
+    ],
+)
 def test_rows_that_continue_beginnings(T, lengths, window, heads):
     """Each row as if its beginning stood before it, whatever the cache holds behind a beginning's end; bf16 as good as attention()."""
     (H, K, D), n = heads, 3
     q, k, v, _ = inputs(max(lengths) + T, max(lengths) + T, *heads)
-    q, k, v = (x[:1].repeat(len(lengths) * n, 1, 1, 1) + 0.3 * torch.randn(len(lengths) * n, 1, 1, 1,
-               generator=torch.Generator().manual_seed(5)) for x in (q, k, v))
+    q, k, v = (
+        x[:1].repeat(len(lengths) * n, 1, 1, 1)
+        + 0.3 * torch.randn(len(lengths) * n, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+        for x in (q, k, v)
+    )
     trunks = [x[::n, : max(lengths)].clone() for x in (k, v)]
     own = [x[:, max(lengths) :] for x in (q, k, v)]
     for b, length in enumerate(lengths):
@@ -256,12 +355,21 @@ def test_rows_that_continue_beginnings(T, lengths, window, heads):
             found = branched_attention(*(x.to(dtype) for x in (*own, *trunks)), lengths, window)
         for r in range(len(lengths) * n):
             b = r // n
-            k_of_row, v_of_row = (torch.cat((trunk[b, : lengths[b]], x[r]))[None] for trunk, x in zip(trunks, own[1:], strict=True))
-            exact = reference(*(x.double() for x in (own[0][r : r + 1], k_of_row, v_of_row)), window)
+            k_of_row, v_of_row = (
+                torch.cat((trunk[b, : lengths[b]], x[r]))[None]
+                for trunk, x in zip(trunks, own[1:], strict=True)
+            )
+            exact = reference(
+                *(x.double() for x in (own[0][r : r + 1], k_of_row, v_of_row)), window
+            )
             if dtype == torch.float64:
                 torch.testing.assert_close(found[r : r + 1], exact)
             else:
                 with torch.no_grad():
-                    plain = attention(*(x.to(dtype) for x in (own[0][r : r + 1], k_of_row, v_of_row)), window, "blocked")
+                    plain = attention(
+                        *(x.to(dtype) for x in (own[0][r : r + 1], k_of_row, v_of_row)),
+                        window,
+                        "blocked",
+                    )
                 error, allowed = ((x.double() - exact).norm() for x in (found[r : r + 1], plain))
                 assert error <= 1.5 * allowed + 1e-7

@@ -11,17 +11,35 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanochat import checkpoint, model as models, runlog
 from nanochat.common import UsageError, sha256_file
+from nanochat.model import gpt as models
+from nanochat.run import checkpoint
+from nanochat.run import log as runlog
 
 
 def small_model():
-    config = models.GPTConfig(depth=1, width=8, head_dim=4, n_head=2, n_kv_head=2, vocab_size=11, max_seq_len=8, short_window=4)
+    config = models.GPTConfig(
+        depth=1,
+        width=8,
+        head_dim=4,
+        n_head=2,
+        n_kv_head=2,
+        vocab_size=11,
+        max_seq_len=8,
+        short_window=4,
+    )
     return models.build(config, torch.device("cpu"), seed=1)
 
 
 def save(run, step, kind="permanent"):
-    checkpoint.save(run, step, kind, small_model(), {"head.weight": {"exp_avg": torch.full((11, 8), float(step))}}, {"tokenizer": "x"})
+    checkpoint.save(
+        run,
+        step,
+        kind,
+        small_model(),
+        {"head.weight": {"exp_avg": torch.full((11, 8), float(step))}},
+        {"tokenizer": "x"},
+    )
 
 
 def test_round_trip(tmp_path):
@@ -36,7 +54,9 @@ def test_round_trip(tmp_path):
     assert torch.equal(other.head.weight, small_model().head.weight)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 @pytest.mark.parametrize("how", ["deleted", "truncated", "flipped"])
 def test_damage_to_any_file_is_seen(tmp_path, name, how):
     save(tmp_path, 1)
@@ -63,7 +83,9 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
     content = path.read_bytes()
     for place in range(len(content)):
         for bit in range(8):
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:])
+            path.write_bytes(
+                content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+            )
             assert checkpoint.damage(tmp_path, 2) == "manifest.json is unreadable", (place, bit)
             assert checkpoint.kind_of(tmp_path, 2) is None
     assert checkpoint.newest_intact(tmp_path, print) == 1
@@ -93,10 +115,15 @@ def test_what_training_removes_meanwhile_is_not_damage(tmp_path, monkeypatch):
             save(tmp_path, 2, "rolling")
             checkpoint.prune(tmp_path, -1)
         return original(path)
+
     monkeypatch.setattr(checkpoint, "sha256_file", meanwhile)
     assert checkpoint.newest_intact(tmp_path, reports.append) == 2 and reports == []
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(checkpoint, "damage", lambda run, step: shutil.rmtree(checkpoint.folder_of(run, step)) or "gone")
+    monkeypatch.setattr(
+        checkpoint,
+        "damage",
+        lambda run, step: shutil.rmtree(checkpoint.folder_of(run, step)) or "gone",
+    )
     with pytest.raises(UsageError, match="--step=2.*a training process removed it"):
         checkpoint.step_of(tmp_path, 2)
 
@@ -116,7 +143,10 @@ def test_a_garbled_best(tmp_path, content):
     (tmp_path / "checkpoints" / "best").write_bytes(content)
     reports = []
     saver = checkpoint.Saver(tmp_path, -1, reports.append, records(tmp_path))
-    assert checkpoint.best_step(tmp_path) is None and "checkpoints/best names no checkpoint" in reports[0]
+    assert (
+        checkpoint.best_step(tmp_path) is None
+        and "checkpoints/best names no checkpoint" in reports[0]
+    )
     checkpoint.set_aside_after(tmp_path, 1)
     saver.mark_best(1, 2.0)
     saver.wait()
@@ -150,9 +180,15 @@ class Disk:
 
     @classmethod
     def hook(cls, event, arguments):
-        if cls.watched is not None and (event in cls.CHANGES or event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+        if cls.watched is not None and (
+            event in cls.CHANGES
+            or event == "open"
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
             path = arguments[0]
-            if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # shutil.rmtree names files by the folder that it has open
+            if (
+                event in ("os.remove", "os.rmdir") and arguments[1] != -1
+            ):  # shutil.rmtree names files by the folder that it has open
                 path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
             cls.watched.touch(path)
 
@@ -172,6 +208,7 @@ class Disk:
             content = path.read_bytes()
             path.write_bytes(content[: len(content) // 2])  # as far as a full disk lets it
             path.write_bytes(content)
+
         with patch.context() as patched:
             patched.setattr(os, "fsync", watched_fsync)
             patched.setattr(safetensors.torch, "save_file", watched_save_file)
@@ -186,7 +223,9 @@ def full():
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not os.path.exists("/proc/self/fd"), reason="needs fork and /proc")
+@pytest.mark.skipif(
+    not hasattr(os, "fork") or not os.path.exists("/proc/self/fd"), reason="needs fork and /proc"
+)
 def test_a_kill_between_any_two_file_operations(tmp_path, monkeypatch):
     """SIGKILL before the n-th change to a file, for every n of a save that also removes an old checkpoint: whatever is
     called a checkpoint is whole, the newest good one is the old or the new one, and the next save clears up."""
@@ -196,7 +235,9 @@ def test_a_kill_between_any_two_file_operations(tmp_path, monkeypatch):
         save(run, 1, "rolling")
         child = os.fork()
         if child == 0:
-            with Disk(run, kills + 1, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(monkeypatch):
+            with Disk(run, kills + 1, lambda: os.kill(os.getpid(), signal.SIGKILL)).watch(
+                monkeypatch
+            ):
                 save(run, 2, "rolling")
                 checkpoint.prune(run, -1)
                 checkpoint.mark_best(run, 2)
@@ -205,7 +246,9 @@ def test_a_kill_between_any_two_file_operations(tmp_path, monkeypatch):
             break
         kills += 1
         steps = checkpoint.steps_of(run)
-        assert steps in ([1], [1, 2], [2]) and all(checkpoint.damage(run, step) is None for step in steps)
+        assert steps in ([1], [1, 2], [2]) and all(
+            checkpoint.damage(run, step) is None for step in steps
+        )
         assert checkpoint.best_step(run) in (None, 2)
         checkpoint.sweep(run)
         save(run, 2, "rolling")
@@ -230,11 +273,16 @@ def test_a_full_disk_at_every_point_of_a_save(tmp_path, monkeypatch):
         if disk.count < n:
             assert not saver.failure
             break
-        if checkpoint.steps_of(run) == [1, 2]:  # it was full after the rename: only making that durable failed
+        if checkpoint.steps_of(run) == [
+            1,
+            2,
+        ]:  # it was full after the rename: only making that durable failed
             assert checkpoint.damage(run, 2) is None
         else:
             assert checkpoint.newest_intact(run, print) == 1
-            assert reports == [f"{saver.failure}; it will be tried again, the newest checkpoint is step 1"]
+            assert reports == [
+                f"{saver.failure}; it will be tried again, the newest checkpoint is step 1"
+            ]
         assert "step 2 cannot be saved" in saver.failure and "No space left" in saver.failure
         assert saver.finish(sleep=lambda seconds: None) == ""
         saver.close()
@@ -277,13 +325,21 @@ def test_no_checkpoint_is_made_of_bad_numbers(tmp_path, where, number):
     saver.save(1, "rolling", model, moments, {"tokenizer": "x"})
     saver.wait()
     with torch.no_grad():
-        (model.head.weight if where == "weights" else moments["head.weight"]["exp_avg"])[3, 5] = number
+        (model.head.weight if where == "weights" else moments["head.weight"]["exp_avg"])[3, 5] = (
+            number
+        )
     saver.save(2, "permanent", model, moments, {"tokenizer": "x"})
     saver.wait()
     assert checkpoint.steps_of(tmp_path) == [1]
-    assert len(reports) == 1 and "step 2 cannot be saved" in reports[0] and "not finite, the first in head.weight" in reports[0]
+    assert (
+        len(reports) == 1
+        and "step 2 cannot be saved" in reports[0]
+        and "not finite, the first in head.weight" in reports[0]
+    )
     assert reports[0].endswith("; the newest checkpoint is step 1")
-    assert not saver.can_retry() and "step 2" in saver.finish(sleep=lambda seconds: pytest.fail("nothing to wait for"))
+    assert not saver.can_retry() and "step 2" in saver.finish(
+        sleep=lambda seconds: pytest.fail("nothing to wait for")
+    )
     saver.close()
 
 
@@ -304,7 +360,9 @@ def disk_with_room(monkeypatch):
     """The disk is full; what is returned makes room."""
     monkeypatch.setattr(checkpoint, "RETRY_SECONDS", -1.0)
     patch = pytest.MonkeyPatch()
-    patch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    patch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000)
+    )
     return patch.undo
 
 
@@ -331,7 +389,9 @@ def test_a_failed_save_is_tried_again_as_what_it_was(tmp_path, monkeypatch):
     saver.close()
 
 
-@pytest.mark.parametrize("kind, kept", [("before_warmdown", [1, 2]), ("permanent", [1, 2]), ("rolling", [2])])
+@pytest.mark.parametrize(
+    "kind, kept", [("before_warmdown", [1, 2]), ("permanent", [1, 2]), ("rolling", [2])]
+)
 def test_a_failed_save_has_a_last_chance_before_the_next(tmp_path, monkeypatch, kind, kept):
     make_room = disk_with_room(monkeypatch)
     saver = checkpoint.Saver(tmp_path, -1, print, records(tmp_path))
@@ -347,14 +407,19 @@ def test_a_failed_save_has_a_last_chance_before_the_next(tmp_path, monkeypatch, 
 def test_a_held_state_is_written_when_it_proved_good(tmp_path):
     saver = checkpoint.Saver(tmp_path, -1, print, records(tmp_path))
     saver.save(1, "before_warmdown", small_model(), {}, {"tokenizer": "x"}, hold=True)
-    saver.save(2, "permanent", small_model(), {}, {"tokenizer": "x"}, hold=True)  # that step was skipped too
+    saver.save(
+        2, "permanent", small_model(), {}, {"tokenizer": "x"}, hold=True
+    )  # that step was skipped too
     saver.retry()
     saver.wait()
     assert checkpoint.steps_of(tmp_path) == []
     saver.release()
     saver.release()
     saver.wait()
-    assert checkpoint.steps_of(tmp_path) == [1] and checkpoint.kind_of(tmp_path, 1) == "before_warmdown"
+    assert (
+        checkpoint.steps_of(tmp_path) == [1]
+        and checkpoint.kind_of(tmp_path, 1) == "before_warmdown"
+    )
     saver.save(2, "permanent", small_model(), {}, {"tokenizer": "x"}, hold=True)
     assert saver.finish() == "" and checkpoint.steps_of(tmp_path) == [1], "never proved"
     saver.close()
@@ -371,18 +436,24 @@ def test_the_best_of_those_that_exist(tmp_path):
     saver.close()
     metrics = records(tmp_path)
     metrics[0].write(step=2, **{"val/bpb": 1.5})
-    later = checkpoint.Saver(tmp_path, 1, print, metrics, metrics[0].value_at(checkpoint.best_step(tmp_path), "val/bpb"))
+    later = checkpoint.Saver(
+        tmp_path, 1, print, metrics, metrics[0].value_at(checkpoint.best_step(tmp_path), "val/bpb")
+    )
     later.save(4, "permanent", small_model(), {}, {"tokenizer": "x"})
     later.mark_best(4, 1.6)
     later.wait()
-    assert later.best_bpb == 1.5 and checkpoint.best_step(tmp_path) == 2, "known from metrics.jsonl after a restart"
+    assert later.best_bpb == 1.5 and checkpoint.best_step(tmp_path) == 2, (
+        "known from metrics.jsonl after a restart"
+    )
     later.close()
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     reports = []
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5000)
+    )
     saver = checkpoint.Saver(tmp_path, -1, reports.append, records(tmp_path))
     saver.save(2, "final", small_model(), {}, {"tokenizer": "x"})
     saver.wait()
@@ -391,7 +462,10 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     monkeypatch.undo()
     saver.retry()
     assert not saver.busy(), "not at once"
-    assert saver.finish(sleep=lambda seconds: None) == "" and checkpoint.kind_of(tmp_path, 2) == "final"
+    assert (
+        saver.finish(sleep=lambda seconds: None) == ""
+        and checkpoint.kind_of(tmp_path, 2) == "final"
+    )
     saver.close()
 
 
@@ -404,6 +478,7 @@ def test_what_reads_back_otherwise_is_not_a_checkpoint(tmp_path, monkeypatch):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
+
     monkeypatch.setattr(safetensors.torch, "save_file", flipped)
     with pytest.raises(OSError, match="reads back other than it was written"):
         save(tmp_path, 1)
@@ -445,15 +520,33 @@ def test_a_state_that_describes_no_model_is_refused(tmp_path, model):
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     save(tmp_path, 1)
-    other = models.build(models.GPTConfig(depth=2, width=8, head_dim=4, n_head=2, n_kv_head=2, vocab_size=11, max_seq_len=8,
-                                          short_window=4), torch.device("cpu"))
+    other = models.build(
+        models.GPTConfig(
+            depth=2,
+            width=8,
+            head_dim=4,
+            n_head=2,
+            n_kv_head=2,
+            vocab_size=11,
+            max_seq_len=8,
+            short_window=4,
+        ),
+        torch.device("cpu"),
+    )
     with pytest.raises(UsageError, match="does not fit"):
         checkpoint.load_model(tmp_path, 1, other)
 
 
 def test_pruning(tmp_path):
-    for step, kind in ((1, "permanent"), (2, "rolling"), (3, "before_warmdown"), (4, "permanent"), (5, "rolling"), (6, "permanent"),
-                       (7, "rolling")):
+    for step, kind in (
+        (1, "permanent"),
+        (2, "rolling"),
+        (3, "before_warmdown"),
+        (4, "permanent"),
+        (5, "rolling"),
+        (6, "permanent"),
+        (7, "rolling"),
+    ):
         save(tmp_path, step, kind)
     checkpoint.mark_best(tmp_path, 2)
     checkpoint.prune(tmp_path, keep_last=-1)
@@ -481,6 +574,7 @@ def test_later_ones_are_set_aside_not_deleted(tmp_path):
 
 def test_copies_and_damaged_manifests_do_not_disturb(tmp_path):
     import shutil
+
     for step in (1, 2, 3):
         save(tmp_path, step)
     shutil.copytree(checkpoint.folder_of(tmp_path, 2), tmp_path / "checkpoints" / "step_000002.bak")
@@ -527,6 +621,7 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
 
         def write(self, content):
             return whole.write(content[:5])
+
     metrics.file = Full()
     metrics.write(step=1, x=2.0)
     metrics.write(step=2, x=3.0)
@@ -534,8 +629,14 @@ def test_metrics_wait_for_room(tmp_path, monkeypatch):
     metrics.file = whole
     metrics.write(step=3, x=4.0)
     metrics.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
-    assert len(reports) == 2 and "cannot be written" in reports[0] and "all lines are written" in reports[1]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [0, 1, 2, 3]
+    assert (
+        len(reports) == 2
+        and "cannot be written" in reports[0]
+        and "all lines are written" in reports[1]
+    )
 
 
 def test_lines_that_were_kept_are_written_at_the_next_save_and_at_the_end(tmp_path):

@@ -9,11 +9,14 @@ import pytest
 import small
 import torch
 from hub_server import HubServer, blob_sha1
-from nanochat import core, hub, model as models
+
 from nanochat.common import Unavailable, UsageError
-from nanochat.engine import Branches, KVCache
-from nanochat.evaluate import EvaluationFailed
-from nanochat.tokenizer import Tokenizer
+from nanochat.data import hub
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.eval import core
+from nanochat.eval.bpb import EvaluationFailed
+from nanochat.eval.generation import Branches, KVCache
+from nanochat.model import gpt as models
 from tasks.core import LABELS, Task
 
 CPU = torch.device("cpu")
@@ -23,7 +26,8 @@ EVALUATE = """
 import json, sys
 import torch
 import small, test_core
-from nanochat import core, ranks
+from nanochat import ranks
+from nanochat.eval import core
 ranks.setup("cpu")
 model = test_core.noisy_model()
 prompts = core.Core(sys.argv[1], test_core.BYTES, 640)
@@ -39,8 +43,20 @@ ranks.close()
 
 def noisy_model(dtype=torch.float32, **changes):
     """A small model whose every part matters: freshly initialised, blocks would add nothing."""
-    config = models.GPTConfig(**{"depth": 3, "width": 32, "head_dim": 16, "n_head": 2, "n_kv_head": 1, "vocab_size": BYTES.vocab_size,
-                                 "max_seq_len": 64, "short_window": 24, "key_shift": changes.get("arch") != "llama", **changes})
+    config = models.GPTConfig(
+        **{
+            "depth": 3,
+            "width": 32,
+            "head_dim": 16,
+            "n_head": 2,
+            "n_kv_head": 1,
+            "vocab_size": BYTES.vocab_size,
+            "max_seq_len": 64,
+            "short_window": 24,
+            "key_shift": changes.get("arch") != "llama",
+            **changes,
+        }
+    )
     model = models.build(config, CPU, dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -70,7 +86,8 @@ def test_answers_are_those_of_the_naive_way(bundle, arch, crop):
     for batch_tokens in (1, 700, 10**6):
         result = core.evaluate(model, described(bundle, 64 if crop else 640), batch_tokens, CPU)
         assert {label: task["answers"] for label, task in result["tasks"].items()} == {
-            label: list(map(int, task["answers"])) for label, task in expected.items()}
+            label: list(map(int, task["answers"])) for label, task in expected.items()
+        }
         assert result["core_metric"] == pytest.approx(naive_core.core(expected), abs=1e-12)
         assert result["tasks"]["squad"]["cropped"] == 6 * crop and result["reason"] is None
         assert result["low"] <= result["core_metric"] <= result["high"] and result["n"] == 22 * 6
@@ -101,12 +118,20 @@ def test_answers_on_two_ranks(bundle, tmp_path):
 
 
 def test_bf16_answers_are_nearly_those_of_fp32(bundle):
-    answers = [core.evaluate(noisy_model(dtype), described(bundle, 640), 700, CPU)["tasks"] for dtype in (torch.float32, torch.bfloat16)]
-    pairs = [pair for label in LABELS for pair in zip(*(found[label]["answers"] for found in answers), strict=True)]
+    answers = [
+        core.evaluate(noisy_model(dtype), described(bundle, 640), 700, CPU)["tasks"]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    pairs = [
+        pair
+        for label in LABELS
+        for pair in zip(*(found[label]["answers"] for found in answers), strict=True)
+    ]
     assert sum(a != b for a, b in pairs) <= 0.1 * len(pairs)
 
 
 # ---- examples worked out by hand ----
+
 
 class Pairs(torch.nn.Module):
     """Knows which byte likes to follow which: the logit of a liked pair is 4, of all others 0. Mean losses can be counted: of b
@@ -139,46 +164,136 @@ def answer_of(kind, example, others=(), limit=640, delimiter=" ", liked=LIKED):
     [prompt] = core.tasks_of_core.prompts_of(task, examples, BYTES, limit, [0])
     prompt = dataclasses.replace(prompt, shared=0)  # it takes no cache
     [(answer, empty)] = core.answers_of(Pairs(liked), [prompt], kind, CPU)
-    spans = [bytes(prompt.rows[row][prompt.starts[row] :].tolist()).decode() for row in prompt.row_of]
+    spans = [
+        bytes(prompt.rows[row][prompt.starts[row] :].tolist()).decode() for row in prompt.row_of
+    ]
     return answer, empty, spans
 
 
 MULTIPLE_CHOICE = [
-    ({"query": "Q", "choices": ["zz", "abc", "ax"], "gold": 0}, {}, (1, 0, ["zz", "abc", "ax"])),  # after " ": a no; ab, bc liked
-    ({"query": "a", "choices": ["b", "x"], "gold": 0}, {}, (1, 0, ["b", "x"])),  # it is the delimiter that goes before: " x" is liked
+    (
+        {"query": "Q", "choices": ["zz", "abc", "ax"], "gold": 0},
+        {},
+        (1, 0, ["zz", "abc", "ax"]),
+    ),  # after " ": a no; ab, bc liked
+    (
+        {"query": "a", "choices": ["b", "x"], "gold": 0},
+        {},
+        (1, 0, ["b", "x"]),
+    ),  # it is the delimiter that goes before: " x" is liked
     ({"query": "a", "choices": ["b", "x"], "gold": 0}, {"delimiter": ""}, (0, 0, ["b", "x"])),
-    ({"query": "Q", "choices": ["abq", "ab"], "gold": 0}, {}, (0, 1, ["q", ""])),  # the second has nothing of its own: never chosen
-    ({"query": "Q", "choices": ["same", "same", "same"], "gold": 2}, {}, (0, 3, ["", "", ""])),  # a tie of nothing: the first
-    ({"query": "Q", "choices": ["qq", "qr", "qq"], "gold": 2}, {}, (0, 0, ["q", "r", "q"])),  # a tie: the first
+    (
+        {"query": "Q", "choices": ["abq", "ab"], "gold": 0},
+        {},
+        (0, 1, ["q", ""]),
+    ),  # the second has nothing of its own: never chosen
+    (
+        {"query": "Q", "choices": ["same", "same", "same"], "gold": 2},
+        {},
+        (0, 3, ["", "", ""]),
+    ),  # a tie of nothing: the first
+    (
+        {"query": "Q", "choices": ["qq", "qr", "qq"], "gold": 2},
+        {},
+        (0, 0, ["q", "r", "q"]),
+    ),  # a tie: the first
     ({"query": "Q", "choices": ["qabcd", "qab"], "gold": 0}, {}, (0, 1, ["cd", ""])),
-    ({"query": "Q", "choices": ["zbzzzzzz", "ab"], "gold": 0}, {}, (1, 0, ["zbzzzzzz", "ab"])),  # the mean, not the sum
-    ({"query": "long " * 30, "choices": ["zz", "xy"], "gold": 0}, {"limit": 20}, (1, 0, ["zz", "xy"])),
-    ({"query": "Q", "choices": ["z" * 30, "xy" * 15], "gold": 0}, {"limit": 20}, (1, 0, ["z" * 19, "y" + "xy" * 9])),
+    (
+        {"query": "Q", "choices": ["zbzzzzzz", "ab"], "gold": 0},
+        {},
+        (1, 0, ["zbzzzzzz", "ab"]),
+    ),  # the mean, not the sum
+    (
+        {"query": "long " * 30, "choices": ["zz", "xy"], "gold": 0},
+        {"limit": 20},
+        (1, 0, ["zz", "xy"]),
+    ),
+    (
+        {"query": "Q", "choices": ["z" * 30, "xy" * 15], "gold": 0},
+        {"limit": 20},
+        (1, 0, ["z" * 19, "y" + "xy" * 9]),
+    ),
 ]
 SCHEMA = [
-    ({"context_options": ["end a", "end b"], "continuation": "c", "gold": 0}, {}, (0, 0, [" c", " c"])),  # a tie
-    ({"context_options": ["end a", "end b"], "continuation": "c", "gold": 0}, {"delimiter": ""}, (1, 0, ["c", "c"])),  # bc
-    ({"context_options": ["b to", "a to"], "continuation": "xy", "gold": 0}, {}, (0, 0, [" to xy", " to xy"])),  # alike before, too
-    ({"context_options": ["a", "z"], "continuation": "b", "gold": 0}, {"delimiter": ""}, (0, 0, ["b", "b"])),
-    ({"context_options": ["one", "one"], "continuation": "x", "gold": 1}, {}, (0, 0, ["one x", "one x"])),  # alike: a tie, BOS unscored
-    ({"context_options": ["long " * 9 + "c", "long " * 9 + "b"], "continuation": "d", "gold": 0}, {"limit": 9, "delimiter": ""},
-     (0, 0, ["d", "d"])),
+    (
+        {"context_options": ["end a", "end b"], "continuation": "c", "gold": 0},
+        {},
+        (0, 0, [" c", " c"]),
+    ),  # a tie
+    (
+        {"context_options": ["end a", "end b"], "continuation": "c", "gold": 0},
+        {"delimiter": ""},
+        (1, 0, ["c", "c"]),
+    ),  # bc
+    (
+        {"context_options": ["b to", "a to"], "continuation": "xy", "gold": 0},
+        {},
+        (0, 0, [" to xy", " to xy"]),
+    ),  # alike before, too
+    (
+        {"context_options": ["a", "z"], "continuation": "b", "gold": 0},
+        {"delimiter": ""},
+        (0, 0, ["b", "b"]),
+    ),
+    (
+        {"context_options": ["one", "one"], "continuation": "x", "gold": 1},
+        {},
+        (0, 0, ["one x", "one x"]),
+    ),  # alike: a tie, BOS unscored
+    (
+        {"context_options": ["long " * 9 + "c", "long " * 9 + "b"], "continuation": "d", "gold": 0},
+        {"limit": 9, "delimiter": ""},
+        (0, 0, ["d", "d"]),
+    ),
 ]
 LANGUAGE = [
-    ({"context": "Q", "continuation": "xyz"}, {}, (0, 0, [" xyz"])),  # after "Q" a blank was to be predicted
+    (
+        {"context": "Q", "continuation": "xyz"},
+        {},
+        (0, 0, [" xyz"]),
+    ),  # after "Q" a blank was to be predicted
     ({"context": "Q", "continuation": "xy"}, {"liked": [*LIKED, "Q "]}, (1, 0, [" xy"])),
-    ({"context": "Q: ", "continuation": "xy"}, {"liked": [*LIKED, ": "]}, (1, 0, [" xy"])),  # white space at its end is dropped
+    (
+        {"context": "Q: ", "continuation": "xy"},
+        {"liked": [*LIKED, ": "]},
+        (1, 0, [" xy"]),
+    ),  # white space at its end is dropped
     ({"context": "ab", "continuation": "cde"}, {"delimiter": ""}, (1, 0, ["cde"])),
-    ({"context": "ab", "continuation": "cdf"}, {"delimiter": ""}, (0, 0, ["cdf"])),  # all tokens, or it is wrong
-    ({"context": "ab", "continuation": "cd "}, {"delimiter": ""}, (0, 0, ["cd "])),  # white space at the end is predicted, too
-    ({"context": "ab", "continuation": ""}, {"delimiter": ""}, (0, 1, [""])),  # nothing was predicted
-    ({"context": "long " * 30 + "ab", "continuation": "cd"}, {"delimiter": "", "limit": 12}, (1, 0, ["cd"])),
+    (
+        {"context": "ab", "continuation": "cdf"},
+        {"delimiter": ""},
+        (0, 0, ["cdf"]),
+    ),  # all tokens, or it is wrong
+    (
+        {"context": "ab", "continuation": "cd "},
+        {"delimiter": ""},
+        (0, 0, ["cd "]),
+    ),  # white space at the end is predicted, too
+    (
+        {"context": "ab", "continuation": ""},
+        {"delimiter": ""},
+        (0, 1, [""]),
+    ),  # nothing was predicted
+    (
+        {"context": "long " * 30 + "ab", "continuation": "cd"},
+        {"delimiter": "", "limit": 12},
+        (1, 0, ["cd"]),
+    ),
 ]
 
 
-@pytest.mark.parametrize("kind,example,options,expected", [
-    (kind, *case) for kind, cases in (("multiple_choice", MULTIPLE_CHOICE), ("schema", SCHEMA), ("language_modeling", LANGUAGE))
-    for case in cases])
+@pytest.mark.parametrize(
+    "kind,example,options,expected",
+    [
+        (kind, *case)
+        for kind, cases in (
+            ("multiple_choice", MULTIPLE_CHOICE),
+            ("schema", SCHEMA),
+            ("language_modeling", LANGUAGE),
+        )
+        for case in cases
+    ],
+)
 def test_worked_examples(kind, example, options, expected):
     assert answer_of(kind, example, **options) == expected
 
@@ -195,6 +310,7 @@ def test_few_shot_examples_come_before():
 
 # ---- parts of the model ----
 
+
 @pytest.mark.parametrize("arch", [{}, {"arch": "llama", "window_pattern": "L"}])
 def test_branches_of_a_filled_cache_go_on_like_whole_rows(arch):
     model = noisy_model(**arch)
@@ -206,7 +322,9 @@ def test_branches_of_a_filled_cache_go_on_like_whole_rows(arch):
         assert model.hidden(ids, cache, fill=True) is None
         found = model.hidden(tails, Branches(cache, 2, 49, model.embed(ids[[0, 1], [39, 16]])))
         for row, tail, one in zip((0, 0, 1, 1), tails, found, strict=True):
-            whole = model.hidden(torch.cat((ids[row, : lengths[row]], tail))[None])[0, lengths[row] :]
+            whole = model.hidden(torch.cat((ids[row, : lengths[row]], tail))[None])[
+                0, lengths[row] :
+            ]
             torch.testing.assert_close(one, whole, rtol=1e-4, atol=1e-4)
     assert cache.length == 40
 
@@ -216,7 +334,11 @@ def test_inference_copy_changes_no_bit(arch):
     model = noisy_model(torch.bfloat16, **arch)
     copy = models.for_inference(model)
     ids = torch.randint(BYTES.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
-    assert copy is not model and copy.embedding.weight.dtype == torch.bfloat16 and model.embedding.weight.dtype == torch.float32
+    assert (
+        copy is not model
+        and copy.embedding.weight.dtype == torch.bfloat16
+        and model.embedding.weight.dtype == torch.float32
+    )
     with torch.no_grad():
         assert torch.equal(model(ids), copy(ids))
     assert models.for_inference(plain := noisy_model()) is plain
@@ -230,38 +352,68 @@ def test_training_mode_is_given_back(bundle):
 
 # ---- what goes wrong ----
 
+
 def test_damaged_weights_fail_the_evaluation(bundle):
     model = noisy_model()
     model.head.weight.data[7] = float("nan")
-    with pytest.raises(EvaluationFailed, match="hellaswag_zeroshot: ValueError: the model's losses are not finite"):
+    with pytest.raises(
+        EvaluationFailed, match="hellaswag_zeroshot: ValueError: the model's losses are not finite"
+    ):
         core.evaluate(model, described(bundle, 640), 700, CPU)
 
 
 def test_interrupted(bundle):
     asked = iter([False, False, True])
-    assert core.evaluate(noisy_model(), described(bundle, 640), 700, CPU, interrupted=lambda: next(asked)) is None
+    assert (
+        core.evaluate(
+            noisy_model(), described(bundle, 640), 700, CPU, interrupted=lambda: next(asked)
+        )
+        is None
+    )
 
 
 def test_progress_reaches_the_end(bundle):
     shares = []
-    core.evaluate(noisy_model(), described(bundle, 640), 700, CPU, progress=lambda share, label, left: shares.append((share, label, left)))
-    assert shares == sorted(shares, key=lambda entry: entry[0]) and shares[-1][0] == pytest.approx(1) and shares[-1][2] < 1e-3
+    core.evaluate(
+        noisy_model(),
+        described(bundle, 640),
+        700,
+        CPU,
+        progress=lambda share, label, left: shares.append((share, label, left)),
+    )
+    assert (
+        shares == sorted(shares, key=lambda entry: entry[0])
+        and shares[-1][0] == pytest.approx(1)
+        and shares[-1][2] < 1e-3
+    )
     assert {label for _, label, _ in shares} == set(LABELS)
 
 
-@pytest.mark.parametrize("damage,why", [
-    (lambda path: path.unlink(), "copa.jsonl is missing"),
-    (lambda path: path.write_text(""), "holds no example of its kind (0 malformed lines)"),
-    (lambda path: path.write_text("{}\n[1]\n"), "holds no example of its kind (2 malformed lines)"),
-])
+@pytest.mark.parametrize(
+    "damage,why",
+    [
+        (lambda path: path.unlink(), "copa.jsonl is missing"),
+        (lambda path: path.write_text(""), "holds no example of its kind (0 malformed lines)"),
+        (
+            lambda path: path.write_text("{}\n[1]\n"),
+            "holds no example of its kind (2 malformed lines)",
+        ),
+    ],
+)
 def test_a_task_that_cannot_be_evaluated(tmp_path, damage, why):
     """The others are; there is no metric, and no zero."""
     bundle = small.core_bundle(tmp_path)
     damage(bundle / "eval_data/commonsense_reasoning/copa.jsonl")
     prompts = core.Core(bundle, BYTES, 640)
-    assert any("copa cannot be evaluated" in line and why in line for line in prompts.describe(1.0, 1.0))
+    assert any(
+        "copa cannot be evaluated" in line and why in line for line in prompts.describe(1.0, 1.0)
+    )
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
-    assert result["core_metric"] is None and "1 of 22 tasks were not evaluated: copa (" in result["reason"] and why in result["reason"]
+    assert (
+        result["core_metric"] is None
+        and "1 of 22 tasks were not evaluated: copa (" in result["reason"]
+        and why in result["reason"]
+    )
     assert "copa" not in result["tasks"] and len(result["tasks"]) == 21 and result["n"] == 21 * 6
 
 
@@ -277,7 +429,8 @@ def test_a_file_that_goes_away_during_an_evaluation(tmp_path):
 RANK_LOCAL = """
 import sys
 import small, test_core
-from nanochat import core, ranks
+from nanochat import ranks
+from nanochat.eval import core
 from nanochat.common import UsageError
 ranks.setup("cpu")
 model, prompts = test_core.noisy_model(), core.Core(sys.argv[1], test_core.BYTES, 640)
@@ -308,40 +461,60 @@ def test_no_memory_for_a_copy_of_the_weights(bundle, monkeypatch):
 
     def full(model):
         raise torch.OutOfMemoryError("no memory")
+
     monkeypatch.setattr(core, "for_inference", full)
     found = core.evaluate(model, described(bundle, 640, 2), 700, CPU)
-    assert [task["answers"] for task in found["tasks"].values()] == [task["answers"] for task in expected["tasks"].values()]
+    assert [task["answers"] for task in found["tasks"].values()] == [
+        task["answers"] for task in expected["tasks"].values()
+    ]
 
 
 def test_a_tokenizer_that_lacks_characters(bundle):
     characters = Tokenizer("char", [c.encode() for c in sorted(set("Question what follows again"))])
     prompts = core.Core(bundle, characters, 640)
-    assert any("cannot be evaluated" in line and "is not among this tokenizer's" in line for line in prompts.describe(1.0, 1.0))
+    assert any(
+        "cannot be evaluated" in line and "is not among this tokenizer's" in line
+        for line in prompts.describe(1.0, 1.0)
+    )
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
     assert result["core_metric"] is None and result["tasks"] == {}
 
 
 def test_fewer_examples_than_shots(tmp_path):
-    result = core.evaluate(noisy_model(), described(small.core_bundle(tmp_path, n=1), 640), 700, CPU)
+    result = core.evaluate(
+        noisy_model(), described(small.core_bundle(tmp_path, n=1), 640), 700, CPU
+    )
     assert {task["shots"] for task in result["tasks"].values()} == {0}
     assert result["core_metric"] is not None and result["tasks"]["copa"]["stderr"] is None
 
 
 def test_some_tasks_give_no_metric(bundle):
-    result = core.evaluate(noisy_model(), described(bundle, 640, labels=("copa", "boolq")), 700, CPU)
-    assert set(result["tasks"]) == {"copa", "boolq"} and result["core_metric"] is None and "left out by --tasks" in result["reason"]
+    result = core.evaluate(
+        noisy_model(), described(bundle, 640, labels=("copa", "boolq")), 700, CPU
+    )
+    assert (
+        set(result["tasks"]) == {"copa", "boolq"}
+        and result["core_metric"] is None
+        and "left out by --tasks" in result["reason"]
+    )
     with pytest.raises(UsageError, match="--tasks=mmlu: not among the CORE tasks"):
         core.Core(bundle, BYTES, 640, labels=("copa", "mmlu"))
 
 
 # ---- the bundle's whereabouts ----
 
+
 def test_given_bundles(bundle, tmp_path):
     assert core.find_bundle(str(bundle)) == bundle
     (tmp_path / "eval_bundle").symlink_to(bundle)
-    assert core.find_bundle(str(tmp_path)) == tmp_path / "eval_bundle"  # as the published archive unpacks
+    assert (
+        core.find_bundle(str(tmp_path)) == tmp_path / "eval_bundle"
+    )  # as the published archive unpacks
     (tmp_path / "bundle.zip").write_text("")
-    for path, message in ((tmp_path / "bundle.zip", "unpack it"), (tmp_path / "none", "no core.yaml is there")):
+    for path, message in (
+        (tmp_path / "bundle.zip", "unpack it"),
+        (tmp_path / "none", "no core.yaml is there"),
+    ):
         with pytest.raises(UsageError, match=message):
             core.find_bundle(str(path))
 
@@ -353,7 +526,10 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(hub, "BACKOFF_S", 0.0)
     monkeypatch.setattr(hub, "ATTEMPTS", 2)
-    contents = {str(path.relative_to(bundle / "eval_data")): path.read_bytes() for path in (bundle / "eval_data").rglob("*.jsonl")}
+    contents = {
+        str(path.relative_to(bundle / "eval_data")): path.read_bytes()
+        for path in (bundle / "eval_data").rglob("*.jsonl")
+    }
     with HubServer(0) as server:
         for uri, content in contents.items():
             server.add_url(f"/examples/{uri}", content)
@@ -362,16 +538,24 @@ def published(tmp_path, monkeypatch):
         monkeypatch.setattr(core, "CHANCES_URL", f"{server.url}/table.csv")
         table = (bundle / "eval_meta_data.csv").read_bytes()
         monkeypatch.setattr(core, "CHANCES", (blob_sha1(table), len(table)))
-        monkeypatch.setattr(core, "EXAMPLES", {uri: (blob_sha1(content), None if "hellaswag" in uri else len(content))
-                                               for uri, content in contents.items()})
+        monkeypatch.setattr(
+            core,
+            "EXAMPLES",
+            {
+                uri: (blob_sha1(content), None if "hellaswag" in uri else len(content))
+                for uri, content in contents.items()
+            },
+        )
         yield server
 
 
 def test_download(published, tmp_path, bundle):
     folder = core.find_bundle("", report=lambda text: None)
     assert folder == tmp_path / "base/core"
-    assert core.evaluate(noisy_model(), described(folder, 640), 700, CPU)["core_metric"] == core.evaluate(
-        noisy_model(), described(bundle, 640), 700, CPU)["core_metric"]
+    assert (
+        core.evaluate(noisy_model(), described(folder, 640), 700, CPU)["core_metric"]
+        == core.evaluate(noisy_model(), described(bundle, 640), 700, CPU)["core_metric"]
+    )
     assert not list((tmp_path / "base/hub").rglob("*.jsonl"))  # nothing stands twice
     published.fault("", "status", times=None, code=404)
     assert core.find_bundle("") == folder  # from now on without a network

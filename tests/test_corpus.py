@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import corpus as corpora
 from nanochat.common import UsageError, base_dir
+from nanochat.data import sources as corpora
 
 
 def write(path, text):
@@ -37,7 +37,10 @@ def test_one_document_holds_out_its_last_tenth(tmp_path):
 
 
 def test_one_file_of_documents_holds_out_the_last_tenth_of_them(tmp_path):
-    path = write(tmp_path / "a.txt", "\n<|endoftext|>\n".join(f"story {i}" for i in range(20)) + "\n<|endoftext|>\n")
+    path = write(
+        tmp_path / "a.txt",
+        "\n<|endoftext|>\n".join(f"story {i}" for i in range(20)) + "\n<|endoftext|>\n",
+    )
     corpus = corpora.local_corpus(str(path))
     assert text_of(corpus.train) == [f"story {i}" for i in range(18)]
     assert text_of(corpus.val) == ["story 18", "story 19"]
@@ -45,18 +48,35 @@ def test_one_file_of_documents_holds_out_the_last_tenth_of_them(tmp_path):
 
 def test_the_split_of_one_file_is_what_stored_runs_have(tmp_path):
     """Recorded from the version of commit 5fb8df4; a change here would make runs of such data impossible to resume."""
-    lines = [json.dumps({"text": f"é{i} " * (i + 1)}, ensure_ascii=False) for i in range(25)] + ['{"text": " "}']
-    many, one = write(tmp_path / "a.jsonl", "\n".join(lines) + "\n"), write(tmp_path / "b.txt", "né " * 101)
-    recorded = {many: ([(0, 23, False, 1325, "1c323b6e"), (23, None, False, 245, "d31f79e5")], "2 of 25 documents"),
-                one: ([(0, 273, True, 364, "ddace735"), (273, None, True, 40, "ed94b58c")], "30 of 303 characters")}
+    lines = [json.dumps({"text": f"é{i} " * (i + 1)}, ensure_ascii=False) for i in range(25)] + [
+        '{"text": " "}'
+    ]
+    many, one = (
+        write(tmp_path / "a.jsonl", "\n".join(lines) + "\n"),
+        write(tmp_path / "b.txt", "né " * 101),
+    )
+    recorded = {
+        many: (
+            [(0, 23, False, 1325, "1c323b6e"), (23, None, False, 245, "d31f79e5")],
+            "2 of 25 documents",
+        ),
+        one: (
+            [(0, 273, True, 364, "ddace735"), (273, None, True, 40, "ed94b58c")],
+            "30 of 303 characters",
+        ),
+    }
     for path, (shards, note) in recorded.items():
         corpus = corpora.local_corpus(str(path))
-        found = [(s.first, s.last, s.cut_characters, s.n_bytes, s.fingerprint[:8]) for s in corpus.train + corpus.val]
+        found = [
+            (s.first, s.last, s.cut_characters, s.n_bytes, s.fingerprint[:8])
+            for s in corpus.train + corpus.val
+        ]
         assert (found, corpus.note) == (shards, f"held out: the last tenth ({note})")
 
 
 def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
     """The file may be larger than memory."""
+
     class Text(str):
         __slots__ = ("__weakref__",)
 
@@ -72,9 +92,18 @@ def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
 
     monkeypatch.setattr(corpora, "iterate_documents", documents)
     path = tmp_path / "a.jsonl"
-    train, val, note = corpora._split_file(path, functools.partial(corpora.file_shard, hashes={path: "x"}))
-    assert (train[0].last, val[0].first, note) == (900, 900, "held out: the last tenth (100 of 1,000 documents)")
-    assert train[0].n_bytes + val[0].n_bytes == sum(len(f"document {i}") for i in range(1000)) and most < 5
+    train, val, note = corpora._split_file(
+        path, functools.partial(corpora.file_shard, hashes={path: "x"})
+    )
+    assert (train[0].last, val[0].first, note) == (
+        900,
+        900,
+        "held out: the last tenth (100 of 1,000 documents)",
+    )
+    assert (
+        train[0].n_bytes + val[0].n_bytes == sum(len(f"document {i}") for i in range(1000))
+        and most < 5
+    )
 
 
 def test_one_remote_file_without_text_is_refused(tmp_path):
@@ -83,12 +112,17 @@ def test_one_remote_file_without_text_is_refused(tmp_path):
 
 
 def test_a_document_mark_inside_a_line_is_text(tmp_path):
-    assert corpora.read_documents(write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")) == ["x <|endoftext|> y", "z"]
+    assert corpora.read_documents(
+        write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")
+    ) == ["x <|endoftext|> y", "z"]
 
 
 def test_several_files_hold_out_the_last(tmp_path):
     for i in range(3):
-        write(tmp_path / f"{i}.jsonl", "".join(json.dumps({"text": f"{i}.{j}"}) + "\n" for j in range(4)))
+        write(
+            tmp_path / f"{i}.jsonl",
+            "".join(json.dumps({"text": f"{i}.{j}"}) + "\n" for j in range(4)),
+        )
     corpus = corpora.local_corpus(str(tmp_path))
     assert text_of(corpus.val) == [f"2.{j}" for j in range(4)]
     assert len(text_of(corpus.train)) == 8
@@ -112,13 +146,18 @@ def test_val_data_is_used_whole(tmp_path):
 def test_parquet_and_blank_documents(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pa.table({"id": [1, 2, 3], "text": ["one", None, "  \n"]}), tmp_path / "a.parquet")
+
+    pyarrow.parquet.write_table(
+        pa.table({"id": [1, 2, 3], "text": ["one", None, "  \n"]}), tmp_path / "a.parquet"
+    )
     assert corpora.read_documents(tmp_path / "a.parquet") == ["one"]
 
 
 # ----- formats that another library reads
 
-LINES = b'{"text": "one \xc3\xa9\\n", "id": 1}\n{"text": " "}\n{"id": 3}\n{"text": "two", "id": 2}\n'
+LINES = (
+    b'{"text": "one \xc3\xa9\\n", "id": 1}\n{"text": " "}\n{"id": 3}\n{"text": "two", "id": 2}\n'
+)
 TABLE = b'id,text\n1,"a\nb"\n2,\n3,plain\n'
 TEXT = "first\r\nsecond\n<|endoftext|>\nthird é\n".encode()
 READ = {
@@ -135,24 +174,39 @@ READ = {
     "lines.json": (LINES, ["one é\n", "two"]),
     "List.JSON": (b'[{"text": "one"}, {"text": null}, {"text": "two"}]', ["one", "two"]),
     "object.json": (b'{\n"text": "one"\n}', ["one"]),
-    "many.jsonl.gz": (gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(3000))), [str(i) for i in range(3000)]),
+    "many.jsonl.gz": (
+        gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(3000))),
+        [str(i) for i in range(3000)],
+    ),
 }
 CORRUPT = bytearray(gzip.compress(LINES * 99))
 CORRUPT[-6] ^= 255
 UNREADABLE = {
     # file: its content, part of the message
     "not.jsonl.gz": (LINES, "cannot be read as json (Not a gzipped file"),
-    "short.jsonl.gz": (gzip.compress(LINES)[:-20], "cannot be read as json (Compressed file ended before"),
+    "short.jsonl.gz": (
+        gzip.compress(LINES)[:-20],
+        "cannot be read as json (Compressed file ended before",
+    ),
     "flipped.jsonl.gz": (bytes(CORRUPT), "cannot be read as json (CRC check failed"),
     "not.jsonl.xz": (LINES, "cannot be read as json ("),
-    "short.txt.bz2": (bz2.compress(TEXT)[:-20], "cannot be read as text (Compressed file ended before"),
+    "short.txt.bz2": (
+        bz2.compress(TEXT)[:-20],
+        "cannot be read as text (Compressed file ended before",
+    ),
     "latin.txt.gz": (gzip.compress("é".encode("latin-1")), "cannot be read as text ('utf-8' codec"),
     "not.json": (b"{no", "cannot be read as json (JSON parse error"),
     "empty.csv": (b"", "cannot be read as csv (No columns"),
     "other.csv": (b"id,body\n1,a\n", "has no column 'text' (it has: id, body); name one: hf:"),
-    "other.jsonl.gz": (gzip.compress(b'{"body": "a"}\n'), "has no column 'text' (it has: body); name one: hf:"),
+    "other.jsonl.gz": (
+        gzip.compress(b'{"body": "a"}\n'),
+        "has no column 'text' (it has: body); name one: hf:",
+    ),
     "numbers.csv": (b"text\n1\n", "the column 'text' does not hold strings"),
-    "numbers.jsonl.gz": (gzip.compress(b'{"text": [1]}\n'), "the column 'text' does not hold strings"),
+    "numbers.jsonl.gz": (
+        gzip.compress(b'{"text": [1]}\n'),
+        "the column 'text' does not hold strings",
+    ),
 }
 
 
@@ -190,12 +244,18 @@ def test_files_that_datasets_cannot_read(tmp_path, nothing_left, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
         corpora.read_documents(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value) and part in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(tmp_path / name) in str(caught.value)
+        and part in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_compressed_file_is_read_as_it_is_needed(tmp_path, nothing_left):
     """What is broken far behind the first documents does not matter to who wants these."""
-    content = gzip.compress(b"".join(b'{"text": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(30_000)), 1)
+    content = gzip.compress(
+        b"".join(b'{"text": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(30_000)), 1
+    )
     (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) * 9 // 10])
     documents = corpora.iterate_documents(tmp_path / "a.jsonl.gz")
     assert len(next(documents)) == 1000
@@ -206,60 +266,97 @@ def test_a_compressed_file_is_read_as_it_is_needed(tmp_path, nothing_left):
 def test_missing_packages_are_named(tmp_path, nothing_left, monkeypatch):
     (tmp_path / "a.TXT.ZST").write_bytes(b"\x28\xb5\x2f\xfd")
     import fsspec
+
     monkeypatch.setattr(fsspec, "available_compressions", lambda: [None, "gzip"])
-    with pytest.raises(UsageError, match="a.TXT.ZST needs the package 'zstandard', .* pip install zstandard"):
+    with pytest.raises(
+        UsageError, match="a.TXT.ZST needs the package 'zstandard', .* pip install zstandard"
+    ):
         corpora.read_documents(tmp_path / "a.TXT.ZST")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="a.csv needs the package 'datasets', .* pip install datasets"):
+    with pytest.raises(
+        UsageError, match="a.csv needs the package 'datasets', .* pip install datasets"
+    ):
         corpora.read_documents(write(tmp_path / "a.csv", "text\na\n"))
 
 
 def test_endings_in_upper_case_and_unknown_ones(tmp_path):
     """A .tsv is read as it stands, as any file of no known format is."""
-    a, b = write(tmp_path / "A.TXT", "text " * 9), write(tmp_path / "B.JSONL", '{"text": "line"}\n{"text": "line 2"}\n')
+    a, b = (
+        write(tmp_path / "A.TXT", "text " * 9),
+        write(tmp_path / "B.JSONL", '{"text": "line"}\n{"text": "line 2"}\n'),
+    )
     write(tmp_path / "c.json", '{"text": "no document"}')
     assert corpora.find_files(str(tmp_path)) == [a, b]
     assert corpora.read_documents(b) == ["line", "line 2"]
-    assert corpora.read_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n")) == ["id\ttext\n1\ta\n"]
+    assert corpora.read_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n")) == [
+        "id\ttext\n1\ta\n"
+    ]
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pa.table({"text": ["one " * 1000, "two"]}), tmp_path / "A.PARQUET")
     assert corpora.read_documents(tmp_path / "A.PARQUET") == ["one " * 1000, "two"]
-    assert corpora.file_shard([tmp_path / "A.PARQUET"]).n_bytes > 4000, "of the text, not of the file"
+    assert corpora.file_shard([tmp_path / "A.PARQUET"]).n_bytes > 4000, (
+        "of the text, not of the file"
+    )
 
 
 def test_a_folder_of_other_formats_says_how_to_name_them(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
-    with pytest.raises(UsageError, match=r"holds no .txt, .jsonl, .parquet file; .* pattern, such as '.*/\*.jsonl.gz'"):
+    with pytest.raises(
+        UsageError,
+        match=r"holds no .txt, .jsonl, .parquet file; .* pattern, such as '.*/\*.jsonl.gz'",
+    ):
         corpora.open_corpus(str(tmp_path))
     assert text_of(corpora.open_corpus(str(tmp_path / "*.jsonl.gz")).val) == ["two"]
 
 
 def test_text_that_moved_is_named_by_its_new_place(tmp_path):
     for flag in ("--data", "--val-data"):
-        with pytest.raises(UsageError, match=f"^{flag}=.*gone.txt: no such file.*a resumed run takes {flag}=NEWPATH"):
+        with pytest.raises(
+            UsageError,
+            match=f"^{flag}=.*gone.txt: no such file.*a resumed run takes {flag}=NEWPATH",
+        ):
             corpora.find_files(str(tmp_path / "gone.txt"), flag)
 
 
 def test_a_null_is_no_document(tmp_path):
-    assert corpora.read_documents(write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')) == ["one"]
+    assert corpora.read_documents(
+        write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')
+    ) == ["one"]
 
 
 def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
-    for name in ("a.txt", "b.txt", "c.txt", "t.csv", "s.CSV", "x.json", "sources.json", "notes.md", "deep/u.jsonl.gz"):
+    for name in (
+        "a.txt",
+        "b.txt",
+        "c.txt",
+        "t.csv",
+        "s.CSV",
+        "x.json",
+        "sources.json",
+        "notes.md",
+        "deep/u.jsonl.gz",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, f"text of {name} " * (9 if name != "c.txt" else 1))
     corpus = corpora.open_corpus(str(tmp_path))
-    assert corpora.remarks(corpus) == [f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, such as "
-                                       f"'{tmp_path}/**/*.csv'"]
+    assert corpora.remarks(corpus) == [
+        f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, such as "
+        f"'{tmp_path}/**/*.csv'"
+    ]
     assert "  " + corpora.remarks(corpus)[0] in corpora.describe_corpus(corpus)
-    assert corpora.remarks(corpora.open_corpus("python", str(tmp_path))) == corpora.remarks(corpus), "of --val-data too"
+    assert corpora.remarks(corpora.open_corpus("python", str(tmp_path))) == corpora.remarks(
+        corpus
+    ), "of --val-data too"
     assert corpora.remarks(corpora.open_corpus(str(tmp_path / "*.txt"))) == []
 
 
 def test_much_held_out_text_is_said(tmp_path):
     a, b = write(tmp_path / "a.txt", "ab" * 100), write(tmp_path / "b.txt", "cd" * 50)
-    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == ["note: 33% of the text is held out; --val-data names another text"]
+    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == [
+        "note: 33% of the text is held out; --val-data names another text"
+    ]
     assert corpora.remarks(corpora.open_corpus(str(a), str(b))) == [], "the user said so"
     write(a, "ab" * 200)
     assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == [], "a fifth is not much"
@@ -268,18 +365,24 @@ def test_much_held_out_text_is_said(tmp_path):
 def test_the_same_text_on_both_sides_is_said(tmp_path):
     a = write(tmp_path / "a.txt", "ab" * 100)
     said = "is on both sides: validation then measures memory; give --val-data other text"
-    assert corpora.remarks(corpora.open_corpus(str(a), str(a))) == [f"warning: the text of a.txt {said}"]
+    assert corpora.remarks(corpora.open_corpus(str(a), str(a))) == [
+        f"warning: the text of a.txt {said}"
+    ]
     assert corpora.remarks(corpora.open_corpus(str(a))) == [], "a split file is not the same text"
     for name in ("b.txt", "c.txt", "d.txt"):
         write(tmp_path / name, name * 20)
     assert corpora.remarks(corpora.open_corpus(str(tmp_path), str(tmp_path / "[ac].txt"))) == [
-        f"warning: the text of a.txt and 1 more {said}"], "also where files share shards"
+        f"warning: the text of a.txt and 1 more {said}"
+    ], "also where files share shards"
 
 
 def test_the_fingerprint_shown_is_the_one_compared(tmp_path):
     corpus = corpora.open_corpus(str(write(tmp_path / "a.txt", "ab" * 100)))
     shown = "\n".join(corpora.describe_corpus(corpus))
-    assert f"fingerprint {corpus.fingerprint[:16]}" in shown.splitlines()[0] and shown.count("; fingerprint ") == 1
+    assert (
+        f"fingerprint {corpus.fingerprint[:16]}" in shown.splitlines()[0]
+        and shown.count("; fingerprint ") == 1
+    )
 
 
 def test_fingerprint_follows_content_not_place(tmp_path):
@@ -306,5 +409,6 @@ def test_compressors():
     class Fixed:
         def documents(self):
             return iter(["abcd" * 1000])
+
     figures = corpora.compressed_bits_per_byte([Fixed()])
     assert set(figures) == {"gzip -9", "xz -9"} and all(0 < bpb < 0.3 for bpb in figures.values())

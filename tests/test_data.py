@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from nanochat import corpus as corpora, data, tokenizer as tokenizers
 from nanochat.common import UsageError
+from nanochat.data import rows as data
+from nanochat.data import sources as corpora
+from nanochat.data import tokenizer as tokenizers
 
 BYTE = tokenizers.train("byte", [], -1)
 
@@ -29,7 +31,9 @@ def make_rows(tmp_path, documents_by_file, T, seed=1):
         path = folder / f"{i:03}.jsonl"
         write(path, "".join(json.dumps({"text": d}) + "\n" for d in documents))
         shards.append(corpora.file_shard([path]))
-    return data.Rows(corpora.Corpus("docs", shards, [], ""), data.TokenCache(BYTE, threads=1), T, seed)
+    return data.Rows(
+        corpora.Corpus("docs", shards, [], ""), data.TokenCache(BYTE, threads=1), T, seed
+    )
 
 
 # ----- cache
@@ -40,7 +44,10 @@ def test_cache_is_reused_and_damage_is_refused(tmp_path):
     cache = data.TokenCache(BYTE, threads=1)
     ids, offsets = cache.tokens(shard)
     assert offsets.tolist() == [0, 361]
-    assert ids[0:9].tobytes() == np.frombuffer(b"cache me ", dtype=np.uint8).astype(np.uint16).tobytes()
+    assert (
+        ids[0:9].tobytes()
+        == np.frombuffer(b"cache me ", dtype=np.uint8).astype(np.uint16).tobytes()
+    )
     assert ids[360:361].tolist() == [BYTE.bos]
     path = cache.path(shard)
     made = path.stat().st_ino
@@ -97,7 +104,9 @@ def test_a_file_that_another_process_trims_is_made_again(tmp_path, monkeypatch):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         opened.append(path.stat().st_ino)
         if len(opened) < 3:
-            path.rename(path.with_suffix(f".{len(opened)}"))  # kept, so that its inode is not used again
+            path.rename(
+                path.with_suffix(f".{len(opened)}")
+            )  # kept, so that its inode is not used again
         return really_open(self, shard, path)
 
     monkeypatch.setattr(data.TokenCache, "_open", trim_and_open)
@@ -128,7 +137,9 @@ def test_trimming_while_others_trim(tmp_path):
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     characters = "".join(chr(c) for c in range(0x10000, 0x10000 + 65600))
     tokenizer = tokenizers.train("char", [characters], -1)
-    ids, _ = data.TokenCache(tokenizer, 1).tokens(corpora.file_shard([write(tmp_path / "a.txt", characters)]))
+    ids, _ = data.TokenCache(tokenizer, 1).tokens(
+        corpora.file_shard([write(tmp_path / "a.txt", characters)])
+    )
     assert ids[65590:65600].tolist() == list(range(65590, 65600))
 
 
@@ -138,7 +149,9 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
 def documents(n, seed=0):
     """n documents of 1 to 60 random letters."""
     generator = np.random.default_rng(seed)
-    return ["".join(generator.choice(list("abcdefghij"), generator.integers(1, 60))) for _ in range(n)]
+    return [
+        "".join(generator.choice(list("abcdefghij"), generator.integers(1, 60))) for _ in range(n)
+    ]
 
 
 def test_an_epoch_holds_every_token_once_but_the_ring_ends(tmp_path):
@@ -163,8 +176,14 @@ def test_rows_begin_with_bos_and_hold_consecutive_text(tmp_path):
     for i in range(rows.tokens_per_epoch() // rows.T):
         row = rows.row(i)
         assert row.dtype == np.int64 and row.shape == (17,) and row[0] == BYTE.bos
-        parts = bytes(np.where(row[1:] == BYTE.bos, ord("|"), row[1:]).astype(np.uint8)).decode().split("|")
-        assert all(whole in everything for whole in parts[1:-1] if whole)  # between two BOS stands a whole document
+        parts = (
+            bytes(np.where(row[1:] == BYTE.bos, ord("|"), row[1:]).astype(np.uint8))
+            .decode()
+            .split("|")
+        )
+        assert all(
+            whole in everything for whole in parts[1:-1] if whole
+        )  # between two BOS stands a whole document
         assert any(document.endswith(parts[0]) or parts[0] in document for document in everything)
 
 
@@ -186,7 +205,11 @@ def test_steps_take_the_same_rows_on_any_number_of_ranks(tmp_path):
     whole = rows.batch(3, 12, 0, 12, rank=0, world_size=1)
     for world_size, device_batch in ((2, 6), (2, 3), (4, 3), (1, 4), (3, 2)):
         micros = 12 // (world_size * device_batch)
-        parts = [rows.batch(3, 12, micro, device_batch, rank, world_size) for micro in range(micros) for rank in range(world_size)]
+        parts = [
+            rows.batch(3, 12, micro, device_batch, rank, world_size)
+            for micro in range(micros)
+            for rank in range(world_size)
+        ]
         for side in (0, 1):
             assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
@@ -212,8 +235,12 @@ def test_reading_ahead_makes_files_of_known_length(tmp_path):
     n = rows.tokens_per_epoch() // rows.T
     for shard in rows.shards:
         rows.cache.path(shard).unlink()
-    resumed = data.Rows(rows.corpus, data.TokenCache(BYTE, 1, rows.cache.lengths), rows.T, rows.seed)
-    second = rows.shard_rows(rows.shard_order(0)[0])  # the run goes on with the first row of its second shard
+    resumed = data.Rows(
+        rows.corpus, data.TokenCache(BYTE, 1, rows.cache.lengths), rows.T, rows.seed
+    )
+    second = rows.shard_rows(
+        rows.shard_order(0)[0]
+    )  # the run goes on with the first row of its second shard
     ahead = data.Ahead(resumed, second, lambda: n, pytest.fail)
     ahead.thread.join(10)
     assert not ahead.thread.is_alive()
@@ -222,16 +249,25 @@ def test_reading_ahead_makes_files_of_known_length(tmp_path):
 
 
 def test_held_out_pieces(tmp_path):
-    path = write(tmp_path / "a.jsonl", "".join(json.dumps({"text": d}) + "\n" for d in ("abcdefghij", "klm", "nopqrst")))
+    path = write(
+        tmp_path / "a.jsonl",
+        "".join(json.dumps({"text": d}) + "\n" for d in ("abcdefghij", "klm", "nopqrst")),
+    )
     cache = data.TokenCache(BYTE, 1)
 
     def pieces(limit):
-        return [bytes(piece[1:].astype(np.uint8)).decode() for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, limit)]
+        return [
+            bytes(piece[1:].astype(np.uint8)).decode()
+            for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, limit)
+        ]
 
     assert pieces(10**9) == ["abcd", "efgh", "ij", "klm", "nopq", "rst"]
     assert pieces(15) == ["abcd", "efgh", "ij", "klm", "no"]
     assert pieces(10) == ["abcd", "efgh", "ij"]
-    assert all(piece[0] == BYTE.bos for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, 99))
+    assert all(
+        piece[0] == BYTE.bos
+        for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, 99)
+    )
 
 
 def test_prefetcher_keeps_order_and_hands_over_exceptions():

@@ -14,8 +14,13 @@ from types import SimpleNamespace
 import pytest
 from test_remote import CLIMBMIX, VAL, bodies, documents, limit, order, parquet, shards
 
-from nanochat import __main__ as entry, common, corpus as corpora, data, data_app as app, hub as hubs
+from nanochat import __main__ as entry
+from nanochat import common
+from nanochat.apps import data as app
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
+from nanochat.data import hub as hubs
+from nanochat.data import rows as data
+from nanochat.data import sources as corpora
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,9 @@ def write(folder, texts_by_file):
     """A folder of .jsonl files, made of lists of texts; returns its path as a string."""
     folder.mkdir()
     for i, texts in enumerate(texts_by_file):
-        (folder / f"{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        (folder / f"{i}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+        )
     return str(folder)
 
 
@@ -43,11 +50,34 @@ def inspect(capsys, *argv):
 
 
 def test_help_is_complete_and_light():
-    code = ("import sys\nfrom nanochat.__main__ import main\ntry:\n    main(['data', '--help'])\n"
-            "finally:\n    assert not {'torch', 'numpy'} & set(sys.modules)")
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(app.__file__).parents[1])
-    for word in ("inspect", "fetch", "tokenize", "mix", "--documents", "--tokens", "--shards", "--all", "--seed", "--max-seq-len",
-                 "--vocab-size", "--bytes", "--shard-bytes", "--repeat", "--json", "--val-data"):
+    code = (
+        "import sys\nfrom nanochat.__main__ import main\ntry:\n    main(['data', '--help'])\n"
+        "finally:\n    assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(app.__file__).parents[1],
+    )
+    for word in (
+        "inspect",
+        "fetch",
+        "tokenize",
+        "mix",
+        "--documents",
+        "--tokens",
+        "--shards",
+        "--all",
+        "--seed",
+        "--max-seq-len",
+        "--vocab-size",
+        "--bytes",
+        "--shard-bytes",
+        "--repeat",
+        "--json",
+        "--val-data",
+    ):
         assert word in shown.stdout
     assert "Assertion" not in shown.stderr
 
@@ -55,18 +85,35 @@ def test_help_is_complete_and_light():
 @pytest.mark.parametrize("name", entry.APPS)
 def test_help_of_every_subcommand(name, capsys):
     """A % that is not escaped in any help text fails here."""
-    module = importlib.import_module(f"nanochat.{entry.MODULES.get(name, name)}")
+    module = importlib.import_module(f"nanochat.apps.{name}")
     parser = module.build_parser() if hasattr(module, "build_parser") else argparse.ArgumentParser()
-    commands = [command for action in parser._actions if isinstance(action, argparse._SubParsersAction) for command in action.choices]
+    commands = [
+        command
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for command in action.choices
+    ]
     assert len(commands) == {"data": 4, "tokenizer": 3}.get(name, 0)
     for argv in ([], *([command] for command in commands)):
         with pytest.raises(SystemExit) as caught:
             entry.main([name, *argv, "--help"])
-        assert caught.value.code == 0 and "usage: nanochat " + " ".join([name, *argv]) in capsys.readouterr().out
+        assert (
+            caught.value.code == 0
+            and "usage: nanochat " + " ".join([name, *argv]) in capsys.readouterr().out
+        )
 
 
-@pytest.mark.parametrize("argv", [["fetch", "x", "--tokens=0"], ["fetch", "x", "--tokens=1.5"], ["fetch", "x", "--tokens=1e9", "--all"],
-                                  ["mix", "out", "x=1"], ["tokenize", "x", "--max-seq=3", "--all"], []])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["fetch", "x", "--tokens=0"],
+        ["fetch", "x", "--tokens=1.5"],
+        ["fetch", "x", "--tokens=1e9", "--all"],
+        ["mix", "out", "x=1"],
+        ["tokenize", "x", "--max-seq=3", "--all"],
+        [],
+    ],
+)
 def test_wrong_arguments(argv):
     with pytest.raises(SystemExit) as caught:
         app.main(argv)
@@ -75,7 +122,9 @@ def test_wrong_arguments(argv):
 
 def test_all_that_is_wrong_is_said(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="(?s)--max-seq-len 0.*--vocab-size 5.*--tokenizer tok"):
-        app.main(["tokenize", "python", "--all", "--max-seq-len=0", "--vocab-size=5", "--tokenizer=tok"])
+        app.main(
+            ["tokenize", "python", "--all", "--max-seq-len=0", "--vocab-size=5", "--tokenizer=tok"]
+        )
     with pytest.raises(UsageError, match="--documents -2"):
         app.main(["inspect", "python", "--documents=-2"])
     with pytest.raises(UsageError, match="no such file"):
@@ -87,9 +136,14 @@ def test_all_that_is_wrong_is_said(tmp_path, monkeypatch):
 
 
 def test_inspect_local(tmp_path, capsys):
-    folder = write(tmp_path / "docs", [["a" * n for n in range(1, 102)], ["é\n\nsecond line " + "x" * 200]])
+    folder = write(
+        tmp_path / "docs", [["a" * n for n in range(1, 102)], ["é\n\nsecond line " + "x" * 200]]
+    )
     found = inspect(capsys, folder, "--documents=2")
-    assert found["train"]["shards"] == found["val"]["shards"] == 1 and found["train"]["files_here"] == 1
+    assert (
+        found["train"]["shards"] == found["val"]["shards"] == 1
+        and found["train"]["files_here"] == 1
+    )
     assert not found["train"]["text_bytes_estimated"] and "last file, 1.jsonl" in found["held_out"]
     lengths = found["documents"]
     assert (lengths["sampled"], lengths["mean_bytes"], lengths["max_bytes"]) == (101, 51, 101)
@@ -107,24 +161,44 @@ def test_inspect_local(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["climbmix", "shakespeare"])
 def test_inspect_without_a_network(name, capsys, monkeypatch):
-    monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt")  # where nothing listens
+    monkeypatch.setattr(
+        hubs, "SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt"
+    )  # where nothing listens
     assert entry.main(["data", "inspect", name]) == 1
     shown = capsys.readouterr().err
     assert "no connection" in shown
-    assert shown.count("Without a network there are --data=python, and --data=<path> for text on this disk.") == 1
+    assert (
+        shown.count(
+            "Without a network there are --data=python, and --data=<path> for text on this disk."
+        )
+        == 1
+    )
 
 
 def test_inspect_fetches_only_the_listing(hub, capsys):
     """Unless documents are asked for: then one file."""
     hub.add(CLIMBMIX, shards())
     found = inspect(capsys, "climbmix")
-    assert not bodies(hub) and found["documents"] is None and "--documents" in found["reason"] and found["examples"] == []
-    assert found["licence"] == "CC-BY-NC-4.0" and found["url"].endswith(CLIMBMIX) and VAL in found["held_out"]
+    assert (
+        not bodies(hub)
+        and found["documents"] is None
+        and "--documents" in found["reason"]
+        and found["examples"] == []
+    )
+    assert (
+        found["licence"] == "CC-BY-NC-4.0"
+        and found["url"].endswith(CLIMBMIX)
+        and VAL in found["held_out"]
+    )
     assert found["train"]["shards"] == 8 and found["train"]["text_bytes_estimated"]
     assert len(found["revision"]) == 40 and found["revision"] in hub.repos[CLIMBMIX].commits
     hub.requests.clear()
     found = inspect(capsys, "climbmix", "--documents=2")
-    assert bodies(hub) == ["shard_00000.parquet"] and len(found["examples"]) == 2 and found["train"]["files_here"] == 1
+    assert (
+        bodies(hub) == ["shard_00000.parquet"]
+        and len(found["examples"]) == 2
+        and found["train"]["files_here"] == 1
+    )
     assert app.main(["inspect", "climbmix"]) == 0
     assert "1 of 8 files here" in capsys.readouterr().out
 
@@ -149,11 +223,25 @@ def test_inspect_of_large_files(hub, capsys, monkeypatch):
 # fetch and tokenize
 
 
-@pytest.mark.parametrize("tokens, n", [(1, 1), (1600, 1), (1601, 2), (4800, 3), (4801, 4), (10**6, 8)])
+@pytest.mark.parametrize(
+    "tokens, n", [(1, 1), (1600, 1), (1601, 2), (4800, 3), (4801, 4), (10**6, 8)]
+)
 def test_fetch_takes_as_many_shards_as_the_tokens_need(hub, capsys, tokens, n):
     """Shards of 50 rows of 32 and a rest."""
     hub.add(CLIMBMIX, shards())
-    assert app.main(["fetch", "climbmix", f"--tokens={tokens}", "--tokenizer=byte", "--max-seq-len=32", "--seed=7"]) == 0
+    assert (
+        app.main(
+            [
+                "fetch",
+                "climbmix",
+                f"--tokens={tokens}",
+                "--tokenizer=byte",
+                "--max-seq-len=32",
+                "--seed=7",
+            ]
+        )
+        == 0
+    )
     assert bodies(hub) == [VAL, *order(seed=7)[:n]]
     shown = capsys.readouterr().out
     assert f"fetched {n + 1} files" in shown and ("78.1 epochs" in shown) == (tokens == 10**6)
@@ -163,7 +251,10 @@ def test_fetch_estimates_large_shards_low(hub, monkeypatch):
     """Where only a part of the text is counted, the number of shards may be one too large, never too small."""
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(app, "COUNT_BYTES", 300)
-    assert app.main(["fetch", "climbmix", "--tokens=4000", "--tokenizer=byte", "--max-seq-len=32"]) == 0
+    assert (
+        app.main(["fetch", "climbmix", "--tokens=4000", "--tokenizer=byte", "--max-seq-len=32"])
+        == 0
+    )
     assert bodies(hub) == [VAL, *order()[:3]]
 
 
@@ -250,7 +341,10 @@ def test_local_text(tmp_path, capsys):
     assert app.main(["fetch", folder]) == 0
     assert "nothing to fetch" in capsys.readouterr().out
     assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
-    assert "1,503 tokens" in capsys.readouterr().out and len(list(base_dir().glob("tokens/*/*.safetensors"))) == 2
+    assert (
+        "1,503 tokens" in capsys.readouterr().out
+        and len(list(base_dir().glob("tokens/*/*.safetensors"))) == 2
+    )
     assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
     assert "made 0 token files" in capsys.readouterr().out
 
@@ -262,32 +356,62 @@ def test_local_text(tmp_path, capsys):
 @pytest.fixture
 def sources(tmp_path):
     """Two folders of 2,000 documents in four files each; a document says where it is from. The last file is held out."""
-    return [write(tmp_path / name, [[f"{name} {i}.{j} " + "word é " * ((i * 7 + j) % 40 + 1) for j in range(500)] for i in range(4)])
-            for name in ("aaa", "bbb")]
+    return [
+        write(
+            tmp_path / name,
+            [
+                [f"{name} {i}.{j} " + "word é " * ((i * 7 + j) % 40 + 1) for j in range(500)]
+                for i in range(4)
+            ],
+        )
+        for name in ("aaa", "bbb")
+    ]
 
 
 def mixed(folder):
     """({"train" or "val": [(text, source)]}, sources.json) of a folder that mix wrote, as train.py sees it."""
     import pyarrow.parquet
+
     corpus = corpora.open_corpus(str(folder))
     found = {}
     for side, side_shards in (("train", corpus.train), ("val", corpus.val)):
         tables = [pyarrow.parquet.read_table(path) for shard in side_shards for path in shard.files]
-        found[side] = [row for table in tables for row in zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True)]
-        assert [text for text, _ in found[side]] == [text for shard in side_shards for text in shard.documents()]
+        found[side] = [
+            row
+            for table in tables
+            for row in zip(table["text"].to_pylist(), table["source"].to_pylist(), strict=True)
+        ]
+        assert [text for text, _ in found[side]] == [
+            text for shard in side_shards for text in shard.documents()
+        ]
     return found, json.loads((folder / "sources.json").read_text())
 
 
 def share(rows, name):
     """Share of the bytes of (text, source) rows that are of a source."""
-    return sum(len(t.encode()) for t, source in rows if source == name) / sum(len(t.encode()) for t, _ in rows)
+    return sum(len(t.encode()) for t, source in rows if source == name) / sum(
+        len(t.encode()) for t, _ in rows
+    )
 
 
 def test_mix(sources, tmp_path, capsys):
     """Shares, sizes, no document twice, the held-out file from held-out documents, shuffled, and train.py's rules for a folder."""
     a, b = sources
     out = tmp_path / "deep" / "out"
-    assert app.main(["mix", str(out), f"{a}=3", f"{b}=1", "--bytes=2e5", "--val-bytes=2e4", "--shard-bytes=50000"]) == 0
+    assert (
+        app.main(
+            [
+                "mix",
+                str(out),
+                f"{a}=3",
+                f"{b}=1",
+                "--bytes=2e5",
+                "--val-bytes=2e4",
+                "--shard-bytes=50000",
+            ]
+        )
+        == 0
+    )
     names = ["sources.json", *(f"train_{i:05}.parquet" for i in range(4)), "validation.parquet"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert f"--data={out}" in capsys.readouterr().out
@@ -300,7 +424,10 @@ def test_mix(sources, tmp_path, capsys):
         assert max(Counter(text for text, _ in rows).values()) == 1
         whole = [row for row in rows if len(row[0]) > 6]
         assert len(whole) >= len(rows) - 2, "two may be cut"
-        assert all(text.startswith(Path(source).name) and (" 3." in text[:6]) == (side == "val") for text, source in whole)
+        assert all(
+            text.startswith(Path(source).name) and (" 3." in text[:6]) == (side == "val")
+            for text, source in whole
+        )
         switches = sum(x[1] != y[1] for x, y in zip(rows, rows[1:], strict=False))
         assert switches > len(rows) / 5, "the sources take turns"
     for path in out.glob("train_*.parquet"):
@@ -320,7 +447,17 @@ def test_mix_depends_on_its_seed_alone(sources, tmp_path):
     a, b = sources
     runs = []
     for name, seed in (("x", 1), ("y", 1), ("z", 2)):
-        app.main(["mix", str(tmp_path / name), f"{a}=1", f"{b}=1", "--bytes=1e5", f"--seed={seed}", "--shard-bytes=30000"])
+        app.main(
+            [
+                "mix",
+                str(tmp_path / name),
+                f"{a}=1",
+                f"{b}=1",
+                "--bytes=1e5",
+                f"--seed={seed}",
+                "--shard-bytes=30000",
+            ]
+        )
         runs.append(corpora.open_corpus(str(tmp_path / name)).fingerprint)
     assert runs[0] == runs[1] != runs[2]
 
@@ -328,17 +465,36 @@ def test_mix_depends_on_its_seed_alone(sources, tmp_path):
 def test_a_source_that_runs_out(sources, tmp_path, capsys):
     """The others fill its place, and the shares really reached are said; with --repeat it is drawn from again."""
     a, b = sources
-    small_one = write(tmp_path / "small", [[f"small {i} " + "s" * 90 for i in range(100)],
-                                           ["small held " + "s" * 90 + str(i) for i in range(20)]])
+    small_one = write(
+        tmp_path / "small",
+        [
+            [f"small {i} " + "s" * 90 for i in range(100)],
+            ["small held " + "s" * 90 + str(i) for i in range(20)],
+        ],
+    )
     assert app.main(["mix", str(tmp_path / "x"), f"{a}=1", f"{small_one}=1", "--bytes=1e5"]) == 0
     shown = capsys.readouterr().out
     found, summary = mixed(tmp_path / "x")
     assert "ran out: 50.00% was asked for" in shown and "all sources" not in shown
-    assert sum(source == small_one for _, source in found["train"]) == 100 and summary["train_bytes"] == 100_000
-    assert summary["sources"][1]["train_ran_out"] and summary["sources"][1]["share"] == share(found["train"], small_one) < 0.11
-    assert app.main(["mix", str(tmp_path / "y"), f"{a}=1", f"{small_one}=1", "--bytes=1e5", "--repeat"]) == 0
+    assert (
+        sum(source == small_one for _, source in found["train"]) == 100
+        and summary["train_bytes"] == 100_000
+    )
+    assert (
+        summary["sources"][1]["train_ran_out"]
+        and summary["sources"][1]["share"] == share(found["train"], small_one) < 0.11
+    )
+    assert (
+        app.main(
+            ["mix", str(tmp_path / "y"), f"{a}=1", f"{small_one}=1", "--bytes=1e5", "--repeat"]
+        )
+        == 0
+    )
     found, summary = mixed(tmp_path / "y")
-    assert summary["sources"][1]["share"] == pytest.approx(0.5, abs=0.001) and summary["sources"][1]["train_passes"] == 6
+    assert (
+        summary["sources"][1]["share"] == pytest.approx(0.5, abs=0.001)
+        and summary["sources"][1]["train_passes"] == 6
+    )
     assert max(Counter(text for text, _ in found["val"]).values()) == 1
     capsys.readouterr()
     assert app.main(["mix", str(tmp_path / "z"), f"{small_one}=1", "--bytes=1e5"]) == 0
@@ -350,13 +506,33 @@ def test_long_documents_and_hidden_twins(tmp_path):
     long, twin = "".join(f"{i}, " for i in range(20_000)), "this stands in both"
     (tmp_path / "long.txt").write_text(long)
     one = write(tmp_path / "one", [[f"one {i} {'x' * 50}" for i in range(100)], [twin] * 2])
-    two = write(tmp_path / "two", [[twin, *(f"two {i} {'x' * 50}" for i in range(100))], ["two held out " + str(i) for i in range(9)]])
-    assert app.main(["mix", str(tmp_path / "out"), f"{tmp_path}/long.txt=2", f"{one}=1", f"{two}=1", "--bytes=8000",
-                     "--val-bytes=200"]) == 0
+    two = write(
+        tmp_path / "two",
+        [
+            [twin, *(f"two {i} {'x' * 50}" for i in range(100))],
+            ["two held out " + str(i) for i in range(9)],
+        ],
+    )
+    assert (
+        app.main(
+            [
+                "mix",
+                str(tmp_path / "out"),
+                f"{tmp_path}/long.txt=2",
+                f"{one}=1",
+                f"{two}=1",
+                "--bytes=8000",
+                "--val-bytes=200",
+            ]
+        )
+        == 0
+    )
     found, summary = mixed(tmp_path / "out")
     assert [source["share"] for source in summary["sources"]] == [0.5, 0.25, 0.25]
     assert [text for text, _ in found["train"] if text in long] == [long[:4000]]
-    assert twin in {text for text, _ in found["val"]} and twin not in {text for text, _ in found["train"]}
+    assert twin in {text for text, _ in found["val"]} and twin not in {
+        text for text, _ in found["train"]
+    }
 
 
 def test_mix_refuses(sources, tmp_path, monkeypatch):
@@ -386,31 +562,53 @@ def test_mix_leaves_nothing_when_it_fails(sources, tmp_path, monkeypatch, hub):
     with monkeypatch.context() as patch:
         patch.setattr(hubs, "ATTEMPTS", 1)
         with pytest.raises(Unavailable, match="404"):
-            app.main(["mix", str(out), f"{a}=1", "climbmix=1", "--bytes=1e5", "--shard-bytes=10000"])
+            app.main(
+                ["mix", str(out), f"{a}=1", "climbmix=1", "--bytes=1e5", "--shard-bytes=10000"]
+            )
     with monkeypatch.context() as patch:
-        patch.setattr(app, "write_json", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            app,
+            "write_json",
+            lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
         with pytest.raises(Unavailable, match="No space left"):
             app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"])
     assert not out.exists() and not list(tmp_path.glob(".*"))
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "train_00000.parquet").write_text("torn")
-    with app.new_folder(tmp_path / "other"), pytest.raises(UsageError, match="being written by another process"):
+    with (
+        app.new_folder(tmp_path / "other"),
+        pytest.raises(UsageError, match="being written by another process"),
+    ):
         app.main(["mix", str(tmp_path / "other"), f"{a}=1", "--bytes=1e4"])
     (tmp_path / "other").rmdir()
     assert app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"]) == 0
     assert not list(tmp_path.glob(".*")) and mixed(out)[1]["train_bytes"] == 10_000
 
 
-@pytest.mark.parametrize("error, passes", [
-    # passes: with the error itself, else as Unavailable; the relative names are below the temporary folder
-    (OSError(errno.ENOSPC, "No space left on device"), False), (OSError(errno.EROFS, "Read-only file system"), False),
-    (OSError(errno.ENOSPC, "No space left on device", "deep/a"), False), (PermissionError(errno.EACCES, "Permission denied", b"a"), False),
-    (OSError(errno.EXDEV, "Invalid cross-device link", "/data/a", None, "a"), False),
-    (FileNotFoundError(errno.ENOENT, "No such file", "/data/a"), True), (OSError(errno.EIO, "Input/output error", "/data/a"), True),
-    (OSError(errno.ENOENT, "No such file"), True), (ConnectionError("reset"), True), (UsageError("no text"), True)], ids=repr)
+@pytest.mark.parametrize(
+    "error, passes",
+    [
+        # passes: with the error itself, else as Unavailable; the relative names are below the temporary folder
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (OSError(errno.ENOSPC, "No space left on device", "deep/a"), False),
+        (PermissionError(errno.EACCES, "Permission denied", b"a"), False),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "/data/a", None, "a"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/data/a"), True),
+        (OSError(errno.EIO, "Input/output error", "/data/a"), True),
+        (OSError(errno.ENOENT, "No such file"), True),
+        (ConnectionError("reset"), True),
+        (UsageError("no text"), True),
+    ],
+    ids=repr,
+)
 def test_new_folder_tells_its_errors_from_the_bodys(tmp_path, monkeypatch, error, passes):
     """What the body says of other files is not taken for a fault of the folder; nothing is left in any case."""
-    with pytest.raises(type(error) if passes else Unavailable) as caught, new_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(type(error) if passes else Unavailable) as caught,
+        new_folder(tmp_path / "out") as folder,
+    ):
         monkeypatch.chdir(folder)
         raise error
     assert caught.value is error if passes else "out cannot be written" in str(caught.value)
@@ -419,22 +617,44 @@ def test_new_folder_tells_its_errors_from_the_bodys(tmp_path, monkeypatch, error
 
 def test_new_folder_that_cannot_be_finished(tmp_path, monkeypatch):
     """Its own work fails after the body has ended well."""
+
     def full(path):
         raise OSError(errno.EIO, "Input/output error", "elsewhere")
 
     monkeypatch.setattr(common, "fsync_dir", full)
-    with pytest.raises(Unavailable, match="out cannot be written .Input/output error.; nothing of it"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(
+            Unavailable, match="out cannot be written .Input/output error.; nothing of it"
+        ),
+        new_folder(tmp_path / "out"),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_errors_in_a_line():
-    assert [in_a_line(error) for error in (ValueError(" a\nb"), ValueError("  "), KeyError())] == ["a b", "ValueError", "KeyError"]
+    assert [in_a_line(error) for error in (ValueError(" a\nb"), ValueError("  "), KeyError())] == [
+        "a b",
+        "ValueError",
+        "KeyError",
+    ]
 
 
 def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):
     hub.add(CLIMBMIX, shards())
-    assert app.main(["mix", str(tmp_path / "out"), "climbmix=1", f"{sources[0]}=1", "--bytes=4000", "--shard-bytes=2000"]) == 0
+    assert (
+        app.main(
+            [
+                "mix",
+                str(tmp_path / "out"),
+                "climbmix=1",
+                f"{sources[0]}=1",
+                "--bytes=4000",
+                "--shard-bytes=2000",
+            ]
+        )
+        == 0
+    )
     names = [name for name in bodies(hub) if name.endswith(".parquet")]
     assert VAL in names and 2 <= len(names) <= 4
     assert mixed(tmp_path / "out")[1]["sources"][0]["licence"] == "CC-BY-NC-4.0"
@@ -444,15 +664,23 @@ def test_mix_without_pyarrow(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "suffix", lambda: ".jsonl")
     assert app.main(["mix", str(tmp_path / "out"), f"{sources[0]}=1", "--bytes=1e4"]) == 0
     corpus = corpora.open_corpus(str(tmp_path / "out"))
-    assert "validation.jsonl" in corpus.note and len("".join(text for shard in corpus.train for text in shard.load()).encode()) == 10_000
-    lines = [json.loads(line) for line in (tmp_path / "out" / "validation.jsonl").read_text().splitlines()]
+    assert (
+        "validation.jsonl" in corpus.note
+        and len("".join(text for shard in corpus.train for text in shard.load()).encode()) == 10_000
+    )
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "validation.jsonl").read_text().splitlines()
+    ]
     assert {line["source"] for line in lines} == {sources[0]}
 
 
 def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
     """Of a source of many documents no more are held than a shard's worth, twice: the buffer, and the file to write."""
     held, most = 0, 0
-    corpus = corpora.Corpus("", [SimpleNamespace(documents=lambda report: counted(5000), fingerprint="x")], [], "")
+    corpus = corpora.Corpus(
+        "", [SimpleNamespace(documents=lambda report: counted(5000), fingerprint="x")], [], ""
+    )
 
     def counted(n):
         nonlocal held, most

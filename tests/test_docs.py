@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import train
-from nanochat import plan as plans
 from nanochat.__main__ import APPS
+from nanochat.run import plan as plans
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,19 @@ LAYERS = [
     {"model", "hf_model", "optim", "schedules", "data", "fit"},
     {"checkpoint", "evaluate", "engine", "core", "plan"},
     {"start", "faults", "profiling"},
-    {"sample", "report", "compare", "plots", "runs", "doctor", "bench", "export", "tokenizer_app", "data_app", "evaluate_app"},
+    {
+        "sample",
+        "report",
+        "compare",
+        "plots",
+        "runs",
+        "doctor",
+        "bench",
+        "export",
+        "tokenizer_app",
+        "data_app",
+        "evaluate_app",
+    },
 ]
 
 
@@ -50,8 +62,12 @@ def sources():
         yield path.name, path.read_text(encoding="utf-8")
 
 
-COMMANDS = [pytest.param(words, id=f"{name}: {' '.join(words)[:60]}") for name, text in sources() for words in commands(text)
-            if "train.py" in words or words[0] == "nanochat" or "nanochat" in words[1:3]]
+COMMANDS = [
+    pytest.param(words, id=f"{name}: {' '.join(words)[:60]}")
+    for name, text in sources()
+    for words in commands(text)
+    if "train.py" in words or words[0] == "nanochat" or "nanochat" in words[1:3]
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS)
@@ -73,8 +89,13 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     assert rest[0] in APPS
     if "--help" in rest:
         return
-    help_text = subprocess.run([sys.executable, "-m", "nanochat", rest[0], "--help"], cwd=ROOT, capture_output=True, text=True,
-                               check=True).stdout
+    help_text = subprocess.run(
+        [sys.executable, "-m", "nanochat", rest[0], "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert all(word.split("=")[0] in help_text for word in rest[1:] if word.startswith("--"))
 
 
@@ -98,15 +119,27 @@ def test_file_map_is_the_tree():
     """README lists exactly the files of the product that git would track."""
     block = README.split("## Files")[1].split("```")[1]
     listed = {line.split()[0] for line in block.strip().splitlines() if line.strip()}
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-                             check=True).stdout.split()
-    shown = {path for path in tracked if path.startswith(("nanochat/", "tasks/", "runs/")) or "/" not in path and not path.startswith(".")}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    shown = {
+        path
+        for path in tracked
+        if path.startswith(("nanochat/", "tasks/", "runs/"))
+        or "/" not in path
+        and not path.startswith(".")
+    }
     assert listed == shown
 
 
 def test_python_example_runs(tmp_path):
     """README's lines for Python, on a run made here in place of the one they name."""
     import small
+
     assert small.run(tmp_path) == 0
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     assert len(example.strip().splitlines()) <= 10
@@ -130,7 +163,11 @@ def imports_of(path):
 
 
 def test_imports_flow_down():
-    modules = {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {"__init__", "__main__", "export_modeling"}
+    modules = {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {
+        "__init__",
+        "__main__",
+        "export_modeling",
+    }
     assert modules == set().union(*LAYERS), "put a new module in its layer"
     for i, layer in enumerate(LAYERS):
         allowed = set().union(*LAYERS[: i + 1])
@@ -144,12 +181,16 @@ def test_imports_flow_down():
 def test_importing_does_no_work_and_help_needs_no_torch():
     """Light modules leave torch alone, so that --help is instant; nothing heavy or optional is imported by any module."""
     apps = ", ".join(f"nanochat.{module}" for module in sorted(LAYERS[-1]))
-    light = f"import sys, train, nanochat, nanochat.__main__, {apps}; assert 'torch' not in sys.modules"
+    light = (
+        f"import sys, train, nanochat, nanochat.__main__, {apps}; assert 'torch' not in sys.modules"
+    )
     modules = ", ".join(f"nanochat.{module}" for layer in LAYERS for module in sorted(layer))
-    heavy = (f"import sys, {modules}\n"
-             "for name in ('wandb', 'datasets', 'torchao', 'matplotlib', 'triton', 'pyarrow', 'rustbpe', 'transformers',"
-             " 'tensorboard'):\n"
-             "    assert name not in sys.modules, name")
+    heavy = (
+        f"import sys, {modules}\n"
+        "for name in ('wandb', 'datasets', 'torchao', 'matplotlib', 'triton', 'pyarrow', 'rustbpe', 'transformers',"
+        " 'tensorboard'):\n"
+        "    assert name not in sys.modules, name"
+    )
     for code in (light, heavy):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -160,6 +201,11 @@ def test_the_loop_is_readable():
 
 
 def test_no_line_is_too_long():
-    for path in [ROOT / "train.py", *(ROOT / "nanochat").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "tasks").glob("*.py")]:
+    for path in [
+        ROOT / "train.py",
+        *(ROOT / "nanochat").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "tasks").glob("*.py"),
+    ]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 140, f"{path.name}:{number}"

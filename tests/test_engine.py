@@ -7,11 +7,21 @@ import pytest
 import torch
 
 import nanochat
-from nanochat import __main__ as entry, engine, sample, tokenizer
-from nanochat.attention import usable_backends
+from nanochat import __main__ as entry
+from nanochat.apps import sample
 from nanochat.common import UsageError
-from nanochat.engine import KVCache, generate_ids, generate_text, generate_texts, sample_next, text_pieces
-from nanochat.model import GPTConfig, build
+from nanochat.data import tokenizer
+from nanochat.eval import generation as engine
+from nanochat.eval.generation import (
+    KVCache,
+    generate_ids,
+    generate_text,
+    generate_texts,
+    sample_next,
+    text_pieces,
+)
+from nanochat.model.attention import usable_backends
+from nanochat.model.gpt import GPTConfig, build
 
 VOCAB = 257  # the byte tokenizer's
 BOS = 256
@@ -19,8 +29,15 @@ BOS = 256
 
 def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
     """A model of about 250k parameters whose every parameter, also those that start at zero, is away from it."""
-    shape = {"width": 64, "head_dim": 16, "n_head": 4, "n_kv_head": 4, "vocab_size": VOCAB, "window_pattern": "L",
-             "key_shift": changes.get("arch") != "llama"}
+    shape = {
+        "width": 64,
+        "head_dim": 16,
+        "n_head": 4,
+        "n_kv_head": 4,
+        "vocab_size": VOCAB,
+        "window_pattern": "L",
+        "key_shift": changes.get("arch") != "llama",
+    }
     config = GPTConfig(**(shape | changes), depth=depth, max_seq_len=max_seq_len)
     model = build(config, "cpu", attention_backend=backend)
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +62,10 @@ def model():
 
 
 def random_ids(n, seed=0):
-    return [BOS, *torch.randint(VOCAB - 1, (n - 1,), generator=torch.Generator().manual_seed(seed)).tolist()]
+    return [
+        BOS,
+        *torch.randint(VOCAB - 1, (n - 1,), generator=torch.Generator().manual_seed(seed)).tolist(),
+    ]
 
 
 def drain(*args, **kwargs):
@@ -70,8 +90,13 @@ CACHE_CASES = [
 @pytest.mark.parametrize("backend", usable_backends("cpu"))
 @pytest.mark.parametrize("n_prompt, pattern, short_window, n_kv_head, max_seq_len", CACHE_CASES)
 def test_cached_equals_uncached(n_prompt, pattern, short_window, n_kv_head, max_seq_len, backend):
-    model = tiny_model(backend, window_pattern=pattern, short_window=short_window, n_kv_head=n_kv_head,
-                       max_seq_len=max_seq_len)
+    model = tiny_model(
+        backend,
+        window_pattern=pattern,
+        short_window=short_window,
+        n_kv_head=n_kv_head,
+        max_seq_len=max_seq_len,
+    )
     prompt = random_ids(n_prompt)
     cached = drain(model, prompt, 12, temperature=0)
     assert cached == drain(model, prompt, 12, temperature=0, use_cache=False)
@@ -80,7 +105,10 @@ def test_cached_equals_uncached(n_prompt, pattern, short_window, n_kv_head, max_
     cache = KVCache(model.config, 1, ids.size(1), "cpu", torch.float32)
     with torch.no_grad():
         whole = model(ids)
-        pieces = [model(piece, cache=cache) for piece in (ids[:, :n_prompt], *ids[:, n_prompt:].split(1, dim=1))]
+        pieces = [
+            model(piece, cache=cache)
+            for piece in (ids[:, :n_prompt], *ids[:, n_prompt:].split(1, dim=1))
+        ]
     assert cache.length == ids.size(1)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
@@ -116,12 +144,20 @@ def test_the_last_token_of_the_prompt_is_remembered(model, n_prompt, what):
 
 
 def test_samples_share_one_prefill_and_then_differ(model):
-    settings = {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.2, "seed": 5, "num_samples": 3}
+    settings = {
+        "temperature": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.2,
+        "seed": 5,
+        "num_samples": 3,
+    }
     cached = drain(model, random_ids(6), 10, **settings)
     assert cached == drain(model, random_ids(6), 10, use_cache=False, **settings)
     assert len(set(zip(*cached))) == 3
     greedy = drain(model, random_ids(6), 10, temperature=0)
-    assert drain(model, random_ids(6), 10, temperature=0, num_samples=3) == [step * 3 for step in greedy]
+    assert drain(model, random_ids(6), 10, temperature=0, num_samples=3) == [
+        step * 3 for step in greedy
+    ]
 
 
 def test_cache_refuses_what_does_not_fit(model):
@@ -131,7 +167,9 @@ def test_cache_refuses_what_does_not_fit(model):
         model(ids, cache=cache)
         with pytest.raises(ValueError, match="holds 3 of 4 positions and was given 2 more"):
             model(ids[:, :2], cache=cache)
-        model(ids[:, :1], cache=cache)  # a refusal changes nothing: the last free position can still be used
+        model(
+            ids[:, :1], cache=cache
+        )  # a refusal changes nothing: the last free position can still be used
     assert cache.length == 4
     one_row = torch.zeros(1, 1, 4, 16)
     layer = KVCache(model.config, 2, 4, "cpu", torch.float32).layers[0]
@@ -157,27 +195,38 @@ def frequencies(logits, **settings):
     return torch.bincount(drawn, minlength=logits.size(-1)) / n
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({}, [0.05, 0.5, 0.15, 0.3]),
-    ({"temperature": 0.5}, [0.0068, 0.6849, 0.0616, 0.2466]),  # squares over their sum, 0.365
-    ({"top_k": 2}, [0, 0.625, 0, 0.375]),
-    ({"top_k": 1}, [0, 1, 0, 0]),
-    ({"top_k": 99}, [0.05, 0.5, 0.15, 0.3]),
-    ({"top_k": -1}, [0.05, 0.5, 0.15, 0.3]),
-    ({"top_k": None}, [0.05, 0.5, 0.15, 0.3]),
-    ({"top_p": 0.49}, [0, 1, 0, 0]),
-    ({"top_p": 0.51}, [0, 0.625, 0, 0.375]),
-    ({"top_p": 0.79}, [0, 0.625, 0, 0.375]),
-    ({"top_p": 0.81}, [0, 0.5263, 0.1579, 0.3158]),
-    ({"top_p": 1e-9}, [0, 1, 0, 0]),
-    ({"top_p": 1.5}, [0.05, 0.5, 0.15, 0.3]),
-    ({"top_k": 3, "top_p": 0.84}, [0, 0.625, 0, 0.375]),  # 0.8 of the 0.95 that top-k keeps is 0.842
-    ({"temperature": 0.5, "top_p": 0.92}, [0, 0.7353, 0, 0.2647]),  # temperature comes before top-p: 0.6849 + 0.2466
-    ({"temperature": 1e-320}, [0, 1, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, [0.05, 0.5, 0.15, 0.3]),
+        ({"temperature": 0.5}, [0.0068, 0.6849, 0.0616, 0.2466]),  # squares over their sum, 0.365
+        ({"top_k": 2}, [0, 0.625, 0, 0.375]),
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_k": 99}, [0.05, 0.5, 0.15, 0.3]),
+        ({"top_k": -1}, [0.05, 0.5, 0.15, 0.3]),
+        ({"top_k": None}, [0.05, 0.5, 0.15, 0.3]),
+        ({"top_p": 0.49}, [0, 1, 0, 0]),
+        ({"top_p": 0.51}, [0, 0.625, 0, 0.375]),
+        ({"top_p": 0.79}, [0, 0.625, 0, 0.375]),
+        ({"top_p": 0.81}, [0, 0.5263, 0.1579, 0.3158]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 1.5}, [0.05, 0.5, 0.15, 0.3]),
+        (
+            {"top_k": 3, "top_p": 0.84},
+            [0, 0.625, 0, 0.375],
+        ),  # 0.8 of the 0.95 that top-k keeps is 0.842
+        (
+            {"temperature": 0.5, "top_p": 0.92},
+            [0, 0.7353, 0, 0.2647],
+        ),  # temperature comes before top-p: 0.6849 + 0.2466
+        ({"temperature": 1e-320}, [0, 1, 0, 0]),
+    ],
+)
 def test_filters(settings, expected):
     shares = frequencies(LOGITS, **settings)
-    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float32), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        shares, torch.tensor(expected, dtype=torch.float32), atol=0.01, rtol=0
+    )
     assert (shares[torch.tensor(expected) == 0] == 0).all()
 
 
@@ -186,9 +235,16 @@ def test_repetition_penalty():
     seen = torch.tensor([True, True, False, False])
     # the penalised logits are 1, -2, 0.5, 1.5
     shares = frequencies(logits, repetition_penalty=2.0, seen_BxV=seen)
-    torch.testing.assert_close(shares, torch.tensor([0.3026, 0.0151, 0.1835, 0.4988]), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        shares, torch.tensor([0.3026, 0.0151, 0.1835, 0.4988]), atol=0.01, rtol=0
+    )
     for penalty, token in ((1.0, 0), (2.0, 3)):
-        assert sample_next(logits[None], None, temperature=0, repetition_penalty=penalty, seen_BxV=seen[None]) == token
+        assert (
+            sample_next(
+                logits[None], None, temperature=0, repetition_penalty=penalty, seen_BxV=seen[None]
+            )
+            == token
+        )
 
 
 def test_rows_are_filtered_apart():
@@ -221,6 +277,7 @@ def test_repetition_penalty_counts_prompt_and_new_tokens(model, monkeypatch):
 
 # ------------------------------------------------------------------------------------- streams of ids
 
+
 def test_seed_decides_the_text(model):
     first, again, other = (drain(model, random_ids(4), 16, seed=seed) for seed in (7, 7, 8))
     assert first == again != other
@@ -229,8 +286,13 @@ def test_seed_decides_the_text(model):
 def scripted(monkeypatch, rows, vocab_size=VOCAB):
     """Make the model predict rows[s][step] for sample s, whatever it reads."""
     steps = iter(list(zip(*rows)))
-    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None:
-                        10.0 * torch.nn.functional.one_hot(torch.tensor(next(steps)), vocab_size))
+    monkeypatch.setattr(
+        engine,
+        "last_logits",
+        lambda model, ids, cache=None: (
+            10.0 * torch.nn.functional.one_hot(torch.tensor(next(steps)), vocab_size)
+        ),
+    )
 
 
 def test_stopped_samples_yield_none(model, monkeypatch):
@@ -255,7 +317,9 @@ def test_modes_stay_the_callers(use_cache):
         assert model.training and model.blocks[0].mlp.training
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert not engine.last_logits(model, torch.tensor([[1, 2]])).requires_grad
-    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).sum().backward()  # the weights still train
+    model(
+        torch.tensor([[1, 2]]), torch.tensor([[2, 3]])
+    ).sum().backward()  # the weights still train
     with torch.no_grad():
         drain(model, [BOS], 2)
         assert not torch.is_grad_enabled()
@@ -275,11 +339,15 @@ def test_the_whole_reach_can_be_used():
     for use_cache in (True, False):
         assert len(drain(model, random_ids(18), 2, use_cache=use_cache)) == 2
     assert len(drain(model, [BOS], 19)) == 19
-    with pytest.raises(UsageError, match="19 tokens and 2 new ones need 21 positions; this model has 20"):
+    with pytest.raises(
+        UsageError, match="19 tokens and 2 new ones need 21 positions; this model has 20"
+    ):
         generate_ids(model, random_ids(19), 2)  # at the call, before the first step
 
 
-@pytest.mark.parametrize("prompt, message", [([], "no tokens"), ([BOS, 257], "token id 257"), ([-1], "token id -1")])
+@pytest.mark.parametrize(
+    "prompt, message", [([], "no tokens"), ([BOS, 257], "token id 257"), ([-1], "token id -1")]
+)
 def test_unusable_prompts(model, prompt, message):
     with pytest.raises(UsageError, match=message):
         generate_ids(model, prompt, 4)
@@ -287,14 +355,31 @@ def test_unusable_prompts(model, prompt, message):
 
 def test_all_unusable_settings_are_named(model):
     with pytest.raises(UsageError) as raised:
-        generate_ids(model, [BOS], 0, temperature=float("nan"), top_k=-2, top_p=1.01, repetition_penalty=0, seed=-1,
-                     num_samples=0)
+        generate_ids(
+            model,
+            [BOS],
+            0,
+            temperature=float("nan"),
+            top_k=-2,
+            top_p=1.01,
+            repetition_penalty=0,
+            seed=-1,
+            num_samples=0,
+        )
     lines = str(raised.value).splitlines()
-    assert [line.split()[0] for line in lines] == ["max_new_tokens", "temperature", "top_k", "top_p",
-                                                   "repetition_penalty", "seed", "num_samples"]
+    assert [line.split()[0] for line in lines] == [
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "seed",
+        "num_samples",
+    ]
 
 
 # ------------------------------------------------------------------------------------- streams of text
+
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
@@ -305,13 +390,16 @@ def test_characters_come_out_whole(bytes_tokenizer):
     assert list(text_pieces(bytes_tokenizer, "aé€🙂b".encode())) == ["a", "é", "€", "🙂", "b"]
 
 
-@pytest.mark.parametrize("data, text", [
-    (b"a\xffb", "a\ufffdb"),  # never valid
-    (b"a\xe2\x82b", "a\ufffdb"),  # cut short by another character
-    (b"a\xf0\x9f\x99", "a\ufffd"),  # cut short by the end
-    (b"\x80\x80", "\ufffd\ufffd"),  # continuation bytes with no start
-    (b"", ""),
-])
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (b"a\xffb", "a\ufffdb"),  # never valid
+        (b"a\xe2\x82b", "a\ufffdb"),  # cut short by another character
+        (b"a\xf0\x9f\x99", "a\ufffd"),  # cut short by the end
+        (b"\x80\x80", "\ufffd\ufffd"),  # continuation bytes with no start
+        (b"", ""),
+    ],
+)
 def test_invalid_bytes_are_replaced(bytes_tokenizer, data, text):
     pieces = list(text_pieces(bytes_tokenizer, data))
     assert "".join(pieces) == text == data.decode("utf-8", "replace") and "" not in pieces
@@ -342,6 +430,7 @@ def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypat
 
 # ------------------------------------------------------------------------------------- nanochat sample
 
+
 @pytest.fixture
 def loaded(model, bytes_tokenizer, monkeypatch):
     """nanochat.load() gives the tiny model; the list holds the arguments it was called with."""
@@ -356,14 +445,28 @@ def loaded(model, bytes_tokenizer, monkeypatch):
 
 
 def test_sample_help_imports_no_torch():
-    code = ("import sys, nanochat.sample\n"
-            "try: nanochat.sample.main(['--help'])\n"
-            "except SystemExit as stop: assert stop.code == 0\n"
-            "assert 'torch' not in sys.modules")
+    code = (
+        "import sys, nanochat.sample\n"
+        "try: nanochat.apps.sample.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    flags = ["--step", "--prompt", "--prompts-file", "--num-samples", "--max-tokens", "--temperature", "--top-k",
-             "--top-p", "--repetition-penalty", "--seed", "--device-type", "--dtype"]
+    flags = [
+        "--step",
+        "--prompt",
+        "--prompts-file",
+        "--num-samples",
+        "--max-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--repetition-penalty",
+        "--seed",
+        "--device-type",
+        "--dtype",
+    ]
     assert [flag for flag in flags if f"\n  {flag} " not in done.stdout] == []
 
 
@@ -381,12 +484,22 @@ def test_sample_prints_each_piece_as_it_is_drawn(loaded, capsys, monkeypatch):
 
 
 def test_sample_same_seed_same_text(loaded, model, bytes_tokenizer, capsys):
-    argv = ["out/d2", "--step=500", "--prompt=ab", "--max-tokens=9", "--device-type=cpu", "--dtype=float32", "--seed=5"]
+    argv = [
+        "out/d2",
+        "--step=500",
+        "--prompt=ab",
+        "--max-tokens=9",
+        "--device-type=cpu",
+        "--dtype=float32",
+        "--seed=5",
+    ]
     texts = []
     for _ in range(2):
         sample.main(argv)
         texts.append(capsys.readouterr().out)
-    continuation = "".join(generate_text(model, bytes_tokenizer, "ab", 9, temperature=0.8, top_k=50, seed=5))
+    continuation = "".join(
+        generate_text(model, bytes_tokenizer, "ab", 9, temperature=0.8, top_k=50, seed=5)
+    )
     assert texts == [f"ab{continuation}\n"] * 2
     assert loaded == [("out/d2", 500, "cpu", "float32")] * 2
 
@@ -394,8 +507,21 @@ def test_sample_same_seed_same_text(loaded, model, bytes_tokenizer, capsys):
 def test_sample_several_prompts_and_samples(loaded, capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("second é\n\nthird\n", encoding="utf-8")
-    sample.main(["out/d2", "--prompt", "first", "--prompts-file", str(prompts), "--num-samples", "2",
-                 "--max-tokens", "1", "--temperature", "0"])
+    sample.main(
+        [
+            "out/d2",
+            "--prompt",
+            "first",
+            "--prompts-file",
+            str(prompts),
+            "--num-samples",
+            "2",
+            "--max-tokens",
+            "1",
+            "--temperature",
+            "0",
+        ]
+    )
     printed = capsys.readouterr().out
     for p, prompt in enumerate(["first", "second é", "third"], start=1):
         for s in (1, 2):
@@ -405,28 +531,69 @@ def test_sample_several_prompts_and_samples(loaded, capsys, tmp_path):
 
 def test_sample_names_every_bad_value_at_once(loaded):
     with pytest.raises(UsageError) as raised:
-        sample.main(["out/d2", "--temperature=-1", "--top-p=0", "--max-tokens=0", "--repetition-penalty=0",
-                     "--top-k=-2", "--num-samples=0", "--seed=-1", "--step=-2", "--prompts-file=/nowhere/prompts.txt"])
+        sample.main(
+            [
+                "out/d2",
+                "--temperature=-1",
+                "--top-p=0",
+                "--max-tokens=0",
+                "--repetition-penalty=0",
+                "--top-k=-2",
+                "--num-samples=0",
+                "--seed=-1",
+                "--step=-2",
+                "--prompts-file=/nowhere/prompts.txt",
+            ]
+        )
     lines = str(raised.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "--max-tokens 0", "--temperature -1.0", "--top-k -2", "--top-p 0.0", "--repetition-penalty 0.0", "--seed -1",
-        "--num-samples 0", "--step -2", "--prompts-file /nowhere/prompts.txt"]
+        "--max-tokens 0",
+        "--temperature -1.0",
+        "--top-k -2",
+        "--top-p 0.0",
+        "--repetition-penalty 0.0",
+        "--seed -1",
+        "--num-samples 0",
+        "--step -2",
+        "--prompts-file /nowhere/prompts.txt",
+    ]
     assert loaded == []  # nothing was loaded for it
 
 
 def test_sample_checks_every_prompt_before_the_first_is_continued(loaded, capsys):
     with pytest.raises(UsageError) as raised:
-        sample.main(["out/d2", "--prompt", "fits", "--prompt", "x" * 320, "--prompt", "y" * 400, "--max-tokens", "4"])
-    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["prompt 2 of 3", "prompt 3 of 3"]
+        sample.main(
+            [
+                "out/d2",
+                "--prompt",
+                "fits",
+                "--prompt",
+                "x" * 320,
+                "--prompt",
+                "y" * 400,
+                "--max-tokens",
+                "4",
+            ]
+        )
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == [
+        "prompt 2 of 3",
+        "prompt 3 of 3",
+    ]
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
-    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")))
+    monkeypatch.setattr(
+        engine, "last_logits", lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan"))
+    )
     assert entry.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
     shown = capsys.readouterr().err
-    assert "out/d2: the model's logits are not numbers" in shown and "--step" in shown and len(shown.splitlines()) == 1
+    assert (
+        "out/d2: the model's logits are not numbers" in shown
+        and "--step" in shown
+        and len(shown.splitlines()) == 1
+    )
 
 
 def test_sample_refuses_an_empty_prompts_file(loaded, tmp_path):
@@ -435,7 +602,9 @@ def test_sample_refuses_an_empty_prompts_file(loaded, tmp_path):
         sample.main(["out/d2", "--prompts-file", str(tmp_path / "empty.txt")])
 
 
-@pytest.mark.parametrize("argv", [["out/d2", "--temp", "1"], ["out/d2", "--max-tokens", "many"], []])
+@pytest.mark.parametrize(
+    "argv", [["out/d2", "--temp", "1"], ["out/d2", "--max-tokens", "many"], []]
+)
 def test_sample_usage_errors_of_the_parser(argv):
     with pytest.raises(SystemExit) as raised:
         sample.main(argv)

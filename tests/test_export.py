@@ -9,26 +9,52 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from safetensors.torch import load_file, save_file
 
 import nanochat
-import small
 import train
-from nanochat import checkpoint, export, runlog, runs, tokenizer as tokenizers
+from nanochat.apps import export, runs
 from nanochat.common import UsageError
-from nanochat.engine import generate_ids
-from nanochat.model import GPTConfig, build
+from nanochat.data import tokenizer as tokenizers
+from nanochat.eval.generation import generate_ids
+from nanochat.model.gpt import GPTConfig, build
+from nanochat.run import checkpoint
+from nanochat.run import log as runlog
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "The café sold 12 crêpes, 3456 in all — 日本語 too.\r\n\n    def f(x):\n\t\treturn x  # 🙂 it's don't\n" * 3
-LLAMA = {"depth": 2, "width": 24, "head_dim": 6, "n_head": 4, "n_kv_head": 2, "max_seq_len": 32, "window_pattern": "L", "arch": "llama"}
-SPEEDRUN = LLAMA | {"arch": "speedrun", "depth": 4, "window_pattern": "SSL", "short_window": 3, "key_shift": True}
-MODELS = {"llama": LLAMA, "llama_mha": LLAMA | {"n_kv_head": 4}, "llama_tied": LLAMA | {"tie_embeddings": True},
-          "speedrun": SPEEDRUN, "speedrun_one": SPEEDRUN | {"depth": 1, "n_kv_head": 4, "width": 12, "key_shift": False}}
+TEXT = (
+    "The café sold 12 crêpes, 3456 in all — 日本語 too.\r\n\n    def f(x):\n\t\treturn x  # 🙂 it's don't\n"
+    * 3
+)
+LLAMA = {
+    "depth": 2,
+    "width": 24,
+    "head_dim": 6,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "max_seq_len": 32,
+    "window_pattern": "L",
+    "arch": "llama",
+}
+SPEEDRUN = LLAMA | {
+    "arch": "speedrun",
+    "depth": 4,
+    "window_pattern": "SSL",
+    "short_window": 3,
+    "key_shift": True,
+}
+MODELS = {
+    "llama": LLAMA,
+    "llama_mha": LLAMA | {"n_kv_head": 4},
+    "llama_tied": LLAMA | {"tie_embeddings": True},
+    "speedrun": SPEEDRUN,
+    "speedrun_one": SPEEDRUN | {"depth": 1, "n_kv_head": 4, "width": 12, "key_shift": False},
+}
 
 
 def train_tokenizer(kind):
@@ -45,8 +71,14 @@ def make_run(folder, shape, kind="bpe", step=7):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     folder = runlog.RunFolder(folder)
     folder.path.mkdir()
-    folder.write_config({"args": {"depth": shape["depth"], "data": "/home/somebody/text.txt"}, "model": asdict(model.config),
-                         "plan": {"total_batch_tokens": 256}, "data": {"name": "/home/somebody/text.txt"}})
+    folder.write_config(
+        {
+            "args": {"depth": shape["depth"], "data": "/home/somebody/text.txt"},
+            "model": asdict(model.config),
+            "plan": {"total_batch_tokens": 256},
+            "data": {"name": "/home/somebody/text.txt"},
+        }
+    )
     tokenizer.save(folder.path / "tokenizer")
     checkpoint.save(folder.path, step, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
     metrics = runlog.Metrics(folder.path / "metrics.jsonl")
@@ -59,7 +91,10 @@ def make_run(folder, shape, kind="bpe", step=7):
 def code_cache(tmp_path_factory):
     """transformers copies modelling files into a cache when they run: here into a throw-away folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE",
+            str(tmp_path_factory.mktemp("modules")),
+        )
         yield
 
 
@@ -80,9 +115,13 @@ def load_hf(folder, **options):
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
     logging.getLogger("transformers").addHandler(handler)
-    options = {"trust_remote_code": True} if (folder / "modeling_nanochat.py").exists() else {} | options
+    options = (
+        {"trust_remote_code": True} if (folder / "modeling_nanochat.py").exists() else {} | options
+    )
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
@@ -96,6 +135,7 @@ def tokens(rows, length, vocab_size, seed=0):
 
 
 # ---- the model ----
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_our_logits(made, name):
@@ -134,13 +174,21 @@ def test_generation_is_ours_with_and_without_the_cache(made, name):
     theirs, tokenizer = load_hf(folder)
     prompt = tokenizer("def f", return_tensors="pt")
     ids = prompt["input_ids"][0].tolist()
-    expected = [step[0] for step in generate_ids(ours, ids, 40, temperature=0, stop_id=our_tokenizer.bos)]
+    expected = [
+        step[0] for step in generate_ids(ours, ids, 40, temperature=0, stop_id=our_tokenizer.bos)
+    ]
     for options in ({"use_cache": True}, {"use_cache": False}):
         found = theirs.generate(**prompt, max_new_tokens=40, do_sample=False, **options)[0].tolist()
         assert found == ids + expected
-    beams = [theirs.generate(**prompt, max_new_tokens=12, num_beams=3, do_sample=False, use_cache=use_cache).tolist()
-             for use_cache in (True, False)]
-    assert beams[0] == beams[1]  # beams change rows: what the cache keeps for smear must go with them
+    beams = [
+        theirs.generate(
+            **prompt, max_new_tokens=12, num_beams=3, do_sample=False, use_cache=use_cache
+        ).tolist()
+        for use_cache in (True, False)
+    ]
+    assert (
+        beams[0] == beams[1]
+    )  # beams change rows: what the cache keeps for smear must go with them
 
 
 @pytest.mark.parametrize("name", ["llama", "speedrun"])
@@ -155,7 +203,9 @@ def test_left_padding_changes_nothing(made, name):
         alone = tokenizer(text, return_tensors="pt")
         n = alone["input_ids"].size(1)
         with torch.no_grad():
-            logits = model(alone["input_ids"]).logits[0]  # without a mask, so that its positions are not counted by one
+            logits = model(alone["input_ids"]).logits[
+                0
+            ]  # without a mask, so that its positions are not counted by one
             padded = model(**batch).logits[texts.index(text)][-n:]
         torch.testing.assert_close(padded, logits, atol=1e-5, rtol=0)
         expected = model.generate(**alone, max_new_tokens=12, do_sample=False)[0].tolist()
@@ -169,7 +219,10 @@ def test_speedrun_cache_may_be_cut_back_and_read_in_pieces(made):
         whole = model(ids).logits
         cache = model(ids[:, :13], use_cache=True).past_key_values
         cache.crop(-4)
-        pieces = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((9, 10), (10, 16), (16, 20))]
+        pieces = [
+            model(ids[:, a:b], past_key_values=cache).logits
+            for a, b in ((9, 10), (10, 16), (16, 20))
+        ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole[:, 9:], atol=1e-5, rtol=0)
 
 
@@ -188,29 +241,59 @@ def test_speedrun_refuses_what_it_would_get_wrong(made):
 
 # ---- the folder ----
 
+
 def test_folder_of_a_llama_is_plain(made):
     _, folder = made["llama_tied"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "generation_config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer_config.json"]
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "llama" and "auto_map" not in config and config["tie_word_embeddings"] is True
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000 and config["max_position_embeddings"] == 32
+    assert (
+        config["model_type"] == "llama"
+        and "auto_map" not in config
+        and config["tie_word_embeddings"] is True
+    )
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000
+        and config["max_position_embeddings"] == 32
+    )
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert "lm_head.weight" in load_file(made["llama"][1] / "model.safetensors")
-    assert folder.stat().st_mode & 0o777 == 0o755 and (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert (
+        folder.stat().st_mode & 0o777 == 0o755
+        and (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    )
 
 
 def test_model_card_tells_settings_and_results(made):
     for name in ("llama_tied", "speedrun"):
         card = (made[name][1] / "README.md").read_text()
-        assert all(part in card for part in ("1.2345", "| training data | text.txt |", "1,792", "32 tokens, the length it was trained at"))
+        assert all(
+            part in card
+            for part in (
+                "1.2345",
+                "| training data | text.txt |",
+                "1,792",
+                "32 tokens, the length it was trained at",
+            )
+        )
         assert ("trust_remote_code" in card) == (name == "speedrun")
 
 
 def test_bfloat16_halves_the_file_and_verifies(made, tmp_path, capsys):
     run, folder = made["llama"]
-    assert export.main([str(run), "--format", "hf", "--dtype=bfloat16", "--step=7", str(tmp_path / "half")]) == 0
+    assert (
+        export.main(
+            [str(run), "--format", "hf", "--dtype=bfloat16", "--step=7", str(tmp_path / "half")]
+        )
+        == 0
+    )
     assert "largest logit difference" in capsys.readouterr().out
     weights = load_file(tmp_path / "half" / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
@@ -229,22 +312,33 @@ def test_what_is_there_is_never_overwritten(made, tmp_path):
 
 def test_a_difference_is_a_failure_that_leaves_nothing(made, tmp_path, monkeypatch, capsys):
     run, _ = made["speedrun"]
-    monkeypatch.setattr(export, "speedrun_config", lambda *args, right=export.speedrun_config: right(*args) | {"logit_softcap": 14.0})
+    monkeypatch.setattr(
+        export,
+        "speedrun_config",
+        lambda *args, right=export.speedrun_config: right(*args) | {"logit_softcap": 14.0},
+    )
     assert export.main([str(run), str(tmp_path / "out")]) == 1
     assert "differ" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
-def test_without_transformers_it_says_that_nothing_was_compared(made, tmp_path, monkeypatch, capsys):
+def test_without_transformers_it_says_that_nothing_was_compared(
+    made, tmp_path, monkeypatch, capsys
+):
     run, _ = made["llama"]
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert export.main([str(run), str(tmp_path / "out")]) == 0
     assert "not verified" in capsys.readouterr().out and (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--step=8"], "no such checkpoint"), (["--step=-3"], "-1 for the newest"), (["--format=run", "--step=7"], "has no steps"),
-    (["--format=run", "--dtype=bfloat16"], "float32"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--step=8"], "no such checkpoint"),
+        (["--step=-3"], "-1 for the newest"),
+        (["--format=run", "--step=7"], "has no steps"),
+        (["--format=run", "--dtype=bfloat16"], "float32"),
+    ],
+)
 def test_wrong_flags_are_refused(made, tmp_path, flags, message):
     with pytest.raises(UsageError, match=message):
         export.main([str(made["llama"][0]), str(tmp_path / "out"), *flags])
@@ -258,21 +352,30 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
         export.main([str(tmp_path / "nothing"), str(tmp_path / "out"), "--format=run"])
 
 
-@pytest.mark.parametrize("flags", [["--arch=llama", "--n-kv-head=1"], ["--arch=llama", "--tie-embeddings"], []])
+@pytest.mark.parametrize(
+    "flags", [["--arch=llama", "--n-kv-head=1"], ["--arch=llama", "--tie-embeddings"], []]
+)
 def test_what_train_leaves_is_exported_and_comes_back(tmp_path, flags, capsys):
     assert small.run(tmp_path, *flags) == 0
     capsys.readouterr()
     assert export.main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert "largest logit difference" in capsys.readouterr().out
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert f"{small.summary(tmp_path)['val_bpb']:.4f}" in card and '"total_batch_size": 256' in card and "out_dir" not in card
+    assert (
+        f"{small.summary(tmp_path)['val_bpb']:.4f}" in card
+        and '"total_batch_size": 256' in card
+        and "out_dir" not in card
+    )
     if flags:
         assert export.main([str(tmp_path / "hf"), str(tmp_path / "back"), "--format=run"]) == 0
         before, after = small.weights(tmp_path, 12), small.weights(tmp_path, 0, tag="back")
-        assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert before.keys() == after.keys() and all(
+            torch.equal(tensor, after[name]) for name, tensor in before.items()
+        )
 
 
 # ---- the tokenizer ----
+
 
 def exported_tokenizer(ours, folder):
     """transformers' tokenizer of one of ours."""
@@ -285,14 +388,29 @@ def random_texts(n, seed):
     """Unicode of every kind, the kinds that split words mixed with ones that do not."""
     rng = random.Random(seed)
     kinds = [
-        lambda: rng.choice("abcXYZ éß'’"), lambda: rng.choice(" \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2009\u2028\u2029\u202f\u205f\u3000"),
-        lambda: "\r\n", lambda: rng.choice("0123456789²Ⅷ٣၃"), lambda: chr(rng.randrange(32)), lambda: chr(rng.randrange(0x300, 0x370)),
-        lambda: chr(rng.randrange(0x4E00, 0xA000)), lambda: chr(rng.randrange(0x1F300, 0x1FB00)) + rng.choice(["", "\u200d", "\ufe0f"]),
-        lambda: rng.choice(".,;:!?()[]{}<>|_-+*/\\#@$%^&~`\"'"), lambda: rng.choice(["don't", "I'LL", "we've", "  ", "    ", "\n\n"]),
+        lambda: rng.choice("abcXYZ éß'’"),
+        lambda: rng.choice(
+            " \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2009\u2028\u2029\u202f\u205f\u3000"
+        ),
+        lambda: "\r\n",
+        lambda: rng.choice("0123456789²Ⅷ٣၃"),
+        lambda: chr(rng.randrange(32)),
+        lambda: chr(rng.randrange(0x300, 0x370)),
+        lambda: chr(rng.randrange(0x4E00, 0xA000)),
+        lambda: chr(rng.randrange(0x1F300, 0x1FB00)) + rng.choice(["", "\u200d", "\ufe0f"]),
+        lambda: rng.choice(".,;:!?()[]{}<>|_-+*/\\#@$%^&~`\"'"),
+        lambda: rng.choice(["don't", "I'LL", "we've", "  ", "    ", "\n\n"]),
         lambda: rng.choice([tokenizers.BOS_TEXT, "<|endoftext|>", "<|bos", "bos|>"]),
-        lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),  # all but the surrogates
+        lambda: chr(
+            rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
+        ),  # all but the surrogates
     ]
-    return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)] + [tokenizers.BOS_TEXT, "", " ", "\r\n"]
+    return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)] + [
+        tokenizers.BOS_TEXT,
+        "",
+        " ",
+        "\r\n",
+    ]
 
 
 def check_same(ours, theirs, texts):
@@ -307,7 +425,9 @@ def check_same(ours, theirs, texts):
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == ours.bos
     assert len(theirs) == ours.vocab_size
-    assert theirs.decode([ours.bos, *ours.encode("a d"), ours.bos], skip_special_tokens=True) == "a d"
+    assert (
+        theirs.decode([ours.bos, *ours.encode("a d"), ours.bos], skip_special_tokens=True) == "a d"
+    )
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
@@ -339,13 +459,17 @@ def test_shared_texts_give_the_same_ids(tmp_path):
 def test_gpt2_gives_the_same_ids(tmp_path):
     folder = small.SHARED / "gpt2_bpe"
     if not folder.exists():
-        pytest.skip("needs GPT-2's encoder.json and merges.txt, which are on the developers' machine only")
+        pytest.skip(
+            "needs GPT-2's encoder.json and merges.txt, which are on the developers' machine only"
+        )
     ours = tokenizers.load(folder)
     theirs = exported_tokenizer(ours, tmp_path)
     check_same(ours, theirs, [*random_texts(1500, seed=6), TEXT, (ROOT / "train.py").read_text()])
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
-    assert [" ".join(pair) for pair in merges] == [line for line in lines if line and not line.startswith("#version")]
+    assert [" ".join(pair) for pair in merges] == [
+        line for line in lines if line and not line.startswith("#version")
+    ]
 
 
 def test_unknown_characters_are_refused(tmp_path):
@@ -356,6 +480,7 @@ def test_unknown_characters_are_refused(tmp_path):
 
 # ---- and back ----
 
+
 @pytest.mark.parametrize("name", ["llama", "llama_mha", "llama_tied"])
 def test_back_to_a_run_gives_the_same_weights(made, tmp_path, name):
     run, folder = made[name]
@@ -364,20 +489,29 @@ def test_back_to_a_run_gives_the_same_weights(made, tmp_path, name):
     assert before.config == after.config and tokenizer.fingerprint == same.fingerprint
     weights = after.state_dict()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in before.state_dict().items())
-    assert nanochat.generate(before, tokenizer, "def", temperature=0, max_new_tokens=9) == \
-        nanochat.generate(after, same, "def", temperature=0, max_new_tokens=9)
+    assert nanochat.generate(
+        before, tokenizer, "def", temperature=0, max_new_tokens=9
+    ) == nanochat.generate(after, same, "def", temperature=0, max_new_tokens=9)
     assert runlog.status_of(tmp_path / "run") == "completed"
     assert checkpoint.load_optimizer(tmp_path / "run", 0) == {}
     assert export.main([str(tmp_path / "run"), str(tmp_path / "again")]) == 0  # and once more there
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
 
 
 def test_an_imported_run_is_listed_and_started_from_but_not_resumed(made, tmp_path, capsys):
     assert export.main([str(made["llama"][1]), "--format", "run", str(tmp_path / "imported")]) == 0
     assert runs.main([str(tmp_path)]) == 0
     assert "imported  completed" in capsys.readouterr().out
-    flags = [small.corpus(tmp_path), f"--out-dir={tmp_path}", "--no-compile", "--num-iterations=2", "--total-batch-size=256",
-             "--max-seq-len=32"]
+    flags = [
+        small.corpus(tmp_path),
+        f"--out-dir={tmp_path}",
+        "--no-compile",
+        "--num-iterations=2",
+        "--total-batch-size=256",
+        "--max-seq-len=32",
+    ]
     assert train.run([*flags, "--model-tag=imported", "--resume"]) == 2
     assert "--init-from=" in capsys.readouterr().err
     assert train.run([*flags, f"--init-from={tmp_path / 'imported'}", "--model-tag=mine"]) == 0
@@ -387,14 +521,18 @@ def test_an_imported_run_is_listed_and_started_from_but_not_resumed(made, tmp_pa
 def test_the_model_card_names_no_folders(made):
     card = (made["llama"][1] / "README.md").read_text()
     assert "somebody" not in card and "text.txt" in card
-    assert [export._public(value) for value in ("/home/me/text.txt", "text/*.jsonl", "hf:a/b", "climbmix", 3)] == [
-        "text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
+    assert [
+        export._public(value)
+        for value in ("/home/me/text.txt", "text/*.jsonl", "hf:a/b", "climbmix", 3)
+    ] == ["text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
 
 
 @pytest.mark.parametrize("kind", tokenizers.KINDS)
 def test_tokenizers_come_back_whole(kind, tmp_path):
     ours = train_tokenizer(kind)
-    exported_tokenizer(ours, tmp_path).save_pretrained(tmp_path / "resaved")  # as transformers writes it
+    exported_tokenizer(ours, tmp_path).save_pretrained(
+        tmp_path / "resaved"
+    )  # as transformers writes it
     for folder in (tmp_path, tmp_path / "resaved"):
         assert export.read_tokenizer(folder).fingerprint == ours.fingerprint
 
@@ -408,16 +546,33 @@ def test_what_transformers_saves_again_comes_back(made, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert export.main([str(tmp_path / "hf"), "--format", "run", str(tmp_path / "run")]) == 0
     before, after = nanochat.load(run)[0], nanochat.load(tmp_path / "run")[0].state_dict()
-    assert all(torch.equal(tensor.bfloat16().float(), after[key]) for key, tensor in before.state_dict().items())
+    assert all(
+        torch.equal(tensor.bfloat16().float(), after[key])
+        for key, tensor in before.state_dict().items()
+    )
 
 
-@pytest.mark.parametrize("field, value", [
-    ("model_type", "qwen2"), ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("rms_norm_eps", 1e-6),
-    ("rope_theta", 500_000.0), ("rope_scaling", {"rope_type": "linear", "factor": 2.0}), ("intermediate_size", 96),
-    ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}), ("sliding_window", 16),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 500_000.0}), ("quantization_config", {"bits": 4}),
-    ("num_hidden_layers", "two"), ("vocab_size", 301), ("num_key_value_heads", 3), ("auto_map", {"AutoModel": "evil.Model"}),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "qwen2"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 1e-6),
+        ("rope_theta", 500_000.0),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("intermediate_size", 96),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}),
+        ("sliding_window", 16),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 500_000.0}),
+        ("quantization_config", {"bits": 4}),
+        ("num_hidden_layers", "two"),
+        ("vocab_size", 301),
+        ("num_key_value_heads", 3),
+        ("auto_map", {"AutoModel": "evil.Model"}),
+    ],
+)
 def test_other_configs_are_refused_by_name(made, tmp_path, field, value):
     folder = shutil.copytree(made["llama"][1], tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
@@ -427,12 +582,18 @@ def test_other_configs_are_refused_by_name(made, tmp_path, field, value):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.norm.weight"), "have no model.norm.weight"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(24)}), "q_proj.bias"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(25)}), r"\[25\]"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}), "int8"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "have no model.norm.weight"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(24)}),
+            "q_proj.bias",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(25)}), r"\[25\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}), "int8"),
+    ],
+)
 def test_other_weights_are_refused_by_name(made, tmp_path, change, message):
     folder = shutil.copytree(made["llama"][1], tmp_path / "hf")
     weights = load_file(folder / "model.safetensors")
@@ -447,17 +608,25 @@ def test_other_files_of_weights_are_refused(made, tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UsageError, match="cannot be read as safetensors"):
         export.main([str(folder), "--format", "run", str(tmp_path / "run")])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
+    )
     with pytest.raises(UsageError, match="secret"):
         export.main([str(folder), "--format", "run", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("field, change", [
-    ("pre_tokenizer", lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(a+)+$")),
-    ("normalizer", lambda t: t.update(normalizer={"type": "NFC"})),
-    ("model", lambda t: t["model"]["merges"].reverse()),
-    ("added_tokens", lambda t: t["added_tokens"][0].update(lstrip=True)),
-])
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        (
+            "pre_tokenizer",
+            lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="(a+)+$"),
+        ),
+        ("normalizer", lambda t: t.update(normalizer={"type": "NFC"})),
+        ("model", lambda t: t["model"]["merges"].reverse()),
+        ("added_tokens", lambda t: t["added_tokens"][0].update(lstrip=True)),
+    ],
+)
 def test_other_tokenizers_are_refused_by_name(tmp_path, field, change):
     export.write_tokenizer(train_tokenizer("bpe"), 32, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -6,15 +6,26 @@ import pytest
 import small
 import torch
 
-from nanochat import attention, faults, model as models
+from nanochat.model import attention
+from nanochat.model import gpt as models
+from nanochat.run import faults
 
-CONFIG = {"depth": 3, "width": 32, "head_dim": 16, "n_head": 2, "n_kv_head": 2, "vocab_size": 50, "max_seq_len": 16, "short_window": 8}
+CONFIG = {
+    "depth": 3,
+    "width": 32,
+    "head_dim": 16,
+    "n_head": 2,
+    "n_kv_head": 2,
+    "vocab_size": 50,
+    "max_seq_len": 16,
+    "short_window": 8,
+}
 # On rank 1 only, from the 7th backward pass on, the gradient that leaves block 1's MLP is infinite.
 ONE_RANK = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, train
-from nanochat import model as models
+from nanochat.model import gpt as models
 import test_faults
 original, count = models.MLP.forward, [0]
 def forward(self, x):
@@ -52,6 +63,7 @@ def make(dtype=torch.float32, **changes):
         loss = model(ids[:, :-1], ids[:, 1:]).mean()
         loss.backward()
         return [loss.detach()]
+
     return model.train(), rerun
 
 
@@ -63,23 +75,40 @@ def test_a_healthy_step_shows_nothing_and_keeps_no_hooks():
     seen = []
     assert faults.locate(model, lambda: seen.append(rerun()[0]) or seen) == ""
     assert seen[0] == expected
-    assert all(torch.allclose(p.grad, gradients[name], rtol=1e-5, atol=1e-7) for name, p in model.named_parameters())
+    assert all(
+        torch.allclose(p.grad, gradients[name], rtol=1e-5, atol=1e-7)
+        for name, p in model.named_parameters()
+    )
     for module in model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+        assert (
+            not module._forward_hooks
+            and not module._forward_pre_hooks
+            and not module._backward_hooks
+        )
     assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("arch, layer, child, factor, word", [
-    ("speedrun", 1, "mlp", float("nan"), "NaN"), ("speedrun", 2, "attention", float("inf"), "inf"),
-    ("llama", 0, "mlp", float("nan"), "NaN"),
-])
+@pytest.mark.parametrize(
+    "arch, layer, child, factor, word",
+    [
+        ("speedrun", 1, "mlp", float("nan"), "NaN"),
+        ("speedrun", 2, "attention", float("inf"), "inf"),
+        ("llama", 0, "mlp", float("nan"), "NaN"),
+    ],
+)
 def test_planted_in_the_forward_pass(monkeypatch, arch, layer, child, factor, word):
     model, rerun = make(arch=arch, window_pattern="L")
     part = getattr(model.blocks[layer], child)
     original = part.forward
-    monkeypatch.setattr(part, "forward", lambda *args: original(*args).masked_fill(torch.eye(16, 32, dtype=torch.bool), factor))
-    assert faults.locate(model, rerun) == (f"the first non-finite value: blocks.{layer}.{child} ({type(part).__name__}), in the forward "
-                                           f"pass ({word})")
+    monkeypatch.setattr(
+        part,
+        "forward",
+        lambda *args: original(*args).masked_fill(torch.eye(16, 32, dtype=torch.bool), factor),
+    )
+    assert faults.locate(model, rerun) == (
+        f"the first non-finite value: blocks.{layer}.{child} ({type(part).__name__}), in the forward "
+        f"pass ({word})"
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -88,17 +117,24 @@ def test_planted_in_the_backward_pass(monkeypatch, layer):
     part = model.blocks[layer].mlp
     original = part.forward
     monkeypatch.setattr(part, "forward", lambda x: original(Backward.apply(x, float("nan"))))
-    assert faults.locate(model, rerun) == f"the first non-finite value: blocks.{layer}.mlp (MLP), in the backward pass (NaN)"
+    assert (
+        faults.locate(model, rerun)
+        == f"the first non-finite value: blocks.{layer}.mlp (MLP), in the backward pass (NaN)"
+    )
 
 
 def test_code_between_modules_is_named_by_its_neighbours(monkeypatch):
     model, rerun = make()
     monkeypatch.setattr(models.F, "relu", lambda x: x / 0)
-    assert "blocks.0.mlp, before blocks.0.mlp.down, in the forward pass" in faults.locate(model, rerun)
+    assert "blocks.0.mlp, before blocks.0.mlp.down, in the forward pass" in faults.locate(
+        model, rerun
+    )
     monkeypatch.undo()
     original = models.norm
     monkeypatch.setattr(models, "norm", lambda x: original(x) * float("inf"))
-    assert "the model's own code, before smear_gate, in the forward pass" in faults.locate(model, rerun)
+    assert "the model's own code, before smear_gate, in the forward pass" in faults.locate(
+        model, rerun
+    )
 
 
 def test_exploding_values_are_named_too(monkeypatch):
@@ -114,28 +150,43 @@ def test_exploding_values_are_named_too(monkeypatch):
 
 def test_attention_logits_without_their_scale(monkeypatch):
     """fp16: scaled, the products of queries and keys stay below 65,504; without the scale they do not."""
-    model, rerun = make(torch.float16, arch="llama", window_pattern="L", head_dim=32, n_head=1, n_kv_head=1)
+    model, rerun = make(
+        torch.float16, arch="llama", window_pattern="L", head_dim=32, n_head=1, n_kv_head=1
+    )
     with torch.no_grad():
         for name in ("query", "key"):
             getattr(model.blocks[1].attention, name).weight.mul_(100)
-    monkeypatch.setattr(models, "attention", lambda q, k, v, window, _: attention._blocked(q * 32**-0.5, k, v, window))
+    monkeypatch.setattr(
+        models,
+        "attention",
+        lambda q, k, v, window, _: attention._blocked(q * 32**-0.5, k, v, window),
+    )
     assert "non-finite" not in faults.locate(model, rerun)
     monkeypatch.undo()
-    assert "non-finite value: blocks.1.attention, before blocks.1.attention.out, in the forward pass (NaN)" in faults.locate(model, rerun)
+    assert (
+        "non-finite value: blocks.1.attention, before blocks.1.attention.out, in the forward pass (NaN)"
+        in faults.locate(model, rerun)
+    )
 
 
 def test_fp16_overflow():
     model, rerun = make(torch.float16)
     with torch.no_grad():
         model.blocks[2].mlp.up.weight.mul_(200)  # ReLU squared of more than 256 is infinite
-    assert "non-finite value: blocks.2.mlp, before blocks.2.mlp.down, in the forward pass (inf)" in faults.locate(model, rerun)
+    assert (
+        "non-finite value: blocks.2.mlp, before blocks.2.mlp.down, in the forward pass (inf)"
+        in faults.locate(model, rerun)
+    )
 
 
 def test_an_infinite_row_of_the_embedding():
     model, rerun = make()
     with torch.no_grad():
         model.embedding.weight[17] = float("inf")
-    assert faults.locate(model, rerun) == "the weights embedding.weight hold 32 non-finite numbers, the first at [17, 0]"
+    assert (
+        faults.locate(model, rerun)
+        == "the weights embedding.weight hold 32 non-finite numbers, the first at [17, 0]"
+    )
 
 
 # ----- in training
@@ -147,14 +198,23 @@ def plant(monkeypatch, from_pass):
 
     def forward(self, x):
         count[0] += self.training
-        return original(self, x) * (float("nan") if self.training and count[0] > 2 * from_pass and count[0] % 2 == 0 else 1.0)
+        return original(self, x) * (
+            float("nan")
+            if self.training and count[0] > 2 * from_pass and count[0] % 2 == 0
+            else 1.0
+        )
+
     monkeypatch.setattr(models.MLP, "forward", forward)
 
 
-@pytest.mark.parametrize("flags, step, times", [(("--max-skipped=3",), 8, "3 steps"), (("--debug-nans",), 6, "1 step")])
+@pytest.mark.parametrize(
+    "flags, step, times", [(("--max-skipped=3",), 8, "3 steps"), (("--debug-nans",), 6, "1 step")]
+)
 def test_a_run_ends_with_the_place_and_the_batch(tmp_path, monkeypatch, capsys, flags, step, times):
     plant(monkeypatch, 7)  # 2 blocks a pass; the 7th step after the warm-up pass is step 6
-    assert small.run(tmp_path, "--device-batch-size=8", *flags) == 1  # given, so that there is one pass of warm-up
+    assert (
+        small.run(tmp_path, "--device-batch-size=8", *flags) == 1
+    )  # given, so that there is one pass of warm-up
     error = capsys.readouterr().err
     assert f"{times} in a row" in error and "blocks.1.mlp (MLP), in the forward pass (NaN)" in error
     dumped = json.loads((tmp_path / "run" / f"fault_step_{step:06d}.json").read_text())
@@ -170,7 +230,10 @@ def test_an_infinite_gradient_on_one_rank(tmp_path):
     script = ONE_RANK.format(root=str(small.ROOT), tests=str(small.ROOT / "tests"))
     done = small.run_ranks(tmp_path, 2, "--max-skipped=2", "--device-batch-size=4", script=script)
     assert done.returncode == 1
-    assert "rank 1: the first non-finite value: blocks.1.mlp, after blocks.1.mlp.down, in the backward pass" in done.stderr
+    assert (
+        "rank 1: the first non-finite value: blocks.1.mlp, after blocks.1.mlp.down, in the backward pass"
+        in done.stderr
+    )
     assert "rank 0: the first" not in done.stderr
     skipped = [line for line in small.lines(tmp_path) if "skipped" in line]
     assert len(skipped) == 2 and {line["skipped"] for line in skipped} == {"non-finite gradient"}
@@ -192,9 +255,21 @@ def test_a_spike_is_told_and_logged(tmp_path, monkeypatch, capsys):
         out = original(self, ids, targets, cache, reduction)
         count[0] += self.training
         return out + 9 * (self.training and count[0] == 38)
+
     monkeypatch.setattr(models.GPT, "forward", forward)
-    assert small.run(tmp_path, "--num-iterations=40", "--device-batch-size=8", "--matrix-lr=1e-9", "--eval-every=-1",
-                     "--sample-every=-1", "--no-save", "--save-every=-1") == 0
+    assert (
+        small.run(
+            tmp_path,
+            "--num-iterations=40",
+            "--device-batch-size=8",
+            "--matrix-lr=1e-9",
+            "--eval-every=-1",
+            "--sample-every=-1",
+            "--no-save",
+            "--save-every=-1",
+        )
+        == 0
+    )
     assert [line["step"] for line in small.lines(tmp_path) if "spike" in line] == [36]
     assert "step 36: the loss jumped to" in capsys.readouterr().out
 
@@ -249,8 +324,13 @@ def test_a_dead_rank_is_named(tmp_path):
     script.write_text(KILLED.format(root=str(small.ROOT)))
     done = small.run_torchrun(tmp_path, 2, "--save-every=2", script=script)
     assert done.returncode == 1
-    assert "training failed: rank 1 did not answer within 3 s; the other ranks end too" in done.stderr
-    assert small.summary(tmp_path)["status"] == "failed" and "rank 1 did not answer" in small.summary(tmp_path)["reason"]
+    assert (
+        "training failed: rank 1 did not answer within 3 s; the other ranks end too" in done.stderr
+    )
+    assert (
+        small.summary(tmp_path)["status"] == "failed"
+        and "rank 1 did not answer" in small.summary(tmp_path)["reason"]
+    )
     assert small.run(tmp_path, "--resume") == 0
 
 
@@ -283,11 +363,21 @@ sys.exit(code)
 
 def test_a_slow_rank_is_not_blamed_for_a_dead_one(tmp_path):
     """Who only lost another rank is not named by a third, nor quoted by it."""
-    done = small.run_ranks(tmp_path, 3, "--total-batch-size=96", "--device-batch-size=1", script=SLOW.format(root=str(small.ROOT)))
+    done = small.run_ranks(
+        tmp_path,
+        3,
+        "--total-batch-size=96",
+        "--device-batch-size=1",
+        script=SLOW.format(root=str(small.ROOT)),
+    )
     words = [line for line in done.stderr.splitlines() if "training failed" in line]
     assert len(words) == 2, done.stderr
-    assert "rank 1 did not answer within 0.5 s and rank 2 did not answer" in words[0], "it cannot know yet which of them is slow"
-    assert "training failed: rank 1 did not answer within 0.5 s; the other ranks end too" in words[1]
+    assert "rank 1 did not answer within 0.5 s and rank 2 did not answer" in words[0], (
+        "it cannot know yet which of them is slow"
+    )
+    assert (
+        "training failed: rank 1 did not answer within 0.5 s; the other ranks end too" in words[1]
+    )
 
 
 # On rank 1 only, a bug.

@@ -12,12 +12,26 @@ import small
 import torch
 
 import train
-from nanochat import checkpoint, doctor, fp8, hardware, runlog
+from nanochat import hardware
+from nanochat.apps import doctor
 from nanochat.common import UsageError
-from nanochat.model import GPTConfig, Linear, build, meta_model
+from nanochat.model import fp8
+from nanochat.model.gpt import GPTConfig, Linear, build, meta_model
+from nanochat.run import checkpoint
+from nanochat.run import log as runlog
 
 CPU = torch.device("cpu")
-SMALL = GPTConfig(depth=2, width=64, head_dim=32, n_head=2, n_kv_head=2, vocab_size=100, max_seq_len=32, short_window=16, key_shift=True)
+SMALL = GPTConfig(
+    depth=2,
+    width=64,
+    head_dim=32,
+    n_head=2,
+    n_kv_head=2,
+    vocab_size=100,
+    max_seq_len=32,
+    short_window=16,
+    key_shift=True,
+)
 
 
 @pytest.fixture
@@ -52,30 +66,43 @@ def config_of(depth, arch="speedrun", **changes):
     args = train.parse_args([f"--depth={depth}", f"--arch={arch}"])
     for name, value in changes.items():
         setattr(args, name, value)
-    from nanochat.plan import model_config
+    from nanochat.run.plan import model_config
+
     return model_config(args, 32768)
 
 
-@pytest.mark.parametrize("config, per_block", [
-    (config_of(24), {"query", "key", "value", "out", "up", "down"}),
-    (config_of(16), {"query", "key", "value", "out", "up", "down"}),  # 1024 x 1024
-    (config_of(12), {"up", "down"}),  # 768 x 768 is too small
-    (config_of(8), set()),
-    (config_of(20, n_kv_head=2), {"query", "out", "up", "down"}),  # 1280 x 256
-    (config_of(20, "llama"), {"query", "key", "value", "out", "gate", "up", "down"}),
-    (config_of(25, aspect_ratio=60, head_dim=60), set()),  # 1500 wide, which 16 does not divide
-], ids=["d24", "d16", "d12", "d8", "grouped", "llama", "indivisible"])
+@pytest.mark.parametrize(
+    "config, per_block",
+    [
+        (config_of(24), {"query", "key", "value", "out", "up", "down"}),
+        (config_of(16), {"query", "key", "value", "out", "up", "down"}),  # 1024 x 1024
+        (config_of(12), {"up", "down"}),  # 768 x 768 is too small
+        (config_of(8), set()),
+        (config_of(20, n_kv_head=2), {"query", "out", "up", "down"}),  # 1280 x 256
+        (config_of(20, "llama"), {"query", "key", "value", "out", "gate", "up", "down"}),
+        (config_of(25, aspect_ratio=60, head_dim=60), set()),  # 1500 wide, which 16 does not divide
+    ],
+    ids=["d24", "d16", "d12", "d8", "grouped", "llama", "indivisible"],
+)
 def test_large_divisible_layers_of_the_blocks(config, per_block):
     layers = fp8.large_layers(meta_model(config))
-    assert {name.split(".")[-1] for name in layers} == per_block and len(layers) == config.depth * len(per_block)
-    assert all(name.startswith("blocks.") for name in layers), "the head is large and stays as it is"
+    assert {name.split(".")[-1] for name in layers} == per_block and len(
+        layers
+    ) == config.depth * len(per_block)
+    assert all(name.startswith("blocks.") for name in layers), (
+        "the head is large and stays as it is"
+    )
 
 
 def test_how_much_is_in_fp8():
     """All matrices of the 24 blocks, 12 x 1536^2 in each; the products of attention, the head and gates are the rest."""
     model = meta_model(config_of(24))
     share = 6 * 12 * 1536**2 * 24 / model.flops_per_token()
-    assert fp8.in_words(model, "rowwise") == f"144 layers with {share:.0%} of the FLOPs in fp8 (rowwise)" and 0.5 < share < 0.9
+    assert (
+        fp8.in_words(model, "rowwise")
+        == f"144 layers with {share:.0%} of the FLOPs in fp8 (rowwise)"
+        and 0.5 < share < 0.9
+    )
 
 
 # ----- the products
@@ -94,19 +121,28 @@ def quantized(x, largest, dim=None):
 
 def reference(x, weight, grad, recipe):
     """(output, gradient of x, gradient of weight) of x @ weight.T in fp64, operands rounded to fp8."""
+
     def rounded(tensor, largest, dim):  # dim: the one that the product sums over
         return quantized(tensor, 448.0, dim) if recipe == "rowwise" else quantized(tensor, largest)
-    return (rounded(x, 448.0, 1) @ rounded(weight, 448.0, 1).T, rounded(grad, 57344.0, 1) @ rounded(weight, 448.0, 0),
-            rounded(grad, 57344.0, 0).T @ rounded(x, 448.0, 0))
+
+    return (
+        rounded(x, 448.0, 1) @ rounded(weight, 448.0, 1).T,
+        rounded(grad, 57344.0, 1) @ rounded(weight, 448.0, 0),
+        rounded(grad, 57344.0, 0).T @ rounded(x, 448.0, 0),
+    )
 
 
 def layer_and_inputs(n_tokens, n_in, n_out):
     generator = torch.Generator().manual_seed(4)
     layer = Linear(n_in, n_out).train()
     with torch.no_grad():
-        layer.weight.copy_((torch.rand(n_out, n_in, generator=generator) * 2 - 1) * (3 / n_in) ** 0.5)
+        layer.weight.copy_(
+            (torch.rand(n_out, n_in, generator=generator) * 2 - 1) * (3 / n_in) ** 0.5
+        )
     x = torch.randn(n_tokens, n_in, generator=generator).bfloat16().requires_grad_()
-    grad = (torch.randn(n_tokens, n_out, generator=generator) * 1e-5).bfloat16()  # of the size that a mean over 10^5 tokens has
+    grad = (
+        torch.randn(n_tokens, n_out, generator=generator) * 1e-5
+    ).bfloat16()  # of the size that a mean over 10^5 tokens has
     return layer, x, grad
 
 
@@ -134,7 +170,9 @@ def test_products_are_those_of_operands_rounded_to_fp8(emulated, recipe):
     layer, x, grad = layer_and_inputs(48, 96, 160)
     found = pass_of(converted(layer, recipe), x, grad)
     assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
-    for tensor, exact in zip(found, reference(x.detach(), layer.weight.detach(), grad, recipe), strict=True):
+    for tensor, exact in zip(
+        found, reference(x.detach(), layer.weight.detach(), grad, recipe), strict=True
+    ):
         assert error(tensor, exact) < 3e-3
 
 
@@ -143,7 +181,9 @@ def test_how_far_fp8_is_from_bf16(emulated, recipe):
     """Five per cent forward, eight for gradients; and no nearer than fp8 can be, so that it is in fp8 at all."""
     layer, x, grad = layer_and_inputs(64, 512, 768)
     plain = pass_of(layer, x, grad)
-    errors = [error(*pair) for pair in zip(pass_of(converted(layer, recipe), x, grad), plain, strict=True)]
+    errors = [
+        error(*pair) for pair in zip(pass_of(converted(layer, recipe), x, grad), plain, strict=True)
+    ]
     assert 0.02 < errors[0] < 0.05 and all(0.02 < value < 0.08 for value in errors[1:]), errors
 
 
@@ -174,7 +214,11 @@ def test_compiled_on_a_gpu(recipe):
         pytest.skip("this GPU does not multiply fp8")
     layer, x, grad = layer_and_inputs(256, 1024, 1536)
     exact = reference(x.detach(), layer.weight.detach(), grad, recipe)
-    layer, x, grad = converted(layer, recipe).cuda(), x.detach().cuda().requires_grad_(), grad.cuda()
+    layer, x, grad = (
+        converted(layer, recipe).cuda(),
+        x.detach().cuda().requires_grad_(),
+        grad.cuda(),
+    )
     layer.compile(dynamic=False)
     for found, expected in zip(pass_of(layer, x, grad), exact, strict=True):
         assert error(found.cpu(), expected) < 5e-3
@@ -187,22 +231,33 @@ def test_compiled_on_a_gpu(recipe):
 @pytest.mark.parametrize("arch", ["speedrun", "llama"])
 def test_a_model_in_fp8(emulated, recipe, arch):
     """Training differs a little from bf16, evaluation in no bit; parameters keep names, dtypes and values."""
-    changes = {} if arch == "speedrun" else {"arch": "llama", "window_pattern": "L", "key_shift": False}
+    changes = (
+        {} if arch == "speedrun" else {"arch": "llama", "window_pattern": "L", "key_shift": False}
+    )
     config = GPTConfig(**{**vars(SMALL), **changes})
     plain, model = model_of(config), model_of(config, recipe)
     inputs, targets = batch_of(config)
-    loss, in_bf16 = model(inputs, targets, reduction="mean"), plain(inputs, targets, reduction="mean")
+    loss, in_bf16 = (
+        model(inputs, targets, reduction="mean"),
+        plain(inputs, targets, reduction="mean"),
+    )
     assert loss != in_bf16 and loss.item() == pytest.approx(in_bf16.item(), rel=0.02)
     loss.backward()
     in_bf16.backward()
-    gradients, expected = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, plain))
+    gradients, expected = (
+        torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, plain)
+    )
     assert 0.01 < error(gradients, expected) < 0.2
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     states = [m.state_dict() for m in (plain, model)]
-    assert list(states[0]) == list(states[1]) and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(
-        states[0].values(), states[1].values(), strict=True))
+    assert list(states[0]) == list(states[1]) and all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(states[0].values(), states[1].values(), strict=True)
+    )
     assert torch.equal(model.eval()(inputs), plain.eval()(inputs))
-    assert model.train()(inputs, targets, reduction="mean") == loss, "and back in training it is in fp8 again"
+    assert model.train()(inputs, targets, reduction="mean") == loss, (
+        "and back in training it is in fp8 again"
+    )
 
 
 def test_activation_checkpointing_changes_nothing(emulated):
@@ -217,7 +272,14 @@ def test_activation_checkpointing_changes_nothing(emulated):
 
 # ----- runs
 
-FLAGS = ("--fp8", "--dtype=bfloat16", "--aspect-ratio=32", "--head-dim=32", "--total-batch-size=128", "--sample-every=-1")
+FLAGS = (
+    "--fp8",
+    "--dtype=bfloat16",
+    "--aspect-ratio=32",
+    "--head-dim=32",
+    "--total-batch-size=128",
+    "--sample-every=-1",
+)
 
 
 def stop_at(monkeypatch, step):
@@ -228,6 +290,7 @@ def stop_at(monkeypatch, step):
         write(self, **values)
         if values.get("step") == step and "train/loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(runlog.Metrics, "write", write_and_stop)
 
 
@@ -239,21 +302,36 @@ def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
         stop_at(patch, 5)
         assert small.run(tmp_path, *FLAGS, tag="broken") == 75
     assert small.run(tmp_path, *FLAGS, "--resume", tag="broken") == 0
-    assert small.timeless(small.lines(tmp_path, "broken")) == small.timeless(small.lines(tmp_path, "whole"))
+    assert small.timeless(small.lines(tmp_path, "broken")) == small.timeless(
+        small.lines(tmp_path, "whole")
+    )
     whole, broken = small.weights(tmp_path, 12, "whole"), small.weights(tmp_path, 12, "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
     assert small.run(tmp_path, *FLAGS[1:], tag="bf16") == 0
     plain = small.weights(tmp_path, 12, "bf16")
-    assert {n: (t.shape, t.dtype) for n, t in whole.items()} == {n: (t.shape, t.dtype) for n, t in plain.items()}
+    assert {n: (t.shape, t.dtype) for n, t in whole.items()} == {
+        n: (t.shape, t.dtype) for n, t in plain.items()
+    }
     losses, in_bf16 = small.losses(tmp_path, "whole"), small.losses(tmp_path, "bf16")
-    assert losses != in_bf16 and losses == pytest.approx(in_bf16, abs=0.05) and losses[11] < losses[0] - 0.3
+    assert (
+        losses != in_bf16
+        and losses == pytest.approx(in_bf16, abs=0.05)
+        and losses[11] < losses[0] - 0.3
+    )
 
     # the evaluation at the end was in bf16, as that of the saved weights in a model that knows nothing of fp8
-    from nanochat.evaluate import bits_per_byte
-    from nanochat import corpus, data
+    from nanochat.data import rows as data
+    from nanochat.data import sources as corpus
+    from nanochat.eval.bpb import bits_per_byte
+
     model, tokenizer = checkpoint.load_run(tmp_path / "whole", dtype="bfloat16")
-    pieces = data.held_out_pieces(corpus.local_corpus(str(tmp_path / "text.txt")).val, data.TokenCache(tokenizer, 1), 32, 10**9)
+    pieces = data.held_out_pieces(
+        corpus.local_corpus(str(tmp_path / "text.txt")).val,
+        data.TokenCache(tokenizer, 1),
+        32,
+        10**9,
+    )
     result = bits_per_byte(model, pieces, tokenizer.byte_counts(), 128, CPU)
     assert small.summary(tmp_path, "whole")["val_bpb"] == pytest.approx(result["bpb"], rel=1e-6)
 
@@ -266,23 +344,44 @@ def test_a_run_does_not_change_to_or_from_fp8(emulated, tmp_path, capsys):
     assert "--fp8-recipe=rowwise (was tensorwise)" in capsys.readouterr().err
     assert small.run(tmp_path, *flags, "--resume", tag="bf16") == 2
     assert "--fp8=True (was False)" in capsys.readouterr().err
-    assert train.run(["--resume", f"--out-dir={tmp_path}", "--model-tag=fp8", "--no-compile", "--num-iterations=3"]) == 0
-    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["args"]["fp8"] is True, "fp8 without being told again"
+    assert (
+        train.run(
+            [
+                "--resume",
+                f"--out-dir={tmp_path}",
+                "--model-tag=fp8",
+                "--no-compile",
+                "--num-iterations=3",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["args"]["fp8"] is True, (
+        "fp8 without being told again"
+    )
 
 
 # ----- refusals
 
 
-def refused(config=SMALL, device_type="cuda", dtype=torch.bfloat16, no_compiler=None, capability=(9, 0)):
+def refused(
+    config=SMALL, device_type="cuda", dtype=torch.bfloat16, no_compiler=None, capability=(9, 0)
+):
     with pytest.raises(UsageError) as raised:
         fp8.require(meta_model(config), device_type, dtype, no_compiler, capability)
     return str(raised.value).splitlines()
 
 
 def test_what_is_in_the_way_is_told_at_once():
-    lines = refused(GPTConfig(**{**vars(SMALL), "max_seq_len": 40}), "cpu", torch.bfloat16, "no g++")
+    lines = refused(
+        GPTConfig(**{**vars(SMALL), "max_seq_len": 40}), "cpu", torch.bfloat16, "no g++"
+    )
     assert [all(line.startswith("--fp8: ") for line in lines), len(lines)] == [True, 4]
-    for words, line in zip(["this is cpu", "not compiled (no g++)", "no layer is large enough", "--max-seq-len=40"], lines, strict=True):
+    for words, line in zip(
+        ["this is cpu", "not compiled (no g++)", "no layer is large enough", "--max-seq-len=40"],
+        lines,
+        strict=True,
+    ):
         assert words in line
     assert "SM80 does not multiply fp8" in refused(capability=(8, 0))[0]
     assert "not float32; leave --dtype out" in refused(dtype=torch.float32)[0]
@@ -295,11 +394,24 @@ def test_without_torchao(monkeypatch):
     assert len(lines) == 1 and f"pip install {doctor.OPTIONAL['torchao'][0]}" in lines[0]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--fp8", "--compile", "--dtype=auto"], ["--fp8: a GPU that multiplies fp8 is needed (this is cpu)", "--gpu=NAME"]),
-    (["--fp8"], ["--dtype=float32: what --fp8 leaves alone is in bfloat16", "--fp8: slower", "leave --no-compile out"]),
-    (["--fp8-recipe=rowwise"], ["--fp8-recipe=rowwise: belongs to --fp8"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--fp8", "--compile", "--dtype=auto"],
+            ["--fp8: a GPU that multiplies fp8 is needed (this is cpu)", "--gpu=NAME"],
+        ),
+        (
+            ["--fp8"],
+            [
+                "--dtype=float32: what --fp8 leaves alone is in bfloat16",
+                "--fp8: slower",
+                "leave --no-compile out",
+            ],
+        ),
+        (["--fp8-recipe=rowwise"], ["--fp8-recipe=rowwise: belongs to --fp8"]),
+    ],
+)
 def test_refused_before_any_work(tmp_path, capsys, flags, words):
     assert small.run(tmp_path, *flags) == 2
     shown = capsys.readouterr()
@@ -310,7 +422,10 @@ def test_refused_before_any_work(tmp_path, capsys, flags, words):
 def test_plans(capsys):
     assert train.run(["--dry-run", "--depth=24", "--gpus=8", "--gpu=H100", "--fp8"]) == 0
     shown = capsys.readouterr().out
-    assert "144 layers with 82% of the FLOPs in fp8 (tensorwise)" in shown and "listed bf16 peak of H100" in shown
+    assert (
+        "144 layers with 82% of the FLOPs in fp8 (tensorwise)" in shown
+        and "listed bf16 peak of H100" in shown
+    )
     assert train.run(["--dry-run", "--depth=12", "--gpu=L4", "--fp8", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["fp8_layers"]) == 24
     assert train.run(["--dry-run", "--depth=24", "--gpu=A100", "--fp8"]) == 2
@@ -321,5 +436,6 @@ def test_importing_is_light():
     """torchao takes seconds to import, and may not be there."""
     import subprocess
     import sys
-    code = "import sys, nanochat.fp8, nanochat.plan\nassert 'torchao' not in sys.modules"
+
+    code = "import sys, nanochat.model.fp8, nanochat.run.plan\nassert 'torchao' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=small.ROOT, check=True)

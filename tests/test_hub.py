@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import pytest
 from hub_server import blob_sha1
 
-from nanochat import hub as hubs
 from nanochat.common import UsageError, base_dir, sha256_hex
+from nanochat.data import hub as hubs
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
@@ -36,7 +36,9 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(hubs, "ATTEMPTS", 4)
     monkeypatch.setattr(hubs, "TIMEOUT_S", 5.0)
-    monkeypatch.setattr(hubs, "time", SimpleNamespace(sleep=pauses.append, time=time.time, monotonic=time.monotonic))
+    monkeypatch.setattr(
+        hubs, "time", SimpleNamespace(sleep=pauses.append, time=time.time, monotonic=time.monotonic)
+    )
     return pauses
 
 
@@ -50,7 +52,9 @@ def a_file(hub, content=DATA, repo="me/text", path="data/train-0.parquet", lfs=T
 def on_disk(file):
     """(complete and right, bytes of an incomplete download); nothing else of the file may be there but a lock."""
     path = file.local_path()
-    left = {p.name.removeprefix(path.name): p.stat().st_size for p in path.parent.glob(path.name + "*")}
+    left = {
+        p.name.removeprefix(path.name): p.stat().st_size for p in path.parent.glob(path.name + "*")
+    }
     assert set(left) <= {"", ".incomplete", ".lock"}
     if "" in left:
         assert sha256_hex(path.read_bytes()) == sha256_hex(DATA) and file.is_local()
@@ -82,18 +86,55 @@ def later(seconds):
 PASSING = {
     # faults, ranges of bytes that were sent, start of the pauses in seconds, part of the one reported line
     "nothing wrong": ([], [(0, N)], [], None),
-    "one cut": ([("cut", 1, {"after": 2000})], [(0, 2000), (2000, N)], [1],
-                "the connection broke (2.0 KiB are kept); trying again in 1.0s"),
-    "three cuts": ([("cut", 3, {"after": 1500})], [(0, 1500), (1500, 3000), (3000, 4500), (4500, N)], [1, 2, 4], "the connection broke"),
-    "cut, then no ranges": ([("cut", 1, {"after": 2000}), ("no_range", 1, {})], [(0, 2000), (0, N)], [1], "the connection broke"),
-    "429 twice": ([("status", 2, {"code": 429, "headers": {"Retry-After": "7"}})], [(0, N)], [7, 7],
-                  "fewer requests (429); trying again in 7.0s"),
-    "503 twice": ([("status", 2, {"code": 503})], [(0, N)], [1, 2], "the server answers 503; trying again in 1.0s"),
-    "503 with Retry-After": ([("status", 1, {"code": 503, "headers": {"Retry-After": "9"}})], [(0, N)], [9], "503; trying again in 9.0s"),
-    "truncated once": ([("short", 1, {"size": 3000})], [(0, 3000), (0, N)], [],
-                       "3,000 bytes where 5,000 are listed; deleted, fetching it once more"),
+    "one cut": (
+        [("cut", 1, {"after": 2000})],
+        [(0, 2000), (2000, N)],
+        [1],
+        "the connection broke (2.0 KiB are kept); trying again in 1.0s",
+    ),
+    "three cuts": (
+        [("cut", 3, {"after": 1500})],
+        [(0, 1500), (1500, 3000), (3000, 4500), (4500, N)],
+        [1, 2, 4],
+        "the connection broke",
+    ),
+    "cut, then no ranges": (
+        [("cut", 1, {"after": 2000}), ("no_range", 1, {})],
+        [(0, 2000), (0, N)],
+        [1],
+        "the connection broke",
+    ),
+    "429 twice": (
+        [("status", 2, {"code": 429, "headers": {"Retry-After": "7"}})],
+        [(0, N)],
+        [7, 7],
+        "fewer requests (429); trying again in 7.0s",
+    ),
+    "503 twice": (
+        [("status", 2, {"code": 503})],
+        [(0, N)],
+        [1, 2],
+        "the server answers 503; trying again in 1.0s",
+    ),
+    "503 with Retry-After": (
+        [("status", 1, {"code": 503, "headers": {"Retry-After": "9"}})],
+        [(0, N)],
+        [9],
+        "503; trying again in 9.0s",
+    ),
+    "truncated once": (
+        [("short", 1, {"size": 3000})],
+        [(0, 3000), (0, N)],
+        [],
+        "3,000 bytes where 5,000 are listed; deleted, fetching it once more",
+    ),
     "corrupt once": ([("corrupt", 1, {})], [(0, N), (0, N)], [], "its content is damaged"),
-    "no byte in time": ([("stall", 1, {"seconds": 1.0})], [(0, N), (0, N)], [1], "no answer within 0.5s"),
+    "no byte in time": (
+        [("stall", 1, {"seconds": 1.0})],
+        [(0, N), (0, N)],
+        [1],
+        "no answer within 0.5s",
+    ),
 }
 
 
@@ -114,7 +155,9 @@ def test_fault_that_passes(hub, quick, monkeypatch, case):
             time.sleep(0.01)  # the stalled answer is logged when it wakes
     assert sorted(hub.bodies("train-0")) == sorted(ranges)
     assert quick == pauses
-    assert len(lines) == (line is not None) and all(line in text and file.name in text for text in lines)
+    assert len(lines) == (line is not None) and all(
+        line in text and file.name in text for text in lines
+    )
     requests = len(hub.requests)
     assert file.fetch(lines.append) == file.local_path() and len(hub.requests) == requests
 
@@ -141,10 +184,15 @@ def test_redirect_keeps_the_token_with_the_hub(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     file = a_file(hub)
     file.fetch()
-    assert [(r.path.split("/")[1], r.status) for r in hub.requests] == [("datasets", 302), ("cdn", 200)]
+    assert [(r.path.split("/")[1], r.status) for r in hub.requests] == [
+        ("datasets", 302),
+        ("cdn", 200),
+    ]
     assert [r.authorization for r in hub.requests] == ["Bearer hf_test", ""]
     hub.add_url("/raw/input.txt", DATA)
-    hubs.RemoteFile("", "", f"{hub.url}/raw/input.txt", N, sha256_hex(DATA), sha256_hex(DATA)).fetch()
+    hubs.RemoteFile(
+        "", "", f"{hub.url}/raw/input.txt", N, sha256_hex(DATA), sha256_hex(DATA)
+    ).fetch()
     assert hub.requests[-1].path == "/raw/input.txt" and hub.requests[-1].authorization == ""
 
 
@@ -153,21 +201,83 @@ def test_redirect_keeps_the_token_with_the_hub(hub, monkeypatch):
 
 STAYING = {
     # fault, parts of the message, bytes kept, number of requests, pauses
-    "cut": (("cut", {"after": 500}), ["connection broke, 4 times in a row", "2.0 KiB of 4.9 KiB are kept; the next attempt goes on from "
-                                      "there", "HF_ENDPOINT"], 2000, 4, [1, 2, 4]),
-    "404 file": (("status", {"code": 404, "headers": {"X-Error-Code": "EntryNotFound"}}), ["no such file", "Nothing of its 4.9 KiB"],
-                 0, 1, []),
-    "404 revision": (("status", {"code": 404, "headers": {"X-Error-Code": "RevisionNotFound"}}), ["no such revision"], 0, 1, []),
-    "404 repository": (("status", {"code": 404, "headers": {"X-Error-Code": "RepoNotFound"}}), ["no such dataset"], 0, 1, []),
+    "cut": (
+        ("cut", {"after": 500}),
+        [
+            "connection broke, 4 times in a row",
+            "2.0 KiB of 4.9 KiB are kept; the next attempt goes on from there",
+            "HF_ENDPOINT",
+        ],
+        2000,
+        4,
+        [1, 2, 4],
+    ),
+    "404 file": (
+        ("status", {"code": 404, "headers": {"X-Error-Code": "EntryNotFound"}}),
+        ["no such file", "Nothing of its 4.9 KiB"],
+        0,
+        1,
+        [],
+    ),
+    "404 revision": (
+        ("status", {"code": 404, "headers": {"X-Error-Code": "RevisionNotFound"}}),
+        ["no such revision"],
+        0,
+        1,
+        [],
+    ),
+    "404 repository": (
+        ("status", {"code": 404, "headers": {"X-Error-Code": "RepoNotFound"}}),
+        ["no such dataset"],
+        0,
+        1,
+        [],
+    ),
     "401": (("status", {"code": 401}), ["access is refused (401)", "HF_TOKEN"], 0, 1, []),
-    "403 gated": (("status", {"code": 403, "headers": {"X-Error-Code": "GatedRepo"}}), ["(403, GatedRepo)", "HF_TOKEN"], 0, 1, []),
-    "429 for long": (("status", {"code": 429, "headers": {"Retry-After": "3600"}}), ["to wait for 1h00m", "HF_TOKEN"], 0, 1, []),
-    "429 always": (("status", {"code": 429, "headers": {"Retry-After": "2"}}), ["429", "4 times in a row"], 0, 4, [2, 2, 2]),
-    "500 always": (("status", {"code": 500}), ["the server answers 500, 4 times in a row", "later"], 0, 4, [1, 2, 4]),
+    "403 gated": (
+        ("status", {"code": 403, "headers": {"X-Error-Code": "GatedRepo"}}),
+        ["(403, GatedRepo)", "HF_TOKEN"],
+        0,
+        1,
+        [],
+    ),
+    "429 for long": (
+        ("status", {"code": 429, "headers": {"Retry-After": "3600"}}),
+        ["to wait for 1h00m", "HF_TOKEN"],
+        0,
+        1,
+        [],
+    ),
+    "429 always": (
+        ("status", {"code": 429, "headers": {"Retry-After": "2"}}),
+        ["429", "4 times in a row"],
+        0,
+        4,
+        [2, 2, 2],
+    ),
+    "500 always": (
+        ("status", {"code": 500}),
+        ["the server answers 500, 4 times in a row", "later"],
+        0,
+        4,
+        [1, 2, 4],
+    ),
     "418": (("status", {"code": 418}), ["the server answers 418"], 0, 1, []),
-    "truncated": (("short", {"size": 3000}), ["3,000 bytes where 5,000 are listed", "Nothing of its", "damaged"], 0, 2, []),
+    "truncated": (
+        ("short", {"size": 3000}),
+        ["3,000 bytes where 5,000 are listed", "Nothing of its", "damaged"],
+        0,
+        2,
+        [],
+    ),
     "too long": (("long", {}), ["6,000 bytes where 5,000 are listed"], 0, 2, []),
-    "corrupt": (("corrupt", {}), ["its content is damaged (checksum", sha256_hex(DATA)[:12], "Nothing of its"], 0, 2, []),
+    "corrupt": (
+        ("corrupt", {}),
+        ["its content is damaged (checksum", sha256_hex(DATA)[:12], "Nothing of its"],
+        0,
+        2,
+        [],
+    ),
 }
 
 
@@ -192,23 +302,38 @@ def test_fault_that_stays(hub, quick, case):
         assert on_disk(file) == (True, 0) and hub.bodies("train-0") == [(kept, N)]
 
 
-@pytest.mark.parametrize("wrong", [{"path": "data/none.parquet"}, {"revision": "0" * 40}, {"repo": "me/none"}])
+@pytest.mark.parametrize(
+    "wrong", [{"path": "data/none.parquet"}, {"revision": "0" * 40}, {"repo": "me/none"}]
+)
 def test_what_is_not_there(hub, wrong):
     file = dataclasses.replace(a_file(hub), **wrong)
-    fails(file, {"path": "no such file", "revision": "no such revision", "repo": "access is refused (401"}[next(iter(wrong))])
+    fails(
+        file,
+        {"path": "no such file", "revision": "no such revision", "repo": "access is refused (401"}[
+            next(iter(wrong))
+        ],
+    )
     assert on_disk(file) == (False, 0)
 
 
 def test_no_network(quick):
     """Nothing listens: bounded attempts, then a message; nothing is on disk."""
-    file = hubs.RemoteFile("me/text", "0" * 40, "train-0.parquet", N, sha256_hex(DATA), sha256_hex(DATA))
-    lines = fails(file, "no connection", "Connection refused", "Check the network and HF_ENDPOINT (now http://127.0.0.1")
+    file = hubs.RemoteFile(
+        "me/text", "0" * 40, "train-0.parquet", N, sha256_hex(DATA), sha256_hex(DATA)
+    )
+    lines = fails(
+        file,
+        "no connection",
+        "Connection refused",
+        "Check the network and HF_ENDPOINT (now http://127.0.0.1",
+    )
     assert len(lines) == 1 and quick == [1, 2, 4] and on_disk(file) == (False, 0)
 
 
 def test_offline_switch(hub, quick, monkeypatch):
     """HF_HUB_OFFLINE: no request is made, what is on disk is used."""
     import huggingface_hub.constants
+
     here, absent = a_file(hub), a_file(hub, path="data/other.parquet", repo="me/other")
     here.fetch()
     hub.requests.clear()
@@ -255,13 +380,24 @@ def test_disk_full_while_writing(hub, monkeypatch):
 def test_disk_too_small(hub, monkeypatch):
     """Too little free space is said before anything is requested."""
     file = a_file(hub)
-    monkeypatch.setattr(hubs, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=100)))
+    monkeypatch.setattr(
+        hubs, "shutil", SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=100))
+    )
     fails(file, "4.9 KiB are missing and 100 B are free", "NANOCHAT_BASE_DIR")
     assert hub.requests == [] and on_disk(file) == (False, 0)
 
 
-@pytest.mark.parametrize("left, ranges", [(DATA[:1234], [(1234, N)]), (DATA, []), (bytes(1234), [(1234, N), (0, N)]), (bytes(N), [(0, N)]),
-                                          (DATA + b"x", [(0, N)])], ids=["a part", "all", "a wrong part", "all wrong", "too much"])
+@pytest.mark.parametrize(
+    "left, ranges",
+    [
+        (DATA[:1234], [(1234, N)]),
+        (DATA, []),
+        (bytes(1234), [(1234, N), (0, N)]),
+        (bytes(N), [(0, N)]),
+        (DATA + b"x", [(0, N)]),
+    ],
+    ids=["a part", "all", "a wrong part", "all wrong", "too much"],
+)
 def test_what_an_earlier_process_left(hub, left, ranges):
     """A part is completed; one with wrong bytes or too many is found out, deleted and fetched from the start."""
     file, lines = a_file(hub), []
@@ -289,9 +425,18 @@ def test_two_processes(hub):
     file = a_file(hub)
     hub.fault("train-0", "stall", 1, seconds=0.5)
     program = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).fetch(lambda line: None))"
-    both = [subprocess.Popen([sys.executable, "-c", program, pickle.dumps(file).hex()], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    assert [process.communicate(timeout=60)[0].strip() for process in both] == [str(file.local_path())] * 2
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, pickle.dumps(file).hex()],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == [
+        str(file.local_path())
+    ] * 2
     assert hub.bodies("train-0") == [(0, N)] and on_disk(file) == (True, 0)
 
 
@@ -302,7 +447,9 @@ def test_waiting_for_another_process(hub):
     path.parent.mkdir(parents=True)
     with open(path.with_name(path.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        thread = threading.Thread(target=file.fetch, args=(lambda line: (lines.append(line), waiting.set()),))
+        thread = threading.Thread(
+            target=file.fetch, args=(lambda line: (lines.append(line), waiting.set()),)
+        )
         thread.start()
         assert waiting.wait(10)
         path.write_bytes(DATA)
@@ -313,8 +460,10 @@ def test_waiting_for_another_process(hub):
 
 def test_no_locks(hub, monkeypatch):
     """On a file system without locks the download is made, and a line says what is amiss."""
+
     def refuse(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
     monkeypatch.setattr(fcntl, "flock", refuse)
     file, lines = a_file(hub), []
     file.fetch(lines.append)
@@ -340,9 +489,18 @@ def test_names_on_disk():
     """Versions of a file do not meet on disk, suffixes stay, no name leads out of the folder."""
     file = hubs.RemoteFile("me/text", "1" * 40, "a/../../x y.v2.jsonl.gz", 7, "", "e1")
     path = file.local_path()
-    assert path.parent == base_dir() / "hub" / "me--text" and path.name == f"x_y.v2.{file.fingerprint[:12]}.jsonl.gz"
+    assert (
+        path.parent == base_dir() / "hub" / "me--text"
+        and path.name == f"x_y.v2.{file.fingerprint[:12]}.jsonl.gz"
+    )
     assert dataclasses.replace(file, revision="2" * 40).local_path() == path
-    for change in ({"etag": "e2"}, {"sha256": "ab"}, {"n_bytes": 8}, {"path": "b/x y.v2.jsonl.gz"}, {"repo": "me/other"}):
+    for change in (
+        {"etag": "e2"},
+        {"sha256": "ab"},
+        {"n_bytes": 8},
+        {"path": "b/x y.v2.jsonl.gz"},
+        {"repo": "me/other"},
+    ):
         assert dataclasses.replace(file, **change).local_path() != path
     assert not path.parent.exists() and not file.is_local()
     url = hubs.RemoteFile("", "", "https://example.org/a/b.txt?x=1", 7, "", "")
@@ -354,7 +512,11 @@ def test_names_on_disk():
 
 
 def climbmix(hub, shards=5):
-    return hub.add(CLIMBMIX, {f"shard_{i:05d}.parquet": bytes([i]) * 100 for i in range(shards)} | {"README.md": b"# text"})
+    return hub.add(
+        CLIMBMIX,
+        {f"shard_{i:05d}.parquet": bytes([i]) * 100 for i in range(shards)}
+        | {"README.md": b"# text"},
+    )
 
 
 def test_climbmix(hub):
@@ -364,32 +526,66 @@ def test_climbmix(hub):
     listing = hubs.resolve("climbmix")
     assert [file.path for file in listing.train] == [f"shard_{i:05d}.parquet" for i in range(4)]
     assert [file.path for file in listing.val] == ["shard_00004.parquet"]
-    assert (listing.repo, listing.revision, listing.split, listing.column) == (CLIMBMIX, sha, "train", "text")
-    assert listing.train[3] == hubs.RemoteFile(CLIMBMIX, sha, "shard_00003.parquet", 100, *[sha256_hex(bytes([3]) * 100)] * 2)
+    assert (listing.repo, listing.revision, listing.split, listing.column) == (
+        CLIMBMIX,
+        sha,
+        "train",
+        "text",
+    )
+    assert listing.train[3] == hubs.RemoteFile(
+        CLIMBMIX, sha, "shard_00003.parquet", 100, *[sha256_hex(bytes([3]) * 100)] * 2
+    )
     assert listing.note == "validation: the last of 5 files, shard_00004.parquet"
-    assert [r.path.rpartition("/")[2] for r in hub.requests] == ["climbmix-400b-shuffle", sha, sha, sha]
+    assert [r.path.rpartition("/")[2] for r in hub.requests] == [
+        "climbmix-400b-shuffle",
+        sha,
+        sha,
+        sha,
+    ]
     assert listing.val[0].fetch().read_bytes() == bytes([4]) * 100
     assert pickle.loads(pickle.dumps(listing)) == listing and hash(listing.train[0])
 
 
 def test_fineweb_edu_and_tinystories(hub):
-    sha = hub.add("HuggingFaceFW/fineweb-edu", {"sample/10BT/000_00000.parquet": b"a", "sample/10BT/001_00000.parquet": b"b",
-                                                "sample/100BT/000_00000.parquet": b"c", "data/CC-MAIN-2013-20/0.parquet": b"d"})
+    sha = hub.add(
+        "HuggingFaceFW/fineweb-edu",
+        {
+            "sample/10BT/000_00000.parquet": b"a",
+            "sample/10BT/001_00000.parquet": b"b",
+            "sample/100BT/000_00000.parquet": b"c",
+            "data/CC-MAIN-2013-20/0.parquet": b"d",
+        },
+    )
     listing = hubs.resolve("fineweb-edu")
-    assert [[file.path for file in side] for side in (listing.train, listing.val)] == [["sample/10BT/000_00000.parquet"],
-                                                                                       ["sample/10BT/001_00000.parquet"]]
+    assert [[file.path for file in side] for side in (listing.train, listing.val)] == [
+        ["sample/10BT/000_00000.parquet"],
+        ["sample/10BT/001_00000.parquet"],
+    ]
     assert (listing.config, listing.revision) == ("sample-10BT", sha)
-    hub.add("roneneldan/TinyStories", {"data/train-00000-of-00002-ab.parquet": b"a", "data/train-00001-of-00002-cd.parquet": b"b",
-                                       "data/validation-00000-of-00001-ef.parquet": b"c", "TinyStories-train.txt": b"d"})
+    hub.add(
+        "roneneldan/TinyStories",
+        {
+            "data/train-00000-of-00002-ab.parquet": b"a",
+            "data/train-00001-of-00002-cd.parquet": b"b",
+            "data/validation-00000-of-00001-ef.parquet": b"c",
+            "TinyStories-train.txt": b"d",
+        },
+    )
     listing = hubs.resolve("tinystories")
-    assert [len(listing.train), [file.name for file in listing.val]] == [2, ["validation-00000-of-00001-ef.parquet"]]
+    assert [len(listing.train), [file.name for file in listing.val]] == [
+        2,
+        ["validation-00000-of-00001-ef.parquet"],
+    ]
     assert listing.note == "validation: the validation split (validation-00000-of-00001-ef.parquet)"
 
 
 def test_shakespeare(hub, monkeypatch):
     """One plain file, whose sum is known; without a network its listing is the same."""
     hub.add_url("/raw/input.txt", DATA)
-    assert (hubs.SHAKESPEARE_BYTES, len(hubs.SHAKESPEARE_SHA256)) == (hubs.KNOWN["shakespeare"].text_bytes, 64)
+    assert (hubs.SHAKESPEARE_BYTES, len(hubs.SHAKESPEARE_SHA256)) == (
+        hubs.KNOWN["shakespeare"].text_bytes,
+        64,
+    )
     monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
     monkeypatch.setattr(hubs, "SHAKESPEARE_BYTES", N)
     listing = hubs.resolve("shakespeare")
@@ -402,11 +598,19 @@ def test_shakespeare(hub, monkeypatch):
     assert hub.bodies("input.txt")[2:] == [(0, 2000), (2000, N)]
 
 
-@pytest.mark.parametrize("name, found, suffix", [
-    ("a.jsonl.gz", (".jsonl", ".gz"), ".jsonl.gz"), ("DATA.JSONL.GZ", (".jsonl", ".gz"), ".JSONL.GZ"),
-    ("b.Parquet", (".parquet", ""), ".Parquet"), ("a.gz.txt", (".txt", ""), ".txt"), ("notes.md.xz", ("", ".xz"), ""),
-    ("a.tsv", ("", ""), ""), ("plain", ("", ""), ""),
-    ("x.v2.csv.zst", (".csv", ".zst"), ".csv.zst")])
+@pytest.mark.parametrize(
+    "name, found, suffix",
+    [
+        ("a.jsonl.gz", (".jsonl", ".gz"), ".jsonl.gz"),
+        ("DATA.JSONL.GZ", (".jsonl", ".gz"), ".JSONL.GZ"),
+        ("b.Parquet", (".parquet", ""), ".Parquet"),
+        ("a.gz.txt", (".txt", ""), ".txt"),
+        ("notes.md.xz", ("", ".xz"), ""),
+        ("a.tsv", ("", ""), ""),
+        ("plain", ("", ""), ""),
+        ("x.v2.csv.zst", (".csv", ".zst"), ".csv.zst"),
+    ],
+)
 def test_formats_of_names(name, found, suffix):
     assert (hubs.text_format(name), hubs.text_suffix(name)) == (found, suffix)
 
@@ -414,6 +618,7 @@ def test_formats_of_names(name, found, suffix):
 def test_model_files(hub, monkeypatch):
     """Of models files are fetched and checked as of data sets; what is wrong is said of the file that was wanted."""
     import huggingface_hub
+
     hub.add_url("/me/model/resolve/main/a.json", DATA)
     stated = SimpleNamespace(commit_hash=None, etag=blob_sha1(DATA), size=N)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: stated)
@@ -426,7 +631,10 @@ def test_model_files(hub, monkeypatch):
 
 
 def test_model_files_without_network(quick):
-    with pytest.raises(hubs.DownloadFailed, match="a.json of me/model was not downloaded: no connection .*4 times in a row. Check the "):
+    with pytest.raises(
+        hubs.DownloadFailed,
+        match="a.json of me/model was not downloaded: no connection .*4 times in a row. Check the ",
+    ):
         hubs.model_file("me/model", "a.json", lambda line: None)
     assert quick == [1, 2, 4]
 
@@ -437,8 +645,11 @@ def test_settings_of_datasets_are_undone(monkeypatch):
     import huggingface_hub.utils
 
     def settings():
-        return (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
-                huggingface_hub.utils.are_progress_bars_disabled())
+        return (
+            datasets.config.HF_DATASETS_CACHE,
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS,
+            huggingface_hub.utils.are_progress_bars_disabled(),
+        )
 
     before, entered = settings(), threading.Event()
 
@@ -463,7 +674,9 @@ def test_a_new_commit_of_other_files_changes_nothing(hub):
     hub.add(CLIMBMIX, {"README.md": b"# more text", "shard_00001.parquet": b"other"})
     after = hubs.resolve("climbmix")
     assert after.revision != before.revision and after.train[0].is_local()
-    assert [a.fingerprint == b.fingerprint for a, b in zip(after.train, before.train, strict=True)] == [True, False, True, True]
+    assert [
+        a.fingerprint == b.fingerprint for a, b in zip(after.train, before.train, strict=True)
+    ] == [True, False, True, True]
     assert hubs.resolve("climbmix", before.revision) == before
 
 
@@ -477,12 +690,19 @@ def test_kept_listings(hub, quick, monkeypatch):
     assert hubs.resolve("climbmix", "main") == first and hubs.resolve("climbmix", sha[:8]) == first
     hub.fault("", "status", code=500)
     assert hubs.resolve("climbmix", "", lines.append) == first
-    assert lines == [f"data: {CLIMBMIX}: the server answers 500; trying again in 1.0s",
-                     f"data: {CLIMBMIX}: the server answers 500, 2 times in a row; using the listing of revision {sha[:12]} from this disk"]
+    assert lines == [
+        f"data: {CLIMBMIX}: the server answers 500; trying again in 1.0s",
+        f"data: {CLIMBMIX}: the server answers 500, 2 times in a row; using the listing of revision {sha[:12]} from this disk",
+    ]
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     lines.clear()
-    assert hubs.resolve("climbmix", "", lines.append) == first and len(lines) == 1 and "HF_HUB_OFFLINE is set" in lines[0]
+    assert (
+        hubs.resolve("climbmix", "", lines.append) == first
+        and len(lines) == 1
+        and "HF_HUB_OFFLINE is set" in lines[0]
+    )
     for path in (base_dir() / "hub" / "listings").iterdir():
         path.write_text(path.read_text()[:-20])
     with pytest.raises(hubs.DownloadFailed, match="No earlier listing"):
@@ -491,14 +711,41 @@ def test_kept_listings(hub, quick, monkeypatch):
 
 LISTING_FAULTS = {
     # path, fault options, times, exception or None, part of its message or of the one line, pauses
-    "429": ("/tree/", {"code": 429, "headers": {"Retry-After": "3"}}, 2, None, "fewer requests (429); trying again in 3.0s", [3, 3]),
+    "429": (
+        "/tree/",
+        {"code": 429, "headers": {"Retry-After": "3"}},
+        2,
+        None,
+        "fewer requests (429); trying again in 3.0s",
+        [3, 3],
+    ),
     "500 once": ("/api/", {"code": 500}, 1, None, "the server answers 500", [1]),
-    "500 always": ("/api/", {"code": 500}, None, hubs.DownloadFailed,
-                   "was not listed: the server answers 500, 4 times in a row", [1, 2, 4]),
-    "500 always, tree": ("/tree/", {"code": 500}, None, hubs.DownloadFailed, "the server answers 500, 4 times in a row", [1, 2, 4]),
+    "500 always": (
+        "/api/",
+        {"code": 500},
+        None,
+        hubs.DownloadFailed,
+        "was not listed: the server answers 500, 4 times in a row",
+        [1, 2, 4],
+    ),
+    "500 always, tree": (
+        "/tree/",
+        {"code": 500},
+        None,
+        hubs.DownloadFailed,
+        "the server answers 500, 4 times in a row",
+        [1, 2, 4],
+    ),
     "401": ("/api/", {"code": 401}, None, UsageError, "HF_TOKEN", []),
     "403": ("/api/", {"code": 403}, None, UsageError, "HF_TOKEN", []),
-    "404": ("/api/", {"code": 404}, None, UsageError, "--data=climbmix: karpathy/climbmix-400b-shuffle: not found (404)", []),
+    "404": (
+        "/api/",
+        {"code": 404},
+        None,
+        UsageError,
+        "--data=climbmix: karpathy/climbmix-400b-shuffle: not found (404)",
+        [],
+    ),
 }
 
 
@@ -520,7 +767,10 @@ def test_listing_faults(hub, quick, case):
 
 
 def test_listing_without_network(quick):
-    with pytest.raises(hubs.DownloadFailed, match="No earlier listing of it is on disk. Check the network and HF_ENDPOINT"):
+    with pytest.raises(
+        hubs.DownloadFailed,
+        match="No earlier listing of it is on disk. Check the network and HF_ENDPOINT",
+    ):
         hubs.resolve("climbmix", "", lambda line: None)
     assert quick == [1, 2, 4]
 
@@ -553,9 +803,18 @@ dataset_info:
 ---
 """
 REPOS = {
-    "me/configs": {"README.md": CARD, "plain/b.jsonl.gz": gzip.compress(LINE), "plain/a.jsonl.gz": gzip.compress(LINE * 2),
-                   "plain/held/out.jsonl.gz": gzip.compress(LINE * 3), "other/0.csv": b"text\na\n"},
-    "me/splits": {"data/train-0.jsonl": LINE, "data/test-0.jsonl": LINE * 2, "data/validation-0.jsonl": LINE * 3},
+    "me/configs": {
+        "README.md": CARD,
+        "plain/b.jsonl.gz": gzip.compress(LINE),
+        "plain/a.jsonl.gz": gzip.compress(LINE * 2),
+        "plain/held/out.jsonl.gz": gzip.compress(LINE * 3),
+        "other/0.csv": b"text\na\n",
+    },
+    "me/splits": {
+        "data/train-0.jsonl": LINE,
+        "data/test-0.jsonl": LINE * 2,
+        "data/validation-0.jsonl": LINE * 3,
+    },
     "me/upper": {"TRAIN.jsonl.GZ": gzip.compress(LINE)},
     "me/one": {"input.txt": b"some text\n", "notes.md": b"no data"},
     "me/columns": {"README.md": FEATURES, "train.jsonl": b'{"story": "a", "label": 1}\n'},
@@ -567,11 +826,29 @@ REPOS = {
 }
 LISTED = {
     # spec: config, split, column, training files, validation files
-    "hf:me/configs:plain": ("plain", "train", "text", ["plain/a.jsonl.gz", "plain/b.jsonl.gz"], ["plain/held/out.jsonl.gz"]),
+    "hf:me/configs:plain": (
+        "plain",
+        "train",
+        "text",
+        ["plain/a.jsonl.gz", "plain/b.jsonl.gz"],
+        ["plain/held/out.jsonl.gz"],
+    ),
     "hf:me/configs:other": ("other", "train", "text", ["other/0.csv"], []),
     "hf:me/configs:plain:test": ("plain", "test", "text", ["plain/held/out.jsonl.gz"], []),
-    "hf:me/splits": ("default", "train", "text", ["data/train-0.jsonl"], ["data/validation-0.jsonl"]),
-    "hf:me/splits::validation": ("default", "validation", "text", ["data/validation-0.jsonl"], ["data/test-0.jsonl"]),
+    "hf:me/splits": (
+        "default",
+        "train",
+        "text",
+        ["data/train-0.jsonl"],
+        ["data/validation-0.jsonl"],
+    ),
+    "hf:me/splits::validation": (
+        "default",
+        "validation",
+        "text",
+        ["data/validation-0.jsonl"],
+        ["data/test-0.jsonl"],
+    ),
     "hf:me/upper": ("default", "train", "text", ["TRAIN.jsonl.GZ"], []),
     "hf:me/one": ("default", "train", "text", ["input.txt"], []),
     "hf:me/columns:::story": ("default", "train", "story", ["train.jsonl"], []),
@@ -579,11 +856,23 @@ LISTED = {
 REFUSED = {
     "hf:me/none": ["access is refused (401", "check the spelling", "HF_TOKEN"],
     "hf:me/closed": ["access is refused (401", "HF_TOKEN"],
-    "hf:me/gated": ["access is refused (403, GatedRepo)", "HF_TOKEN", "accept its terms at http://127.0.0.1"],
+    "hf:me/gated": [
+        "access is refused (403, GatedRepo)",
+        "HF_TOKEN",
+        "accept its terms at http://127.0.0.1",
+    ],
     "hf:me/one@nothere": ["at revision nothere: the dataset has no such revision"],
-    "hf:me/configs": ["several configs and no default", "it has: plain, other", "hf:me/configs:<config>"],
+    "hf:me/configs": [
+        "several configs and no default",
+        "it has: plain, other",
+        "hf:me/configs:<config>",
+    ],
     "hf:me/configs:nope": ["no config 'nope'", "it has: plain, other"],
-    "hf:me/configs:plain:nope": ["no split 'nope'", "it has: train, test", "hf:me/configs:plain:<split>"],
+    "hf:me/configs:plain:nope": [
+        "no split 'nope'",
+        "it has: train, test",
+        "hf:me/configs:plain:<split>",
+    ],
     "hf:me/columns": ["no column 'text'", "it has: story, label", "<column>"],
     "hf:me/arrow": ["train.arrow is not a text format", ".parquet", ".zst"],
     "hf:me/tabs": ["train.tsv is not a text format"],
@@ -616,10 +905,18 @@ def test_listing_of_any_dataset(repos, spec):
     listing = hubs.resolve(spec)
     paths = [[file.path for file in side] for side in (listing.train, listing.val)]
     assert (listing.config, listing.split, listing.column, *paths) == LISTED[spec]
-    assert not [r for r in repos.requests if r.status in (200, 206) and r.start is not None and "README" not in r.path]  # no data was read
+    assert not [
+        r
+        for r in repos.requests
+        if r.status in (200, 206) and r.start is not None and "README" not in r.path
+    ]  # no data was read
     for file in listing.train + listing.val:
         content = REPOS[listing.repo][file.path]
-        assert (file.n_bytes, file.sha256, file.revision) == (len(content), sha256_hex(content), listing.revision)
+        assert (file.n_bytes, file.sha256, file.revision) == (
+            len(content),
+            sha256_hex(content),
+            listing.revision,
+        )
         assert file.fetch().read_bytes() == content
     assert hubs.resolve(spec) == listing
     assert sorted(Path(os.environ["HF_HOME"]).rglob("*")) == elsewhere
@@ -652,13 +949,24 @@ def test_a_local_folder_of_that_name_is_not_taken(hub, tmp_path, monkeypatch):
     assert hubs.resolve("hf:me/one").train[0].n_bytes == 1
 
 
-@pytest.mark.parametrize("path, code, exception, part", [
-    ("README.md", 500, hubs.DownloadFailed, "me/configs was not listed"), ("/tree/", 503, hubs.DownloadFailed, "me/configs was not listed"),
-    ("paths-info", 500, hubs.DownloadFailed, "the server answers 500, 4 times in a row"), ("README.md", 403, UsageError, "HF_TOKEN")])
+@pytest.mark.parametrize(
+    "path, code, exception, part",
+    [
+        ("README.md", 500, hubs.DownloadFailed, "me/configs was not listed"),
+        ("/tree/", 503, hubs.DownloadFailed, "me/configs was not listed"),
+        ("paths-info", 500, hubs.DownloadFailed, "the server answers 500, 4 times in a row"),
+        ("README.md", 403, UsageError, "HF_TOKEN"),
+    ],
+)
 def test_faults_while_datasets_reads(hub, monkeypatch, path, code, exception, part):
     """Faults of the hub that only datasets meets are told apart from datasets that it cannot read."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
-    hub.add("me/configs", REPOS["me/configs"] | {"case.txt": f"{path} {code}".encode()})  # a commit that no client has seen
+    monkeypatch.setattr(
+        "huggingface_hub.utils._http.time",
+        SimpleNamespace(sleep=lambda seconds: None, time=time.time),
+    )
+    hub.add(
+        "me/configs", REPOS["me/configs"] | {"case.txt": f"{path} {code}".encode()}
+    )  # a commit that no client has seen
     hub.fault(path, "status", code=code)
     with pytest.raises(exception) as caught:
         hubs.resolve("hf:me/configs:plain", "", lambda line: None)
@@ -674,7 +982,9 @@ def test_gated_after_it_was_listed(hub):
     fails(file, "access is refused (401, GatedRepo)", "HF_TOKEN")
 
 
-@pytest.mark.parametrize("package, spec", [("huggingface_hub", "climbmix"), ("datasets", "hf:me/one")])
+@pytest.mark.parametrize(
+    "package, spec", [("huggingface_hub", "climbmix"), ("datasets", "hf:me/one")]
+)
 def test_missing_packages(hub, monkeypatch, package, spec):
     hub.add("me/one", {"train.txt": b"a"})
     monkeypatch.setitem(sys.modules, package, None)
@@ -685,4 +995,9 @@ def test_missing_packages(hub, monkeypatch, package, spec):
 
 def test_import_does_nothing():
     program = "import sys, nanochat.hub; print([m for m in ('huggingface_hub', 'datasets', 'torch', 'pyarrow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

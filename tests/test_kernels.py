@@ -13,21 +13,26 @@ import small
 import torch
 import torch.nn.functional as F
 
-from nanochat import loss, optim
-from nanochat.loss import linear_cross_entropy
-from nanochat.model import GPTConfig, build
-from nanochat.optim import POLAR_EXPRESS, SYMMETRIC_SIDE, orthogonalize
+from nanochat.model import loss
+from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.loss import linear_cross_entropy
+from nanochat.optim import optimizer as optim
+from nanochat.optim.optimizer import POLAR_EXPRESS, SYMMETRIC_SIDE, orthogonalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as environment:
-    if DEVICE == "cpu":  # read where kernels are defined; not left to other tests and what they start
+    if (
+        DEVICE == "cpu"
+    ):  # read where kernels are defined; not left to other tests and what they start
         environment.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
-    from nanochat.kernels.cross_entropy import cross_entropy_
-    from nanochat.kernels.symmetric_matmul import symmetric_product
+    from nanochat.model.kernels.cross_entropy import cross_entropy_
+    from nanochat.model.kernels.symmetric_matmul import symmetric_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOOR = 1e-6 if DEVICE == "cuda" else 2e-7  # relative error that is always allowed; the exponential of a GPU is an approximate instruction
+FLOOR = (
+    1e-6 if DEVICE == "cuda" else 2e-7
+)  # relative error that is always allowed; the exponential of a GPU is an approximate instruction
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +43,7 @@ def interpreter(monkeypatch):
         return
     import triton.language as tl
     from triton.runtime import JITFunction, interpreter
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # triton's own functions in kernels, such as tl.sum, if triton was imported before: the compiler of torch does that
     for module in (tl, tl.standard):
@@ -58,10 +64,13 @@ def assert_no_worse(ours, plain, exact, floor=FLOOR):
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype
         error, allowed = ((x[name].double() - exact[name]).norm() for x in (ours, plain))
-        assert error <= 1.5 * allowed + floor * exact[name].norm(), f"{name}: {error:.2e} against {allowed:.2e}"
+        assert error <= 1.5 * allowed + floor * exact[name].norm(), (
+            f"{name}: {error:.2e} against {allowed:.2e}"
+        )
 
 
 # ---- cross-entropy ----
+
 
 def rows(R, V, dtype, seed=0):
     """Logits that grow along the row, of tens and in every other row of tenths; targets of which a third are the likeliest and a fifth
@@ -92,13 +101,29 @@ def kernel_rows(logits, targets, scale, softcap):
 
 def check_rows(R, V, softcap, dtype):
     logits, targets, scale = rows(R, V, dtype)
-    assert_no_worse(kernel_rows(logits, targets, scale, softcap), plain_rows(logits, targets, scale, softcap, dtype),
-                    plain_rows(logits, targets, scale, softcap, torch.float64))
+    assert_no_worse(
+        kernel_rows(logits, targets, scale, softcap),
+        plain_rows(logits, targets, scale, softcap, dtype),
+        plain_rows(logits, targets, scale, softcap, torch.float64),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R, V, softcap", [(1, 1, 15.0), (7, 3, None), (33, 257, 15.0), (6, 4096, 15.0), (9, 4099, 15.0), (9, 4099, None),
-                                           (9, 4099, 300.0), (4, 257, 1e4), (2, 12289, 15.0), (2, 12289, None)])
+@pytest.mark.parametrize(
+    "R, V, softcap",
+    [
+        (1, 1, 15.0),
+        (7, 3, None),
+        (33, 257, 15.0),
+        (6, 4096, 15.0),
+        (9, 4099, 15.0),
+        (9, 4099, None),
+        (9, 4099, 300.0),
+        (4, 257, 1e4),
+        (2, 12289, 15.0),
+        (2, 12289, None),
+    ],
+)
 def test_cross_entropy(R, V, softcap, dtype):
     check_rows(R, V, softcap, dtype)
 
@@ -116,7 +141,9 @@ def test_cross_entropy_writes_nothing_else():
     wide = torch.cat((logits, logits), dim=1)
     nats = cross_entropy_(wide[:, :500], targets, None, 15.0)
     assert torch.equal(wide, torch.cat((logits, logits), dim=1))
-    assert torch.equal(cross_entropy_(wide[:, :500], targets, scale, 15.0), nats)  # and the same bits again
+    assert torch.equal(
+        cross_entropy_(wide[:, :500], targets, scale, 15.0), nats
+    )  # and the same bits again
     assert torch.equal(wide[:, 500:], logits) and not torch.equal(wide[:, :500], logits)
     assert (nats[targets == -1] == 0).all() and (wide[targets == -1, :500] == 0).all()
 
@@ -125,7 +152,14 @@ def test_cross_entropy_shows_what_is_wrong():
     """NaN for the row with a logit that is NaN, or with a target that does not exist, and for no other."""
     logits, targets, scale = rows(6, 300, torch.float32)
     logits[2, 299], targets[2], targets[4] = float("nan"), 7, 300
-    assert cross_entropy_(logits, targets, scale, 15.0).isnan().tolist() == [False, False, True, False, True, False]
+    assert cross_entropy_(logits, targets, scale, 15.0).isnan().tolist() == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     with pytest.raises(ValueError, match="float64"):
         cross_entropy_(logits.double(), targets)
     with pytest.raises(ValueError, match="strides"):
@@ -142,7 +176,9 @@ def plain_loss(hidden, weight, targets, softcap, reduction):
 def loss_and_gradients(function, hidden, weight, *rest):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     nats = function(hidden, weight, *rest)
-    (nats.sum() / 3).backward()  # of "none", whose upstream gradient is then one number with strides of 0
+    (
+        nats.sum() / 3
+    ).backward()  # of "none", whose upstream gradient is then one number with strides of 0
     return {"nats": nats.detach(), "d hidden": hidden.grad, "d weight": weight.grad}
 
 
@@ -157,9 +193,13 @@ def test_linear_cross_entropy(softcap, reduction, dtype, monkeypatch):
     weight = (20 * randn(V, C, seed=2) / C**0.5).to(dtype).float()
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     targets[::4] = -1
-    exact = loss_and_gradients(plain_loss, hidden.double(), weight.double(), targets, softcap, reduction)
+    exact = loss_and_gradients(
+        plain_loss, hidden.double(), weight.double(), targets, softcap, reduction
+    )
     plain = loss_and_gradients(plain_loss, hidden, weight, targets, softcap, reduction)
-    ours = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, softcap, reduction, "triton")
+    ours = loss_and_gradients(
+        linear_cross_entropy, hidden, weight, targets, softcap, reduction, "triton"
+    )
     assert_no_worse(ours, plain, exact, floor=5 * FLOOR)
     with torch.no_grad():
         alone = linear_cross_entropy(hidden, weight, targets, softcap, reduction, "triton")
@@ -168,8 +208,12 @@ def test_linear_cross_entropy(softcap, reduction, dtype, monkeypatch):
 
 def test_model_with_the_kernel():
     """Loss and gradients of a model in training mode are those of the plain loss; evaluation uses the kernel too."""
-    config = GPTConfig(depth=2, width=32, head_dim=16, n_head=2, n_kv_head=2, vocab_size=101, max_seq_len=16)
-    ids, targets = torch.randint(101, (2, 2, 16), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    config = GPTConfig(
+        depth=2, width=32, head_dim=16, n_head=2, n_kv_head=2, vocab_size=101, max_seq_len=16
+    )
+    ids, targets = torch.randint(101, (2, 2, 16), generator=torch.Generator().manual_seed(4)).to(
+        DEVICE
+    )
     found = {}
     for backend in ("plain", "triton"):
         model = build(config, DEVICE)
@@ -184,6 +228,7 @@ def test_model_with_the_kernel():
 
 # ---- symmetric products ----
 
+
 def check_products(N, R, C, dtype, tall=False):
     """X X^T, then with A that result 2.1 A - 1.3 A A as the optimizer has it, against exact arithmetic on the same inputs."""
     X = randn(N, C, R).to(dtype).mT if tall else randn(N, R, C).to(dtype)
@@ -193,10 +238,17 @@ def check_products(N, R, C, dtype, tall=False):
     plain = {"gram": X @ X.mT, "polynomial": torch.baddbmm(A, A, A, alpha=-1.3, beta=2.1)}
     X, A64 = X.double(), A.double()
     # two ways to sum C products in fp32 differ by about the square root of C in the last place
-    assert_no_worse(ours, plain, {"gram": X @ X.mT, "polynomial": 2.1 * A64 - 1.3 * A64 @ A64}, floor=FLOOR + 6e-8 * max(R, C)**0.5)
+    assert_no_worse(
+        ours,
+        plain,
+        {"gram": X @ X.mT, "polynomial": 2.1 * A64 - 1.3 * A64 @ A64},
+        floor=FLOOR + 6e-8 * max(R, C) ** 0.5,
+    )
     for name, result in ours.items():
         assert torch.equal(result, result.mT), name
-    assert torch.equal(symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1), ours["polynomial"])  # the same bits again
+    assert torch.equal(
+        symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1), ours["polynomial"]
+    )  # the same bits again
 
 
 @pytest.mark.parametrize("tall", [False, True])
@@ -233,12 +285,15 @@ def polar_express(matrices):
 def check_orthogonalize(shape, dtype, monkeypatch):
     """With the kernel against without it: no further from exact, apart by no more than both are from that, singular values near 1."""
     U, _, Vt = torch.linalg.svd(randn(*shape).double(), full_matrices=False)
-    matrices = (U * 0.01 ** torch.linspace(0, 1, min(shape[1:]), dtype=torch.float64, device=DEVICE) @ Vt).float()
+    matrices = (
+        U * 0.01 ** torch.linspace(0, 1, min(shape[1:]), dtype=torch.float64, device=DEVICE) @ Vt
+    ).float()
     calls = []
 
     def counted(*args, **options):
         calls.append(args)
         return symmetric_product(*args, **options)
+
     with monkeypatch.context() as patch:
         patch.setattr(optim, "_symmetric_product", lambda X: None)
         plain = orthogonalize(matrices, dtype)
@@ -264,15 +319,23 @@ def test_orthogonalize(shape, dtype, monkeypatch):
 def test_orthogonalize_a_layer_stack(shape, monkeypatch):
     check_orthogonalize(shape, torch.bfloat16, monkeypatch)
     monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
-    assert optim._symmetric_product(torch.empty(shape, dtype=torch.bfloat16, device="cuda")) is symmetric_product
+    assert (
+        optim._symmetric_product(torch.empty(shape, dtype=torch.bfloat16, device="cuda"))
+        is symmetric_product
+    )
 
 
 def test_plain_products_where_the_kernel_is_not_worth_it(monkeypatch):
     monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
     side = SYMMETRIC_SIDE - 1
     for dtype, size in ((torch.bfloat16, side), (torch.float32, side + 1)):
-        assert optim._symmetric_product(torch.empty(1, size, 2 * size, dtype=dtype, device=DEVICE)) is None
-    assert optim._symmetric_product(torch.empty(1, side + 1, side + 1, dtype=torch.bfloat16)) is None  # on the CPU
+        assert (
+            optim._symmetric_product(torch.empty(1, size, 2 * size, dtype=dtype, device=DEVICE))
+            is None
+        )
+    assert (
+        optim._symmetric_product(torch.empty(1, side + 1, side + 1, dtype=torch.bfloat16)) is None
+    )  # on the CPU
 
 
 # ---- compilation, which needs no GPU ----
@@ -281,7 +344,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanochat.kernels import cross_entropy, symmetric_matmul
+from nanochat.model.kernels import cross_entropy, symmetric_matmul
 
 
 def build(kernel, capability, types, constants, **options):
@@ -306,5 +369,14 @@ for capability, product in ((80, "mma.sync"), (90, "wgmma.mma_async")):
 def test_kernels_compile_for_gpus(tmp_path):
     """To machine code, which takes no GPU: with matrix instructions for products, loads and stores of 16 bytes, in the shared memory
     that there is."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parent.parent, env=environment, check=True)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        check=True,
+    )

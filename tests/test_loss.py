@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanochat import loss
-from nanochat.loss import linear_cross_entropy, pick_loss
+from nanochat.model import loss
+from nanochat.model.loss import linear_cross_entropy, pick_loss
 
 # N tokens, C width, V vocabulary, logits in a chunk, softcap
 CASES = [
@@ -44,7 +44,11 @@ def results(function, hidden, weight, targets, softcap, reduction):
     """Loss and both gradients; with reduction "none" each token's upstream gradient differs."""
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     nats = function(hidden, weight, targets, softcap, reduction)
-    upstream = torch.linspace(-1, 2, len(targets), dtype=nats.dtype) if reduction == "none" else torch.tensor(0.5, dtype=nats.dtype)
+    upstream = (
+        torch.linspace(-1, 2, len(targets), dtype=nats.dtype)
+        if reduction == "none"
+        else torch.tensor(0.5, dtype=nats.dtype)
+    )
     nats.backward(upstream)
     return {"nats": nats.detach(), "d hidden": hidden.grad, "d weight": weight.grad}
 
@@ -59,7 +63,9 @@ def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
     ours = results(linear_cross_entropy, hidden, weight, targets, softcap, reduction)
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == torch.float32
-        assert (ours[name] - exact[name]).abs().max() <= 3e-6 * exact[name].abs().max().clamp_min(1.0), name
+        assert (ours[name] - exact[name]).abs().max() <= 3e-6 * exact[name].abs().max().clamp_min(
+            1.0
+        ), name
     with torch.no_grad():
         nats = linear_cross_entropy(hidden, weight, targets, softcap, reduction)
     assert torch.allclose(nats, ours["nats"], rtol=1e-6)
@@ -78,7 +84,9 @@ def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, mo
     assert ours["d hidden"].dtype == torch.bfloat16 and ours["d weight"].dtype == torch.float32
     for name in exact:
         error, allowed = ((x[name] - exact[name]).norm() for x in (ours, theirs))
-        assert error <= 1.5 * allowed + 1e-6 * exact[name].norm(), f"{name}: {error:.2e} against {allowed:.2e}"
+        assert error <= 1.5 * allowed + 1e-6 * exact[name].norm(), (
+            f"{name}: {error:.2e} against {allowed:.2e}"
+        )
 
 
 def test_no_tensor_holds_all_logits(monkeypatch):
@@ -91,7 +99,12 @@ def test_no_tensor_holds_all_logits(monkeypatch):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
-            largest = max([largest, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+            largest = max(
+                [
+                    largest,
+                    *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)),
+                ]
+            )
             return out
 
     hidden, weight, targets = inputs(N, C, V)
@@ -136,7 +149,14 @@ def test_compiled_equals_eager():
     hidden, weight, targets = inputs(64, 32, 500)
     for reduction in ("mean", "none"):
         eager = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
-        compiled = results(lambda *x: linear_cross_entropy(*x, backend="compiled"), hidden, weight, targets, 15.0, reduction)
+        compiled = results(
+            lambda *x: linear_cross_entropy(*x, backend="compiled"),
+            hidden,
+            weight,
+            targets,
+            15.0,
+            reduction,
+        )
         for name in eager:
             torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
 

@@ -8,11 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import hardware
-from nanochat.model import GPT, GPTConfig, build, rotate, width_for
+from nanochat.model.gpt import GPT, GPTConfig, build, rotate, width_for
 
 # Depth 4 with grouped heads, short windows, and no size that is a multiple of another by accident.
-SMALL = GPTConfig(depth=4, width=24, head_dim=6, n_head=4, n_kv_head=2, vocab_size=37, max_seq_len=16,
-                  window_pattern="SSL", short_window=3)
+SMALL = GPTConfig(
+    depth=4,
+    width=24,
+    head_dim=6,
+    n_head=4,
+    n_kv_head=2,
+    vocab_size=37,
+    max_seq_len=16,
+    window_pattern="SSL",
+    short_window=3,
+)
 
 
 def perturbed(config, seed=1, std=0.2, **options):
@@ -35,6 +44,7 @@ def meta(config):
 
 
 # ---- initialisation ----
+
 
 def test_init_weights_fills_everything():
     model = meta(SMALL)
@@ -75,6 +85,7 @@ def test_rotary_tables_are_exact_at_the_far_end():
 
 # ---- which position sees which ----
 
+
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("pattern", ["L", "S", "SSL"])
 def test_causality_by_gradient(pattern, backend):
@@ -89,7 +100,9 @@ def test_causality_by_gradient(pattern, backend):
         for table in (model.embedding, *model.value_embeddings.values()):
             reached = table.weight.grad[ids[0]].abs().sum(dim=-1)
             assert (reached[t + 1 :] == 0).all()
-            assert (reached[: t + 1] > 0).all()  # the last layer has full context, whatever the pattern
+            assert (
+                reached[: t + 1] > 0
+            ).all()  # the last layer has full context, whatever the pattern
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
@@ -105,7 +118,9 @@ def test_short_windows_limit_the_reach_exactly(backend):
     direction = torch.randn(SMALL.width, generator=torch.Generator().manual_seed(1))
     for i in (0, 1):
         for t in range(T):
-            gradient, = torch.autograd.grad(streams[i][0, t] @ direction, model.embedding.weight, retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                streams[i][0, t] @ direction, model.embedding.weight, retain_graph=True
+            )
             reached = (gradient[ids[0]].abs().sum(dim=-1) > 0).tolist()
             assert reached == [t - (i + 1) * (w - 1) - 1 <= s <= t for s in range(T)], (i, t)
 
@@ -127,9 +142,17 @@ def test_rows_may_be_ten_times_the_context_and_no_longer():
         model(tokens(1, 41))
 
 
-@pytest.mark.parametrize("depth, pattern, expected", [
-    (5, "SSSL", "SSSLL"), (4, "SSSL", "SSSL"), (3, "S", "SSL"), (1, "S", "L"), (6, "LS", "LSLSLL"), (2, "SSSL", "SL"),
-])
+@pytest.mark.parametrize(
+    "depth, pattern, expected",
+    [
+        (5, "SSSL", "SSSLL"),
+        (4, "SSSL", "SSSL"),
+        (3, "S", "SSL"),
+        (1, "S", "L"),
+        (6, "LS", "LSLSLL"),
+        (2, "SSSL", "SL"),
+    ],
+)
 def test_window_pattern_is_tiled_and_ends_in_full_context(depth, pattern, expected):
     config = replace(SMALL, depth=depth, window_pattern=pattern)
     assert config.windows() == [{"S": 3, "L": 160}[letter] for letter in expected]
@@ -138,6 +161,7 @@ def test_window_pattern_is_tiled_and_ends_in_full_context(depth, pattern, expect
 
 # ---- counts ----
 
+
 def test_counts_and_flops_against_a_worked_example():
     """Depth 2: layer 0 sees 64 keys, layer 1 all 256 and has the one value embedding.
 
@@ -145,18 +169,35 @@ def test_counts_and_flops_against_a_worked_example():
     each: 180,224; two layers: 360,448. Embedding and head 512 x 128 = 65,536 each; value embedding 512 x 64 = 32,768.
     Scalars: 2 residual and 2 x0 lambdas, smear gate 16, smear and backout lambda, value gate 2 x 16: 54.
     FLOPs: 6 x (360,448 + 65,536 + 16 + 32) = 2,556,192, and 12 x 4 x 32 x (64 + 256) = 491,520 for attention."""
-    config = GPTConfig(depth=2, width=128, head_dim=32, n_head=4, n_kv_head=2, vocab_size=512, max_seq_len=256,
-                       window_pattern="SL", short_window=64)
+    config = GPTConfig(
+        depth=2,
+        width=128,
+        head_dim=32,
+        n_head=4,
+        n_kv_head=2,
+        vocab_size=512,
+        max_seq_len=256,
+        window_pattern="SL",
+        short_window=64,
+    )
     model = meta(config)
-    assert model.count_parameters() == {"matrices": 360_448, "embedding": 65_536, "value_embeddings": 32_768,
-                                        "unembedding": 65_536, "scalars": 54, "total": 524_342}
+    assert model.count_parameters() == {
+        "matrices": 360_448,
+        "embedding": 65_536,
+        "value_embeddings": 32_768,
+        "unembedding": 65_536,
+        "scalars": 54,
+        "total": 524_342,
+    }
     assert model.scaling_parameters() == 425_984
     assert model.flops_per_token() == 3_047_712
 
 
 def test_a_window_longer_than_the_context_costs_the_context():
     config = replace(SMALL, window_pattern="S", short_window=SMALL.max_seq_len + 1)
-    assert meta(config).flops_per_token() == meta(replace(SMALL, window_pattern="L")).flops_per_token()
+    assert (
+        meta(config).flops_per_token() == meta(replace(SMALL, window_pattern="L")).flops_per_token()
+    )
 
 
 def test_width_is_rounded_up_to_whole_heads():
@@ -167,21 +208,38 @@ def test_width_is_rounded_up_to_whole_heads():
     assert width_for(7, 10, 10) == 70
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, depth=1), replace(SMALL, n_kv_head=4, depth=3),
-                                    replace(SMALL, width=6, n_head=1, n_kv_head=1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, depth=1),
+        replace(SMALL, n_kv_head=4, depth=3),
+        replace(SMALL, width=6, n_head=1, n_kv_head=1),
+    ],
+)
 def test_groups_hold_every_parameter_once(config):
     model = meta(config)
     groups = model.parameter_groups()
     placed = [id(parameter) for members in groups.values() for parameter in members.values()]
     assert sorted(placed) == sorted(id(parameter) for parameter in model.parameters())
     assert all(parameter.ndim == 2 for parameter in groups["matrices"].values())
-    assert {name.rsplit(".", 2)[1] for name in groups["matrices"]} == {"query", "key", "value", "out", "up", "down"}
-    assert list(groups["embedding"]) == ["embedding.weight"] and list(groups["unembedding"]) == ["head.weight"]
+    assert {name.rsplit(".", 2)[1] for name in groups["matrices"]} == {
+        "query",
+        "key",
+        "value",
+        "out",
+        "up",
+        "down",
+    }
+    assert list(groups["embedding"]) == ["embedding.weight"] and list(groups["unembedding"]) == [
+        "head.weight"
+    ]
     # alternate layers counted back from the last have a value embedding and the gate that goes with it
     layers = [str(i) for i in range(config.depth) if (config.depth - 1 - i) % 2 == 0]
     assert sorted(groups["value_embeddings"]) == [f"value_embeddings.{i}.weight" for i in layers]
     assert {name for name in groups["scalars"] if "value_gate" in name} == {
-        f"blocks.{i}.attention.value_gate.weight" for i in layers}
+        f"blocks.{i}.attention.value_gate.weight" for i in layers
+    }
 
 
 def test_config_survives_a_dictionary():
@@ -190,13 +248,22 @@ def test_config_survives_a_dictionary():
 
 # ---- the whole forward pass, written again ----
 
+
 def golden_logits(weights, config, ids):
     """fp64 logits of one row of ids, one position, head and key at a time, from the description of the parts."""
+
     def golden_keys(weight, y, before, config):
         """Of each head, channel by channel: those of rotary pair j >= D / 4 are made from the position before."""
-        sources = [before if config.key_shift and channel % (D // 2) >= D / 4 else y for channel in range(D)]
-        return [torch.stack([weight[head * D + channel] @ source for channel, source in enumerate(sources)])
-                for head in range(config.n_kv_head)]
+        sources = [
+            before if config.key_shift and channel % (D // 2) >= D / 4 else y
+            for channel in range(D)
+        ]
+        return [
+            torch.stack(
+                [weight[head * D + channel] @ source for channel, source in enumerate(sources)]
+            )
+            for head in range(config.n_kv_head)
+        ]
 
     w = {name: tensor.double() for name, tensor in weights.items()}
     D, group, channels = config.head_dim, config.n_head // config.n_kv_head, min(16, config.width)
@@ -209,7 +276,9 @@ def golden_logits(weights, config, ids):
 
     def turn(x, position):
         """Rotate the pairs (x_j, x_{j + D/2}) by position / 100000^(2j/D) as complex numbers."""
-        angles = torch.tensor([position * 100_000.0 ** (-2 * j / D) for j in range(D // 2)], dtype=torch.float64)
+        angles = torch.tensor(
+            [position * 100_000.0 ** (-2 * j / D) for j in range(D // 2)], dtype=torch.float64
+        )
         z = torch.complex(x[: D // 2], x[D // 2 :]) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((z.real, z.imag))
 
@@ -220,6 +289,7 @@ def golden_logits(weights, config, ids):
         x0.append(e + w["smear_lambda"] * gate * embedded[t - 1] if t else e)
     xs = x0
     for i in range(config.depth):
+
         def weight(name):
             return w[f"blocks.{i}.{name}.weight"]
 
@@ -228,22 +298,36 @@ def golden_logits(weights, config, ids):
         for t, x in enumerate(xs):
             y = rms(x)
             queries.append([rms(turn(q, t)) for q in (weight("attention.query") @ y).split(D)])
-            keys.append([rms(turn(k, t)) for k in golden_keys(weight("attention.key"), y, rms(xs[t - 1]) if t else 0 * y, config)])
+            keys.append(
+                [
+                    rms(turn(k, t))
+                    for k in golden_keys(
+                        weight("attention.key"), y, rms(xs[t - 1]) if t else 0 * y, config
+                    )
+                ]
+            )
             v = (weight("attention.value") @ y).split(D)
             if (config.depth - 1 - i) % 2 == 0:
                 extra = w[f"value_embeddings.{i}.weight"][ids[t]].split(D)
                 gates = 2 * sigmoid(weight("attention.value_gate") @ y[:channels])
                 v = [a + gate * b for a, gate, b in zip(v, gates, extra)]
             values.append(v)
-        letter = "L" if i == config.depth - 1 else config.window_pattern[i % len(config.window_pattern)]
+        letter = (
+            "L" if i == config.depth - 1 else config.window_pattern[i % len(config.window_pattern)]
+        )
         after = []
         for t, x in enumerate(xs):
             first = max(0, t - config.short_window + 1) if letter == "S" else 0
             heads = []
             for h in range(config.n_head):
-                scores = torch.stack([queries[t][h] @ keys[s][h // group] for s in range(first, t + 1)]) / D**0.5
+                scores = (
+                    torch.stack([queries[t][h] @ keys[s][h // group] for s in range(first, t + 1)])
+                    / D**0.5
+                )
                 shares = scores.exp() / scores.exp().sum()
-                heads.append(sum(share * values[first + n][h // group] for n, share in enumerate(shares)))
+                heads.append(
+                    sum(share * values[first + n][h // group] for n, share in enumerate(shares))
+                )
             x = x + weight("attention.out") @ torch.cat(heads)
             after.append(x + weight("mlp.down") @ (weight("mlp.up") @ rms(x)).clamp_min(0) ** 2)
         xs = after
@@ -254,13 +338,20 @@ def golden_logits(weights, config, ids):
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-@pytest.mark.parametrize("config", [
-    SMALL,
-    replace(SMALL, depth=3, n_kv_head=4, window_pattern="SL"),
-    replace(SMALL, depth=3, n_kv_head=1, key_shift=True),
-    replace(SMALL, depth=2, n_kv_head=2, head_dim=6, key_shift=True),  # three rotary pairs: two turn fast
-    replace(SMALL, depth=1, width=10, n_kv_head=1, head_dim=4),  # gates read all 10 channels; width != heads x head dim
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, depth=3, n_kv_head=4, window_pattern="SL"),
+        replace(SMALL, depth=3, n_kv_head=1, key_shift=True),
+        replace(
+            SMALL, depth=2, n_kv_head=2, head_dim=6, key_shift=True
+        ),  # three rotary pairs: two turn fast
+        replace(
+            SMALL, depth=1, width=10, n_kv_head=1, head_dim=4
+        ),  # gates read all 10 channels; width != heads x head dim
+    ],
+)
 def test_forward_equals_the_golden_one(config, backend):
     model = perturbed(config, attention_backend=backend)
     ids = tokens(2, 11)
@@ -277,8 +368,15 @@ def test_every_parameter_is_wired_in():
     with torch.no_grad():
         before = model(ids)
     model(ids[:, :-1], ids[:, 1:]).mean().backward()
-    assert {"smear_lambda", "smear_gate.weight", "backout_lambda", "x0_lambdas", "residual_lambdas",
-            "value_embeddings.1.weight", "value_embeddings.3.weight"} <= dict(model.named_parameters()).keys()
+    assert {
+        "smear_lambda",
+        "smear_gate.weight",
+        "backout_lambda",
+        "x0_lambdas",
+        "residual_lambdas",
+        "value_embeddings.1.weight",
+        "value_embeddings.3.weight",
+    } <= dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         entries = range(parameter.numel()) if parameter.numel() <= SMALL.depth else [slice(None)]
         for entry in entries:
@@ -286,7 +384,9 @@ def test_every_parameter_is_wired_in():
             with torch.no_grad():
                 kept = parameter.clone()
                 # noise and not a factor: QK-norm and the norm of the embedding hide the scale of their weights
-                parameter.view(-1)[entry] += 0.3 * torch.randn(parameter.view(-1)[entry].shape, generator=generator)
+                parameter.view(-1)[entry] += 0.3 * torch.randn(
+                    parameter.view(-1)[entry].shape, generator=generator
+                )
                 assert (model(ids) - before).abs().max() > 1e-4, (name, entry)
                 parameter.copy_(kept)
     with torch.no_grad():
@@ -337,6 +437,7 @@ def test_token_nats_skip_targets_of_minus_one():
 
 # ---- modes and dtypes ----
 
+
 def test_dropout_acts_in_training_only():
     plain = perturbed(SMALL)
     model = perturbed(replace(SMALL, dropout=0.3))
@@ -354,7 +455,10 @@ def test_dropout_acts_in_training_only():
 def test_dropout_thins_both_branches_of_a_block():
     """What attention and the MLP return is either dropped or scaled by 1 / (1 - 0.25); nothing else changes."""
     model = perturbed(replace(SMALL, dropout=0.25))
-    block, x = model.blocks[0], torch.randn(4, 16, SMALL.width, generator=torch.Generator().manual_seed(0))
+    block, x = (
+        model.blocks[0],
+        torch.randn(4, 16, SMALL.width, generator=torch.Generator().manual_seed(0)),
+    )
     rope = model.rope_cos[:16], model.rope_sin[:16]
     torch.manual_seed(0)
     for branch, arguments in ((block.attention, (x, None, rope, None)), (block.mlp, (x,))):
@@ -379,8 +483,11 @@ def test_bf16_products_keep_fp32_weights_and_gradients():
     assert F.cosine_similarity(model(ids).flatten(), exact(ids).flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("config", [replace(SMALL, dropout=0.2), replace(SMALL, arch="llama", window_pattern="L")],
-                         ids=["speedrun", "llama"])
+@pytest.mark.parametrize(
+    "config",
+    [replace(SMALL, dropout=0.2), replace(SMALL, arch="llama", window_pattern="L")],
+    ids=["speedrun", "llama"],
+)
 def test_activation_checkpointing_changes_memory_only(config):
     """The same loss and gradients, bit for bit, dropout included; less is kept between the passes."""
     device, results = torch.device("cpu"), []
@@ -393,17 +500,23 @@ def test_activation_checkpointing_changes_memory_only(config):
             torch.manual_seed(3)
             both.loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
             both.loss.backward()
+
         peak = hardware.allocated_peak(both, device)
         results.append((peak, both.loss.item(), [p.grad for p in model.parameters()]))
     (plain_peak, plain_loss, plain_grads), (peak, loss, grads) = results
-    assert loss == plain_loss and all(torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True))
+    assert loss == plain_loss and all(
+        torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True)
+    )
     assert peak < 0.8 * plain_peak
 
 
 def test_rotation_without_gradients_is_the_same():
     """In place, so rounded otherwise in the last bit at most."""
     generator = torch.Generator().manual_seed(0)
-    x, angle = torch.randn(2, 37, 3, 16, generator=generator), 100 * torch.rand(37, 8, generator=generator)
+    x, angle = (
+        torch.randn(2, 37, 3, 16, generator=generator),
+        100 * torch.rand(37, 8, generator=generator),
+    )
     kept = x.clone()
     with torch.no_grad():
         found = rotate(x, angle.cos(), angle.sin())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.optim import Optimizer, muon_update, orthogonalize
+from nanochat.optim.optimizer import Optimizer, muon_update, orthogonalize
 
 ADAMW = {"lr": 0.02, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
 MUON = {"lr": 0.03, "beta2": 0.9, "weight_decay": 0.0}
@@ -33,6 +33,7 @@ def with_spectrum(shape, smallest, seed=0):
 
 # ---- orthogonalisation ----
 
+
 @pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, slack):
@@ -46,25 +47,33 @@ def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, s
         result = result.double()
         values = torch.linalg.svdvals(result)
         assert 0.8589 - slack < values.min() and values.max() < 1.1411 + slack
-        cosine = (result * polar).sum((-2, -1)) / (result.norm(dim=(-2, -1)) * polar.norm(dim=(-2, -1)))
+        cosine = (result * polar).sum((-2, -1)) / (
+            result.norm(dim=(-2, -1)) * polar.norm(dim=(-2, -1))
+        )
         assert cosine.min() > 0.994
 
 
 def polar_express(values):
     """What orthogonalisation does to singular values, in fp64: five odd quintics after a division by 1.02 norms."""
     values = values / (1.02 * values.square().sum(-1, keepdim=True).sqrt() + 1e-6)
-    for a, b, c in [(8.156554524902461, -22.48329292557795, 15.878769915207462),
-                    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-                    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-                    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-                    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]:
+    for a, b, c in [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ]:
         values = a * values + b * values**3 + c * values**5
     return values
 
 
 def test_polynomial_band():
-    grid = torch.cat((torch.logspace(-5, 0, 20001, dtype=torch.float64)[:, None], torch.zeros(20001, 1)), dim=1)
-    grid[:, 1] = (1 - grid[:, 0].square()).clamp_min(0).sqrt()  # a second value makes the norm of each pair 1
+    grid = torch.cat(
+        (torch.logspace(-5, 0, 20001, dtype=torch.float64)[:, None], torch.zeros(20001, 1)), dim=1
+    )
+    grid[:, 1] = (
+        (1 - grid[:, 0].square()).clamp_min(0).sqrt()
+    )  # a second value makes the norm of each pair 1
     first = polar_express(grid)[:, 0]
     band = first[grid[:, 0] >= 1.02e-3]
     assert 0.8588 < band.min() < 0.8590 and 1.1410 < band.max() < 1.1412
@@ -77,7 +86,9 @@ def test_orthogonalize_acts_on_singular_values_only(shape):
     matrices = randn(3, *shape).double()
     U, S, Vt = torch.linalg.svd(matrices, full_matrices=False)
     expected = U * polar_express(S)[:, None] @ Vt
-    torch.testing.assert_close(orthogonalize(matrices.float(), torch.float32).double(), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        orthogonalize(matrices.float(), torch.float32).double(), expected, atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,6 +103,7 @@ def test_zero_matrices_stay_zero_beside_others(dtype):
 
 
 # ---- Muon ----
+
 
 def reference_muon(gradients, mu, beta2):
     """Updates of one matrix for a list of gradients in fp64: Nesterov, SVD, NorMuon, one neuron at a time."""
@@ -118,8 +130,10 @@ def test_muon_update_equals_the_plain_one(shape):
     mu, beta2, N = 0.9, 0.8, 3
     uneven = torch.logspace(0, -1, max(shape))
     uneven = uneven[:, None] if shape[0] >= shape[1] else uneven[None, :]
-    gradients = [torch.stack([10.0**-n * uneven * randn(*shape, seed=10 * step + n) for n in range(N)])
-                 for step in range(4)]
+    gradients = [
+        torch.stack([10.0**-n * uneven * randn(*shape, seed=10 * step + n) for n in range(N)])
+        for step in range(4)
+    ]
     references = [list(reference_muon([g[n] for g in gradients], mu, beta2)) for n in range(N)]
     momentum = torch.zeros(N, *shape)
     second = torch.zeros(N, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(N, 1, shape[1])
@@ -128,7 +142,9 @@ def test_muon_update_equals_the_plain_one(shape):
         for n in range(N):
             expected, norm = references[n][step]
             torch.testing.assert_close(update[n].double(), expected, atol=5e-5, rtol=0)
-            assert abs(update[n].norm() / norm - 1) < 1e-5  # the Frobenius norm that orthogonalisation gave
+            assert (
+                abs(update[n].norm() / norm - 1) < 1e-5
+            )  # the Frobenius norm that orthogonalisation gave
 
 
 @pytest.mark.parametrize("shape, factor", [((32, 8), 2.0), ((8, 32), 1.0), ((12, 12), 1.0)])
@@ -138,13 +154,20 @@ def test_muon_step_moves_against_the_update_by_lr(shape, factor):
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = Optimizer({"matrices": weights}, {"matrices": MUON}, torch.float32)
     give_gradients(weights.values(), seed=3)
-    update = muon_update(torch.stack([p.grad for p in weights.values()]), torch.zeros(2, *shape),
-                         torch.zeros(2, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(2, 1, shape[1]),
-                         0.9, MUON["beta2"], torch.float32)
+    update = muon_update(
+        torch.stack([p.grad for p in weights.values()]),
+        torch.zeros(2, *shape),
+        torch.zeros(2, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(2, 1, shape[1]),
+        0.9,
+        MUON["beta2"],
+        torch.float32,
+    )
     optimizer.reduce()
     optimizer.step(lr_multiplier=0.5, mu=0.9)
     for i, name in enumerate(weights):
-        torch.testing.assert_close(weights[name].detach(), before[name] - 0.5 * 0.03 * factor * update[i])
+        torch.testing.assert_close(
+            weights[name].detach(), before[name] - 0.5 * 0.03 * factor * update[i]
+        )
 
 
 def test_cautious_decay_only_where_update_and_weight_agree():
@@ -162,10 +185,13 @@ def test_cautious_decay_only_where_update_and_weight_agree():
         optimizer.step(1.0, 0.9)
         after.append(p.detach())
     assert torch.equal((weight - after[0]).sign(), gradient)
-    torch.testing.assert_close(after[0] - after[1], torch.tensor([[0.05, 0.0], [0.0125, 0.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        after[0] - after[1], torch.tensor([[0.05, 0.0], [0.0125, 0.0]]), atol=1e-6, rtol=0
+    )
 
 
 # ---- AdamW ----
+
 
 def test_adamw_equals_torch_over_20_steps():
     """Two groups with their own settings, odd shapes, gradients of mixed scale, a schedule through lr_multiplier."""
@@ -174,11 +200,21 @@ def test_adamw_equals_torch_over_20_steps():
     ours = {name: parameter(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     theirs = {name: torch.nn.Parameter(p.detach().clone()) for name, p in ours.items()}
     groups = [("table", "head"), ("lambdas", "one")]
-    optimizer = Optimizer({str(i): {name: ours[name] for name in names} for i, names in enumerate(groups)},
-                          {"0": ADAMW, "1": second_settings}, torch.float32)
-    torch_groups = [{"params": [theirs[name] for name in names], "lr": s["lr"], "betas": (s["beta1"], s["beta2"]),
-                     "eps": s["eps"], "weight_decay": s["weight_decay"]}
-                    for names, s in zip(groups, (ADAMW, second_settings))]
+    optimizer = Optimizer(
+        {str(i): {name: ours[name] for name in names} for i, names in enumerate(groups)},
+        {"0": ADAMW, "1": second_settings},
+        torch.float32,
+    )
+    torch_groups = [
+        {
+            "params": [theirs[name] for name in names],
+            "lr": s["lr"],
+            "betas": (s["beta1"], s["beta2"]),
+            "eps": s["eps"],
+            "weight_decay": s["weight_decay"],
+        }
+        for names, s in zip(groups, (ADAMW, second_settings))
+    ]
     reference = torch.optim.AdamW(torch_groups, foreach=False, fused=False)
     base = [group["lr"] for group in reference.param_groups]
     for step in range(20):
@@ -196,9 +232,12 @@ def test_adamw_equals_torch_over_20_steps():
 
 # ---- both kinds together ----
 
+
 def mixed(seed=0, settings_of_matrices=MUON):
     """(optimizer, {name: parameter}): three matrices of one shape, one of another, a table and lambdas."""
-    matrices = {f"m{i}": parameter(6, 10, seed=seed + i) for i in range(3)} | {"tall": parameter(9, 4, seed=seed + 3)}
+    matrices = {f"m{i}": parameter(6, 10, seed=seed + i) for i in range(3)} | {
+        "tall": parameter(9, 4, seed=seed + 3)
+    }
     rest = {"table": parameter(7, 5, seed=seed + 4), "lambdas": parameter(3, seed=seed + 5)}
     settings = {"matrices": settings_of_matrices, "rest": ADAMW}
     return Optimizer({"matrices": matrices, "rest": rest}, settings, torch.float32), matrices | rest
@@ -221,7 +260,10 @@ def same(a, b):
 
 
 def copied(state):
-    return {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in state.items()}
+    return {
+        name: {key: tensor.clone() for key, tensor in tensors.items()}
+        for name, tensors in state.items()
+    }
 
 
 def test_reduce_returns_the_norm_and_clip_scales_to_it():
@@ -230,7 +272,9 @@ def test_reduce_returns_the_norm_and_clip_scales_to_it():
     p, q = parameter(5, 3, seed=1), parameter(4, 6, seed=2)
     ours = {"p": p, "q": q}
     theirs = torch.nn.Parameter(p.detach().clone())
-    optimizer = Optimizer({"a": {"p": p}, "b": {"q": q}}, {"a": ADAMW | {"eps": 1.0}, "b": MUON}, torch.float32)
+    optimizer = Optimizer(
+        {"a": {"p": p}, "b": {"q": q}}, {"a": ADAMW | {"eps": 1.0}, "b": MUON}, torch.float32
+    )
     give_gradients(ours.values(), seed=7)
     theirs.grad, unclipped_q = p.grad.clone(), q.grad.clone()
     expected = (p.grad.square().sum() + q.grad.square().sum()).sqrt()
@@ -240,8 +284,13 @@ def test_reduce_returns_the_norm_and_clip_scales_to_it():
     optimizer.clip(norm, limit)
     optimizer.step(1.0, mu=0.9)
     theirs.grad *= limit / expected
-    torch.optim.AdamW([theirs], lr=ADAMW["lr"], betas=(ADAMW["beta1"], ADAMW["beta2"]), eps=1.0,
-                      weight_decay=ADAMW["weight_decay"]).step()
+    torch.optim.AdamW(
+        [theirs],
+        lr=ADAMW["lr"],
+        betas=(ADAMW["beta1"], ADAMW["beta2"]),
+        eps=1.0,
+        weight_decay=ADAMW["weight_decay"],
+    ).step()
     torch.testing.assert_close(p, theirs, atol=1e-6, rtol=0)
     momentum = optimizer.state()["q"]["momentum"]
     torch.testing.assert_close(momentum, (1 - 0.9) * unclipped_q * limit / expected)
@@ -267,7 +316,9 @@ def test_lr_multiplier_scales_every_group():
     for name in start:
         moved = first[name].detach() - start[name]
         assert moved.abs().max() > 1e-3
-        torch.testing.assert_close(second[name].detach() - start[name], 0.5 * moved, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            second[name].detach() - start[name], 0.5 * moved, atol=1e-6, rtol=0
+        )
 
 
 def test_dropped_gradients_leave_no_trace():
@@ -311,7 +362,9 @@ def test_state_round_trip_is_exact_and_continues_exactly():
     assert all(same(tensors, resumed.state()[name]) for name, tensors in original.state().items())
 
 
-@pytest.mark.parametrize("settings", [{"matrices": MUON}, {"matrices": MUON, "rest": ADAMW, "other": ADAMW}])
+@pytest.mark.parametrize(
+    "settings", [{"matrices": MUON}, {"matrices": MUON, "rest": ADAMW, "other": ADAMW}]
+)
 def test_settings_must_name_exactly_the_groups(settings):
     groups = {"matrices": {"m": parameter(4, 4)}, "rest": {"p": parameter(4)}}
     with pytest.raises(AssertionError, match="every parameter group needs settings"):
@@ -322,8 +375,13 @@ def test_matrices_may_be_trained_by_adamw():
     """--optimizer=adamw gives group 'matrices' AdamW's settings; then every parameter equals torch's AdamW."""
     optimizer, parameters = mixed(settings_of_matrices=ADAMW)
     theirs = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
-    reference = torch.optim.AdamW(theirs.values(), lr=ADAMW["lr"], betas=(ADAMW["beta1"], ADAMW["beta2"]),
-                                  eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"])
+    reference = torch.optim.AdamW(
+        theirs.values(),
+        lr=ADAMW["lr"],
+        betas=(ADAMW["beta1"], ADAMW["beta2"]),
+        eps=ADAMW["eps"],
+        weight_decay=ADAMW["weight_decay"],
+    )
     for step in range(5):
         run(optimizer, parameters, [step])
         give_gradients(theirs.values(), seed=step)

@@ -2,10 +2,11 @@
 
 import json
 
+import small
 import torch
 
-import small
-from nanochat import hardware, profiling
+from nanochat import hardware
+from nanochat.run import profiler as profiling
 
 
 def test_a_trace_of_three_steps(tmp_path, capsys):
@@ -32,7 +33,10 @@ def test_a_run_too_short_to_show_anything(tmp_path, capsys):
 
 def test_a_run_that_ends_while_it_is_traced(tmp_path, capsys):
     assert small.run(tmp_path, "--profile", "--num-iterations=5") == 0
-    assert "profile of 2 steps" in capsys.readouterr().out and (tmp_path / "run" / "profile" / "trace.json").exists()
+    assert (
+        "profile of 2 steps" in capsys.readouterr().out
+        and (tmp_path / "run" / "profile" / "trace.json").exists()
+    )
 
 
 def test_a_full_disk_is_only_reported(tmp_path):
@@ -54,11 +58,29 @@ def test_kinds_of_work():
     class Averages(list):
         def table(self, sort_by, row_limit):
             return f"sorted by {sort_by}"
-    summary, table = profiling.describe(Averages([
-        Entry("aten::mm", 500.0), Entry("aten::bmm", 100.0), Entry("## Call CompiledFxGraph abc", 300.0, 2**20), Entry("aten::copy_", 50.0),
-        Entry("aten::gather", 50.0), Entry("[memory]", 1e9)]), "cpu")
-    assert [line.split()[-1] for line in summary.splitlines()[1:5]] == ["60.0%", "30.0%", "5.0%", "5.0%"]
-    assert "matrix products" in summary.splitlines()[1] and "CompiledFxGraph abc: 1.0 MiB" in summary
+
+    summary, table = profiling.describe(
+        Averages(
+            [
+                Entry("aten::mm", 500.0),
+                Entry("aten::bmm", 100.0),
+                Entry("## Call CompiledFxGraph abc", 300.0, 2**20),
+                Entry("aten::copy_", 50.0),
+                Entry("aten::gather", 50.0),
+                Entry("[memory]", 1e9),
+            ]
+        ),
+        "cpu",
+    )
+    assert [line.split()[-1] for line in summary.splitlines()[1:5]] == [
+        "60.0%",
+        "30.0%",
+        "5.0%",
+        "5.0%",
+    ]
+    assert (
+        "matrix products" in summary.splitlines()[1] and "CompiledFxGraph abc: 1.0 MiB" in summary
+    )
     assert table.endswith("self_cpu_time_total")
 
 

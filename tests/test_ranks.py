@@ -16,24 +16,38 @@ import torch.distributed as dist
 
 from nanochat import ranks
 from nanochat.common import UsageError
-from nanochat.model import GPTConfig, build
-from nanochat.optim import Optimizer
+from nanochat.model.gpt import GPTConfig, build
+from nanochat.optim.optimizer import Optimizer
 
 WORLD = 2
 TIMEOUT_SECONDS = 120
 STEPS, HALFWAY = 10, 5
 BEGUN = []  # parts whose exchange had begun after each backward pass
 # Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 tables of 2,013 elements.
-CONFIG = GPTConfig(depth=3, width=33, head_dim=8, n_head=2, n_kv_head=1, vocab_size=61, max_seq_len=16,
-                   window_pattern="SL", short_window=5)
+CONFIG = GPTConfig(
+    depth=3,
+    width=33,
+    head_dim=8,
+    n_head=2,
+    n_kv_head=1,
+    vocab_size=61,
+    max_seq_len=16,
+    window_pattern="SL",
+    short_window=5,
+)
 ADAMW = {"lr": 0.003, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
 MATRICES = {"muon": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.05}, "adamw": ADAMW}
 
 
 def settings_for(kind):
     # a tiny eps would turn the rounding noise of lambdas with near-zero gradients into full-size steps
-    return {"matrices": MATRICES[kind], "embedding": ADAMW, "value_embeddings": ADAMW, "unembedding": ADAMW,
-            "scalars": ADAMW | {"eps": 1e-6}}
+    return {
+        "matrices": MATRICES[kind],
+        "embedding": ADAMW,
+        "value_embeddings": ADAMW,
+        "unembedding": ADAMW,
+        "scalars": ADAMW | {"eps": 1e-6},
+    }
 
 
 def start(kind):
@@ -53,7 +67,9 @@ def train(model, optimizer, steps, early=False):
     mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
     norms = []
     for step in steps:
-        ids = torch.randint(CONFIG.vocab_size, (4, 14), generator=torch.Generator().manual_seed(step))[mine]
+        ids = torch.randint(
+            CONFIG.vocab_size, (4, 14), generator=torch.Generator().manual_seed(step)
+        )[mine]
         optimizer.zero_grad()
         late = step == 2 and ranks.rank() == 1
         for micro in range(2):  # in two passes, of which the second is the last
@@ -69,9 +85,13 @@ def train(model, optimizer, steps, early=False):
 
 def snapshot(model, optimizer):
     """Copies: with one process state() hands out the live tensors."""
-    return {"weights": {name: p.detach().clone() for name, p in model.named_parameters()},
-            "state": {name: {key: tensor.clone() for key, tensor in tensors.items()}
-                      for name, tensors in optimizer.state().items()}}
+    return {
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "state": {
+            name: {key: tensor.clone() for key, tensor in tensors.items()}
+            for name, tensors in optimizer.state().items()
+        },
+    }
 
 
 def whole_run(kind, early=False):
@@ -82,8 +102,13 @@ def whole_run(kind, early=False):
     halfway = snapshot(model, optimizer)
     norms += train(model, optimizer, range(HALFWAY, STEPS), early)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {"norms": norms, "halfway": halfway, "end": snapshot(model, optimizer), "begun": list(BEGUN),
-            "order": [names[part.parameters[0]] for part in optimizer.order]}
+    return {
+        "norms": norms,
+        "halfway": halfway,
+        "end": snapshot(model, optimizer),
+        "begun": list(BEGUN),
+        "order": [names[part.parameters[0]] for part in optimizer.order],
+    }
 
 
 def resumed_run(kind, halfway):
@@ -102,9 +127,13 @@ def worker(folder):
     torch.use_deterministic_algorithms(True)
     device = ranks.setup("cpu")
     me = ranks.rank()
-    facts = {"device": str(device), "rank": me, "world_size": ranks.world_size(),
-               "sum": ranks.sum_over_ranks(torch.tensor([1.0, me])).tolist(),
-               "from_rank0": ranks.from_rank0({"rank": me, "path": folder})}
+    facts = {
+        "device": str(device),
+        "rank": me,
+        "world_size": ranks.world_size(),
+        "sum": ranks.sum_over_ranks(torch.tensor([1.0, me])).tolist(),
+        "from_rank0": ranks.from_rank0({"rank": me, "path": folder}),
+    }
     ranks.print0("one line")
     results = {"facts": facts}
     for kind in MATRICES:
@@ -122,17 +151,32 @@ def launch(folder):
     lost between choosing it and using it. A worker that hangs or fails takes the other one with it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     root = Path(__file__).resolve().parents[1]
-    common = {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-              "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    common = {
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     logs = [(folder / f"rank{rank}.out", folder / f"rank{rank}.err") for rank in range(WORLD)]
     workers = []
     try:
         for rank, (out, err) in enumerate(logs):
             env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(out, "w") as stdout, open(err, "w") as stderr:  # not pipes: a full one would stall its worker
-                workers.append(subprocess.Popen([sys.executable, __file__, str(folder)], stdout=stdout, stderr=stderr,
-                                                env=env))
+            with (
+                open(out, "w") as stdout,
+                open(err, "w") as stderr,
+            ):  # not pipes: a full one would stall its worker
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, str(folder)],
+                        stdout=stdout,
+                        stderr=stderr,
+                        env=env,
+                    )
+                )
         deadline = time.monotonic() + TIMEOUT_SECONDS
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in workers]
     except subprocess.TimeoutExpired:
@@ -141,7 +185,9 @@ def launch(folder):
         for process in workers:
             process.kill()
             process.wait()
-    assert codes == [0] * WORLD, f"exit codes {codes} (None: hung)\n" + "\n".join(err.read_text() for _, err in logs)
+    assert codes == [0] * WORLD, f"exit codes {codes} (None: hung)\n" + "\n".join(
+        err.read_text() for _, err in logs
+    )
     return [out.read_text() for out, _ in logs]
 
 
@@ -153,8 +199,13 @@ def runs(tmp_path_factory):
     for kind, run in single.items():
         torch.save(run, folder / f"single_{kind}.pt")
     printed = launch(folder)
-    return {"single": single, "printed": printed,
-            "ranks": [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]}
+    return {
+        "single": single,
+        "printed": printed,
+        "ranks": [
+            torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)
+        ],
+    }
 
 
 def assert_close(got, expected, what):
@@ -162,7 +213,10 @@ def assert_close(got, expected, what):
 
     One weight in a thousand may be off by one step's decay: cautious decay is on or off by the sign of an update, and
     rounding decides that of an update near zero."""
-    assert got["weights"].keys() == expected["weights"].keys() and got["state"].keys() == expected["state"].keys()
+    assert (
+        got["weights"].keys() == expected["weights"].keys()
+        and got["state"].keys() == expected["state"].keys()
+    )
     for name, weight in expected["weights"].items():
         errors = (got["weights"][name] - weight).abs()
         assert (errors > 1e-5).float().mean() <= 1e-3 and errors.max() < 1e-3, f"{what}: {name}"
@@ -179,15 +233,22 @@ def test_the_configuration_does_not_divide_evenly():
     groups = model.parameter_groups()
     stacks = Counter(parameter.shape for parameter in groups["matrices"].values())
     assert [count % WORLD for count in stacks.values()].count(1) >= 3
-    sizes = [parameter.numel() for name in groups if name != "matrices" for parameter in groups[name].values()]
+    sizes = [
+        parameter.numel()
+        for name in groups
+        if name != "matrices"
+        for parameter in groups[name].values()
+    ]
     assert 61 * 33 in sizes and 1 in sizes and 3 in sizes
 
 
 @pytest.mark.parametrize("kind", MATRICES)
 def test_two_ranks_equal_one(runs, kind):
     single = runs["single"][kind]
-    moved = max((single["end"]["weights"][name] - weight).abs().max()
-                for name, weight in single["halfway"]["weights"].items())
+    moved = max(
+        (single["end"]["weights"][name] - weight).abs().max()
+        for name, weight in single["halfway"]["weights"].items()
+    )
     assert moved > 1e-3
     for rank in range(WORLD):
         result = runs["ranks"][rank][kind]
@@ -214,17 +275,28 @@ def test_gradients_that_travel_early_are_the_same(runs, kind):
     for rank, results in enumerate(runs["ranks"]):
         early, late = results[f"{kind}, early"], results[kind]
         assert early["norms"] == late["norms"]
-        assert all(torch.equal(early["end"]["weights"][name], weight) for name, weight in late["end"]["weights"].items())
+        assert all(
+            torch.equal(early["end"]["weights"][name], weight)
+            for name, weight in late["end"]["weights"].items()
+        )
         order, n = early["order"], len(early["order"])
-        assert order[0] == "head.weight" and order[-1] == "embedding.weight"  # as backward passes make them; a stack when it is whole
+        assert (
+            order[0] == "head.weight" and order[-1] == "embedding.weight"
+        )  # as backward passes make them; a stack when it is whole
         assert order.index("value_embeddings.2.weight") < order.index("blocks.0.mlp.down.weight")
-        expected = {step: [0, n] for step in range(STEPS)} | {0: [0, 0]} | ({2: [0, 0]} if rank == 1 else {})
+        expected = (
+            {step: [0, n] for step in range(STEPS)}
+            | {0: [0, 0]}
+            | ({2: [0, 0]} if rank == 1 else {})
+        )
         assert early["begun"] == sum(expected.values(), []) and not any(late["begun"])
 
 
 @pytest.mark.parametrize("kind", MATRICES)
 def test_state_of_one_rank_continues_on_two(runs, kind):
-    assert_close(runs["ranks"][0][kind]["resumed_from_single"], runs["single"][kind]["end"], "1 -> 2 ranks")
+    assert_close(
+        runs["ranks"][0][kind]["resumed_from_single"], runs["single"][kind]["end"], "1 -> 2 ranks"
+    )
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -283,6 +355,7 @@ def test_the_wait_for_last_words_fits_the_usual_step(monkeypatch, step_seconds, 
         now[0] += duration
         if now[0] >= seconds - 0.5:
             store.set("last_word/1", ranks.LOST)
+
     said = ranks.who_is_gone(step_seconds, clock=lambda: now[0], sleep=sleep)
     assert said == f"rank 2 failed (ValueError: x) and rank 3 did not answer within {seconds} s"
     assert store.words["last_word/0"] == ranks.LOST

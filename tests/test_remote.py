@@ -18,8 +18,14 @@ import pytest
 import small
 from hub_server import HubServer
 
-from nanochat import checkpoint, corpus as corpora, data, data_app, hardware, hub as hubs, runlog
+from nanochat import hardware
+from nanochat.apps import data as data_app
 from nanochat.common import base_dir, sha256_hex
+from nanochat.data import hub as hubs
+from nanochat.data import rows as data
+from nanochat.data import sources as corpora
+from nanochat.run import checkpoint
+from nanochat.run import log as runlog
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 N_SHARDS = 9  # the last is for validation
@@ -29,7 +35,7 @@ FLAGS = ["--data=climbmix", f"--num-iterations={STEPS}", "--eval-every=10", "--s
 UNSAVED = ["--no-save", "--save-every=-1"]
 # The limits below, for the processes that these tests start.
 LIMITS = """
-from nanochat import corpus, data, hub
+from nanochat.data import sources as corpus, rows as data, hub
 corpus.EAGER_BYTES, data.AHEAD_RETRY_SECONDS, hub.BACKOFF_S, hub.ATTEMPTS = 1000, 0.05, 0.01, 3
 """
 
@@ -51,14 +57,19 @@ def limit(patch, base):
     patch.setattr(data, "AHEAD_RETRY_SECONDS", 0.05)
     patch.setattr(hubs, "BACKOFF_S", 0.01)
     patch.setattr(hubs, "ATTEMPTS", 3)
-    patch.setattr(hardware, "peak_flops", lambda device: (1e12, "not measured"))  # a measurement is half of the time of a run here
+    patch.setattr(
+        hardware, "peak_flops", lambda device: (1e12, "not measured")
+    )  # a measurement is half of the time of a run here
 
 
 def documents(seed, n_tokens):
     """Texts that make n_tokens in bytes, each with its BOS."""
     generator, found, left = random.Random(seed), [], n_tokens
     while left:
-        words = [f"{i} squared is {i * i}." for i in generator.choices(range(100), k=generator.randint(2, 9))]
+        words = [
+            f"{i} squared is {i * i}."
+            for i in generator.choices(range(100), k=generator.randint(2, 9))
+        ]
         text = (f"Shard {seed}: " + " ".join(words))[: left - 1].ljust(min(left - 1, 12), "!")
         if left - len(text) - 1 == 1:
             text += "!"
@@ -70,6 +81,7 @@ def documents(seed, n_tokens):
 def parquet(texts, column="text"):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
+
     file = io.BytesIO()
     pyarrow.parquet.write_table(pa.table({column: texts}), file)
     return file.getvalue()
@@ -96,7 +108,9 @@ def bodies(hub):
 
 def losses(folder, tag="run"):
     """The training losses and the validation of a run."""
-    return small.losses(folder, tag), [line["val/bpb"] for line in small.lines(folder, tag) if "val/bpb" in line]
+    return small.losses(folder, tag), [
+        line["val/bpb"] for line in small.lines(folder, tag) if "val/bpb" in line
+    ]
 
 
 def at_step(monkeypatch, step, action):
@@ -127,7 +141,12 @@ def reference(tmp_path_factory):
         limit(patch, folder / "base")
         with HubServer(int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as server:
             server.add(CLIMBMIX, shards())
-            assert data_app.main(["tokenize", "climbmix", "--all", "--tokenizer=byte", "--max-seq-len=32"]) == 0
+            assert (
+                data_app.main(
+                    ["tokenize", "climbmix", "--all", "--tokenizer=byte", "--max-seq-len=32"]
+                )
+                == 0
+            )
             assert sorted(bodies(server)) == sorted(shards())
         assert small.run(folder, *FLAGS) == 0
     return losses(folder)
@@ -142,13 +161,20 @@ def test_shards_are_fetched_while_training(hub, tmp_path, reference, monkeypatch
     hub.add(CLIMBMIX, shards())
     at_start = []
     begin = data.Ahead.__init__
-    monkeypatch.setattr(data.Ahead, "__init__", lambda self, *args: (at_start.extend(bodies(hub)), begin(self, *args))[1])
+    monkeypatch.setattr(
+        data.Ahead,
+        "__init__",
+        lambda self, *args: (at_start.extend(bodies(hub)), begin(self, *args))[1],
+    )
     assert small.run(tmp_path, *FLAGS) == 0
     assert at_start == [VAL, order()[0]]
     assert sorted(bodies(hub)) == sorted([VAL, *order()[:4]])
     assert losses(tmp_path) == reference
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data"]["revision"] == list(hub.repos[CLIMBMIX].commits)[-1] and VAL in config["data"]["note"]
+    assert (
+        config["data"]["revision"] == list(hub.repos[CLIMBMIX].commits)[-1]
+        and VAL in config["data"]["note"]
+    )
 
 
 def test_nothing_is_fetched_beyond_the_horizon(hub, tmp_path):
@@ -163,7 +189,9 @@ def test_fetched_ahead_by_the_app(hub, tmp_path, reference):
     hub.add(CLIMBMIX, shards())
     flags = ["climbmix", "--tokenizer=byte", "--max-seq-len=32", f"--tokens={STEPS * 256}"]
     assert data_app.main(["fetch", *flags]) == 0
-    assert sorted(bodies(hub)) == sorted([VAL, *order()[:4]]) and not (base_dir() / "tokens").exists()
+    assert (
+        sorted(bodies(hub)) == sorted([VAL, *order()[:4]]) and not (base_dir() / "tokens").exists()
+    )
     hub.requests.clear()
     assert data_app.main(["tokenize", *flags]) == 0
     made = {path: path.stat().st_ino for path in base_dir().glob("tokens/*/*.safetensors")}
@@ -192,9 +220,22 @@ def killed(tmp_path_factory):
     with HubServer(int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as server:
         server.add(CLIMBMIX, shards())
         script = LIMITS + small.KILLER.format(root=str(small.ROOT), step=18, signal="SIGKILL")
-        process = subprocess.run([sys.executable, "-c", script, *small.FLAGS, *FLAGS, f"--out-dir={folder}", "--model-tag=run"],
-                                 env=small.environment() | {"NANOCHAT_BASE_DIR": str(folder / "base"), "PYTHONPATH": str(small.ROOT)},
-                                 capture_output=True, text=True, timeout=240)
+        process = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                script,
+                *small.FLAGS,
+                *FLAGS,
+                f"--out-dir={folder}",
+                "--model-tag=run",
+            ],
+            env=small.environment()
+            | {"NANOCHAT_BASE_DIR": str(folder / "base"), "PYTHONPATH": str(small.ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert checkpoint.steps_of(folder / "run")[-1] == 16
     return folder
@@ -213,7 +254,13 @@ def test_resume_without_a_network(killed, tmp_path, reference, monkeypatch, caps
 def test_resume_with_everything_deleted(hub, killed, tmp_path, reference):
     """Downloads and token files are gone: those before the place of the run are not needed, their lengths are in the checkpoint."""
     hub.add(CLIMBMIX, shards())
-    hub.add(CLIMBMIX, {"shard_00000.parquet": parquet(["something else " * 200]), "shard_00009.parquet": parquet(["more"])})
+    hub.add(
+        CLIMBMIX,
+        {
+            "shard_00000.parquet": parquet(["something else " * 200]),
+            "shard_00009.parquet": parquet(["more"]),
+        },
+    )
     shutil.copytree(killed / "run", tmp_path / "run")
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
     assert losses(tmp_path) == reference
@@ -232,7 +279,9 @@ def test_a_new_commit_does_not_change_a_resumed_run(hub, tmp_path, reference, mo
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
     assert losses(tmp_path) == reference
     assert not any(newer in request.path for request in hub.requests)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["revision"] == revision
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["data"]["revision"] == revision
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +299,10 @@ def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
     assert small.run(tmp_path, *FLAGS) == 0
     printed = capsys.readouterr().out
     assert f"{order()[1]}: the connection broke (700 B are kept); trying again" in printed
-    assert f"{order()[3]}: the server answers 503; trying again" in printed and "reading ahead failed, training goes on" in printed
+    assert (
+        f"{order()[3]}: the server answers 503; trying again" in printed
+        and "reading ahead failed, training goes on" in printed
+    )
     assert losses(tmp_path) == reference
     assert bodies(hub).count(order()[1]) == 2
 
@@ -258,8 +310,17 @@ def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
 def failed_as_it_should(folder, output, step=12):
     """The run stands at the last step that had data, and the user reads why, and how to go on."""
     summary = small.summary(folder)
-    assert summary["status"] == "failed" and summary["step"] == step and order()[2] in summary["reason"]
-    assert order()[2] in output and "the server answers 500" in output and "Start again later" in output and "--resume" in output
+    assert (
+        summary["status"] == "failed"
+        and summary["step"] == step
+        and order()[2] in summary["reason"]
+    )
+    assert (
+        order()[2] in output
+        and "the server answers 500" in output
+        and "Start again later" in output
+        and "--resume" in output
+    )
     assert checkpoint.steps_of(folder / "run")[-1] == step
     assert list(small.losses(folder)) == list(range(step))
 
@@ -270,8 +331,13 @@ def test_a_shard_that_never_comes(hub, tmp_path, reference, capsys):
     hub.fault(order()[2], "status", None, code=500)
     assert small.run(tmp_path, *FLAGS) == 1
     failed_as_it_should(tmp_path, capsys.readouterr().out)
-    assert order()[2] in small.summary(tmp_path)["reason"] and "500" in small.summary(tmp_path)["reason"]
-    assert small.run(tmp_path, *FLAGS, "--resume") == 1  # still not there: nothing is lost by trying
+    assert (
+        order()[2] in small.summary(tmp_path)["reason"]
+        and "500" in small.summary(tmp_path)["reason"]
+    )
+    assert (
+        small.run(tmp_path, *FLAGS, "--resume") == 1
+    )  # still not there: nothing is lost by trying
     assert small.summary(tmp_path)["step"] == 12
     hub.faults.clear()
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
@@ -282,10 +348,27 @@ def test_a_shard_that_never_comes_to_two_ranks(hub, tmp_path, reference):
     """Both ranks leave together, and one alone finishes what they began."""
     hub.add(CLIMBMIX, shards())
     hub.fault(order()[2], "status", None, code=500)
-    (tmp_path / "ranks.py").write_text(LIMITS + "import sys, train\nsys.exit(train.run(sys.argv[1:]))\n")
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "ranks.py",
-                              *small.FLAGS, *FLAGS, f"--out-dir={tmp_path}", "--model-tag=run"],
-                             env=small.environment() | {"PYTHONPATH": str(small.ROOT)}, capture_output=True, text=True, timeout=120)
+    (tmp_path / "ranks.py").write_text(
+        LIMITS + "import sys, train\nsys.exit(train.run(sys.argv[1:]))\n"
+    )
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            tmp_path / "ranks.py",
+            *small.FLAGS,
+            *FLAGS,
+            f"--out-dir={tmp_path}",
+            "--model-tag=run",
+        ],
+        env=small.environment() | {"PYTHONPATH": str(small.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert process.returncode == 1
     failed_as_it_should(tmp_path, process.stdout)
     assert bodies(hub).count(order()[0]) == 1  # one rank fetched, the other found it
@@ -298,7 +381,10 @@ def test_a_shard_that_is_no_text(hub, tmp_path, capsys):
     """What is wrong with a later shard ends the run as a missing one does: saved, exit code 1."""
     hub.add(CLIMBMIX, shards() | {order()[2]: parquet(["x"], "words")})
     assert small.run(tmp_path, *FLAGS) == 1
-    assert small.summary(tmp_path)["step"] == 12 and "has no column 'text'" in small.summary(tmp_path)["reason"]
+    assert (
+        small.summary(tmp_path)["step"] == 12
+        and "has no column 'text'" in small.summary(tmp_path)["reason"]
+    )
     assert checkpoint.steps_of(tmp_path / "run")[-1] == 12
 
 
@@ -326,15 +412,26 @@ def test_a_signal_while_waiting_for_a_shard(hub, tmp_path, monkeypatch, referenc
     hub.add(CLIMBMIX, shards())
     hub.fault(order()[2], "status", None, code=503, headers={"Retry-After": "1"})
     monkeypatch.setattr(hubs, "ATTEMPTS", 4)
-    at_step(monkeypatch, 11, lambda: threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start())
+    at_step(
+        monkeypatch,
+        11,
+        lambda: threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start(),
+    )
     assert small.run(tmp_path, *FLAGS) == 75
-    assert small.summary(tmp_path)["status"] == "stopped" and checkpoint.steps_of(tmp_path / "run")[-1] == 12
+    assert (
+        small.summary(tmp_path)["status"] == "stopped"
+        and checkpoint.steps_of(tmp_path / "run")[-1] == 12
+    )
 
 
 def test_no_network_at_the_start(tmp_path, capsys):
     assert small.run(tmp_path, *FLAGS) == 1
     shown = capsys.readouterr().err
-    assert f"{CLIMBMIX} was not listed: no connection" in shown and "--data=python" in shown and "Traceback" not in shown
+    assert (
+        f"{CLIMBMIX} was not listed: no connection" in shown
+        and "--data=python" in shown
+        and "Traceback" not in shown
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -363,7 +460,11 @@ def test_a_disk_that_is_too_small(hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6000))
     assert small.run(tmp_path, *FLAGS) == 2
     shown = capsys.readouterr().err
-    assert "5,120 tokens of training need" in shown and "5.9 KiB free" in shown and "NANOCHAT_BASE_DIR" in shown
+    assert (
+        "5,120 tokens of training need" in shown
+        and "5.9 KiB free" in shown
+        and "NANOCHAT_BASE_DIR" in shown
+    )
     assert sorted(bodies(hub)) == sorted([VAL, order()[0]]) and not (tmp_path / "run").exists()
 
 
@@ -378,7 +479,11 @@ def test_a_disk_that_fills_up_while_training(hub, tmp_path, capsys, monkeypatch,
     monkeypatch.setattr(data.Ahead, "__init__", fill_up)
     assert small.run(tmp_path, *FLAGS) == 1
     printed = capsys.readouterr().out
-    assert "100 B are free" in printed and "Make room" in printed and small.summary(tmp_path)["step"] == 6
+    assert (
+        "100 B are free" in printed
+        and "Make room" in printed
+        and small.summary(tmp_path)["step"] == 6
+    )
     monkeypatch.setattr(data.Ahead, "__init__", begin)
     monkeypatch.setattr(shutil, "disk_usage", real)
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
@@ -395,21 +500,44 @@ SHORT = ["--num-iterations=3", "--eval-every=3", "--sample-every=-1", *UNSAVED]
 
 def test_a_column_of_csv_files_with_a_validation_split(hub, tmp_path):
     rows = "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS))
-    hub.add("me/csv", {"train.csv": f"id,story\n{rows}".encode(), "validation.csv": f'id,story\n1,"{" ".join(TEXTS[:20])}"\n'.encode()})
+    hub.add(
+        "me/csv",
+        {
+            "train.csv": f"id,story\n{rows}".encode(),
+            "validation.csv": f'id,story\n1,"{" ".join(TEXTS[:20])}"\n'.encode(),
+        },
+    )
     assert small.run(tmp_path, *SHORT, "--data=hf:me/csv:::story") == 0
-    assert "the split 'validation'" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["note"]
+    assert (
+        "the split 'validation'"
+        in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["note"]
+    )
     assert small.run(tmp_path, *SHORT, "--data=hf:me/csv:::tale", "--overwrite") == 2
 
 
 def test_jsonl_with_a_config_and_a_split(hub, tmp_path):
     lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()
-    readme = ("---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n- config_name: new\n  data_files:\n"
-              "  - split: extra\n    path: new/*.jsonl\n---\n")
-    hub.add("me/json", {"README.md": readme.encode(), "old/a.jsonl": b'{"body": "x"}\n', "new/a.jsonl": lines,
-                        "new/b.jsonl": lines[: lines.index(b"\n", 3000)]})
+    readme = (
+        "---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n- config_name: new\n  data_files:\n"
+        "  - split: extra\n    path: new/*.jsonl\n---\n"
+    )
+    hub.add(
+        "me/json",
+        {
+            "README.md": readme.encode(),
+            "old/a.jsonl": b'{"body": "x"}\n',
+            "new/a.jsonl": lines,
+            "new/b.jsonl": lines[: lines.index(b"\n", 3000)],
+        },
+    )
     assert small.run(tmp_path, *SHORT, "--data=hf:me/json:new:extra:body") == 0
-    assert set(bodies(hub)) >= {"a.jsonl", "b.jsonl"} and not any("/old/" in r.path for r in hub.requests if r.start is not None)
-    assert "the last file, b.jsonl" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["note"]
+    assert set(bodies(hub)) >= {"a.jsonl", "b.jsonl"} and not any(
+        "/old/" in r.path for r in hub.requests if r.start is not None
+    )
+    assert (
+        "the last file, b.jsonl"
+        in json.loads((tmp_path / "run" / "config.json").read_text())["data"]["note"]
+    )
 
 
 def test_a_single_file_holds_out_its_last_tenth(hub, tmp_path):
@@ -425,23 +553,37 @@ def test_endings_in_upper_case(hub):
     """The same rule as on this machine, also for the estimate of the text's size. (Which files make a split is what datasets
     says, and it passes over formats in upper case, not over compressions.)"""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    hub.add("me/upper", {"TRAIN-0.jsonl.GZ": gzip.compress(lines), "TRAIN-1.jsonl.GZ": gzip.compress(lines[: lines.index(b"\n") + 1])})
+    hub.add(
+        "me/upper",
+        {
+            "TRAIN-0.jsonl.GZ": gzip.compress(lines),
+            "TRAIN-1.jsonl.GZ": gzip.compress(lines[: lines.index(b"\n") + 1]),
+        },
+    )
     corpus = corpora.open_corpus("hf:me/upper")
     assert [document for shard in corpus.train for document in shard.documents()] == TEXTS
     assert [document for shard in corpus.val for document in shard.documents()] == TEXTS[:1]
-    assert corpus.train[0].n_bytes == round(corpora.PARQUET_TEXT_FACTOR * corpus.train[0].files[0].n_bytes)
+    assert corpus.train[0].n_bytes == round(
+        corpora.PARQUET_TEXT_FACTOR * corpus.train[0].files[0].n_bytes
+    )
 
 
 def test_tinystories_by_name(hub, tmp_path):
-    hub.add("roneneldan/TinyStories", {f"data/train-0000{i}-of-00002-abc.parquet": parquet(documents(i, 3000)) for i in range(2)}
-            | {"data/validation-00000-of-00001-abc.parquet": parquet(TEXTS[:50])})
+    hub.add(
+        "roneneldan/TinyStories",
+        {f"data/train-0000{i}-of-00002-abc.parquet": parquet(documents(i, 3000)) for i in range(2)}
+        | {"data/validation-00000-of-00001-abc.parquet": parquet(TEXTS[:50])},
+    )
     assert small.run(tmp_path, *SHORT, "--data=tinystories") == 0
     assert len(set(bodies(hub))) == 2 and any("validation" in name for name in bodies(hub))
 
 
 def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
     """One text, cut by characters, its tokenizer made of its characters; then once more without a network."""
-    text = ("First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 60).encode()
+    text = (
+        "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n"
+        * 60
+    ).encode()
     hub.add_url("/raw/input.txt", text)
     monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
     monkeypatch.setattr(hubs, "SHAKESPEARE_BYTES", len(text))
@@ -449,8 +591,13 @@ def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "EAGER_BYTES", 1 << 20)
     assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["tokenizer"]["kind"] == "char" and config["tokenizer"]["vocab_size"] == len(set(text)) + 1
-    assert config["data"]["train_bytes"] == len(text) - len(text) // 10 and bodies(hub) == ["input.txt"]
+    assert (
+        config["tokenizer"]["kind"] == "char"
+        and config["tokenizer"]["vocab_size"] == len(set(text)) + 1
+    )
+    assert config["data"]["train_bytes"] == len(text) - len(text) // 10 and bodies(hub) == [
+        "input.txt"
+    ]
     hub.__exit__()
     assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char", tag="again") == 0
     assert small.losses(tmp_path) == small.losses(tmp_path, "again")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import runs
 from nanochat.__main__ import main as nanochat
+from nanochat.apps import runs
 from nanochat.common import UsageError, write_json
-from nanochat.runlog import Metrics, RunFolder, write_summary
+from nanochat.run.log import Metrics, RunFolder, write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,12 +23,29 @@ def make(folder, name, status="completed", depth=4, steps=100, age=0, **summary)
     """A run folder with the files that a listing reads."""
     path = Path(folder) / name
     path.mkdir(parents=True)
-    RunFolder(path).write_config({"args": {"depth": depth}, "plan": {"parameters": {"total": 1234567}, "num_iterations": steps}})
-    values = {"reason": "", "step": 100, "tokens": 51200, "total_training_time": 64.0, "val_bpb": 1.5, "min_val_bpb": 1.25,
-              "core_metric": None} | summary
+    RunFolder(path).write_config(
+        {
+            "args": {"depth": depth},
+            "plan": {"parameters": {"total": 1234567}, "num_iterations": steps},
+        }
+    )
+    values = {
+        "reason": "",
+        "step": 100,
+        "tokens": 51200,
+        "total_training_time": 64.0,
+        "val_bpb": 1.5,
+        "min_val_bpb": 1.25,
+        "core_metric": None,
+    } | summary
     write_summary(path, status=status, **values)
     metrics = Metrics(path / "metrics.jsonl")
-    metrics.write(step=values["step"], tokens=values["tokens"], total_training_time=values["total_training_time"], **{"train/loss": 1.0})
+    metrics.write(
+        step=values["step"],
+        tokens=values["tokens"],
+        total_training_time=values["total_training_time"],
+        **{"train/loss": 1.0},
+    )
     metrics.close()
     for file in path.iterdir():
         os.utime(file, (time.time() - age, time.time() - age))
@@ -44,13 +61,62 @@ def listed(capsys, *arguments):
 
 def test_one_line_a_run(tmp_path, capsys):
     make(tmp_path, "d4", age=7500, core_metric=0.2134)
-    make(tmp_path, "d12", status="stopped", depth=12, steps=None, tokens=3 * 10**9, total_training_time=3 * 3600.0, val_bpb=None)
+    make(
+        tmp_path,
+        "d12",
+        status="stopped",
+        depth=12,
+        steps=None,
+        tokens=3 * 10**9,
+        total_training_time=3 * 3600.0,
+        val_bpb=None,
+    )
     assert runs.main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [re.split(r"  +", line) for line in lines] == [
-        ["run", "status", "depth", "params", "step", "tokens", "time", "tok/s", "val_bpb", "best", "CORE", "updated"],
-        ["d4", "completed", "4", "1.23M", "100/100", "51.2k", "1m04s", "800", "1.5000", "1.2500", "0.2134", "2h05m ago"],
-        ["d12", "stopped", "12", "1.23M", "100/?", "3B", "3h00m", "278k", "-", "1.2500", "-", "just now"]]
+        [
+            "run",
+            "status",
+            "depth",
+            "params",
+            "step",
+            "tokens",
+            "time",
+            "tok/s",
+            "val_bpb",
+            "best",
+            "CORE",
+            "updated",
+        ],
+        [
+            "d4",
+            "completed",
+            "4",
+            "1.23M",
+            "100/100",
+            "51.2k",
+            "1m04s",
+            "800",
+            "1.5000",
+            "1.2500",
+            "0.2134",
+            "2h05m ago",
+        ],
+        [
+            "d12",
+            "stopped",
+            "12",
+            "1.23M",
+            "100/?",
+            "3B",
+            "3h00m",
+            "278k",
+            "-",
+            "1.2500",
+            "-",
+            "just now",
+        ],
+    ]
     assert len({len(line) for line in lines[:2]}) == 1  # aligned
 
 
@@ -65,12 +131,25 @@ def test_a_run_that_died_and_one_that_is_running(tmp_path, capsys):
     (tmp_path / "died" / ".lock").write_text("")
     holder = RunFolder(tmp_path / "running")
     holder.claim()
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(tmp_path.rglob("*"))}
+    before = {
+        path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(tmp_path.rglob("*"))
+    }
     found, problems = listed(capsys, tmp_path)
-    assert {name: run["status"] for name, run in found.items()} == {"died": "died", "no_lock": "died", "running": "running"}
-    assert found["running"]["step"] == 12 and found["running"]["tok_per_sec"] == 64  # fresher than the summary
-    assert problems == [] and before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(tmp_path.rglob("*"))}
-    with open(tmp_path / "running" / ".lock") as again, pytest.raises(BlockingIOError):  # the holder still has it
+    assert {name: run["status"] for name, run in found.items()} == {
+        "died": "died",
+        "no_lock": "died",
+        "running": "running",
+    }
+    assert (
+        found["running"]["step"] == 12 and found["running"]["tok_per_sec"] == 64
+    )  # fresher than the summary
+    assert problems == [] and before == {
+        path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(tmp_path.rglob("*"))
+    }
+    with (
+        open(tmp_path / "running" / ".lock") as again,
+        pytest.raises(BlockingIOError),
+    ):  # the holder still has it
         fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
     holder.lock.close()
     assert listed(capsys, tmp_path)[0]["running"]["status"] == "died"
@@ -94,8 +173,13 @@ def test_orders(tmp_path, capsys):
     make(tmp_path, "d2", val_bpb=None, core_metric=None, total_training_time=None, age=1000)
     make(tmp_path, "d4", val_bpb=1.1, core_metric=0.3, total_training_time=50.0, age=100)
     make(tmp_path, "e", val_bpb=1.2, core_metric=0.2, total_training_time=500.0, age=5)
-    for order, expected in {"name": "d2 d4 d10 e", "val_bpb": "d4 e d10 d2", "time": "e d4 d10 d2", "core": "d4 e d10 d2",
-                            "updated": "e d10 d4 d2"}.items():
+    for order, expected in {
+        "name": "d2 d4 d10 e",
+        "val_bpb": "d4 e d10 d2",
+        "time": "e d4 d10 d2",
+        "core": "d4 e d10 d2",
+        "updated": "e d10 d4 d2",
+    }.items():
         assert " ".join(listed(capsys, tmp_path, f"--sort={order}")[0]) == expected
 
 
@@ -117,23 +201,37 @@ def test_damaged_and_foreign_folders_are_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").write_text("")
     damages = {
-        "not_json": ("config.json", "{"), "other_program": ("config.json", '{"architectures": ["GPT2"]}'),
-        "a_list": ("config.json", "[]"), "newer": ("config.json", '{"format": 99, "args": {}}'),
+        "not_json": ("config.json", "{"),
+        "other_program": ("config.json", '{"architectures": ["GPT2"]}'),
+        "a_list": ("config.json", "[]"),
+        "newer": ("config.json", '{"format": 99, "args": {}}'),
         "no_plan": ("config.json", '{"format": 1, "args": {"depth": 4}}'),
-        "odd_plan": ("config.json", '{"format": 1, "args": {"depth": 4}, "plan": {"parameters": 3, "num_iterations": 1}}'),
-        "odd_depth": ("config.json", '{"format": 1, "args": {"depth": {}}, "plan": {"parameters": {"total": 3}, "num_iterations": 1}}'),
-        "odd_summary": ("summary.json", "[1]"), "torn_summary": ("summary.json", '{"status": "comp'),
-        "text_summary": ("summary.json", '{"status": "completed", "step": "ten"}'), "no_status": ("summary.json", "{}"),
+        "odd_plan": (
+            "config.json",
+            '{"format": 1, "args": {"depth": 4}, "plan": {"parameters": 3, "num_iterations": 1}}',
+        ),
+        "odd_depth": (
+            "config.json",
+            '{"format": 1, "args": {"depth": {}}, "plan": {"parameters": {"total": 3}, "num_iterations": 1}}',
+        ),
+        "odd_summary": ("summary.json", "[1]"),
+        "torn_summary": ("summary.json", '{"status": "comp'),
+        "text_summary": ("summary.json", '{"status": "completed", "step": "ten"}'),
+        "no_status": ("summary.json", "{}"),
         "binary": ("config.json", "\x00\x01"),
     }
     for name, (file, content) in damages.items():
         (make(tmp_path, name) / file).write_text(content)
     (make(tmp_path, "lost_config") / "config.json").unlink()
-    (make(tmp_path, "torn_metrics") / "metrics.jsonl").write_bytes(b"\xff\xfe\n[1]\n{\"step\": \"x\"}\n")
+    (make(tmp_path, "torn_metrics") / "metrics.jsonl").write_bytes(
+        b'\xff\xfe\n[1]\n{"step": "x"}\n'
+    )
     found, problems = listed(capsys, tmp_path)
     assert list(found) == ["good", "torn_metrics"]
     assert {Path(problem.split(":")[0]).name for problem in problems} == {*damages, "lost_config"}
-    assert "it holds metrics.jsonl, summary.json, but no config.json" in next(line for line in problems if "lost_config" in line)
+    assert "it holds metrics.jsonl, summary.json, but no config.json" in next(
+        line for line in problems if "lost_config" in line
+    )
     assert runs.main([str(tmp_path)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + len(problems)
 
@@ -159,17 +257,21 @@ def test_it_is_light():
 
 def test_a_real_run(tmp_path, capsys):
     import small
+
     assert small.run(tmp_path, "--num-iterations=3", "--no-save", "--save-every=-1") == 0
     capsys.readouterr()
     run = listed(capsys, tmp_path)[0]["run"]
     summary = small.summary(tmp_path)
     assert run["status"] == "completed" and (run["step"], run["steps"], run["depth"]) == (3, 3, 2)
-    assert run["val_bpb"] == summary["val_bpb"] and run["tok_per_sec"] == pytest.approx(summary["tok_per_sec"])
+    assert run["val_bpb"] == summary["val_bpb"] and run["tok_per_sec"] == pytest.approx(
+        summary["tok_per_sec"]
+    )
 
 
 def test_as_a_command(tmp_path, capsys, monkeypatch):
     """Once __main__ lists the app: exit codes and messages of the command."""
     from nanochat import __main__ as command
+
     monkeypatch.setitem(command.APPS, "runs", "list runs")
     assert nanochat(["runs", str(tmp_path)]) == 2
     assert "nanochat runs: error: no runs in" in capsys.readouterr().err

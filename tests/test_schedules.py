@@ -5,19 +5,30 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat import schedules
+from nanochat.optim import schedules
 
-ARGS = SimpleNamespace(embedding_lr=0.3, unembedding_lr=0.004, matrix_lr=-1, scalar_lr=0.5, weight_decay=0.2, adam_beta1=0.8,
-                       adam_beta2=0.95, optimizer="muon")
+ARGS = SimpleNamespace(
+    embedding_lr=0.3,
+    unembedding_lr=0.004,
+    matrix_lr=-1,
+    scalar_lr=0.5,
+    weight_decay=0.2,
+    adam_beta1=0.8,
+    adam_beta2=0.95,
+    optimizer="muon",
+)
 
 
-@pytest.mark.parametrize("tokens, reference, batch", [
-    (1e9, 1e9, 2**19),  # the reference itself
-    (8e9, 1e9, 2**20),  # 2^19 x 8^0.383 = 2^20.15
-    (64e9, 1e9, 2**21),  # 2^19 x 64^0.383 = 2^21.3
-    (3.2e6, 1e9, 2**11),  # small: 3.2e6 / 1500 = 2,133 and so 2,048
-    (100, 1e9, 1),
-])
+@pytest.mark.parametrize(
+    "tokens, reference, batch",
+    [
+        (1e9, 1e9, 2**19),  # the reference itself
+        (8e9, 1e9, 2**20),  # 2^19 x 8^0.383 = 2^20.15
+        (64e9, 1e9, 2**21),  # 2^19 x 64^0.383 = 2^21.3
+        (3.2e6, 1e9, 2**11),  # small: 3.2e6 / 1500 = 2,133 and so 2,048
+        (100, 1e9, 1),
+    ],
+)
 def test_batch_rule(tokens, reference, batch):
     assert schedules.derive_batch_tokens(tokens, reference) == batch
 
@@ -39,14 +50,21 @@ def test_weight_decay_keeps_lr_times_decay_times_steps():
     whole = 0.02 * 0.2 * reference / 2**19
     for batch, tokens in ((2**19, 1e9), (2**20, 8e9), (2**11, 3.2e6), (2**17, 1e9)):
         group = schedules.group_settings(ARGS, batch, tokens, reference, 768)["matrices"]
-        assert group["lr"] * group["weight_decay"] * tokens / batch == pytest.approx(whole * schedules.MATRIX_LR["muon"] / 0.02)
+        assert group["lr"] * group["weight_decay"] * tokens / batch == pytest.approx(
+            whole * schedules.MATRIX_LR["muon"] / 0.02
+        )
     short = schedules.group_settings(ARGS, 2**11, 20 * 2**11, reference, 768)["matrices"]
-    assert short["lr"] * short["weight_decay"] * schedules.MIN_STEPS == pytest.approx(whole * schedules.MATRIX_LR["muon"] / 0.02)
+    assert short["lr"] * short["weight_decay"] * schedules.MIN_STEPS == pytest.approx(
+        whole * schedules.MATRIX_LR["muon"] / 0.02
+    )
 
 
 def test_groups_scale_with_batch_and_width():
     at_reference = schedules.group_settings(ARGS, 2**19, 1e9, 1e9, 768)
-    assert at_reference["matrices"]["lr"] == schedules.MATRIX_LR["muon"] and "beta1" not in at_reference["matrices"]
+    assert (
+        at_reference["matrices"]["lr"] == schedules.MATRIX_LR["muon"]
+        and "beta1" not in at_reference["matrices"]
+    )
     assert at_reference["embedding"]["lr"] == 0.3
     wide = schedules.group_settings(ARGS, 2**21, 1e9, 1e9, 4 * 768)
     assert wide["embedding"]["lr"] == pytest.approx(0.3)  # x 2 for the batch, / 2 for the width
@@ -77,9 +95,20 @@ def test_no_warmdown_and_single_step():
 
 def test_the_multiplier_never_reaches_zero_before_the_end():
     for schedule in ("trapezoid", "cosine"):
-        assert all(schedules.lr_multiplier(step, 100, 3, 50, 0.0, schedule) > 0 for step in range(100))
+        assert all(
+            schedules.lr_multiplier(step, 100, 3, 50, 0.0, schedule) > 0 for step in range(100)
+        )
 
 
 def test_momentum_rises_and_stays():
-    values = [schedules.muon_momentum(step) for step in (0, 10, schedules.MUON_MOMENTUM_STEPS, 10**6)]
-    assert values[0] == schedules.MUON_MOMENTUM_START < values[1] < values[2] == values[3] == schedules.MUON_MOMENTUM_END
+    values = [
+        schedules.muon_momentum(step) for step in (0, 10, schedules.MUON_MOMENTUM_STEPS, 10**6)
+    ]
+    assert (
+        values[0]
+        == schedules.MUON_MOMENTUM_START
+        < values[1]
+        < values[2]
+        == values[3]
+        == schedules.MUON_MOMENTUM_END
+    )

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +32,20 @@ sys.exit(code)
 def start(folder, codes, **variables):
     (folder / "codes.json").write_text(json.dumps(codes))
     (folder / "command.py").write_text(COMMAND)
-    return subprocess.Popen(["bash", ROOT / "runs" / "restart.sh", sys.executable, "command.py", "--depth=4"], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PAUSE": "0", "ATTEMPTS": "3"} | variables)
+    return subprocess.Popen(
+        ["bash", ROOT / "runs" / "restart.sh", sys.executable, "command.py", "--depth=4"],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PAUSE": "0", "ATTEMPTS": "3"} | variables,
+    )
 
 
-@pytest.mark.parametrize("codes, code, starts", [([0], 0, 1), ([1, 75, 0], 0, 3), ([2], 2, 1), ([1, 1, 1, 0], 1, 3), ([-9, 0], 0, 2)])
+@pytest.mark.parametrize(
+    "codes, code, starts",
+    [([0], 0, 1), ([1, 75, 0], 0, 3), ([2], 2, 1), ([1, 1, 1, 0], 1, 3), ([-9, 0], 0, 2)],
+)
 def test_restart(tmp_path, codes, code, starts):
     if codes[0] == -9:
         codes = [137, 0]  # as the shell sees a SIGKILL
@@ -90,7 +98,10 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
     (folder / "srun_calls").write_text("")
     (folder / "scontrol_calls").write_text("")
     (folder / "out" / "d4" / "summary.json").unlink(missing_ok=True)
-    for path, summary in ((folder / "out" / "d4" / "summary.json", before), (folder / "new_summary.json", after)):
+    for path, summary in (
+        (folder / "out" / "d4" / "summary.json", before),
+        (folder / "new_summary.json", after),
+    ):
         if summary:
             path.write_text(json.dumps(summary))
     (folder / "code").write_text(str(code))
@@ -98,15 +109,30 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
         (folder / "wait").write_text("")
     (folder / "runs" / "setup.sh").write_text("")
     shutil.copy(ROOT / "runs" / "requeue.slurm", folder / "runs")
-    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" >> scontrol_calls; echo node1\n')):
+    for name, text in (
+        ("srun", SRUN),
+        ("scontrol", '#!/bin/bash\necho "$@" >> scontrol_calls; echo node1\n'),
+    ):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     if not (folder / "python").exists():
         (folder / "python").symlink_to(sys.executable)
-    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "DEPTH": "4", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[1-2]",
-                 "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(restarts)}
-    job = subprocess.Popen(["bash", "runs/requeue.slurm", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env=os.environ | variables)
+    variables = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "DEPTH": "4",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    job = subprocess.Popen(
+        ["bash", "runs/requeue.slurm", *flags],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    )
     if told:
         assert job.stdout.readline() == "waiting\n"
         job.send_signal(signal.SIGTERM)
@@ -114,8 +140,10 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
     return job.returncode, "requeue 17" in (folder / "scontrol_calls").read_text(), shown
 
 
-@pytest.mark.parametrize("status, requeued, code", [
-    ("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)])
+@pytest.mark.parametrize(
+    "status, requeued, code",
+    [("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)],
+)
 def test_requeue(tmp_path, status, requeued, code):
     assert requeue(tmp_path, "--fp8", after={"status": status, "step": 3})[:2] == (code, requeued)
     call = (tmp_path / "srun_calls").read_text()
@@ -123,21 +151,48 @@ def test_requeue(tmp_path, status, requeued, code):
     assert call.endswith("train.py --depth=4 --model-tag=d4 --out-dir=out --resume --fp8\n")
 
 
-@pytest.mark.parametrize("what, more, requeued, code", [
-    ("refused at once", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
-    ("complete since an earlier job", {"before": {"status": "completed", "step": 9}, "code": 0}, False, 0),
-    ("told to stop before there was a summary", {"told": True}, True, 0),
-    ("told to stop before it wrote a new one", {"before": {"status": "stopped", "step": 3}, "told": True}, True, 0),
-    ("failed before there was a summary", {}, False, 1),
-], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else None)
+@pytest.mark.parametrize(
+    "what, more, requeued, code",
+    [
+        ("refused at once", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
+        (
+            "complete since an earlier job",
+            {"before": {"status": "completed", "step": 9}, "code": 0},
+            False,
+            0,
+        ),
+        ("told to stop before there was a summary", {"told": True}, True, 0),
+        (
+            "told to stop before it wrote a new one",
+            {"before": {"status": "stopped", "step": 3}, "told": True},
+            True,
+            0,
+        ),
+        ("failed before there was a summary", {}, False, 1),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else None,
+)
 def test_requeue_does_not_go_by_what_an_earlier_job_said(tmp_path, what, more, requeued, code):
     assert requeue(tmp_path, **more)[:2] == (code, requeued)
 
 
 def test_requeue_ends_where_no_step_is_done(tmp_path):
     """Three times in a row at most; a step done, or a new submission, and it counts from there."""
-    went_on = [requeue(tmp_path, after={"status": "stopped", "step": step}, restarts=restarts)[1]
-               for step, restarts in ((0, 0), (5, 1), (5, 2), (5, 3), (5, 4), (6, 5), (6, 0), (6, 1), (6, 2), (6, 3))]
+    went_on = [
+        requeue(tmp_path, after={"status": "stopped", "step": step}, restarts=restarts)[1]
+        for step, restarts in (
+            (0, 0),
+            (5, 1),
+            (5, 2),
+            (5, 3),
+            (5, 4),
+            (6, 5),
+            (6, 0),
+            (6, 1),
+            (6, 2),
+            (6, 3),
+        )
+    ]
     assert went_on == [True, True, True, True, False, True, True, True, True, False]
 
 
@@ -163,21 +218,42 @@ def test_speedrun_at_toy_size(tmp_path):
         shutil.copy(ROOT / name, root / name)
     (root / "runs" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."')
     (root / "bin").mkdir()
-    for name, command in (("python", f'{sys.executable} "$@"'), ("nanochat", f'{sys.executable} -m nanochat "$@"')):
+    for name, command in (
+        ("python", f'{sys.executable} "$@"'),
+        ("nanochat", f'{sys.executable} -m nanochat "$@"'),
+    ):
         (root / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
         (root / "bin" / name).chmod(0o755)
-    environ = small.environment() | {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "TOY": "1", "PYTHONPATH": str(root),
-                                     "CORE_BUNDLE": str(small.core_bundle(tmp_path))}
+    environ = small.environment() | {
+        "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
+        "TOY": "1",
+        "PYTHONPATH": str(root),
+        "CORE_BUNDLE": str(small.core_bundle(tmp_path)),
+    }
 
     def run(*arguments):
-        return subprocess.run(["bash", "runs/speedrun.sh", *arguments], cwd=root, env=environ, capture_output=True, text=True)
+        return subprocess.run(
+            ["bash", "runs/speedrun.sh", *arguments],
+            cwd=root,
+            env=environ,
+            capture_output=True,
+            text=True,
+        )
+
     done = run("2", "1", "--num-iterations=20")
     assert done.returncode == 0, done.stdout + done.stderr
-    words = dict(word.split("=") for word in done.stdout.splitlines()[-1].removeprefix("RESULT ").split())
-    assert -1 < float(words["core_low"]) <= float(words["core"]) <= float(words["core_high"]) < 1 and float(words["val_bpb"]) > 1
+    words = dict(
+        word.split("=") for word in done.stdout.splitlines()[-1].removeprefix("RESULT ").split()
+    )
+    assert (
+        -1 < float(words["core_low"]) <= float(words["core"]) <= float(words["core_high"]) < 1
+        and float(words["val_bpb"]) > 1
+    )
     assert "planned: " in done.stderr and (root / "out" / "speedrun-d2" / "report.html").exists()
     again = run("2", "1", "--num-iterations=20")
-    assert again.returncode == 0 and "is complete at step 20" in again.stdout + again.stderr, again.stdout + again.stderr
+    assert again.returncode == 0 and "is complete at step 20" in again.stdout + again.stderr, (
+        again.stdout + again.stderr
+    )
     refused = run("2", "0")
     assert refused.returncode == 2 and "GPUS=0" in refused.stderr
 
@@ -185,11 +261,24 @@ def test_speedrun_at_toy_size(tmp_path):
 def test_the_plan_of_the_speedrun_is_what_its_header_says():
     header = (ROOT / "runs" / "speedrun.sh").read_text().split("set -euo")[0]
     for gpus, hours in ((8, "2.53 hours on eight"), (1, "20.3 on one")):
-        flags = ["--depth=24", "--target-param-data-ratio=8", "--dry-run", "--json", "--gpu=H100", f"--gpus={gpus}", "--fp8"]
-        shown = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, check=True).stdout
+        flags = [
+            "--depth=24",
+            "--target-param-data-ratio=8",
+            "--dry-run",
+            "--json",
+            "--gpu=H100",
+            f"--gpus={gpus}",
+            "--fp8",
+        ]
+        shown = subprocess.run(
+            [sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, check=True
+        ).stdout
         plan = json.loads(shown)
         planned = plan["estimates"]["seconds"] / 3600
         assert f"{planned:.3g}" == hours.split()[0] and hours in header
-        assert f"{plan['flops']:.2e}".replace("e+", "e") in header and f"{plan['plan']['tokens']:.2e}".replace("e+0", "e") in header
+        assert (
+            f"{plan['flops']:.2e}".replace("e+", "e") in header
+            and f"{plan['plan']['tokens']:.2e}".replace("e+0", "e") in header
+        )
         assert f"{planned * gpus:.3g} GPU-hours: ${planned * gpus * 3:.0f} at PRICE=3" in header
         assert f"N: {plan['plan']['scaling_parameters'] / 1e6:.0f}M" in header

@@ -11,14 +11,25 @@ import pytest
 import small
 import torch
 
-from nanochat import checkpoint, corpus as corpora, data, engine, evaluate, model as models, optim, plan as plans, runlog, signals
+from nanochat import signals
+from nanochat.data import rows as data
+from nanochat.data import sources as corpora
+from nanochat.eval import bpb as evaluate
+from nanochat.eval import generation as engine
+from nanochat.model import gpt as models
+from nanochat.optim import optimizer as optim
+from nanochat.run import checkpoint
+from nanochat.run import log as runlog
+from nanochat.run import plan as plans
 
 # Sends SIGTERM to every rank when rank 0 reaches the n-th call of a function.
 SENDER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
-from nanochat import engine, evaluate, model as models, ranks, signals
+from nanochat import ranks, signals
+from nanochat.eval import generation as engine, bpb as evaluate
+from nanochat.model import gpt as models
 owner, name, n = {owner}, {name!r}, {n}
 original, count = getattr(owner, name), [0]
 def send(*args, **kwargs):
@@ -51,19 +62,31 @@ def send_at(monkeypatch, owner, name, call=1):
         if count[0] == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
+
     monkeypatch.setattr(owner, name, send)
     return count
 
 
-@pytest.mark.parametrize("phase, owner, name, call, stands_at", [
-    ("reading data", corpora, "open_corpus", 1, None), ("tokenizing", data.TokenCache, "_build", 1, None),
-    ("planning", plans, "make_plan", 1, None), ("making the run folder", runlog.RunFolder, "write_config", 1, 0),
-    ("building", models, "build", 1, 0), ("compiling", models.GPT, "forward", 1, 0),
-    ("a step", optim.Optimizer, "reduce", 3, 3), ("evaluating", evaluate, "pad", 1, 5), ("sampling", engine, "sample_next", 9, 6),
-    ("saving", checkpoint, "_compare", 1, None), ("the last save", checkpoint, "_compare", 7, None),
-    ("the last sample", engine, "generate_text", 6, 12),
-])
-def test_a_signal_in_every_phase(tmp_path, finished, monkeypatch, phase, owner, name, call, stands_at):
+@pytest.mark.parametrize(
+    "phase, owner, name, call, stands_at",
+    [
+        ("reading data", corpora, "open_corpus", 1, None),
+        ("tokenizing", data.TokenCache, "_build", 1, None),
+        ("planning", plans, "make_plan", 1, None),
+        ("making the run folder", runlog.RunFolder, "write_config", 1, 0),
+        ("building", models, "build", 1, 0),
+        ("compiling", models.GPT, "forward", 1, 0),
+        ("a step", optim.Optimizer, "reduce", 3, 3),
+        ("evaluating", evaluate, "pad", 1, 5),
+        ("sampling", engine, "sample_next", 9, 6),
+        ("saving", checkpoint, "_compare", 1, None),
+        ("the last save", checkpoint, "_compare", 7, None),
+        ("the last sample", engine, "generate_text", 6, 12),
+    ],
+)
+def test_a_signal_in_every_phase(
+    tmp_path, finished, monkeypatch, phase, owner, name, call, stands_at
+):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     with monkeypatch.context() as patch:
         count = send_at(patch, owner, name, call)
@@ -78,7 +101,9 @@ def test_a_signal_in_every_phase(tmp_path, finished, monkeypatch, phase, owner, 
         assert stands_at is None or summary["step"] == stands_at
     assert small.run(tmp_path, "--resume") == 0
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert small.timeless(small.lines(tmp_path, name=file)) == small.timeless(small.lines(finished, name=file))
+        assert small.timeless(small.lines(tmp_path, name=file)) == small.timeless(
+            small.lines(finished, name=file)
+        )
     mine, theirs = small.weights(tmp_path, 12), small.weights(finished, 12)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert small.summary(tmp_path)["status"] == "completed"
@@ -95,6 +120,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, ids, targets, cache, **options)
+
     with monkeypatch.context() as patch:
         patch.setattr(models.GPT, "forward", forward)
         assert small.run(tmp_path) == 75
@@ -119,6 +145,7 @@ def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypa
         if count[0] == at_call:
             interrupts()
         return original(self, *args)
+
     monkeypatch.setattr(checkpoint.Saver, name, interrupted)
     assert small.run(tmp_path) == 75
     assert count[0] >= at_call and small.summary(tmp_path)["status"] == "stopped"
@@ -134,24 +161,39 @@ def test_a_second_interrupt_while_a_run_ends_that_has_no_step_yet(tmp_path, monk
 
 def test_an_error_after_a_signal_is_not_hidden(tmp_path, monkeypatch):
     """Only a lost exchange is taken for the others' having been told to stop as well."""
+
     def backward(self):
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a bug")
+
     original, count = torch.Tensor.backward, [0]
-    monkeypatch.setattr(torch.Tensor, "backward", lambda self: count.append(0) or (backward if len(count) == 4 else original)(self))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "backward",
+        lambda self: count.append(0) or (backward if len(count) == 4 else original)(self),
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         small.run(tmp_path)
-    assert small.summary(tmp_path)["status"] == "failed" and "a bug" in small.summary(tmp_path)["reason"]
+    assert (
+        small.summary(tmp_path)["status"] == "failed"
+        and "a bug" in small.summary(tmp_path)["reason"]
+    )
 
 
 def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
     """During the set-up, when the other ranks were told as well."""
+
     def open_corpus(*args):
         stops[0].at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
         raise torch.distributed.DistError("connection reset")
+
     original, stops = signals.StopSignals.__init__, []
-    monkeypatch.setattr(signals.StopSignals, "__init__", lambda self, **options: stops.append(self) or original(self, **options))
+    monkeypatch.setattr(
+        signals.StopSignals,
+        "__init__",
+        lambda self, **options: stops.append(self) or original(self, **options),
+    )
     monkeypatch.setattr(corpora, "open_corpus", open_corpus)
     monkeypatch.setattr("nanochat.ranks.world_size", lambda: 2)
     monkeypatch.setattr("nanochat.ranks.setup", lambda device_type: torch.device(device_type))
@@ -161,16 +203,22 @@ def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
 
 def exit_code(body):
     """Of a process that calls signals.exit_with() of a function with that body; it imports no torch."""
-    script = ("import atexit, os, signal\nfrom nanochat import signals\natexit.register(os.abort)\n"
-              f"def run():\n{body}\nsignals.exit_with(run)")
-    return subprocess.run([sys.executable, "-c", script], cwd=small.ROOT, capture_output=True, text=True, timeout=60)
+    script = (
+        "import atexit, os, signal\nfrom nanochat import signals\natexit.register(os.abort)\n"
+        f"def run():\n{body}\nsignals.exit_with(run)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=small.ROOT, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_the_exit_code_stands_whatever_comes_after(name):
     """A signal after all is done, and a clean-up that aborts."""
-    done = exit_code(f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n"
-                     f"    print('said')\n    return 75")
+    done = exit_code(
+        f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n"
+        f"    print('said')\n    return 75"
+    )
     assert (done.returncode, done.stdout) == (75, "said\n"), done.stderr
 
 
@@ -190,23 +238,41 @@ def test_train_ends_that_way(monkeypatch):
 def test_what_a_second_interrupt_does_is_said_only_where_it_is_heard(ignored):
     """A shell starts what runs in its background with SIGINT ignored."""
     before = "signal.signal(signal.SIGINT, signal.SIG_IGN); " if ignored else ""
-    done = exit_code(f"    {before}stop = signals.StopSignals(speaks=True); stop.at_once = False\n"
-                     f"    os.kill(os.getpid(), signal.SIGTERM)\n    return 0")
-    assert "stopping after this step" in done.stderr and ("Ctrl-C again" in done.stderr) == (not ignored)
+    done = exit_code(
+        f"    {before}stop = signals.StopSignals(speaks=True); stop.at_once = False\n"
+        f"    os.kill(os.getpid(), signal.SIGTERM)\n    return 0"
+    )
+    assert "stopping after this step" in done.stderr and ("Ctrl-C again" in done.stderr) == (
+        not ignored
+    )
 
 
-@pytest.mark.parametrize("owner, name, n, step", [
-    ("models.GPT", "forward", 4, 3),
-    pytest.param("models.GPT", "forward", 1, 0, marks=pytest.mark.slow), pytest.param("evaluate", "pad", 1, 5, marks=pytest.mark.slow),
-    pytest.param("engine", "sample_next", 9, 6, marks=pytest.mark.slow),
-], ids=["a step", "compiling", "evaluating", "sampling"])
+@pytest.mark.parametrize(
+    "owner, name, n, step",
+    [
+        ("models.GPT", "forward", 4, 3),
+        pytest.param("models.GPT", "forward", 1, 0, marks=pytest.mark.slow),
+        pytest.param("evaluate", "pad", 1, 5, marks=pytest.mark.slow),
+        pytest.param("engine", "sample_next", 9, 6, marks=pytest.mark.slow),
+    ],
+    ids=["a step", "compiling", "evaluating", "sampling"],
+)
 def test_a_signal_on_two_ranks(tmp_path, owner, name, n, step):
     """Each rank that gets there is told; both exit with 75 at the same step, and two ranks continue exactly."""
     script = tmp_path / "sender.py"
     script.write_text(SENDER.format(root=str(small.ROOT), owner=owner, name=name, n=n))
-    done = small.run_torchrun(tmp_path, 2, "--device-batch-size=4", script=script)  # given, so that there is one pass of warm-up
-    assert sorted(re.findall("rank . exits with ..", done.stdout)) == ["rank 0 exits with 75", "rank 1 exits with 75"], done.stderr
-    assert "-15" not in done.stderr, "torchrun's own signal, when one rank is done, does not hide that"
-    assert small.summary(tmp_path)["status"] == "stopped" and small.summary(tmp_path)["step"] == step
+    done = small.run_torchrun(
+        tmp_path, 2, "--device-batch-size=4", script=script
+    )  # given, so that there is one pass of warm-up
+    assert sorted(re.findall("rank . exits with ..", done.stdout)) == [
+        "rank 0 exits with 75",
+        "rank 1 exits with 75",
+    ], done.stderr
+    assert "-15" not in done.stderr, (
+        "torchrun's own signal, when one rank is done, does not hide that"
+    )
+    assert (
+        small.summary(tmp_path)["status"] == "stopped" and small.summary(tmp_path)["step"] == step
+    )
     if step:
         assert checkpoint.steps_of(tmp_path / "run")[-1] == step

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from nanochat import __main__ as entry, hub as hubs, tokenizer as tokenizers
-from nanochat.common import Unavailable, UsageError, base_dir
 from small import SHARED
 
+from nanochat import __main__ as entry
+from nanochat.common import Unavailable, UsageError, base_dir
+from nanochat.data import hub as hubs
+from nanochat.data import tokenizer as tokenizers
+
 GPT2_FOLDER = SHARED / "gpt2_bpe"
-needs_gpt2 = pytest.mark.skipif(not (GPT2_FOLDER / "encoder.json").exists(), reason=f"needs GPT-2's files in {GPT2_FOLDER}")
+needs_gpt2 = pytest.mark.skipif(
+    not (GPT2_FOLDER / "encoder.json").exists(), reason=f"needs GPT-2's files in {GPT2_FOLDER}"
+)
 # "he" and "ll" join first, then "hell", then " hell" where a blank leads
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "hell")]
 TEXT = "The café sold 12 crêpes — 日本語 too.\n\n    def f(x):\n        return x  # 🙂\n" * 3
@@ -82,14 +86,18 @@ def test_batches_equal_single_texts(bpe):
         assert ids.tolist() == bpe.encode(text)
 
 
-@pytest.mark.parametrize("text, pieces", [
-    ("    return x", ["   ", " return", " x"]),
-    ("a\n        b", ["a", "\n        ", "b"]),
-    ("f(x) == 1234", ["f", "(x", ")", " ==", " ", "12", "34"]),
-    ("don't  stop", ["don", "'t", " ", " stop"]),
-])
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("    return x", ["   ", " return", " x"]),
+        ("a\n        b", ["a", "\n        ", "b"]),
+        ("f(x) == 1234", ["f", "(x", ")", " ==", " ", "12", "34"]),
+        ("don't  stop", ["don", "'t", " ", " stop"]),
+    ],
+)
 def test_split_pattern(text, pieces):
     import regex
+
     assert regex.findall(tokenizers.SPLIT_PATTERN, text) == pieces
 
 
@@ -99,9 +107,23 @@ def test_vocabulary_size_from_the_data_size():
     assert {n: tokenizers.derived_vocab_size(n) for n in sizes} == sizes
 
 
-@pytest.mark.parametrize("change", [{"format": 99}, {"kind": "unigram"}, {"tokens": []}, {"tokens": ["%%%"]}, {"pattern": "x"},
-                                    {"pattern": tokenizers.GPT2_PATTERN}, {"pattern": ["x"]}, {"special": "<|x|>"}, {"tokens": ["YQ=="]},
-                                    {"tokens": 3}, {"kind": "byte"}, {"kind": "char", "pattern": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 99},
+        {"kind": "unigram"},
+        {"tokens": []},
+        {"tokens": ["%%%"]},
+        {"pattern": "x"},
+        {"pattern": tokenizers.GPT2_PATTERN},
+        {"pattern": ["x"]},
+        {"special": "<|x|>"},
+        {"tokens": ["YQ=="]},
+        {"tokens": 3},
+        {"kind": "byte"},
+        {"kind": "char", "pattern": None},
+    ],
+)
 def test_damaged_or_foreign_files_are_refused(bpe, tmp_path, change):
     bpe.save(tmp_path)
     path = tmp_path / tokenizers.FILE_NAME
@@ -113,8 +135,14 @@ def test_damaged_or_foreign_files_are_refused(bpe, tmp_path, change):
 def test_files_of_earlier_versions_stay_valid():
     """The fingerprint is the hash of the file: these were taken before GPT-2's tokenizer came."""
     single = [bytes([i]) for i in range(256)]
-    assert tokenizers.train("byte", [], -1).fingerprint == "febcecb3e924e3bbe7820892d7e8e0a8b4303ea29f6bcf87bbfb61e52abde210"
-    assert tokenizers.train("char", ["abc"], -1).fingerprint == "68e34fc591edddca97834ba307f8a4d333888364c587e445b216e84bbe6486c0"
+    assert (
+        tokenizers.train("byte", [], -1).fingerprint
+        == "febcecb3e924e3bbe7820892d7e8e0a8b4303ea29f6bcf87bbfb61e52abde210"
+    )
+    assert (
+        tokenizers.train("char", ["abc"], -1).fingerprint
+        == "68e34fc591edddca97834ba307f8a4d333888364c587e445b216e84bbe6486c0"
+    )
     bpe = tokenizers.Tokenizer("bpe", [*single, b"ab"])
     assert bpe.fingerprint == "1469baac4728877a158544402fa1c335438278cafad8064e83d06be33287646c"
     assert (bpe.pattern, bpe.bos_text) == (tokenizers.SPLIT_PATTERN, "<|bos|>")
@@ -134,10 +162,21 @@ def test_endless_blanks_are_encoded_and_trained_on():
 # GPT-2's format
 
 
-def write_gpt2_folder(folder, merges=MERGES, names=("encoder.json", "merges.txt"), header="", newline="\n", change=None):
+def write_gpt2_folder(
+    folder,
+    merges=MERGES,
+    names=("encoder.json", "merges.txt"),
+    header="",
+    newline="\n",
+    change=None,
+):
     """A small tokenizer in GPT-2's files. change: called with the {token: id} object before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = [*tokenizers.gpt2_byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]
+    tokens = [
+        *tokenizers.gpt2_byte_characters(),
+        *("".join(pair) for pair in merges),
+        "<|endoftext|>",
+    ]
     encoder = {token: i for i, token in enumerate(tokens)}
     if change:
         change(encoder)
@@ -147,40 +186,65 @@ def write_gpt2_folder(folder, merges=MERGES, names=("encoder.json", "merges.txt"
     return folder
 
 
-@pytest.mark.parametrize("layout", [{}, {"names": ("vocab.json", "merges.txt"), "header": "#version: 0.2"}, {"newline": "\r\n"}])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"names": ("vocab.json", "merges.txt"), "header": "#version: 0.2"}, {"newline": "\r\n"}],
+)
 def test_gpt2_format_is_read_and_kept(tmp_path, layout):
     tokenizer = tokenizers.load(write_gpt2_folder(tmp_path / "in", **layout))
     assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.bos) == ("bpe", 261, 260)
     assert (tokenizer.pattern, tokenizer.bos_text) == (tokenizers.GPT2_PATTERN, "<|endoftext|>")
     assert tokenizer.encode("hell hell") == [258, 259]
-    assert tokenizer.encode("!~\x00 ") == [0, 93, 188, 220]  # the byte order of GPT-2: what prints first
+    assert tokenizer.encode("!~\x00 ") == [
+        0,
+        93,
+        188,
+        220,
+    ]  # the byte order of GPT-2: what prints first
     assert tokenizer.decode([258, 260]) == "hell<|endoftext|>"
     assert tokenizer.bos not in tokenizer.encode("<|endoftext|>")
     tokenizer.save(tmp_path / "out")
     again = tokenizers.load(tmp_path / "out")
-    assert (again.fingerprint, again.pattern, again.bos_text) == (tokenizer.fingerprint, tokenizer.pattern, tokenizer.bos_text)
+    assert (again.fingerprint, again.pattern, again.bos_text) == (
+        tokenizer.fingerprint,
+        tokenizer.pattern,
+        tokenizer.bos_text,
+    )
     assert again.encode("hell hell") == [258, 259]
 
 
 def swap(a, b):
     def change(encoder):
         encoder[a], encoder[b] = encoder[b], encoder[a]
+
     return change
 
 
-@pytest.mark.parametrize("layout, message", [
-    ({"change": swap("he", "ll")}, "merge 0 is 'h e', and token 256, which it should make, is 'll'"),
-    ({"change": swap("h", "ll")}, "ids 0 to 255 should be the single bytes"),
-    ({"change": swap("hell", "<|endoftext|>")}, "the last id, 260, should be"),
-    ({"change": lambda encoder: encoder.pop("ll")}, "the ids should be 0 to 259"),
-    ({"change": lambda encoder: encoder.update({"he": "256"})}, "the ids should be"),
-    ({"change": lambda encoder: encoder.update({"<|endoftext|>": 261, "x y": 260})}, "4 merges make 261 tokens .* there are 262"),
-    ({"change": lambda encoder: (encoder.pop("ll"), encoder.update({"日": 257}))}, "token 257, '日', is not written in"),
-    ({"change": lambda encoder: encoder.clear()}, "the ids should be"),
-    ({"merges": [("h", "e"), ("l", "l", "l")]}, "merge 1 is 'l l l'"),
-    ({"merges": [("h", "e"), ("e", "l"), ("h", "el")]}, "merge 2, 'h el', can never happen"),
-    ({"merges": [("he", "l")]}, "merge 0, 'he l', can never happen"),
-])
+@pytest.mark.parametrize(
+    "layout, message",
+    [
+        (
+            {"change": swap("he", "ll")},
+            "merge 0 is 'h e', and token 256, which it should make, is 'll'",
+        ),
+        ({"change": swap("h", "ll")}, "ids 0 to 255 should be the single bytes"),
+        ({"change": swap("hell", "<|endoftext|>")}, "the last id, 260, should be"),
+        ({"change": lambda encoder: encoder.pop("ll")}, "the ids should be 0 to 259"),
+        ({"change": lambda encoder: encoder.update({"he": "256"})}, "the ids should be"),
+        (
+            {"change": lambda encoder: encoder.update({"<|endoftext|>": 261, "x y": 260})},
+            "4 merges make 261 tokens .* there are 262",
+        ),
+        (
+            {"change": lambda encoder: (encoder.pop("ll"), encoder.update({"日": 257}))},
+            "token 257, '日', is not written in",
+        ),
+        ({"change": lambda encoder: encoder.clear()}, "the ids should be"),
+        ({"merges": [("h", "e"), ("l", "l", "l")]}, "merge 1 is 'l l l'"),
+        ({"merges": [("h", "e"), ("e", "l"), ("h", "el")]}, "merge 2, 'h el', can never happen"),
+        ({"merges": [("he", "l")]}, "merge 0, 'he l', can never happen"),
+    ],
+)
 def test_files_that_disagree_are_refused(tmp_path, layout, message):
     with pytest.raises(UsageError, match=message):
         tokenizers.load(write_gpt2_folder(tmp_path, **layout))
@@ -213,7 +277,9 @@ def test_a_run_folder_gives_its_tokenizer(tmp_path):
     assert tokenizers.load(tmp_path / "run").fingerprint == letters.fingerprint
     other = tokenizers.train("char", ["xyz"], -1)
     other.save(tmp_path / "run")
-    assert tokenizers.load(tmp_path / "run").fingerprint == other.fingerprint, "what a folder itself holds comes first"
+    assert tokenizers.load(tmp_path / "run").fingerprint == other.fingerprint, (
+        "what a folder itself holds comes first"
+    )
 
 
 def test_plans_know_gpt2():
@@ -227,14 +293,23 @@ def gpt2():
 
 
 @needs_gpt2
-@pytest.mark.parametrize("text, ids", [
-    ("Hello world", [15496, 995]),
-    ("hello world", [31373, 995]),
-    ("0", [15]), ("00", [405]), ("000", [830]), ("0000", [2388]), ("00000", [20483]), ("000000", [10535]), ("0000000", [24598]),
-    ("today\n  \n", [40838, 198, 220, 220, 198]),
-    ("👍", [41840, 235]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("Hello world", [15496, 995]),
+        ("hello world", [31373, 995]),
+        ("0", [15]),
+        ("00", [405]),
+        ("000", [830]),
+        ("0000", [2388]),
+        ("00000", [20483]),
+        ("000000", [10535]),
+        ("0000000", [24598]),
+        ("today\n  \n", [40838, 198, 220, 220, 198]),
+        ("👍", [41840, 235]),
+        ("", []),
+    ],
+)
 def test_gpt2_ids_are_openais(gpt2, text, ids):
     """As tiktoken's own tests have them."""
     assert gpt2.encode(text) == ids
@@ -243,20 +318,37 @@ def test_gpt2_ids_are_openais(gpt2, text, ids):
 @needs_gpt2
 def test_gpt2_is_the_pinned_one(gpt2):
     assert gpt2.fingerprint == tokenizers.GPT2_FINGERPRINT
-    assert (gpt2.vocab_size, gpt2.bos, gpt2.bos_text) == (tokenizers.GPT2_VOCAB_SIZE, 50256, "<|endoftext|>")
+    assert (gpt2.vocab_size, gpt2.bos, gpt2.bos_text) == (
+        tokenizers.GPT2_VOCAB_SIZE,
+        50256,
+        "<|endoftext|>",
+    )
 
 
 @needs_gpt2
 def test_gpt2_ids_are_those_of_another_implementation(gpt2):
     """Hugging Face's, which splits by the first published pattern and joins by merges.txt: shared text, random Unicode."""
-    other = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(str(GPT2_FOLDER / "encoder.json"), str(GPT2_FOLDER / "merges.txt"))
+    other = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(
+        str(GPT2_FOLDER / "encoder.json"), str(GPT2_FOLDER / "merges.txt")
+    )
     draw = random.Random(0)
-    assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    assigned = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
     tricky = " \n\t\r\u00a0\u2003's'll'RE_a9,"
-    texts = ["".join(draw.choice(assigned if draw.random() < 0.5 else tricky) for _ in range(draw.randrange(60))) for _ in range(5000)]
+    texts = [
+        "".join(
+            draw.choice(assigned if draw.random() < 0.5 else tricky)
+            for _ in range(draw.randrange(60))
+        )
+        for _ in range(5000)
+    ]
     with open(SHARED / "general_english" / "val.jsonl", encoding="utf-8") as lines:
         texts += [json.loads(line)["text"] for line in lines]
-    texts += [(SHARED / "tinyshakespeare.txt").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")]
+    texts += [
+        (SHARED / "tinyshakespeare.txt").read_text(encoding="utf-8"),
+        Path(__file__).read_text(encoding="utf-8"),
+    ]
     for text, ids in zip(texts, gpt2.encode_batch(texts), strict=True):
         assert ids.tolist() == other.encode(text).ids, repr(text[:100])
         assert gpt2.decode(ids.tolist()) == text
@@ -282,16 +374,22 @@ def test_gpt2_by_name_is_fetched_once(hub, empty_base, gpt2):
     hub.fault("merges.txt", "cut", 1, after=1000)
     assert tokenizers.gpt2(download=False) is None and not hub.requests
     assert tokenizers.gpt2().fingerprint == gpt2.fingerprint
-    assert [start for start, _ in hub.bodies("vocab.json")] == [0] and [start for start, _ in hub.bodies("merges.txt")] == [0, 1000]
+    assert [start for start, _ in hub.bodies("vocab.json")] == [0] and [
+        start for start, _ in hub.bodies("merges.txt")
+    ] == [0, 1000]
     hub.requests.clear()
     assert tokenizers.gpt2(download=False).encode("Hello world") == [15496, 995]
     assert tokenizers.gpt2().fingerprint == gpt2.fingerprint and not hub.requests
-    assert [path.name for path in base_dir().rglob("*") if path.is_file() and path.suffix != ".lock"] == ["vocab.json"]
+    assert [
+        path.name for path in base_dir().rglob("*") if path.is_file() and path.suffix != ".lock"
+    ] == ["vocab.json"]
 
 
 def test_gpt2_without_network_says_what_to_do(empty_base, capsys):
     """Not the user's mistake: exit code 1, also where only the second file does not come."""
-    with pytest.raises(Unavailable, match=r"no connection.*HF_ENDPOINT.*merges.txt into .*gpt2, or into any folder") as caught:
+    with pytest.raises(
+        Unavailable, match=r"no connection.*HF_ENDPOINT.*merges.txt into .*gpt2, or into any folder"
+    ) as caught:
         tokenizers.gpt2()
     assert "\n" not in str(caught.value)
     assert entry.main(["tokenizer", "inspect", "gpt2"]) == 1
@@ -301,7 +399,9 @@ def test_gpt2_without_network_says_what_to_do(empty_base, capsys):
 def test_gpt2_goes_on_with_what_it_has(hub, empty_base, tmp_path):
     serve_gpt2(hub, write_gpt2_folder(tmp_path / "small"))
     hub.fault("merges.txt", "status", 1, code=404)
-    with pytest.raises(Unavailable, match="merges.txt of openai-community/gpt2 was not downloaded: not found"):
+    with pytest.raises(
+        Unavailable, match="merges.txt of openai-community/gpt2 was not downloaded: not found"
+    ):
         tokenizers.gpt2()
     with pytest.raises(Unavailable, match="is not GPT-2's tokenizer"):
         tokenizers.gpt2()
@@ -315,7 +415,9 @@ def test_something_else_under_gpt2s_name_is_refused(hub, empty_base, tmp_path, c
     if content:
         hub.add_url(f"/{tokenizers.GPT2_REPO}/resolve/main/vocab.json", content)
     for attempt in (1, 2):
-        with pytest.raises(Unavailable, match="sent for openai-community/gpt2 is not GPT-2's tokenizer"):
+        with pytest.raises(
+            Unavailable, match="sent for openai-community/gpt2 is not GPT-2's tokenizer"
+        ):
             tokenizers.gpt2()
         assert len(hub.bodies("vocab.json")) == attempt
     folder = write_gpt2_folder(base_dir() / "tokenizers" / "gpt2")

@@ -7,8 +7,11 @@ import sys
 import pytest
 from test_tokenizer import GPT2_FOLDER, needs_gpt2, write_gpt2_folder
 
-from nanochat import __main__ as entry, hub as hubs, tokenizer as tokenizers, tokenizer_app as app
+from nanochat import __main__ as entry
+from nanochat.apps import tokenizer as app
 from nanochat.common import UsageError
+from nanochat.data import hub as hubs
+from nanochat.data import tokenizer as tokenizers
 
 WORDS = "the cat and the dog ran after the other cat, then they slept in the sun — 12 hours\n"
 
@@ -39,8 +42,14 @@ def test_train_saves_what_train_py_can_load(text, tmp_path, capsys):
     printed = capsys.readouterr().out
     saved = tokenizers.load(out)
     assert saved.kind == "bpe" and saved.encode(WORDS)
-    assert f"{saved.vocab_size:,} ids" in printed and "bytes per token" in printed and f"--tokenizer={out}" in printed
-    assert app.main(["train", text, str(out), "--vocab-size", "300"]) == 0  # the same again is no conflict
+    assert (
+        f"{saved.vocab_size:,} ids" in printed
+        and "bytes per token" in printed
+        and f"--tokenizer={out}" in printed
+    )
+    assert (
+        app.main(["train", text, str(out), "--vocab-size", "300"]) == 0
+    )  # the same again is no conflict
     assert app.main(["train", text, str(tmp_path / "letters"), "--kind", "char"]) == 0
     assert tokenizers.load(tmp_path / "letters").kind == "char"
 
@@ -91,7 +100,12 @@ def test_compare_measures_held_out_text(text, tmp_path, capsys):
     expected = len(tokenizers.load(tmp_path / "run" / "tokenizer").encode(held_out))
     assert rows[str(tmp_path / "run")]["tokens"] == expected
     for row in rows.values():
-        assert row["round_trip"] is True and row["mb_per_second"] > 0 and row["ratio_to_gpt2"] is None and row["error"] is None
+        assert (
+            row["round_trip"] is True
+            and row["mb_per_second"] > 0
+            and row["ratio_to_gpt2"] is None
+            and row["error"] is None
+        )
         assert row["bytes_per_token"] == result["bytes"] / row["tokens"]
 
 
@@ -100,10 +114,16 @@ def test_compare_reports_a_missing_character_in_its_row(text, tmp_path, capsys):
     assert app.main(["compare", text, str(tmp_path / "letters"), "byte"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if "letters" in line)
-    assert "no: the character" in row and "is not among this tokenizer's 6 characters" in row and "--tokenizer" not in row
+    assert (
+        "no: the character" in row
+        and "is not among this tokenizer's 6 characters" in row
+        and "--tokenizer" not in row
+    )
     assert any(line.startswith("byte ") and "exactly" in line for line in lines)
     broken, byte = compare(capsys, text, tmp_path / "letters", "byte")["tokenizers"]
-    assert broken["tokens"] is None and broken["round_trip"] is None and "character" in broken["error"]
+    assert (
+        broken["tokens"] is None and broken["round_trip"] is None and "character" in broken["error"]
+    )
     assert byte["error"] is None
 
 
@@ -128,10 +148,16 @@ def test_max_bytes_cuts_at_a_character(tmp_path, capsys):
 
 def test_many_documents_are_all_counted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(app, "BATCH_BYTES", 10)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 100)))
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 10)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 100))
+    )
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 10))
+    )
     result = compare(capsys, tmp_path, "byte")
-    assert result["documents"] == 9 and result["bytes"] == result["tokenizers"][0]["tokens"] == 5 * sum(range(1, 10))
+    assert result["documents"] == 9 and result["bytes"] == result["tokenizers"][0][
+        "tokens"
+    ] == 5 * sum(range(1, 10))
 
 
 def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
@@ -143,11 +169,25 @@ def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
 
 def test_compare_names_every_wrong_tokenizer(text, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no tokenizer"):
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no tokenizer",
+    ):
         app.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
     with pytest.raises(UsageError, match="merge 0"):
-        app.main(["compare", text, str(write_gpt2_folder(tmp_path / "bad", merges=[("h", "e"), ("he", "l")],
-                                                         change=lambda encoder: encoder.update({"he": 257, "hel": 256})))])
+        app.main(
+            [
+                "compare",
+                text,
+                str(
+                    write_gpt2_folder(
+                        tmp_path / "bad",
+                        merges=[("h", "e"), ("he", "l")],
+                        change=lambda encoder: encoder.update({"he": 257, "hel": 256}),
+                    )
+                ),
+            ]
+        )
 
 
 @needs_gpt2
@@ -158,7 +198,10 @@ def test_compare_with_gpt2(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     assert [row["tokenizer"] for row in compare(capsys, text, "byte")["tokenizers"]] == ["byte"]
     tokenizers.load(GPT2_FOLDER).save(tmp_path / "base" / "tokenizers" / "gpt2")
-    assert [row["tokenizer"] for row in compare(capsys, text, "byte")["tokenizers"]] == ["byte", "gpt2"]
+    assert [row["tokenizer"] for row in compare(capsys, text, "byte")["tokenizers"]] == [
+        "byte",
+        "gpt2",
+    ]
     assert [row["tokenizer"] for row in compare(capsys, text, "gpt2")["tokenizers"]] == ["gpt2"]
     assert app.main(["compare", text]) == 0
     assert "of GPT-2's" in capsys.readouterr().out
@@ -179,7 +222,12 @@ def test_inspect(tmp_path, capsys):
     assert "261 ids" in lines[1] and tokenizers.load(folder).fingerprint in lines[2]
     assert "<|endoftext|>, id 260" in lines[3]
     assert "5 bytes  ' hell'" in lines[4]
-    assert [line.split() for line in lines[-4:]] == [["258", "'hell'"], ["220", "'", "'"], ["127", "b'\\xc3'"], ["102", "b'\\xa9'"]]
+    assert [line.split() for line in lines[-4:]] == [
+        ["258", "'hell'"],
+        ["220", "'", "'"],
+        ["127", "b'\\xc3'"],
+        ["102", "b'\\xa9'"],
+    ]
     assert app.main(["inspect", "byte", "--text", ""]) == 0
     assert "0 tokens for 0 bytes" in capsys.readouterr().out
     tokenizers.train("char", ["cab"], -1).save(tmp_path / "letters")
@@ -187,14 +235,25 @@ def test_inspect(tmp_path, capsys):
     assert "characters     'abc'" in capsys.readouterr().out
     with pytest.raises(UsageError, match="fitted to data"):
         app.main(["inspect", "bpe"])
-    with pytest.raises(UsageError, match=r"bpee: no such folder, and not a name of a tokenizer \(byte, gpt2\)"):
+    with pytest.raises(
+        UsageError, match=r"bpee: no such folder, and not a name of a tokenizer \(byte, gpt2\)"
+    ):
         app.main(["inspect", "bpee"])
     with pytest.raises(UsageError, match="'ß'"):
         app.main(["inspect", str(tmp_path / "letters"), "--text", "ß"])
 
 
-@pytest.mark.parametrize("argv", [[], ["fit"], ["compare"], ["train", "x"], ["train", "x", "y", "--kind", "gpt2"],
-                                  ["inspect", "byte", "--te", "x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fit"],
+        ["compare"],
+        ["train", "x"],
+        ["train", "x", "y", "--kind", "gpt2"],
+        ["inspect", "byte", "--te", "x"],
+    ],
+)
 def test_wrong_usage_exits_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         app.main(argv)
@@ -203,7 +262,23 @@ def test_wrong_usage_exits_2(argv, capsys):
 
 
 def test_help_shows_every_flag_and_imports_nothing_heavy():
-    code = ("import sys; from nanochat import tokenizer_app as app; app.build_parser().print_help(); "
-            "assert not {'torch', 'numpy', 'tiktoken', 'rustbpe'} & set(sys.modules)")
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert all(flag in shown for flag in ("train", "compare", "inspect", "--kind", "--vocab-size", "--max-bytes", "--json", "--text"))
+    code = (
+        "import sys; from nanochat import tokenizer_app as app; app.build_parser().print_help(); "
+        "assert not {'torch', 'numpy', 'tiktoken', 'rustbpe'} & set(sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(
+        flag in shown
+        for flag in (
+            "train",
+            "compare",
+            "inspect",
+            "--kind",
+            "--vocab-size",
+            "--max-bytes",
+            "--json",
+            "--text",
+        )
+    )

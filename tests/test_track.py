@@ -19,13 +19,30 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import runlog, track
+from nanochat.run import log as runlog
+from nanochat.run import trackers as track
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = {"args": {"depth": 4, "data": "python", "num_iterations": -1}, "plan": {"num_iterations": 12, "groups": {"head": {"lr": 0.1}}},
-          "seed": 42, "git_commit": None}
-POSITION = {"tokens", "total_training_flops", "total_training_time"}  # in every line, so that W&B can draw it against them
-SUMMARY = {"status": "completed", "reason": "", "step": 12, "tokens": 3072, "val_bpb": 1.25, "core_metric": None, "mfu": 40.5}
+CONFIG = {
+    "args": {"depth": 4, "data": "python", "num_iterations": -1},
+    "plan": {"num_iterations": 12, "groups": {"head": {"lr": 0.1}}},
+    "seed": 42,
+    "git_commit": None,
+}
+POSITION = {
+    "tokens",
+    "total_training_flops",
+    "total_training_time",
+}  # in every line, so that W&B can draw it against them
+SUMMARY = {
+    "status": "completed",
+    "reason": "",
+    "step": 12,
+    "tokens": 3072,
+    "val_bpb": 1.25,
+    "core_metric": None,
+    "mfu": 40.5,
+}
 wandb = pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")
 
@@ -47,13 +64,31 @@ def metrics_lines(first, last):
     generator = np.random.default_rng(0)
     losses = generator.normal(size=100)
     for step in range(first, last):
-        position = {"step": step, "tokens": 524288 * step, "total_training_flops": 1.7e17 * step, "total_training_time": 0.1 * step}
+        position = {
+            "step": step,
+            "tokens": 524288 * step,
+            "total_training_flops": 1.7e17 * step,
+            "total_training_time": 0.1 * step,
+        }
         if step and step % 3 == 0:
-            yield {**position, "val/bpb": 1 + losses[step] / 10, "val/loss": 2.5, "core_metric": 0.01 * step,
-                   "centered_results": {"copa": 0.25, "boolq": -0.5}, "core/copa": 0.625}
+            yield {
+                **position,
+                "val/bpb": 1 + losses[step] / 10,
+                "val/loss": 2.5,
+                "core_metric": 0.01 * step,
+                "centered_results": {"copa": 0.25, "boolq": -0.5},
+                "core/copa": 0.625,
+            }
             yield {**position, "val/bpb": None, "reason": "an evaluation that failed"}
         loss = float("nan") if step == 5 else float(losses[step])
-        yield {**position, "train/loss": loss, "train/lr": 0.02, "train/dt": 0.5, "train/tok_per_sec": 12345.678, "train/epoch": step / 7}
+        yield {
+            **position,
+            "train/loss": loss,
+            "train/lr": 0.02,
+            "train/dt": 0.5,
+            "train/tok_per_sec": 12345.678,
+            "train/epoch": step / 7,
+        }
 
 
 def wandb_records(folder):
@@ -61,7 +96,10 @@ def wandb_records(folder):
 
     The files are LevelDB logs: after 7 bytes, blocks of 32 KiB with pieces of (checksum, length, kind, data)."""
     from wandb.proto.wandb_internal_pb2 import Record
-    for path in sorted(Path(folder).glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+
+    for path in sorted(
+        Path(folder).glob("wandb/*run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+    ):
         content, at, whole = path.read_bytes(), 7, b""
         while at + 7 <= len(content):
             if 32768 - at % 32768 < 7:
@@ -80,18 +118,31 @@ def wandb_history(folder, twice_from=999):
     found = {}
     for record in wandb_records(folder):
         if record.HasField("history"):
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            row = {
+                item.key or item.nested_key[0]: json.loads(item.value_json)
+                for item in record.history.item
+            }
             for name in row.keys() - {"step"}:
                 if not name.startswith("_"):
-                    assert (row["step"], name) not in found or name in POSITION or row["step"] >= twice_from
-                    assert found.setdefault((row["step"], name), row[name]) == row[name] or name == "samples"
+                    assert (
+                        (row["step"], name) not in found
+                        or name in POSITION
+                        or row["step"] >= twice_from
+                    )
+                    assert (
+                        found.setdefault((row["step"], name), row[name]) == row[name]
+                        or name == "samples"
+                    )
     return found
 
 
 def tensorboard_scalars(folder):
     """{(step, name): value} that TensorBoard shows; fails where one stands twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(Path(folder) / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+
+    events = EventAccumulator(
+        str(Path(folder) / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}
+    )
     events.Reload()
     found = {}
     for name in events.Tags()["scalars"]:
@@ -113,12 +164,24 @@ def jsonl_numbers(path):
     return found
 
 
-def log_run(folder, first, last, config=CONFIG, run_id="abc", metrics=True, lines=None, exit_code=0, end=True):
+def log_run(
+    folder,
+    first,
+    last,
+    config=CONFIG,
+    run_id="abc",
+    metrics=True,
+    lines=None,
+    exit_code=0,
+    end=True,
+):
     """A start of a run as train.py does it; returns (trackers, printed lines)."""
     printed = []
     log = runlog.Metrics(Path(folder) / "metrics.jsonl")
     log.keep_before(first)
-    trackers = track.Trackers(folder, "a name", True, config, run_id, first, printed.append, runlog.read_lines(log.path))
+    trackers = track.Trackers(
+        folder, "a name", True, config, run_id, first, printed.append, runlog.read_lines(log.path)
+    )
     for line in metrics_lines(first, last):
         log.write(**line)
         trackers.log(line)
@@ -133,7 +196,11 @@ def log_run(folder, first, last, config=CONFIG, run_id="abc", metrics=True, line
 def assert_all_agree(folder, twice_from=999):
     """Every number of metrics.jsonl stands once in both trackers, and nothing else does. Returns how many were compared."""
     expected = jsonl_numbers(Path(folder) / "metrics.jsonl")
-    in_wandb = {key: value for key, value in wandb_history(folder, twice_from).items() if key[1] != "samples"}
+    in_wandb = {
+        key: value
+        for key, value in wandb_history(folder, twice_from).items()
+        if key[1] != "samples"
+    }
     in_board, _ = tensorboard_scalars(folder)
     assert in_wandb == expected
     assert in_board.keys() == expected.keys()
@@ -145,12 +212,21 @@ def assert_all_agree(folder, twice_from=999):
 def test_three_copies_of_every_number(tmp_path):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     _, printed = log_run(tmp_path, 0, 40)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
     assert assert_all_agree(tmp_path) > 500
     assert len(printed) == 2 and "\n" not in "".join(printed)
-    assert printed[0].startswith("W&B: offline") and f"wandb sync {tmp_path}/wandb/offline-run-" in printed[0]
+    assert (
+        printed[0].startswith("W&B: offline")
+        and f"wandb sync {tmp_path}/wandb/offline-run-" in printed[0]
+    )
     assert f"tensorboard --logdir {tmp_path}/tensorboard" in printed[1]
-    assert (5, "train/loss") not in wandb_history(tmp_path) and (5, "train/dt") in wandb_history(tmp_path)
+    assert (5, "train/loss") not in wandb_history(tmp_path) and (5, "train/dt") in wandb_history(
+        tmp_path
+    )
 
 
 def test_config_summary_axis_and_samples_land(tmp_path):
@@ -173,8 +249,18 @@ def test_config_summary_axis_and_samples_land(tmp_path):
         elif kind == "exit":
             exits.append(record.exit.exit_code)
         preempting |= kind == "preempting"
-    assert run.run_id == "abc" and run.display_name == "a name" and run.project == "nanochat" and not run.HasField("git")
-    assert config["depth"] == 4 and config["num_iterations"] == -1 and config["plan"]["num_iterations"] == 99 and config["seed"] == 42
+    assert (
+        run.run_id == "abc"
+        and run.display_name == "a name"
+        and run.project == "nanochat"
+        and not run.HasField("git")
+    )
+    assert (
+        config["depth"] == 4
+        and config["num_iterations"] == -1
+        and config["plan"]["num_iterations"] == 99
+        and config["seed"] == 42
+    )
     assert summary.items() >= SUMMARY.items()
     assert metrics["*"] == "step"
     assert exits == [75] and preempting
@@ -184,8 +270,14 @@ def test_config_summary_axis_and_samples_land(tmp_path):
     assert "<b>def &lt;f&gt;</b>(x):\n    return x" in page and "second" in page
     assert not list(tmp_path.glob("wandb/**/*.patch")) and not list(tmp_path.glob("wandb/**/*.py"))
     _, events = tensorboard_scalars(tmp_path)
-    shown = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
-    assert shown["samples/0/text_summary"] == "    def <f>(x):\n        return x" and "second" in shown["samples/1/text_summary"]
+    shown = {
+        tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+    }
+    assert (
+        shown["samples/0/text_summary"] == "    def <f>(x):\n        return x"
+        and "second" in shown["samples/1/text_summary"]
+    )
     assert '"depth": 4' in shown["config/text_summary"]
 
 
@@ -196,7 +288,9 @@ def test_resuming_repeats_nothing_and_leaves_nothing_out(tmp_path):
         log_run(tmp_path, first, last)
         assert_all_agree(tmp_path)
     runs = [record.run for record in wandb_records(tmp_path) if record.HasField("run")]
-    assert {run.run_id for run in runs} == {"abc"} and len(list(tmp_path.glob("wandb/offline-run-*"))) == 4
+    assert {run.run_id for run in runs} == {"abc"} and len(
+        list(tmp_path.glob("wandb/offline-run-*"))
+    ) == 4
 
 
 def test_resuming_after_a_kill(tmp_path):
@@ -205,7 +299,7 @@ def test_resuming_after_a_kill(tmp_path):
 import os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import test_track
-from nanochat import track
+from nanochat.run import trackers as track
 trackers, _ = test_track.log_run({str(tmp_path)!r}, 0, 10, end=False)
 time.sleep(2 * track.FLUSH_SECONDS)
 trackers.log(list(test_track.metrics_lines(10, 11))[-1])
@@ -231,9 +325,16 @@ def test_another_run_id_starts_again(tmp_path):
     """As after --overwrite, or where resuming changes what the steps were."""
     log_run(tmp_path, 0, 10)
     log_run(tmp_path, 5, 8, run_id="other")
-    assert {record.run.run_id for record in wandb_records(tmp_path) if record.HasField("run")} == {"abc", "other"}
-    rows = [json.loads(item.value_json) for record in wandb_records(tmp_path) for item in record.history.item
-            if (item.key or item.nested_key[0]) == "train/lr"]
+    assert {record.run.run_id for record in wandb_records(tmp_path) if record.HasField("run")} == {
+        "abc",
+        "other",
+    }
+    rows = [
+        json.loads(item.value_json)
+        for record in wandb_records(tmp_path)
+        for item in record.history.item
+        if (item.key or item.nested_key[0]) == "train/lr"
+    ]
     assert len(rows) == 10 + 8
 
 
@@ -241,30 +342,41 @@ def test_another_run_id_starts_again(tmp_path):
 def test_a_tracker_that_raises_is_switched_off(tmp_path, monkeypatch, method):
     def broken(self, *arguments):
         raise ConnectionError("no\nluck")
+
     monkeypatch.setattr(track._Wandb, method, broken)
     _, printed = log_run(tmp_path, 0, 3, end=False)
     trackers, printed = log_run(tmp_path, 0, 6, end=False)
     trackers.update_config(CONFIG)
     trackers.finish(SUMMARY, 0)
     failed = [line for line in printed if "switched off" in line]
-    assert len(failed) == 1 and failed[0].startswith("W&B: switched off, training goes on (no luck)")
+    assert len(failed) == 1 and failed[0].startswith(
+        "W&B: switched off, training goes on (no luck)"
+    )
     expected = jsonl_numbers(tmp_path / "metrics.jsonl")
     assert tensorboard_scalars(tmp_path)[0].keys() == expected.keys()
 
 
 def test_who_will_not_wait_for_uploads(tmp_path, monkeypatch):
     """Ctrl-C at the very end does not turn a finished run into an interrupted one."""
+
     def waits(self, **arguments):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(wandb.Run, "finish", waits)
     _, printed = log_run(tmp_path, 0, 3)
-    assert printed[-1].startswith("trackers: not waited for, as asked; to upload what is missing: wandb sync ")
+    assert printed[-1].startswith(
+        "trackers: not waited for, as asked; to upload what is missing: wandb sync "
+    )
 
 
 def test_a_tracker_that_cannot_start(tmp_path):
     (tmp_path / "tensorboard").write_text("a file in the way")
     _, printed = log_run(tmp_path, 0, 3)
-    assert [line for line in printed if line.startswith("TensorBoard: could not be started, training goes on without it")]
+    assert [
+        line
+        for line in printed
+        if line.startswith("TensorBoard: could not be started, training goes on without it")
+    ]
     assert (2, "train/loss") in wandb_history(tmp_path)
 
 
@@ -286,9 +398,15 @@ def test_missing_packages_are_named_before_training(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, package)
         (tmp_path / package).mkdir()  # as W&B leaves where it is used
     found = track.problems("a name", True)
-    assert len(found) == 2 and all(part in text for text, parts in
-                                   zip(found, (["--run=a name", "pip install wandb"], ["--tensorboard", "pip install tensorboard"]),
-                                       strict=True) for part in parts)
+    assert len(found) == 2 and all(
+        part in text
+        for text, parts in zip(
+            found,
+            (["--run=a name", "pip install wandb"], ["--tensorboard", "pip install tensorboard"]),
+            strict=True,
+        )
+        for part in parts
+    )
     assert track.problems("dummy", False) == []
 
 
@@ -296,7 +414,7 @@ def test_missing_packages_are_named_before_training(monkeypatch, tmp_path):
 STARTER = """
 import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
-from nanochat import track
+from nanochat.run import trackers as track
 track.INIT_SECONDS = 2
 from nanochat import signals
 stop = signals.StopSignals(speaks=False)
@@ -319,11 +437,21 @@ sys.exit(75)
 def start_without_account(folder, **environment):
     """(exit code, lines on the terminal, seconds) of STARTER."""
     script = STARTER.format(root=str(ROOT), folder=str(folder), config=CONFIG)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and "proxy" not in k.lower()}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("WANDB") and "proxy" not in k.lower()
+    }
     ours, theirs = pty.openpty()
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                               env={**clean, "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment})
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**clean, "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment},
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -335,7 +463,11 @@ def start_without_account(folder, **environment):
             break
         shown += piece
     os.close(ours)
-    return process.wait(timeout=60), shown.decode().replace("\r", "").strip().split("\n"), time.monotonic() - started
+    return (
+        process.wait(timeout=60),
+        shown.decode().replace("\r", "").strip().split("\n"),
+        time.monotonic() - started,
+    )
 
 
 @pytest.mark.parametrize("why", ["no key", "malformed key", "closed port", "silent server"])
@@ -347,7 +479,10 @@ def test_without_account_or_server_it_is_offline_with_one_line(tmp_path, why):
     if why == "malformed key":
         environment = {"WANDB_API_KEY": "short"}
     elif why != "no key":
-        environment = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
+        environment = {
+            "WANDB_API_KEY": "0123456789" * 4,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{listener.getsockname()[1]}",
+        }
     code, shown, seconds = start_without_account(tmp_path, **environment)
     listener.close()
     assert code == 75
@@ -366,27 +501,63 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        sent = json.loads(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+        sent = json.loads(
+            gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        )
         query, variables, reply = sent.get("query", ""), sent.get("variables") or {}, {}
         name = variables.get("name")
         project = {"id": "p", "name": "nanochat", "entity": {"id": "e", "name": "me"}}
-        bucket = {"id": "b", "name": name, "displayName": "", "project": project, "config": "{}", "wandbConfig": '{"t": 1}', "tags": [],
-                  "summaryMetrics": self.server.summary, "historyTail": "[]", "eventsTail": "[]", "logLineCount": 0, "eventsLineCount": 0,
-                  "historyLineCount": len(self.server.rows)}
+        bucket = {
+            "id": "b",
+            "name": name,
+            "displayName": "",
+            "project": project,
+            "config": "{}",
+            "wandbConfig": '{"t": 1}',
+            "tags": [],
+            "summaryMetrics": self.server.summary,
+            "historyTail": "[]",
+            "eventsTail": "[]",
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "historyLineCount": len(self.server.rows),
+        }
         if "upsertBucket" in query:
             reply = {"upsertBucket": {"bucket": bucket, "inserted": name not in self.server.runs}}
             self.server.runs.append(name)
         elif "RunResumeStatus" in query:
             reply = {"model": {**project, "bucket": bucket if name in self.server.runs else None}}
         elif "viewer" in query:
-            reply = {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+            reply = {
+                "viewer": {
+                    "id": "v",
+                    "entity": "me",
+                    "username": "me",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                }
+            }
         elif "CreateRunFiles" in query:
             url = f"http://127.0.0.1:{self.server.server_address[1]}/"
             self.server.files += variables["files"]
-            reply = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": [
-                {"name": file, "uploadUrl": url + file} for file in variables["files"]]}}
-        self.server.rows += [json.loads(row) for row in sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])]
-        self.server.summary = sent.get("files", {}).get("wandb-summary.json", {}).get("content", [self.server.summary])[0]
+            reply = {
+                "createRunFiles": {
+                    "runID": "b",
+                    "uploadHeaders": [],
+                    "files": [
+                        {"name": file, "uploadUrl": url + file} for file in variables["files"]
+                    ],
+                }
+            }
+        self.server.rows += [
+            json.loads(row)
+            for row in sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        ]
+        self.server.summary = (
+            sent.get("files", {})
+            .get("wandb-summary.json", {})
+            .get("content", [self.server.summary])[0]
+        )
         self.server.ends += [sent["exitcode"]] if sent.get("complete") else []
         self.answer({"data": reply} if query else {"limits": {}})
 
@@ -405,7 +576,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(not wandb.__version__.startswith("0.31."), reason="the server imitates what this version of wandb asks for")
+@pytest.mark.skipif(
+    not wandb.__version__.startswith("0.31."),
+    reason="the server imitates what this version of wandb asks for",
+)
 def test_online(tmp_path, monkeypatch):
     """Against a small server on this machine: one line with the address, everything arrives once, also over a resume."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -425,9 +599,14 @@ def test_online(tmp_path, monkeypatch):
         for row in rows:
             for name in row.keys() - {"step", "samples"}:
                 if not name.startswith("_"):
-                    assert (row["step"], name) not in found or name in POSITION or row["step"] >= twice_from
+                    assert (
+                        (row["step"], name) not in found
+                        or name in POSITION
+                        or row["step"] >= twice_from
+                    )
                     found[row["step"], name] = row[name]
         return found
+
     assert history(server.rows) == jsonl_numbers(tmp_path / "metrics.jsonl")
     assert set(server.runs) <= {"abc", None} and server.ends == [75, 0]
     assert not [name for name in server.files if name.endswith((".py", ".patch")) or "code" in name]

@@ -1,0 +1,323 @@
+"""nanochat's speedrun model for transformers; load it with trust_remote_code=True. `nanochat export` copies this file.
+
+Shape legend: B batch rows, T new tokens, S tokens in all, C width, H query heads, K key/value heads, D head dim, V vocabulary."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class NanochatSpeedrunConfig(PretrainedConfig):
+    """Names that transformers knows, and the model's own.
+
+    layer_windows: keys that a token sees in each layer, itself included; 0 is full context. value_embedding_layers: the
+    layers that have one. backout_layer: after it the stream is taken that is subtracted at the end. gate_channels: leading
+    channels that the gates read. rope_base and norm_eps are the usual constants, logit_softcap c gives c tanh(z / c). key_shift:
+    half of a key is that of the position before."""
+
+    model_type = "nanochat_speedrun"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size=257,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        layer_windows=(0, 0),
+        value_embedding_layers=(1,),
+        backout_layer=0,
+        gate_channels=16,
+        rope_base=100_000.0,
+        norm_eps=1e-6,
+        logit_softcap=15.0,
+        key_shift=False,
+        use_cache=True,
+        **kwargs,
+    ):
+        if hidden_size % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of num_key_value_heads {num_key_value_heads}"
+            )
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = (
+            vocab_size,
+            hidden_size,
+            num_hidden_layers,
+        )
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+        )
+        self.max_position_embeddings = max_position_embeddings
+        self.layer_windows, self.value_embedding_layers = (
+            list(layer_windows),
+            list(value_embedding_layers),
+        )
+        self.backout_layer, self.gate_channels = backout_layer, gate_channels
+        self.rope_base, self.norm_eps, self.logit_softcap = rope_base, norm_eps, logit_softcap
+        self.key_shift, self.use_cache = key_shift, use_cache
+        super().__init__(**{**kwargs, "tie_word_embeddings": False})
+
+
+def rotate(x_BxHxTxD, cos_BxTxD2, sin_BxTxD2):
+    """Rotary position embedding; the first and second half of a head are real and imaginary parts."""
+    real, imaginary = x_BxHxTxD.float().chunk(2, dim=-1)
+    cos, sin = cos_BxTxD2[:, None], sin_BxTxD2[:, None]
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(
+        x_BxHxTxD.dtype
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, H, K, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.config, self.layer = config, layer
+        self.query = nn.Linear(C, H * D, bias=False)
+        self.key = nn.Linear(C, K * D, bias=False)
+        self.value = nn.Linear(C, K * D, bias=False)
+        self.out = nn.Linear(H * D, C, bias=False)
+        has_value_embedding = layer in config.value_embedding_layers
+        self.value_gate = (
+            nn.Linear(config.gate_channels, K, bias=False) if has_value_embedding else None
+        )
+
+    def forward(
+        self,
+        x_BxTxC,
+        value_embedding_BxTxKD,
+        rope,
+        seen,
+        cache,
+        embedding_BxTxC,
+        start,
+        follows_Bx1xTx1,
+    ):
+        """seen: (T, S) or (B, 1, T, S) bool, True where a query sees a key. embedding_BxTxC: what the cache keeps for smear. start:
+        tokens in the cache. follows_Bx1xTx1: 1 where the token before is of the same text, 0 behind padding; None: everywhere."""
+        B, T, C = x_BxTxC.shape
+        D, K = self.config.head_dim, self.config.num_key_value_heads
+        q = self.query(x_BxTxC).view(B, T, -1, D)
+        k = self.key(x_BxTxC).view(B, T, K, D)
+        v = self.value(x_BxTxC).view(B, T, K, D)
+        if self.value_gate is not None:
+            gate_BxTxK = 2 * torch.sigmoid(
+                self.value_gate(x_BxTxC[..., : self.config.gate_channels])
+            )
+            v = v + gate_BxTxK[..., None] * value_embedding_BxTxKD.view_as(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if (
+            self.config.key_shift
+        ):  # the slowly turning pairs of a key are those of the position before
+            n = (D // 2 + 1) // 2
+            slow = torch.cat((k[..., n : D // 2], k[..., D // 2 + n :]), dim=-1)
+            first = torch.zeros_like(slow[:, :, :1])
+            if start:
+                first = cache.layers[self.layer].values[
+                    :, :, start - 1 : start, D : D + slow.size(-1)
+                ]
+            before = torch.cat((first.to(slow), slow[:, :, :-1]), dim=2)
+            before = before if follows_Bx1xTx1 is None else before * follows_Bx1xTx1.to(slow.dtype)
+            real, imaginary = before.chunk(2, dim=-1)
+            k = torch.cat((k[..., :n], real, k[..., D // 2 : D // 2 + n], imaginary), dim=-1)
+        q, k = (F.rms_norm(rotate(x, *rope), (D,), eps=self.config.norm_eps) for x in (q, k))
+        if cache is not None:
+            if self.config.key_shift:  # rides along behind the values
+                v = torch.cat((v, slow), dim=-1)
+            if (
+                self.layer == 0
+            ):  # smear needs the embedding before the next token: it rides along behind layer 0's values
+                v = torch.cat((v, embedding_BxTxC.view(B, T, K, C // K).transpose(1, 2)), dim=-1)
+            k, v = cache.update(k, v, self.layer)
+            v = v[..., :D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.size(1) != K)
+        return self.out(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size, bias=False)
+        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+
+class NanochatSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = NanochatSpeedrunConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        C, V, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
+        self.embedding = nn.Embedding(V, C)
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(i): nn.Embedding(V, config.num_key_value_heads * config.head_dim)
+                for i in config.value_embedding_layers
+            }
+        )
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(n_layers)])
+        self.head = nn.Linear(C, V, bias=False)
+        self.residual_lambdas = nn.Parameter(torch.ones(n_layers))
+        self.x0_lambdas = nn.Parameter(torch.zeros(n_layers))
+        self.smear_gate = nn.Linear(config.gate_channels, 1, bias=False)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "resize_token_embeddings: this model has an embedding table on several layers; its vocabulary cannot be resized: "
+            "train with another --vocab-size"
+        )
+
+    def _norm(self, x):
+        return F.rms_norm(x, (x.size(-1),), eps=self.config.norm_eps)
+
+    def _seen(self, window, start, attention_mask_BxS, T, device):
+        """Which keys the T queries see: causal, within the window, and no padding (but always themselves)."""
+        S = start + T
+        query, key = (
+            torch.arange(start, S, device=device)[:, None],
+            torch.arange(S, device=device)[None, :],
+        )
+        seen = (key <= query) & (key > query - (window or S))
+        if attention_mask_BxS is None:
+            return seen
+        return seen & attention_mask_BxS[:, None, None, :].bool() | (key == query)
+
+    def _rope(self, position_BxT, device):
+        """cos and sin of the angles, (B, T, D/2) fp32; the angles are fp64 and made on the CPU, which every device has."""
+        half = self.config.head_dim // 2
+        frequency = self.config.rope_base ** -(
+            torch.arange(half, dtype=torch.float64, device="cpu") / half
+        )
+        angle = position_BxT.to("cpu", torch.float64)[..., None] * frequency
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
+        """fp32 logits (B, T, V) of input_ids (B, T), and the mean loss if labels (B, T; -100 is skipped) are given.
+
+        attention_mask: (B, S), 0 for padding, which may stand on either side. ValueError for what this model does not do."""
+        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) not in (None, False):
+                raise ValueError(f"{name} is not supported by this model")
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(
+                f"this model generates with a DynamicCache, not with a {type(past_key_values).__name__}"
+            )
+        if attention_mask is not None and (
+            not torch.is_tensor(attention_mask) or attention_mask.ndim != 2
+        ):
+            raise ValueError(
+                "attention_mask must have two dimensions, rows and positions, with 0 for padding"
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        cache, (B, T), device = past_key_values, input_ids.shape, input_ids.device
+        start = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is not None and attention_mask.size(1) != start + T:
+            raise ValueError(
+                f"attention_mask has {attention_mask.size(1)} positions for {start} cached tokens and {T} new ones"
+            )
+        if position_ids is None:
+            position_ids = torch.arange(start, start + T, device=device)[None]
+            if attention_mask is not None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -T:]
+        rope = self._rope(position_ids.expand(B, -1), device)
+        seen = {
+            window: self._seen(window, start, attention_mask, T, device)
+            for window in set(self.config.layer_windows)
+        }
+
+        # smear: add the gated embedding of the token before, none at the start of a row, where padding ends included
+        embedded = self._norm(self.embedding(input_ids))
+        if start:
+            cached = cache.layers[0].values[
+                :, :, start - 1, -self.config.hidden_size // self.config.num_key_value_heads :
+            ]
+            previous = cached.reshape(B, 1, -1).to(embedded)
+        else:
+            previous = torch.zeros_like(embedded[:, :1])
+        before = torch.cat((previous, embedded[:, :-1]), dim=1)
+        follows = None
+        if attention_mask is not None:
+            follows = F.pad(attention_mask, (1, -1))[:, None, -T:, None]
+            before = before * follows[:, 0].to(before.dtype)
+        gate = torch.sigmoid(self.smear_gate(embedded[..., : self.config.gate_channels]))
+        x0 = embedded + self.smear_lambda.to(embedded.dtype) * gate * before
+
+        x = x0
+        for i, block in enumerate(self.blocks):
+            x = self.residual_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            values = (
+                self.value_embeddings[str(i)](input_ids)
+                if i in self.config.value_embedding_layers
+                else None
+            )
+            x = x + block.attention(
+                self._norm(x),
+                values,
+                rope,
+                seen[self.config.layer_windows[i]],
+                cache,
+                embedded,
+                start,
+                follows,
+            )
+            x = x + block.mlp(self._norm(x))
+            if i == self.config.backout_layer:
+                middle = x
+        x = self._norm(x - self.backout_lambda.to(x.dtype) * middle)
+        x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+        cap = self.config.logit_softcap
+        logits = cap * torch.tanh(self.head(x).float() / cap)
+        loss = (
+            self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+            if labels is not None
+            else None
+        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
