@@ -350,18 +350,21 @@ def main(args, stop):
     import torch
 
     from nanochat import hardware, ranks
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpora
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.prefetch import Ahead, Prefetcher
+    from nanochat.data.rows import Rows, check_disk, describe_tokens, held_out_pieces
+    from nanochat.data.sources import compressed_bits_per_byte, describe_corpus, open_corpus
+    from nanochat.data.token_cache import DataFailed, TokenCache, load_tokenizer
     from nanochat.eval import bpb as evaluate
     from nanochat.eval import core as core_metric
     from nanochat.eval import generation as engine
     from nanochat.model import fp8
-    from nanochat.model import gpt as models
+    from nanochat.model.build import build
+    from nanochat.model.config import GPTConfig
     from nanochat.optim import loss_scaler as fp16
     from nanochat.optim import optimizer as optim
     from nanochat.ranks import print0
     from nanochat.run import checkpoint, faults
+    from nanochat.run.saver import Saver
     from nanochat.run import (
         log as runlog,
     )
@@ -425,7 +428,7 @@ def main(args, stop):
 
     # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
     corpus = ranks.from_rank0_or_raise(
-        lambda: corpora.open_corpus(
+        lambda: open_corpus(
             args.data, args.val_data, config["data"].get("revision", "") if config else "", print0
         )
     )
@@ -434,9 +437,14 @@ def main(args, stop):
             f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
             f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag"
         )
-    print0("\n".join(corpora.describe_corpus(corpus)))
-    tokenizer = data.load_tokenizer(
-        args, corpus, config and folder.path / "tokenizer", source and source.tokenizer
+    print0("\n".join(describe_corpus(corpus)))
+    tokenizer = load_tokenizer(
+        args.tokenizer,
+        args.vocab_size,
+        corpus,
+        of_run=config and folder.path / "tokenizer",
+        of_source=source and source.tokenizer,
+        chosen="tokenizer" in args.given,
     )
     if config and tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
         raise UsageError(
@@ -444,8 +452,8 @@ def main(args, stop):
         )
     saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
     T = args.max_seq_len
-    cache = data.TokenCache(tokenizer, torch.get_num_threads(), saved_state.get("shard_tokens"))
-    rows = data.Rows(corpus, cache, T, args.seed)
+    cache = TokenCache(tokenizer, torch.get_num_threads(), saved_state.get("shard_tokens"))
+    rows = Rows(corpus, cache, T, args.seed)
     ranks.from_rank0_or_raise(
         lambda: cache.prepare(
             [*corpus.val, *rows.first_shards()],
@@ -453,7 +461,7 @@ def main(args, stop):
         )
     )
     tokens_per_epoch = config["data"]["tokens_per_epoch"] if config else rows.tokens_per_epoch()
-    pieces = data.held_out_pieces(
+    pieces = held_out_pieces(
         corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize
     )
     if not pieces and args.eval_every != -1:
@@ -461,11 +469,11 @@ def main(args, stop):
             f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1"
         )
     prompts = ranks.from_rank0_or_raise(lambda: engine.sample_prompts(args, tokenizer, corpus))
-    print0(data.describe_tokens(rows, tokens_per_epoch, pieces))
+    print0(describe_tokens(rows, tokens_per_epoch, pieces))
 
     # ----- the plan: derived at the first start, read back afterwards
     model_config = (
-        models.GPTConfig(**config["model"])
+        GPTConfig(**config["model"])
         if config
         else source.model
         if source
@@ -497,7 +505,7 @@ def main(args, stop):
             )
             + (f"; changed: {', '.join(changed)}" if changed else "")
         )
-    ranks.from_rank0_or_raise(lambda: data.check_disk(rows, plan.tokens, tokens_per_epoch))
+    ranks.from_rank0_or_raise(lambda: check_disk(rows, plan.tokens, tokens_per_epoch))
     memory = fit.memory_of(
         args, model_config, plan.parameters, dtype, backend, not no_compiler, device_type
     )
@@ -531,7 +539,7 @@ def main(args, stop):
     compressed = (
         config["data"]["compressed_bpb"]
         if config
-        else ranks.from_rank0_or_raise(lambda: corpora.compressed_bits_per_byte(corpus.val))
+        else ranks.from_rank0_or_raise(lambda: compressed_bits_per_byte(corpus.val))
     )
     print0(
         "held-out text compressed:",
@@ -718,7 +726,7 @@ def main(args, stop):
         summarize("running")
     try:
         if main_rank:
-            saver = checkpoint.Saver(
+            saver = Saver(
                 folder.path, args.keep_last, progress.message, records, best_bpb
             )
             trackers = track.Trackers(
@@ -734,7 +742,7 @@ def main(args, stop):
         stop.at_once = True
         stop.check()
         # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
-        model = models.build(
+        model = build(
             model_config, device, dtype, backend, seed=stream_seed(args.seed, "model")
         )
         model.checkpointing = args.activation_checkpointing
@@ -779,16 +787,14 @@ def main(args, stop):
                 f"rank {rank}: {text}" if world_size > 1 else text, file=sys.stderr, flush=True
             )
         )
-        batches = data.Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
+        batches = Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
         profiler = profiling.Profiler(
             folder.path / "profile", device, args.profile and main_rank, progress.message
         )
         if (
             not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0
         ):  # one process a machine reads ahead
-            ahead = data.Ahead(
-                rows, start_step * plan.rows_per_step, plan.last_row, progress.message
-            )
+            ahead = Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
 
         # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
         while True:
@@ -965,7 +971,7 @@ def main(args, stop):
                     )  # gradients travel while others are being made
                     loss += forward_backward(batch, step, micro) / accumulation
             except (
-                data.DataFailed,
+                DataFailed,
                 UsageError,
             ) as error:  # the other ranks are in this step: take part, then save and leave
                 failure = str(error)

@@ -11,12 +11,13 @@ import torch
 from hub_server import HubServer, blob_sha1
 
 from nanochat.common import Unavailable, UsageError
-from nanochat.data import hub
+from nanochat.data import download
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import core
 from nanochat.eval.bpb import EvaluationFailed
 from nanochat.eval.generation import Branches, KVCache
-from nanochat.model import gpt as models
+from nanochat.model.build import build, for_inference
+from nanochat.model.config import GPTConfig
 from tasks.core import LABELS, Task
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ ranks.close()
 
 def noisy_model(dtype=torch.float32, **changes):
     """A small model whose every part matters: freshly initialised, blocks would add nothing."""
-    config = models.GPTConfig(
+    config = GPTConfig(
         **{
             "depth": 3,
             "width": 32,
@@ -57,7 +58,7 @@ def noisy_model(dtype=torch.float32, **changes):
             **changes,
         }
     )
-    model = models.build(config, CPU, dtype)
+    model = build(config, CPU, dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -332,7 +333,7 @@ def test_branches_of_a_filled_cache_go_on_like_whole_rows(arch):
 @pytest.mark.parametrize("arch", [{}, {"arch": "llama", "window_pattern": "L"}])
 def test_inference_copy_changes_no_bit(arch):
     model = noisy_model(torch.bfloat16, **arch)
-    copy = models.for_inference(model)
+    copy = for_inference(model)
     ids = torch.randint(BYTES.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
     assert (
         copy is not model
@@ -341,7 +342,7 @@ def test_inference_copy_changes_no_bit(arch):
     )
     with torch.no_grad():
         assert torch.equal(model(ids), copy(ids))
-    assert models.for_inference(plain := noisy_model()) is plain
+    assert for_inference(plain := noisy_model()) is plain
 
 
 def test_training_mode_is_given_back(bundle):
@@ -524,8 +525,8 @@ def published(tmp_path, monkeypatch):
     """A server with the files of a bundle where the published ones would be, and the names that they are checked by."""
     bundle = small.core_bundle(tmp_path)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(hub, "BACKOFF_S", 0.0)
-    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     contents = {
         str(path.relative_to(bundle / "eval_data")): path.read_bytes()
         for path in (bundle / "eval_data").rglob("*.jsonl")

@@ -18,9 +18,10 @@ from nanochat import __main__ as entry
 from nanochat import common
 from nanochat.apps import data as app
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
+from nanochat.data import download, sources, token_cache
 from nanochat.data import hub as hubs
-from nanochat.data import rows as data
-from nanochat.data import sources as corpora
+from nanochat.data.sources import Corpus, open_corpus
+from nanochat.data.text import read_documents
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ def test_inspect_local(tmp_path, capsys):
     assert (lengths["sampled"], lengths["mean_bytes"], lengths["max_bytes"]) == (101, 51, 101)
     assert [lengths[f"p{p}_bytes"] for p in (5, 25, 50, 75, 95)] == [6, 26, 51, 76, 96]
     assert found["examples"] == [["a"], ["aa"]]
-    assert found["fingerprint"] == corpora.open_corpus(folder).fingerprint
+    assert found["fingerprint"] == open_corpus(folder).fingerprint
     assert app.main(["inspect", folder, "--val-data", folder + "/1.jsonl"]) == 0
     shown = capsys.readouterr().out
     assert "50% 4" in shown or "50% 5" in shown
@@ -261,8 +262,8 @@ def test_fetch_estimates_large_shards_low(hub, monkeypatch):
 def test_fetch_has_the_text_of_the_tokenizer_too(hub, tmp_path):
     """BPE is fitted to the first shard of a large data set, whatever the seed; once it is made that is not needed."""
     hub.add(CLIMBMIX, shards())
-    corpora_bytes = data.BPE_SAMPLE_BYTES
-    data.BPE_SAMPLE_BYTES = 100
+    sample_bytes = token_cache.BPE_SAMPLE_BYTES
+    token_cache.BPE_SAMPLE_BYTES = 100
     try:
         assert app.main(["fetch", "climbmix", "--shards=1"]) == 0
         assert bodies(hub) == [VAL, "shard_00000.parquet", order()[0]]
@@ -275,7 +276,7 @@ def test_fetch_has_the_text_of_the_tokenizer_too(hub, tmp_path):
         assert app.main(["fetch", "climbmix", "--shards=1", "--seed=9"]) == 0
         assert bodies(hub) == [VAL, order(seed=9)[0]]
     finally:
-        data.BPE_SAMPLE_BYTES = corpora_bytes
+        token_cache.BPE_SAMPLE_BYTES = sample_bytes
 
 
 def test_a_tokenizer_that_cannot_be_made(hub):
@@ -285,7 +286,7 @@ def test_a_tokenizer_that_cannot_be_made(hub):
     hub.fault(VAL, "status", None, code=404)
     flags = ["climbmix", "--tokens=500", "--max-seq-len=32"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "BPE_SAMPLE_BYTES", 100)
+        patch.setattr(token_cache, "BPE_SAMPLE_BYTES", 100)
         with pytest.raises(Unavailable, match="(?s)2 files could not be had.*shard_00000"):
             app.main(["fetch", *flags])
         assert bodies(hub)[:1] == order()[:1]
@@ -318,7 +319,7 @@ def test_a_large_data_set_wants_an_amount(hub):
 
 def test_a_small_data_set_is_taken_whole(hub, monkeypatch, capsys):
     hub.add(CLIMBMIX, shards())
-    monkeypatch.setattr(corpora, "EAGER_BYTES", 1 << 30)
+    monkeypatch.setattr(sources, "EAGER_BYTES", 1 << 30)
     assert app.main(["fetch", "climbmix", "--tokens=1", "--tokenizer=byte"]) == 0
     assert sorted(bodies(hub)) == sorted(shards())
     assert app.main(["tokenize", "climbmix", "--shards=2", "--tokenizer=byte"]) == 0
@@ -330,7 +331,7 @@ def test_no_room_on_the_disk(hub, monkeypatch):
     monkeypatch.setattr(app.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
     with pytest.raises(UsageError, match=r"9 files of .* are missing, .* 4.9 KiB free"):
         app.main(["fetch", "climbmix", "--all", "--tokenizer=byte"])
-    monkeypatch.setattr(data, "CACHE_LIMIT_BYTES", 2000)
+    monkeypatch.setattr(token_cache, "CACHE_LIMIT_BYTES", 2000)
     with pytest.raises(UsageError, match="the cache keeps 2.0 KiB"):
         app.main(["tokenize", "climbmix", "--all", "--tokenizer=byte"])
     assert not bodies(hub)
@@ -354,7 +355,7 @@ def test_local_text(tmp_path, capsys):
 
 
 @pytest.fixture
-def sources(tmp_path):
+def two_sources(tmp_path):
     """Two folders of 2,000 documents in four files each; a document says where it is from. The last file is held out."""
     return [
         write(
@@ -372,7 +373,7 @@ def mixed(folder):
     """({"train" or "val": [(text, source)]}, sources.json) of a folder that mix wrote, as train.py sees it."""
     import pyarrow.parquet
 
-    corpus = corpora.open_corpus(str(folder))
+    corpus = open_corpus(str(folder))
     found = {}
     for side, side_shards in (("train", corpus.train), ("val", corpus.val)):
         tables = [pyarrow.parquet.read_table(path) for shard in side_shards for path in shard.files]
@@ -394,9 +395,9 @@ def share(rows, name):
     )
 
 
-def test_mix(sources, tmp_path, capsys):
+def test_mix(two_sources, tmp_path, capsys):
     """Shares, sizes, no document twice, the held-out file from held-out documents, shuffled, and train.py's rules for a folder."""
-    a, b = sources
+    a, b = two_sources
     out = tmp_path / "deep" / "out"
     assert (
         app.main(
@@ -416,7 +417,7 @@ def test_mix(sources, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == names
     assert f"--data={out}" in capsys.readouterr().out
     found, summary = mixed(out)
-    assert corpora.open_corpus(str(out)).note == "held out: the last file, validation.parquet"
+    assert open_corpus(str(out)).note == "held out: the last file, validation.parquet"
     for side, n_bytes in (("train", 200_000), ("val", 20_000)):
         rows = found[side]
         assert n_bytes - 20 <= sum(len(text.encode()) for text, _ in rows) <= n_bytes
@@ -431,20 +432,20 @@ def test_mix(sources, tmp_path, capsys):
         switches = sum(x[1] != y[1] for x, y in zip(rows, rows[1:], strict=False))
         assert switches > len(rows) / 5, "the sources take turns"
     for path in out.glob("train_*.parquet"):
-        texts = set(corpora.read_documents(path))
+        texts = set(read_documents(path))
         rows = [row for row in found["train"] if row[0] in texts]
         assert share(rows, a) == pytest.approx(0.75, abs=0.02)
         assert sum(len(text.encode()) for text in texts) == pytest.approx(50_000, abs=600)
     assert summary["train_bytes"] == sum(len(text.encode()) for text, _ in found["train"])
     assert [source["share_asked_for"] for source in summary["sources"]] == [0.75, 0.25]
-    assert summary["sources"][0]["fingerprint"] == corpora.open_corpus(a).fingerprint
+    assert summary["sources"][0]["fingerprint"] == open_corpus(a).fingerprint
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
     assert app.main(["inspect", str(out)]) == 0
     assert f"mixed from    {a}: 75.0%" in capsys.readouterr().out
 
 
-def test_mix_depends_on_its_seed_alone(sources, tmp_path):
-    a, b = sources
+def test_mix_depends_on_its_seed_alone(two_sources, tmp_path):
+    a, b = two_sources
     runs = []
     for name, seed in (("x", 1), ("y", 1), ("z", 2)):
         app.main(
@@ -458,13 +459,13 @@ def test_mix_depends_on_its_seed_alone(sources, tmp_path):
                 "--shard-bytes=30000",
             ]
         )
-        runs.append(corpora.open_corpus(str(tmp_path / name)).fingerprint)
+        runs.append(open_corpus(str(tmp_path / name)).fingerprint)
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_a_source_that_runs_out(sources, tmp_path, capsys):
+def test_a_source_that_runs_out(two_sources, tmp_path, capsys):
     """The others fill its place, and the shares really reached are said; with --repeat it is drawn from again."""
-    a, b = sources
+    a, b = two_sources
     small_one = write(
         tmp_path / "small",
         [
@@ -535,8 +536,8 @@ def test_long_documents_and_hidden_twins(tmp_path):
     }
 
 
-def test_mix_refuses(sources, tmp_path, monkeypatch):
-    a, b = sources
+def test_mix_refuses(two_sources, tmp_path, monkeypatch):
+    a, b = two_sources
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="(?s)x=-1: write SOURCE=WEIGHT.*y: write.*named twice"):
         app.main(["mix", str(out), "x=-1", "y", f"{a}=1", f"{a}=2", "--bytes=1000"])
@@ -553,14 +554,14 @@ def test_mix_refuses(sources, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aaa", "bbb", "out"]
 
 
-def test_mix_leaves_nothing_when_it_fails(sources, tmp_path, monkeypatch, hub):
+def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hub):
     """A disk that fills, a source that cannot be fetched, an earlier process that was killed."""
-    a, _ = sources
+    a, _ = two_sources
     out = tmp_path / "out"
     hub.add(CLIMBMIX, shards())
     hub.fault(order()[0], "status", None, code=404)
     with monkeypatch.context() as patch:
-        patch.setattr(hubs, "ATTEMPTS", 1)
+        patch.setattr(download, "ATTEMPTS", 1)
         with pytest.raises(Unavailable, match="404"):
             app.main(
                 ["mix", str(out), f"{a}=1", "climbmix=1", "--bytes=1e5", "--shard-bytes=10000"]
@@ -640,7 +641,7 @@ def test_errors_in_a_line():
     ]
 
 
-def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):
+def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, two_sources):
     hub.add(CLIMBMIX, shards())
     assert (
         app.main(
@@ -648,7 +649,7 @@ def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):
                 "mix",
                 str(tmp_path / "out"),
                 "climbmix=1",
-                f"{sources[0]}=1",
+                f"{two_sources[0]}=1",
                 "--bytes=4000",
                 "--shard-bytes=2000",
             ]
@@ -660,10 +661,10 @@ def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, sources):
     assert mixed(tmp_path / "out")[1]["sources"][0]["licence"] == "CC-BY-NC-4.0"
 
 
-def test_mix_without_pyarrow(sources, tmp_path, monkeypatch):
+def test_mix_without_pyarrow(two_sources, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "suffix", lambda: ".jsonl")
-    assert app.main(["mix", str(tmp_path / "out"), f"{sources[0]}=1", "--bytes=1e4"]) == 0
-    corpus = corpora.open_corpus(str(tmp_path / "out"))
+    assert app.main(["mix", str(tmp_path / "out"), f"{two_sources[0]}=1", "--bytes=1e4"]) == 0
+    corpus = open_corpus(str(tmp_path / "out"))
     assert (
         "validation.jsonl" in corpus.note
         and len("".join(text for shard in corpus.train for text in shard.load()).encode()) == 10_000
@@ -672,13 +673,13 @@ def test_mix_without_pyarrow(sources, tmp_path, monkeypatch):
         json.loads(line)
         for line in (tmp_path / "out" / "validation.jsonl").read_text().splitlines()
     ]
-    assert {line["source"] for line in lines} == {sources[0]}
+    assert {line["source"] for line in lines} == {two_sources[0]}
 
 
 def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
     """Of a source of many documents no more are held than a shard's worth, twice: the buffer, and the file to write."""
     held, most = 0, 0
-    corpus = corpora.Corpus(
+    corpus = Corpus(
         "", [SimpleNamespace(documents=lambda report: counted(5000), fingerprint="x")], [], ""
     )
 

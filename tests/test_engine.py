@@ -10,7 +10,7 @@ import nanochat
 from nanochat import __main__ as entry
 from nanochat.apps import sample
 from nanochat.common import UsageError
-from nanochat.data import tokenizer
+from nanochat.data.tokenizer import train_tokenizer
 from nanochat.eval import generation as engine
 from nanochat.eval.generation import (
     KVCache,
@@ -21,7 +21,8 @@ from nanochat.eval.generation import (
     text_pieces,
 )
 from nanochat.model.attention import usable_backends
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
 
 VOCAB = 257  # the byte tokenizer's
 BOS = 256
@@ -383,7 +384,7 @@ def test_all_unusable_settings_are_named(model):
 
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
-    return tokenizer.train("byte", [], 0)
+    return train_tokenizer("byte", [], 0)
 
 
 def test_characters_come_out_whole(bytes_tokenizer):

@@ -24,10 +24,12 @@ from nanochat import hardware
 from nanochat.__main__ import main
 from nanochat.apps import evaluate as app
 from nanochat.common import read_json, write_json
-from nanochat.data import sources as corpora
-from nanochat.data import tokenizer as tokenizers
-from nanochat.model.gpt import GPTConfig, build
-from nanochat.run import checkpoint
+from nanochat.data import sources
+from nanochat.data.text import read_documents
+from nanochat.data.tokenizer import gpt2_byte_characters, train_tokenizer
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
+from nanochat.run import checkpoint, loading
 from nanochat.run import log as runlog
 from tasks.core import LABELS, interval
 
@@ -371,7 +373,7 @@ def test_bpb_of_a_file_is_of_all_of_it(run, tmp_path, flags, n_tokens, text):
     path = tmp_path / "other.txt"
     path.write_text(text)
     found = measured(run, "--bpb", f"--data={path}", *flags)["bpb"]
-    documents = corpora.read_documents(path)
+    documents = read_documents(path)
     if n_tokens:  # a byte is a token here
         documents = [
             documents[0],
@@ -420,13 +422,13 @@ def test_samples(run, capsys):
 
 
 def test_json_is_all_that_is_printed(run, bundle, capsys, monkeypatch, tmp_path):
-    open_corpus = corpora.open_corpus
+    open_corpus = sources.open_corpus
 
     def talkative(*args):
         args[-1]("data: trying again")
         return open_corpus(*args)
 
-    monkeypatch.setattr(corpora, "open_corpus", talkative)
+    monkeypatch.setattr(sources, "open_corpus", talkative)
     capsys.readouterr()
     assert (
         evaluate(
@@ -714,14 +716,14 @@ def test_texts_that_cannot_be_measured(run, tmp_path, capsys):
 
 
 def test_weights_that_are_not_numbers(run, bundle, capsys, monkeypatch):
-    load_run = checkpoint.load_run
+    load_run = loading.load_run
 
     def damaged(*args):
         model, tokenizer = load_run(*args)
         torch.nn.init.constant_(model.embedding.weight, math.nan)
         return model, tokenizer
 
-    monkeypatch.setattr(checkpoint, "load_run", damaged)
+    monkeypatch.setattr(loading, "load_run", damaged)
     found = measured(run, "--core", bundle, "--bpb", code=1)  # one failure leaves the rest
     assert (
         found["core"]["core_metric"] is None
@@ -760,7 +762,7 @@ def hf_tokenizer(byte_level=True, strips=False, **special):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {character: i for i, character in enumerate(tokenizers.gpt2_byte_characters())}
+    vocab = {character: i for i, character in enumerate(gpt2_byte_characters())}
     merges = [("Ġ", "a"), ("a", "t"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")]
     tokenizer = Tokenizer(
         models.BPE(vocab | {a + b: 256 + i for i, (a, b) in enumerate(merges)}, merges)
@@ -886,13 +888,13 @@ def test_hugging_face_models_against_plain_transformers(
         and 0 < tasks["copa"]["cropped"] < 6
     )
     bpb, n_tokens = direct_bpb(
-        logits_of, corpora.read_documents(text), stand_in.encode, stand_in.bos, context
+        logits_of, read_documents(text), stand_in.encode, stand_in.bos, context
     )
     assert (
         report["bpb"]["bpb"] == pytest.approx(bpb, abs=1e-6) and report["bpb"]["tokens"] == n_tokens
     )
     assert report["step"] is None and report["bpb"]["bytes"] == sum(
-        len(document.encode()) for document in corpora.read_documents(text)
+        len(document.encode()) for document in read_documents(text)
     )
     again = [
         f"--data={text}",
@@ -915,7 +917,7 @@ def test_a_run_and_its_export_are_one_model(hf, bundle, tmp_path):
     """The two ways to a model give the same answers and bits per byte."""
     from nanochat.apps import export
 
-    tokenizer = tokenizers.train("bpe", [TEXT, "Question 1 of the cat and so on and so on"], 300)
+    tokenizer = train_tokenizer("bpe", [TEXT, "Question 1 of the cat and so on and so on"], 300)
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
         depth=2,

@@ -17,9 +17,10 @@ import nanochat
 import train
 from nanochat.apps import export, runs
 from nanochat.common import UsageError
-from nanochat.data import tokenizer as tokenizers
+from nanochat.data.tokenizer import BOS_TEXT, TOKENIZER_KINDS, read_tokenizer, train_tokenizer
 from nanochat.eval.generation import generate_ids
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
 from nanochat.run import log as runlog
 
@@ -57,13 +58,13 @@ MODELS = {
 }
 
 
-def train_tokenizer(kind):
-    return tokenizers.train(kind, [TEXT, "plain words and more plain words"], 300)
+def small_tokenizer(kind):
+    return train_tokenizer(kind, [TEXT, "plain words and more plain words"], 300)
 
 
 def make_run(folder, shape, kind="bpe", step=7):
     """A run folder as training leaves it, of a model with noise on every weight."""
-    tokenizer = train_tokenizer(kind)
+    tokenizer = small_tokenizer(kind)
     model = build(GPTConfig(vocab_size=tokenizer.vocab_size, **shape), "cpu", seed=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -400,13 +401,13 @@ def random_texts(n, seed):
         lambda: chr(rng.randrange(0x1F300, 0x1FB00)) + rng.choice(["", "\u200d", "\ufe0f"]),
         lambda: rng.choice(".,;:!?()[]{}<>|_-+*/\\#@$%^&~`\"'"),
         lambda: rng.choice(["don't", "I'LL", "we've", "  ", "    ", "\n\n"]),
-        lambda: rng.choice([tokenizers.BOS_TEXT, "<|endoftext|>", "<|bos", "bos|>"]),
+        lambda: rng.choice([BOS_TEXT, "<|endoftext|>", "<|bos", "bos|>"]),
         lambda: chr(
             rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
         ),  # all but the surrogates
     ]
     return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)] + [
-        tokenizers.BOS_TEXT,
+        BOS_TEXT,
         "",
         " ",
         "\r\n",
@@ -430,9 +431,9 @@ def check_same(ours, theirs, texts):
     )
 
 
-@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_random_unicode_gives_the_same_ids(kind, tmp_path):
-    ours = train_tokenizer(kind)
+    ours = small_tokenizer(kind)
     texts = random_texts(1500 if kind == "bpe" else 300, seed=5)
     if kind == "char":
         known = {token.decode() for token in ours.tokens}
@@ -443,7 +444,7 @@ def test_random_unicode_gives_the_same_ids(kind, tmp_path):
 def test_source_files_give_the_same_ids(tmp_path):
     paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("nanochat/*.py"), *ROOT.glob("tests/*.py")])
     files = [path.read_text(encoding="utf-8") for path in paths]
-    ours = tokenizers.train("bpe", files, 2000)
+    ours = train_tokenizer("bpe", files, 2000)
     check_same(ours, exported_tokenizer(ours, tmp_path), files)
 
 
@@ -452,7 +453,7 @@ def test_shared_texts_give_the_same_ids(tmp_path):
     if not all(path.exists() for path in files):
         pytest.skip(f"needs the texts in {small.SHARED}, which are on the developers' machine only")
     texts = [path.read_text(encoding="utf-8")[:300_000] for path in files]
-    ours = tokenizers.train("bpe", texts, 4096)
+    ours = train_tokenizer("bpe", texts, 4096)
     check_same(ours, exported_tokenizer(ours, tmp_path), texts)
 
 
@@ -462,7 +463,7 @@ def test_gpt2_gives_the_same_ids(tmp_path):
         pytest.skip(
             "needs GPT-2's encoder.json and merges.txt, which are on the developers' machine only"
         )
-    ours = tokenizers.load(folder)
+    ours = read_tokenizer(folder)
     theirs = exported_tokenizer(ours, tmp_path)
     check_same(ours, theirs, [*random_texts(1500, seed=6), TEXT, (ROOT / "train.py").read_text()])
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -473,7 +474,7 @@ def test_gpt2_gives_the_same_ids(tmp_path):
 
 
 def test_unknown_characters_are_refused(tmp_path):
-    theirs = exported_tokenizer(train_tokenizer("char"), tmp_path)
+    theirs = exported_tokenizer(small_tokenizer("char"), tmp_path)
     with pytest.raises(Exception, match="UNK"):
         theirs("a character that is not there: Ω")
 
@@ -527,9 +528,9 @@ def test_the_model_card_names_no_folders(made):
     ] == ["text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
 
 
-@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_tokenizers_come_back_whole(kind, tmp_path):
-    ours = train_tokenizer(kind)
+    ours = small_tokenizer(kind)
     exported_tokenizer(ours, tmp_path).save_pretrained(
         tmp_path / "resaved"
     )  # as transformers writes it
@@ -628,7 +629,7 @@ def test_other_files_of_weights_are_refused(made, tmp_path):
     ],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path, field, change):
-    export.write_tokenizer(train_tokenizer("bpe"), 32, tmp_path)
+    export.write_tokenizer(small_tokenizer("bpe"), 32, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

@@ -16,8 +16,10 @@ from nanochat import hardware
 from nanochat.apps import doctor
 from nanochat.common import UsageError
 from nanochat.model import fp8
-from nanochat.model.gpt import GPTConfig, Linear, build, meta_model
-from nanochat.run import checkpoint
+from nanochat.model.build import build, meta_model
+from nanochat.model.config import GPTConfig
+from nanochat.model.layers import Linear
+from nanochat.run import loading
 from nanochat.run import log as runlog
 
 CPU = torch.device("cpu")
@@ -321,14 +323,15 @@ def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
     )
 
     # the evaluation at the end was in bf16, as that of the saved weights in a model that knows nothing of fp8
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpus
+    from nanochat.data.rows import held_out_pieces
+    from nanochat.data.sources import local_corpus
+    from nanochat.data.token_cache import TokenCache
     from nanochat.eval.bpb import bits_per_byte
 
-    model, tokenizer = checkpoint.load_run(tmp_path / "whole", dtype="bfloat16")
-    pieces = data.held_out_pieces(
-        corpus.local_corpus(str(tmp_path / "text.txt")).val,
-        data.TokenCache(tokenizer, 1),
+    model, tokenizer = loading.load_run(tmp_path / "whole", dtype="bfloat16")
+    pieces = held_out_pieces(
+        local_corpus(str(tmp_path / "text.txt")).val,
+        TokenCache(tokenizer, 1),
         32,
         10**9,
     )

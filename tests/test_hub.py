@@ -21,7 +21,12 @@ import pytest
 from hub_server import blob_sha1
 
 from nanochat.common import UsageError, base_dir, sha256_hex
+from nanochat.data import clients, download
 from nanochat.data import hub as hubs
+from nanochat.data.clients import datasets_at_home
+from nanochat.data.download import DownloadFailed, RemoteFile
+from nanochat.data.hub import KNOWN, SHAKESPEARE_BYTES, SHAKESPEARE_SHA256, model_file, resolve
+from nanochat.data.text import text_format, text_suffix
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
@@ -34,8 +39,8 @@ def quick(monkeypatch, tmp_path):
     """An empty base folder, short limits, and pauses that are noted instead of made; yields the list of them (seconds)."""
     pauses = []
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(hubs, "ATTEMPTS", 4)
-    monkeypatch.setattr(hubs, "TIMEOUT_S", 5.0)
+    monkeypatch.setattr(download, "ATTEMPTS", 4)
+    monkeypatch.setattr(clients, "TIMEOUT_S", 5.0)
     monkeypatch.setattr(
         hubs, "time", SimpleNamespace(sleep=pauses.append, time=time.time, monotonic=time.monotonic)
     )
@@ -46,7 +51,7 @@ def a_file(hub, content=DATA, repo="me/text", path="data/train-0.parquet", lfs=T
     """A RemoteFile that the server has."""
     sha = hub.add(repo, {path: content}, lfs=lfs)
     digest = sha256_hex(content) if lfs else ""
-    return hubs.RemoteFile(repo, sha, path, len(content), digest, digest or blob_sha1(content))
+    return RemoteFile(repo, sha, path, len(content), digest, digest or blob_sha1(content))
 
 
 def on_disk(file):
@@ -67,7 +72,7 @@ def on_disk(file):
 def fails(file, *parts):
     """fetch() raises DownloadFailed with a message that names the file and holds the parts; returns the lines it reported."""
     lines = []
-    with pytest.raises(hubs.DownloadFailed) as caught:
+    with pytest.raises(DownloadFailed) as caught:
         file.fetch(lines.append)
     for part in (file.name, *parts):
         assert part in str(caught.value)
@@ -143,7 +148,7 @@ def test_fault_that_passes(hub, quick, monkeypatch, case):
     """The file is complete in the end, no byte is asked for twice without need, one line is reported."""
     faults, ranges, pauses, line = PASSING[case]
     if case == "no byte in time":
-        monkeypatch.setattr(hubs, "TIMEOUT_S", 0.5)
+        monkeypatch.setattr(clients, "TIMEOUT_S", 0.5)
     file, lines = a_file(hub), []
     for kind, times, options in faults:
         hub.fault("train-0", kind, times, **options)
@@ -171,7 +176,7 @@ def test_retry_after_as_a_date(hub, quick):
 
 def test_steady_progress_is_not_a_failure(hub, monkeypatch):
     """A line that breaks more often than ATTEMPTS is still used while each request brings enough."""
-    monkeypatch.setattr(hubs, "PROGRESS_BYTES", 500)
+    monkeypatch.setattr(download, "PROGRESS_BYTES", 500)
     file, lines = a_file(hub), []
     hub.fault("train-0", "cut", 9, after=500)
     file.fetch(lines.append)
@@ -190,9 +195,7 @@ def test_redirect_keeps_the_token_with_the_hub(hub, monkeypatch):
     ]
     assert [r.authorization for r in hub.requests] == ["Bearer hf_test", ""]
     hub.add_url("/raw/input.txt", DATA)
-    hubs.RemoteFile(
-        "", "", f"{hub.url}/raw/input.txt", N, sha256_hex(DATA), sha256_hex(DATA)
-    ).fetch()
+    RemoteFile("", "", f"{hub.url}/raw/input.txt", N, sha256_hex(DATA), sha256_hex(DATA)).fetch()
     assert hub.requests[-1].path == "/raw/input.txt" and hub.requests[-1].authorization == ""
 
 
@@ -318,9 +321,7 @@ def test_what_is_not_there(hub, wrong):
 
 def test_no_network(quick):
     """Nothing listens: bounded attempts, then a message; nothing is on disk."""
-    file = hubs.RemoteFile(
-        "me/text", "0" * 40, "train-0.parquet", N, sha256_hex(DATA), sha256_hex(DATA)
-    )
+    file = RemoteFile("me/text", "0" * 40, "train-0.parquet", N, sha256_hex(DATA), sha256_hex(DATA))
     lines = fails(
         file,
         "no connection",
@@ -471,7 +472,7 @@ def test_no_locks(hub, monkeypatch):
 
 
 def test_long_downloads_say_how_far_they_are(hub, monkeypatch):
-    monkeypatch.setattr(hubs, "REPORT_S", -1)
+    monkeypatch.setattr(download, "REPORT_S", -1)
     file, lines = a_file(hub), []
     file.fetch(lines.append)
     assert lines[-1] == f"data: {file.name}: 4.9 KiB of 4.9 KiB"
@@ -487,7 +488,7 @@ def test_folder_that_cannot_be_written(hub, tmp_path):
 
 def test_names_on_disk():
     """Versions of a file do not meet on disk, suffixes stay, no name leads out of the folder."""
-    file = hubs.RemoteFile("me/text", "1" * 40, "a/../../x y.v2.jsonl.gz", 7, "", "e1")
+    file = RemoteFile("me/text", "1" * 40, "a/../../x y.v2.jsonl.gz", 7, "", "e1")
     path = file.local_path()
     assert (
         path.parent == base_dir() / "hub" / "me--text"
@@ -503,7 +504,7 @@ def test_names_on_disk():
     ):
         assert dataclasses.replace(file, **change).local_path() != path
     assert not path.parent.exists() and not file.is_local()
-    url = hubs.RemoteFile("", "", "https://example.org/a/b.txt?x=1", 7, "", "")
+    url = RemoteFile("", "", "https://example.org/a/b.txt?x=1", 7, "", "")
     assert url.name == "b.txt" and url.local_path().parent.name == "example.org"
 
 
@@ -523,7 +524,7 @@ def test_climbmix(hub):
     """All pages are read; the last shard by name is for validation."""
     hub.page_size = 2
     sha = climbmix(hub)
-    listing = hubs.resolve("climbmix")
+    listing = resolve("climbmix")
     assert [file.path for file in listing.train] == [f"shard_{i:05d}.parquet" for i in range(4)]
     assert [file.path for file in listing.val] == ["shard_00004.parquet"]
     assert (listing.repo, listing.revision, listing.split, listing.column) == (
@@ -532,7 +533,7 @@ def test_climbmix(hub):
         "train",
         "text",
     )
-    assert listing.train[3] == hubs.RemoteFile(
+    assert listing.train[3] == RemoteFile(
         CLIMBMIX, sha, "shard_00003.parquet", 100, *[sha256_hex(bytes([3]) * 100)] * 2
     )
     assert listing.note == "validation: the last of 5 files, shard_00004.parquet"
@@ -556,7 +557,7 @@ def test_fineweb_edu_and_tinystories(hub):
             "data/CC-MAIN-2013-20/0.parquet": b"d",
         },
     )
-    listing = hubs.resolve("fineweb-edu")
+    listing = resolve("fineweb-edu")
     assert [[file.path for file in side] for side in (listing.train, listing.val)] == [
         ["sample/10BT/000_00000.parquet"],
         ["sample/10BT/001_00000.parquet"],
@@ -571,7 +572,7 @@ def test_fineweb_edu_and_tinystories(hub):
             "TinyStories-train.txt": b"d",
         },
     )
-    listing = hubs.resolve("tinystories")
+    listing = resolve("tinystories")
     assert [len(listing.train), [file.name for file in listing.val]] == [
         2,
         ["validation-00000-of-00001-ef.parquet"],
@@ -582,17 +583,17 @@ def test_fineweb_edu_and_tinystories(hub):
 def test_shakespeare(hub, monkeypatch):
     """One plain file, whose sum is known; without a network its listing is the same."""
     hub.add_url("/raw/input.txt", DATA)
-    assert (hubs.SHAKESPEARE_BYTES, len(hubs.SHAKESPEARE_SHA256)) == (
-        hubs.KNOWN["shakespeare"].text_bytes,
+    assert (SHAKESPEARE_BYTES, len(SHAKESPEARE_SHA256)) == (
+        KNOWN["shakespeare"].text_bytes,
         64,
     )
     monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
     monkeypatch.setattr(hubs, "SHAKESPEARE_BYTES", N)
-    listing = hubs.resolve("shakespeare")
+    listing = resolve("shakespeare")
     assert len(listing.train) == 1 and listing.val == () and hub.requests == []
     fails(listing.train[0], "its content is damaged")
     monkeypatch.setattr(hubs, "SHAKESPEARE_SHA256", sha256_hex(DATA))
-    file = hubs.resolve("shakespeare").train[0]
+    file = resolve("shakespeare").train[0]
     hub.fault("input.txt", "cut", 1, after=2000)
     assert file.fetch(lambda line: None).suffix == ".txt" and on_disk(file) == (True, 0)
     assert hub.bodies("input.txt")[2:] == [(0, 2000), (2000, N)]
@@ -612,7 +613,7 @@ def test_shakespeare(hub, monkeypatch):
     ],
 )
 def test_formats_of_names(name, found, suffix):
-    assert (hubs.text_format(name), hubs.text_suffix(name)) == (found, suffix)
+    assert (text_format(name), text_suffix(name)) == (found, suffix)
 
 
 def test_model_files(hub, monkeypatch):
@@ -622,7 +623,7 @@ def test_model_files(hub, monkeypatch):
     hub.add_url("/me/model/resolve/main/a.json", DATA)
     stated = SimpleNamespace(commit_hash=None, etag=blob_sha1(DATA), size=N)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: stated)
-    file = hubs.model_file("me/model", "a.json")
+    file = model_file("me/model", "a.json")
     assert (file.n_bytes, file.sha256, file.etag) == (N, "", blob_sha1(DATA))
     hub.fault("a.json", "corrupt")
     fails(file, "its content is damaged")
@@ -632,10 +633,10 @@ def test_model_files(hub, monkeypatch):
 
 def test_model_files_without_network(quick):
     with pytest.raises(
-        hubs.DownloadFailed,
+        DownloadFailed,
         match="a.json of me/model was not downloaded: no connection .*4 times in a row. Check the ",
     ):
-        hubs.model_file("me/model", "a.json", lambda line: None)
+        model_file("me/model", "a.json", lambda line: None)
     assert quick == [1, 2, 4]
 
 
@@ -654,10 +655,10 @@ def test_settings_of_datasets_are_undone(monkeypatch):
     before, entered = settings(), threading.Event()
 
     def second():
-        with hubs.datasets_at_home("a test"):
+        with datasets_at_home("a test"):
             entered.set()
 
-    with hubs.datasets_at_home("a test"):
+    with datasets_at_home("a test"):
         assert settings()[1:] == (False, True)
         thread = threading.Thread(target=second)
         thread.start()
@@ -669,27 +670,27 @@ def test_settings_of_datasets_are_undone(monkeypatch):
 def test_a_new_commit_of_other_files_changes_nothing(hub):
     """The revision is new, the files' fingerprints and places are not, and nothing is downloaded again."""
     climbmix(hub)
-    before = hubs.resolve("climbmix")
+    before = resolve("climbmix")
     before.train[0].fetch()
     hub.add(CLIMBMIX, {"README.md": b"# more text", "shard_00001.parquet": b"other"})
-    after = hubs.resolve("climbmix")
+    after = resolve("climbmix")
     assert after.revision != before.revision and after.train[0].is_local()
     assert [
         a.fingerprint == b.fingerprint for a, b in zip(after.train, before.train, strict=True)
     ] == [True, False, True, True]
-    assert hubs.resolve("climbmix", before.revision) == before
+    assert resolve("climbmix", before.revision) == before
 
 
 def test_kept_listings(hub, quick, monkeypatch):
     """A commit that was listed is not asked for again; the newest is asked for, and its listing reused."""
     sha, lines = climbmix(hub), []
-    first = hubs.resolve("climbmix")
+    first = resolve("climbmix")
     hub.requests.clear()
-    assert hubs.resolve("climbmix", sha) == first and hub.requests == []
-    assert hubs.resolve("climbmix") == first and len(hub.requests) == 1
-    assert hubs.resolve("climbmix", "main") == first and hubs.resolve("climbmix", sha[:8]) == first
+    assert resolve("climbmix", sha) == first and hub.requests == []
+    assert resolve("climbmix") == first and len(hub.requests) == 1
+    assert resolve("climbmix", "main") == first and resolve("climbmix", sha[:8]) == first
     hub.fault("", "status", code=500)
-    assert hubs.resolve("climbmix", "", lines.append) == first
+    assert resolve("climbmix", "", lines.append) == first
     assert lines == [
         f"data: {CLIMBMIX}: the server answers 500; trying again in 1.0s",
         f"data: {CLIMBMIX}: the server answers 500, 2 times in a row; using the listing of revision {sha[:12]} from this disk",
@@ -699,14 +700,14 @@ def test_kept_listings(hub, quick, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     lines.clear()
     assert (
-        hubs.resolve("climbmix", "", lines.append) == first
+        resolve("climbmix", "", lines.append) == first
         and len(lines) == 1
         and "HF_HUB_OFFLINE is set" in lines[0]
     )
     for path in (base_dir() / "hub" / "listings").iterdir():
         path.write_text(path.read_text()[:-20])
-    with pytest.raises(hubs.DownloadFailed, match="No earlier listing"):
-        hubs.resolve("climbmix", sha)
+    with pytest.raises(DownloadFailed, match="No earlier listing"):
+        resolve("climbmix", sha)
 
 
 LISTING_FAULTS = {
@@ -724,7 +725,7 @@ LISTING_FAULTS = {
         "/api/",
         {"code": 500},
         None,
-        hubs.DownloadFailed,
+        DownloadFailed,
         "was not listed: the server answers 500, 4 times in a row",
         [1, 2, 4],
     ),
@@ -732,7 +733,7 @@ LISTING_FAULTS = {
         "/tree/",
         {"code": 500},
         None,
-        hubs.DownloadFailed,
+        DownloadFailed,
         "the server answers 500, 4 times in a row",
         [1, 2, 4],
     ),
@@ -757,28 +758,28 @@ def test_listing_faults(hub, quick, case):
     lines = []
     if exception:
         with pytest.raises(exception) as caught:
-            hubs.resolve("climbmix", "", lines.append)
+            resolve("climbmix", "", lines.append)
         assert part in str(caught.value) and "\n" not in str(caught.value)
         assert not (base_dir() / "hub" / "listings").exists()
     else:
-        assert len(hubs.resolve("climbmix", "", lines.append).train) == 4
+        assert len(resolve("climbmix", "", lines.append).train) == 4
         assert len(lines) == 1 and part in lines[0]
     assert quick == pauses
 
 
 def test_listing_without_network(quick):
     with pytest.raises(
-        hubs.DownloadFailed,
+        DownloadFailed,
         match="No earlier listing of it is on disk. Check the network and HF_ENDPOINT",
     ):
-        hubs.resolve("climbmix", "", lambda line: None)
+        resolve("climbmix", "", lambda line: None)
     assert quick == [1, 2, 4]
 
 
 def test_files_that_moved(hub):
     hub.add(CLIMBMIX, {"new/shard_00000.parquet": b"a", "shard_00001.parquet": b"b"})
     with pytest.raises(UsageError, match="0 files for training and 1 for validation.*have moved"):
-        hubs.resolve("climbmix")
+        resolve("climbmix")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -902,7 +903,7 @@ def repos(hub, request):
 def test_listing_of_any_dataset(repos, spec):
     """Configs and splits are what datasets makes of card and file names; sizes and sums are the hub's."""
     elsewhere = sorted(Path(os.environ["HF_HOME"]).rglob("*"))
-    listing = hubs.resolve(spec)
+    listing = resolve(spec)
     paths = [[file.path for file in side] for side in (listing.train, listing.val)]
     assert (listing.config, listing.split, listing.column, *paths) == LISTED[spec]
     assert not [
@@ -918,14 +919,14 @@ def test_listing_of_any_dataset(repos, spec):
             listing.revision,
         )
         assert file.fetch().read_bytes() == content
-    assert hubs.resolve(spec) == listing
+    assert resolve(spec) == listing
     assert sorted(Path(os.environ["HF_HOME"]).rglob("*")) == elsewhere
 
 
 @pytest.mark.parametrize("spec", REFUSED)
 def test_refused_specs(repos, quick, spec):
     with pytest.raises(UsageError) as caught:
-        hubs.resolve(spec, "", lambda line: None)
+        resolve(spec, "", lambda line: None)
     for part in (f"--data={spec}: ", *REFUSED[spec]):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value) and quick == []
@@ -935,10 +936,10 @@ def test_pinned_in_the_spec(hub):
     """@revision names a commit or branch; the argument wins over it."""
     first = hub.add("me/one", {"train.txt": b"a"})
     second = hub.add("me/one", {"train.txt": b"bb"})
-    assert hubs.resolve("hf:me/one").revision == second
-    assert hubs.resolve(f"hf:me/one@{first[:10]}").revision == first
-    assert hubs.resolve(f"hf:me/one@{first[:10]}").train[0].n_bytes == 1
-    assert hubs.resolve(f"hf:me/one@{first[:10]}", second).revision == second
+    assert resolve("hf:me/one").revision == second
+    assert resolve(f"hf:me/one@{first[:10]}").revision == first
+    assert resolve(f"hf:me/one@{first[:10]}").train[0].n_bytes == 1
+    assert resolve(f"hf:me/one@{first[:10]}", second).revision == second
 
 
 def test_a_local_folder_of_that_name_is_not_taken(hub, tmp_path, monkeypatch):
@@ -946,15 +947,15 @@ def test_a_local_folder_of_that_name_is_not_taken(hub, tmp_path, monkeypatch):
     (tmp_path / "me" / "one").mkdir(parents=True)
     (tmp_path / "me" / "one" / "train.txt").write_text("local")
     monkeypatch.chdir(tmp_path)
-    assert hubs.resolve("hf:me/one").train[0].n_bytes == 1
+    assert resolve("hf:me/one").train[0].n_bytes == 1
 
 
 @pytest.mark.parametrize(
     "path, code, exception, part",
     [
-        ("README.md", 500, hubs.DownloadFailed, "me/configs was not listed"),
-        ("/tree/", 503, hubs.DownloadFailed, "me/configs was not listed"),
-        ("paths-info", 500, hubs.DownloadFailed, "the server answers 500, 4 times in a row"),
+        ("README.md", 500, DownloadFailed, "me/configs was not listed"),
+        ("/tree/", 503, DownloadFailed, "me/configs was not listed"),
+        ("paths-info", 500, DownloadFailed, "the server answers 500, 4 times in a row"),
         ("README.md", 403, UsageError, "HF_TOKEN"),
     ],
 )
@@ -969,15 +970,15 @@ def test_faults_while_datasets_reads(hub, monkeypatch, path, code, exception, pa
     )  # a commit that no client has seen
     hub.fault(path, "status", code=code)
     with pytest.raises(exception) as caught:
-        hubs.resolve("hf:me/configs:plain", "", lambda line: None)
+        resolve("hf:me/configs:plain", "", lambda line: None)
     assert part in str(caught.value) and "\n" not in str(caught.value)
     hub.faults.clear()
-    assert len(hubs.resolve("hf:me/configs:plain").train) == 2
+    assert len(resolve("hf:me/configs:plain").train) == 2
 
 
 def test_gated_after_it_was_listed(hub):
     hub.add("me/one", {"train.txt": b"a"})
-    file = hubs.resolve("hf:me/one").train[0]
+    file = resolve("hf:me/one").train[0]
     hub.repos["me/one"].closed = "gated"
     fails(file, "access is refused (401, GatedRepo)", "HF_TOKEN")
 
@@ -990,11 +991,11 @@ def test_missing_packages(hub, monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.errors", None)
     with pytest.raises(UsageError, match=f"needs the package '{package}'.*pip install {package}"):
-        hubs.resolve(spec)
+        resolve(spec)
 
 
 def test_import_does_nothing():
-    program = "import sys, nanochat.hub; print([m for m in ('huggingface_hub', 'datasets', 'torch', 'pyarrow') if m in sys.modules])"
+    program = "import sys, nanochat.data.hub; print([m for m in ('huggingface_hub', 'datasets', 'torch', 'pyarrow') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -21,9 +21,12 @@ from hub_server import HubServer
 from nanochat import hardware
 from nanochat.apps import data as data_app
 from nanochat.common import base_dir, sha256_hex
+from nanochat.data import clients, download, prefetch, sources
 from nanochat.data import hub as hubs
-from nanochat.data import rows as data
-from nanochat.data import sources as corpora
+from nanochat.data.prefetch import Ahead, Prefetcher
+from nanochat.data.rows import Rows
+from nanochat.data.sources import PARQUET_TEXT_FACTOR, Corpus, open_corpus
+from nanochat.data.token_cache import DataFailed
 from nanochat.run import checkpoint
 from nanochat.run import log as runlog
 
@@ -35,8 +38,9 @@ FLAGS = ["--data=climbmix", f"--num-iterations={STEPS}", "--eval-every=10", "--s
 UNSAVED = ["--no-save", "--save-every=-1"]
 # The limits below, for the processes that these tests start.
 LIMITS = """
-from nanochat.data import sources as corpus, rows as data, hub
-corpus.EAGER_BYTES, data.AHEAD_RETRY_SECONDS, hub.BACKOFF_S, hub.ATTEMPTS = 1000, 0.05, 0.01, 3
+from nanochat.data import download, prefetch, sources
+sources.EAGER_BYTES, prefetch.AHEAD_RETRY_SECONDS = 1000, 0.05
+download.BACKOFF_S, download.ATTEMPTS = 0.01, 3
 """
 
 
@@ -53,10 +57,10 @@ def quick(monkeypatch, tmp_path):
 def limit(patch, base):
     """LIMITS in this process, and the base folder."""
     patch.setenv("NANOCHAT_BASE_DIR", str(base))
-    patch.setattr(corpora, "EAGER_BYTES", 1000)
-    patch.setattr(data, "AHEAD_RETRY_SECONDS", 0.05)
-    patch.setattr(hubs, "BACKOFF_S", 0.01)
-    patch.setattr(hubs, "ATTEMPTS", 3)
+    patch.setattr(sources, "EAGER_BYTES", 1000)
+    patch.setattr(prefetch, "AHEAD_RETRY_SECONDS", 0.05)
+    patch.setattr(download, "BACKOFF_S", 0.01)
+    patch.setattr(download, "ATTEMPTS", 3)
     patch.setattr(
         hardware, "peak_flops", lambda device: (1e12, "not measured")
     )  # a measurement is half of the time of a run here
@@ -94,8 +98,8 @@ def shards(n=N_SHARDS):
 
 def order(n_train=N_SHARDS - 1, seed=42):
     """Names of the shards in the order in which the first epoch reads them."""
-    corpus = corpora.Corpus("", [None] * n_train, [], "")
-    return [f"shard_{i:05}.parquet" for i in data.Rows(corpus, None, 32, seed).shard_order(0)]
+    corpus = Corpus("", [None] * n_train, [], "")
+    return [f"shard_{i:05}.parquet" for i in Rows(corpus, None, 32, seed).shard_order(0)]
 
 
 VAL = f"shard_{N_SHARDS - 1:05}.parquet"
@@ -160,9 +164,9 @@ def test_shards_are_fetched_while_training(hub, tmp_path, reference, monkeypatch
     """The first step needs the validation shard and the first; in the end those are here that the horizon needs, no others."""
     hub.add(CLIMBMIX, shards())
     at_start = []
-    begin = data.Ahead.__init__
+    begin = Ahead.__init__
     monkeypatch.setattr(
-        data.Ahead,
+        Ahead,
         "__init__",
         lambda self, *args: (at_start.extend(bodies(hub)), begin(self, *args))[1],
     )
@@ -245,7 +249,9 @@ def test_resume_without_a_network(killed, tmp_path, reference, monkeypatch, caps
     """Everything is cached, the revision pinned: no request is even tried."""
     shutil.copytree(killed / "base", base_dir(), dirs_exist_ok=True)
     shutil.copytree(killed / "run", tmp_path / "run")
-    monkeypatch.setattr(hubs, "_huggingface_hub", lambda: pytest.fail("the network was tried"))
+    monkeypatch.setattr(
+        clients, "load_huggingface_hub", lambda: pytest.fail("the network was tried")
+    )
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
     assert "from step 16" in capsys.readouterr().out
     assert losses(tmp_path) == reference
@@ -291,7 +297,7 @@ def test_a_new_commit_does_not_change_a_resumed_run(hub, tmp_path, reference, mo
 def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
     """Reading ahead fails on the fourth shard, reports it, and has it a little later; training has gone on."""
     hub.add(CLIMBMIX, shards())
-    monkeypatch.setattr(hubs, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     hub.fault(order()[1], "cut", 1, after=700)
     hub.fault(order()[3], "status", 2, code=503)
     fault = hub.faults[-1]
@@ -397,10 +403,10 @@ def test_waiting_for_data_can_be_interrupted():
         come.wait(10)
         yield 2
 
-    prefetcher = data.Prefetcher(batches(), interrupted=stop.is_set)
+    prefetcher = Prefetcher(batches(), interrupted=stop.is_set)
     assert next(prefetcher) == 1
     stop.set()
-    with pytest.raises(data.DataFailed, match="asked to stop"):
+    with pytest.raises(DataFailed, match="asked to stop"):
         next(prefetcher)
     come.set()
     assert next(prefetcher) == 2
@@ -411,7 +417,7 @@ def test_a_signal_while_waiting_for_a_shard(hub, tmp_path, monkeypatch, referenc
     """SIGTERM while the third shard does not come: saved at once, exit code 75."""
     hub.add(CLIMBMIX, shards())
     hub.fault(order()[2], "status", None, code=503, headers={"Retry-After": "1"})
-    monkeypatch.setattr(hubs, "ATTEMPTS", 4)
+    monkeypatch.setattr(download, "ATTEMPTS", 4)
     at_step(
         monkeypatch,
         11,
@@ -470,13 +476,13 @@ def test_a_disk_that_is_too_small(hub, tmp_path, capsys, monkeypatch):
 
 def test_a_disk_that_fills_up_while_training(hub, tmp_path, capsys, monkeypatch, reference):
     hub.add(CLIMBMIX, shards())
-    real, begin = shutil.disk_usage, data.Ahead.__init__
+    real, begin = shutil.disk_usage, Ahead.__init__
 
     def fill_up(self, *args):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
         begin(self, *args)
 
-    monkeypatch.setattr(data.Ahead, "__init__", fill_up)
+    monkeypatch.setattr(Ahead, "__init__", fill_up)
     assert small.run(tmp_path, *FLAGS) == 1
     printed = capsys.readouterr().out
     assert (
@@ -484,7 +490,7 @@ def test_a_disk_that_fills_up_while_training(hub, tmp_path, capsys, monkeypatch,
         and "Make room" in printed
         and small.summary(tmp_path)["step"] == 6
     )
-    monkeypatch.setattr(data.Ahead, "__init__", begin)
+    monkeypatch.setattr(Ahead, "__init__", begin)
     monkeypatch.setattr(shutil, "disk_usage", real)
     assert small.run(tmp_path, *FLAGS, "--resume") == 0
     assert losses(tmp_path) == reference
@@ -560,12 +566,10 @@ def test_endings_in_upper_case(hub):
             "TRAIN-1.jsonl.GZ": gzip.compress(lines[: lines.index(b"\n") + 1]),
         },
     )
-    corpus = corpora.open_corpus("hf:me/upper")
+    corpus = open_corpus("hf:me/upper")
     assert [document for shard in corpus.train for document in shard.documents()] == TEXTS
     assert [document for shard in corpus.val for document in shard.documents()] == TEXTS[:1]
-    assert corpus.train[0].n_bytes == round(
-        corpora.PARQUET_TEXT_FACTOR * corpus.train[0].files[0].n_bytes
-    )
+    assert corpus.train[0].n_bytes == round(PARQUET_TEXT_FACTOR * corpus.train[0].files[0].n_bytes)
 
 
 def test_tinystories_by_name(hub, tmp_path):
@@ -588,7 +592,7 @@ def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
     monkeypatch.setattr(hubs, "SHAKESPEARE_BYTES", len(text))
     monkeypatch.setattr(hubs, "SHAKESPEARE_SHA256", sha256_hex(text))
-    monkeypatch.setattr(corpora, "EAGER_BYTES", 1 << 20)
+    monkeypatch.setattr(sources, "EAGER_BYTES", 1 << 20)
     assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (
@@ -606,7 +610,7 @@ def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
 def test_eager_and_lazy_are_the_same(hub, tmp_path, reference, monkeypatch):
     """A data set below EAGER_BYTES is fetched whole before the first step, with the same rows."""
     hub.add(CLIMBMIX, shards())
-    monkeypatch.setattr(corpora, "EAGER_BYTES", 1 << 30)
+    monkeypatch.setattr(sources, "EAGER_BYTES", 1 << 30)
     assert small.run(tmp_path, *FLAGS, *UNSAVED) == 0
     assert sorted(bodies(hub)) == sorted(shards())
     assert small.losses(tmp_path) == reference[0]

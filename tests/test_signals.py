@@ -12,15 +12,17 @@ import small
 import torch
 
 from nanochat import signals
-from nanochat.data import rows as data
-from nanochat.data import sources as corpora
+from nanochat.data import sources
+from nanochat.data.token_cache import TokenCache
 from nanochat.eval import bpb as evaluate
 from nanochat.eval import generation as engine
-from nanochat.model import gpt as models
+from nanochat.model import build
+from nanochat.model.gpt import GPT
 from nanochat.optim import optimizer as optim
 from nanochat.run import checkpoint
 from nanochat.run import log as runlog
 from nanochat.run import plan as plans
+from nanochat.run.saver import Saver
 
 # Sends SIGTERM to every rank when rank 0 reaches the n-th call of a function.
 SENDER = """
@@ -29,7 +31,7 @@ sys.path.insert(0, {root!r})
 import train
 from nanochat import ranks, signals
 from nanochat.eval import generation as engine, bpb as evaluate
-from nanochat.model import gpt as models
+from nanochat.model.gpt import GPT
 owner, name, n = {owner}, {name!r}, {n}
 original, count = getattr(owner, name), [0]
 def send(*args, **kwargs):
@@ -70,12 +72,12 @@ def send_at(monkeypatch, owner, name, call=1):
 @pytest.mark.parametrize(
     "phase, owner, name, call, stands_at",
     [
-        ("reading data", corpora, "open_corpus", 1, None),
-        ("tokenizing", data.TokenCache, "_build", 1, None),
+        ("reading data", sources, "open_corpus", 1, None),
+        ("tokenizing", TokenCache, "_build", 1, None),
         ("planning", plans, "make_plan", 1, None),
         ("making the run folder", runlog.RunFolder, "write_config", 1, 0),
-        ("building", models, "build", 1, 0),
-        ("compiling", models.GPT, "forward", 1, 0),
+        ("building", build, "build", 1, 0),
+        ("compiling", GPT, "forward", 1, 0),
         ("a step", optim.Optimizer, "reduce", 3, 3),
         ("evaluating", evaluate, "pad", 1, 5),
         ("sampling", engine, "sample_next", 9, 6),
@@ -112,7 +114,7 @@ def test_a_signal_in_every_phase(
 def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
     """Without waiting for anything; what was saved before is whole."""
     count = [0]
-    original = models.GPT.forward
+    original = GPT.forward
 
     def forward(self, ids, targets=None, cache=None, **options):
         count[0] += 1
@@ -122,7 +124,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
         return original(self, ids, targets, cache, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models.GPT, "forward", forward)
+        patch.setattr(GPT, "forward", forward)
         assert small.run(tmp_path) == 75
     assert checkpoint.newest_intact(tmp_path / "run", print) in (4, 6)
     assert small.run(tmp_path, "--resume") == 0
@@ -138,7 +140,7 @@ def interrupts(*_, **__):
 @pytest.mark.parametrize("name, at_call", [("finish", 1), ("wait", 4)])
 def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypatch, name, at_call):
     """The summary does not go on to say that the run is running."""
-    original, count = getattr(checkpoint.Saver, name), [0]
+    original, count = getattr(Saver, name), [0]
 
     def interrupted(self, *args):
         count[0] += 1
@@ -146,15 +148,15 @@ def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypa
             interrupts()
         return original(self, *args)
 
-    monkeypatch.setattr(checkpoint.Saver, name, interrupted)
+    monkeypatch.setattr(Saver, name, interrupted)
     assert small.run(tmp_path) == 75
     assert count[0] >= at_call and small.summary(tmp_path)["status"] == "stopped"
 
 
 def test_a_second_interrupt_while_a_run_ends_that_has_no_step_yet(tmp_path, monkeypatch):
     """The first comes while the model is compiled, the second while what is under way is waited for."""
-    send_at(monkeypatch, models.GPT, "forward", 1)
-    monkeypatch.setattr(checkpoint.Saver, "wait", interrupts)
+    send_at(monkeypatch, GPT, "forward", 1)
+    monkeypatch.setattr(Saver, "wait", interrupts)
     assert small.run(tmp_path) == 75
     assert small.summary(tmp_path)["status"] == "stopped"
 
@@ -194,7 +196,7 @@ def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
         "__init__",
         lambda self, **options: stops.append(self) or original(self, **options),
     )
-    monkeypatch.setattr(corpora, "open_corpus", open_corpus)
+    monkeypatch.setattr(sources, "open_corpus", open_corpus)
     monkeypatch.setattr("nanochat.ranks.world_size", lambda: 2)
     monkeypatch.setattr("nanochat.ranks.setup", lambda device_type: torch.device(device_type))
     monkeypatch.setattr("nanochat.ranks.from_rank0", lambda value: value)
@@ -250,8 +252,8 @@ def test_what_a_second_interrupt_does_is_said_only_where_it_is_heard(ignored):
 @pytest.mark.parametrize(
     "owner, name, n, step",
     [
-        ("models.GPT", "forward", 4, 3),
-        pytest.param("models.GPT", "forward", 1, 0, marks=pytest.mark.slow),
+        ("GPT", "forward", 4, 3),
+        pytest.param("GPT", "forward", 1, 0, marks=pytest.mark.slow),
         pytest.param("evaluate", "pad", 1, 5, marks=pytest.mark.slow),
         pytest.param("engine", "sample_next", 9, 6, marks=pytest.mark.slow),
     ],

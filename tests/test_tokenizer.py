@@ -11,8 +11,26 @@ from small import SHARED
 
 from nanochat import __main__ as entry
 from nanochat.common import Unavailable, UsageError, base_dir
-from nanochat.data import hub as hubs
-from nanochat.data import tokenizer as tokenizers
+from nanochat.data import download
+from nanochat.data.tokenizer import (
+    BOS_TEXT,
+    EXPECTED_BYTES_PER_TOKEN,
+    GPT2_FINGERPRINT,
+    GPT2_PATTERN,
+    GPT2_REPO,
+    GPT2_VOCAB_SIZE,
+    SPLIT_PATTERN,
+    TOKENIZER_FILE,
+    TOKENIZER_KINDS,
+    Tokenizer,
+    _blanks_cut,
+    derived_vocab_size,
+    expected_vocab_size,
+    gpt2_byte_characters,
+    gpt2_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 
 GPT2_FOLDER = SHARED / "gpt2_bpe"
 needs_gpt2 = pytest.mark.skipif(
@@ -25,17 +43,17 @@ TEXT = "The café sold 12 crêpes — 日本語 too.\n\n    def f(x):\n        r
 
 @pytest.fixture(scope="module")
 def bpe():
-    return tokenizers.train("bpe", [TEXT, "plain words and more plain words"], 300)
+    return train_tokenizer("bpe", [TEXT, "plain words and more plain words"], 300)
 
 
-@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_round_trip_and_save(kind, tmp_path):
-    tokenizer = tokenizers.train(kind, [TEXT], 300)
+    tokenizer = train_tokenizer(kind, [TEXT], 300)
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
     assert max(ids) < tokenizer.bos == tokenizer.vocab_size - 1
     tokenizer.save(tmp_path)
-    loaded = tokenizers.load(tmp_path)
+    loaded = read_tokenizer(tmp_path)
     assert loaded.encode(TEXT) == ids
     assert loaded.fingerprint == tokenizer.fingerprint
 
@@ -47,15 +65,15 @@ def test_bpe_has_the_size_asked_for_and_merges(bpe):
 
 
 def test_text_that_spells_a_special_token_is_plain_text(bpe):
-    ids = bpe.encode(f"a{tokenizers.BOS_TEXT}b")
+    ids = bpe.encode(f"a{BOS_TEXT}b")
     assert bpe.bos not in ids
-    assert bpe.decode(ids) == f"a{tokenizers.BOS_TEXT}b"
+    assert bpe.decode(ids) == f"a{BOS_TEXT}b"
 
 
-@pytest.mark.parametrize("kind", tokenizers.KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_byte_counts_sum_to_the_text(kind):
     """Also for text that BPE cuts inside a character, where counting decoded tokens goes wrong."""
-    tokenizer = tokenizers.train(kind, [TEXT], 257)
+    tokenizer = train_tokenizer(kind, [TEXT], 257)
     rare = "日本語🙂é" if kind != "char" else "日é🙂"
     counts = tokenizer.byte_counts()
     assert counts[tokenizer.encode(rare)].sum() == len(rare.encode())
@@ -65,18 +83,18 @@ def test_byte_counts_sum_to_the_text(kind):
 
 
 def test_characters_are_numbered_by_code_point():
-    tokenizer = tokenizers.train("char", ["ba", "d c"], -1)
+    tokenizer = train_tokenizer("char", ["ba", "d c"], -1)
     assert tokenizer.encode(" abcd") == [0, 1, 2, 3, 4]
     assert tokenizer.vocab_size == 6
 
 
 def test_unknown_character_is_named():
     with pytest.raises(UsageError, match=r"'ß' \(U\+00DF\)"):
-        tokenizers.train("char", ["abc"], -1).encode("aß")
+        train_tokenizer("char", ["abc"], -1).encode("aß")
 
 
 def test_lone_surrogates_do_not_crash():
-    assert tokenizers.train("byte", [], -1).encode("a\udcff") == [ord("a"), ord("?")]
+    assert train_tokenizer("byte", [], -1).encode("a\udcff") == [ord("a"), ord("?")]
 
 
 def test_batches_equal_single_texts(bpe):
@@ -98,13 +116,13 @@ def test_batches_equal_single_texts(bpe):
 def test_split_pattern(text, pieces):
     import regex
 
-    assert regex.findall(tokenizers.SPLIT_PATTERN, text) == pieces
+    assert regex.findall(SPLIT_PATTERN, text) == pieces
 
 
 def test_vocabulary_size_from_the_data_size():
     # 55 MiB / 12,800 = 4,521, nearest power of two 4,096; 1.1 MB -> 87 -> the floor; 100 GB -> the ceiling
     sizes = {1: 512, 1_115_394: 512, 57_875_898: 4096, 100 * 10**9: 32768}
-    assert {n: tokenizers.derived_vocab_size(n) for n in sizes} == sizes
+    assert {n: derived_vocab_size(n) for n in sizes} == sizes
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,7 @@ def test_vocabulary_size_from_the_data_size():
         {"tokens": []},
         {"tokens": ["%%%"]},
         {"pattern": "x"},
-        {"pattern": tokenizers.GPT2_PATTERN},
+        {"pattern": GPT2_PATTERN},
         {"pattern": ["x"]},
         {"special": "<|x|>"},
         {"tokens": ["YQ=="]},
@@ -126,36 +144,36 @@ def test_vocabulary_size_from_the_data_size():
 )
 def test_damaged_or_foreign_files_are_refused(bpe, tmp_path, change):
     bpe.save(tmp_path)
-    path = tmp_path / tokenizers.FILE_NAME
+    path = tmp_path / TOKENIZER_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match="tokenizer"):
-        tokenizers.load(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_files_of_earlier_versions_stay_valid():
     """The fingerprint is the hash of the file: these were taken before GPT-2's tokenizer came."""
     single = [bytes([i]) for i in range(256)]
     assert (
-        tokenizers.train("byte", [], -1).fingerprint
+        train_tokenizer("byte", [], -1).fingerprint
         == "febcecb3e924e3bbe7820892d7e8e0a8b4303ea29f6bcf87bbfb61e52abde210"
     )
     assert (
-        tokenizers.train("char", ["abc"], -1).fingerprint
+        train_tokenizer("char", ["abc"], -1).fingerprint
         == "68e34fc591edddca97834ba307f8a4d333888364c587e445b216e84bbe6486c0"
     )
-    bpe = tokenizers.Tokenizer("bpe", [*single, b"ab"])
+    bpe = Tokenizer("bpe", [*single, b"ab"])
     assert bpe.fingerprint == "1469baac4728877a158544402fa1c335438278cafad8064e83d06be33287646c"
-    assert (bpe.pattern, bpe.bos_text) == (tokenizers.SPLIT_PATTERN, "<|bos|>")
+    assert (bpe.pattern, bpe.bos_text) == (SPLIT_PATTERN, "<|bos|>")
 
 
 def test_endless_blanks_are_encoded_and_trained_on():
     """The regex engines give up beyond a million; shorter runs are not cut, so that their ids stay what they were."""
     text = "x" + " " * 1_200_000 + "y"
-    bpe = tokenizers.train("bpe", [text + "ab" * 9], 270)
+    bpe = train_tokenizer("bpe", [text + "ab" * 9], 270)
     ids, short = bpe.encode_batch([text, "x  y"], threads=2)
     assert bpe.decode(ids.tolist()) == text
     assert bpe.decode(short.tolist()) == "x  y"
-    assert tokenizers._blanks_cut(" " * 500_000) == [" " * 500_000]
+    assert _blanks_cut(" " * 500_000) == [" " * 500_000]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +191,7 @@ def write_gpt2_folder(
     """A small tokenizer in GPT-2's files. change: called with the {token: id} object before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [
-        *tokenizers.gpt2_byte_characters(),
+        *gpt2_byte_characters(),
         *("".join(pair) for pair in merges),
         "<|endoftext|>",
     ]
@@ -191,9 +209,9 @@ def write_gpt2_folder(
     [{}, {"names": ("vocab.json", "merges.txt"), "header": "#version: 0.2"}, {"newline": "\r\n"}],
 )
 def test_gpt2_format_is_read_and_kept(tmp_path, layout):
-    tokenizer = tokenizers.load(write_gpt2_folder(tmp_path / "in", **layout))
+    tokenizer = read_tokenizer(write_gpt2_folder(tmp_path / "in", **layout))
     assert (tokenizer.kind, tokenizer.vocab_size, tokenizer.bos) == ("bpe", 261, 260)
-    assert (tokenizer.pattern, tokenizer.bos_text) == (tokenizers.GPT2_PATTERN, "<|endoftext|>")
+    assert (tokenizer.pattern, tokenizer.bos_text) == (GPT2_PATTERN, "<|endoftext|>")
     assert tokenizer.encode("hell hell") == [258, 259]
     assert tokenizer.encode("!~\x00 ") == [
         0,
@@ -204,7 +222,7 @@ def test_gpt2_format_is_read_and_kept(tmp_path, layout):
     assert tokenizer.decode([258, 260]) == "hell<|endoftext|>"
     assert tokenizer.bos not in tokenizer.encode("<|endoftext|>")
     tokenizer.save(tmp_path / "out")
-    again = tokenizers.load(tmp_path / "out")
+    again = read_tokenizer(tmp_path / "out")
     assert (again.fingerprint, again.pattern, again.bos_text) == (
         tokenizer.fingerprint,
         tokenizer.pattern,
@@ -247,49 +265,49 @@ def swap(a, b):
 )
 def test_files_that_disagree_are_refused(tmp_path, layout, message):
     with pytest.raises(UsageError, match=message):
-        tokenizers.load(write_gpt2_folder(tmp_path, **layout))
+        read_tokenizer(write_gpt2_folder(tmp_path, **layout))
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(UsageError, match="nowhere does not exist"):
-        tokenizers.load(tmp_path / "nowhere")
+        read_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="neither vocab.json, nor GPT-2's encoder.json"):
-        tokenizers.load(tmp_path)
+        read_tokenizer(tmp_path)
     folder = write_gpt2_folder(tmp_path)
     with pytest.raises(UsageError, match="encoder.json is not a folder"):
-        tokenizers.load(folder / "encoder.json")
+        read_tokenizer(folder / "encoder.json")
     content = (folder / "encoder.json").read_text()
     (folder / "encoder.json").write_text(content[: len(content) // 2])
     with pytest.raises(UsageError, match="encoder.json cannot be read as JSON"):
-        tokenizers.load(folder)
+        read_tokenizer(folder)
     (folder / "encoder.json").write_text(content)
     (folder / "merges.txt").write_bytes(b"h \xff\n")
     with pytest.raises(UsageError, match="merges.txt cannot be read as UTF-8"):
-        tokenizers.load(folder)
+        read_tokenizer(folder)
     (folder / "merges.txt").unlink()
     with pytest.raises(UsageError, match="merges.txt is missing"):
-        tokenizers.load(folder)
+        read_tokenizer(folder)
 
 
 def test_a_run_folder_gives_its_tokenizer(tmp_path):
-    letters = tokenizers.train("char", ["abc"], -1)
+    letters = train_tokenizer("char", ["abc"], -1)
     letters.save(tmp_path / "run" / "tokenizer")
-    assert tokenizers.load(tmp_path / "run").fingerprint == letters.fingerprint
-    other = tokenizers.train("char", ["xyz"], -1)
+    assert read_tokenizer(tmp_path / "run").fingerprint == letters.fingerprint
+    other = train_tokenizer("char", ["xyz"], -1)
     other.save(tmp_path / "run")
-    assert tokenizers.load(tmp_path / "run").fingerprint == other.fingerprint, (
+    assert read_tokenizer(tmp_path / "run").fingerprint == other.fingerprint, (
         "what a folder itself holds comes first"
     )
 
 
 def test_plans_know_gpt2():
-    assert tokenizers.expected_vocab_size("gpt2", -1, 10**9) == 50257
-    assert tokenizers.EXPECTED_BYTES_PER_TOKEN["gpt2"] == 4
+    assert expected_vocab_size("gpt2", -1, 10**9) == 50257
+    assert EXPECTED_BYTES_PER_TOKEN["gpt2"] == 4
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return tokenizers.load(GPT2_FOLDER)
+    return read_tokenizer(GPT2_FOLDER)
 
 
 @needs_gpt2
@@ -317,9 +335,9 @@ def test_gpt2_ids_are_openais(gpt2, text, ids):
 
 @needs_gpt2
 def test_gpt2_is_the_pinned_one(gpt2):
-    assert gpt2.fingerprint == tokenizers.GPT2_FINGERPRINT
+    assert gpt2.fingerprint == GPT2_FINGERPRINT
     assert (gpt2.vocab_size, gpt2.bos, gpt2.bos_text) == (
-        tokenizers.GPT2_VOCAB_SIZE,
+        GPT2_VOCAB_SIZE,
         50256,
         "<|endoftext|>",
     )
@@ -357,14 +375,14 @@ def test_gpt2_ids_are_those_of_another_implementation(gpt2):
 @pytest.fixture
 def empty_base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(hubs, "BACKOFF_S", 0)
-    monkeypatch.setattr(hubs, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "BACKOFF_S", 0)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
 
 
 def serve_gpt2(hub, folder):
     """Let the hub have the two files of a tokenizer under GPT-2's name."""
     for name, there in (("vocab.json", "encoder.json"), ("merges.txt", "merges.txt")):
-        hub.add_url(f"/{tokenizers.GPT2_REPO}/resolve/main/{name}", (folder / there).read_bytes())
+        hub.add_url(f"/{GPT2_REPO}/resolve/main/{name}", (folder / there).read_bytes())
 
 
 @needs_gpt2
@@ -372,14 +390,14 @@ def test_gpt2_by_name_is_fetched_once(hub, empty_base, gpt2):
     """A download that breaks goes on where it was; nothing but the tokenizer is left, and nothing is asked for again."""
     serve_gpt2(hub, GPT2_FOLDER)
     hub.fault("merges.txt", "cut", 1, after=1000)
-    assert tokenizers.gpt2(download=False) is None and not hub.requests
-    assert tokenizers.gpt2().fingerprint == gpt2.fingerprint
+    assert gpt2_tokenizer(download=False) is None and not hub.requests
+    assert gpt2_tokenizer().fingerprint == gpt2.fingerprint
     assert [start for start, _ in hub.bodies("vocab.json")] == [0] and [
         start for start, _ in hub.bodies("merges.txt")
     ] == [0, 1000]
     hub.requests.clear()
-    assert tokenizers.gpt2(download=False).encode("Hello world") == [15496, 995]
-    assert tokenizers.gpt2().fingerprint == gpt2.fingerprint and not hub.requests
+    assert gpt2_tokenizer(download=False).encode("Hello world") == [15496, 995]
+    assert gpt2_tokenizer().fingerprint == gpt2.fingerprint and not hub.requests
     assert [
         path.name for path in base_dir().rglob("*") if path.is_file() and path.suffix != ".lock"
     ] == ["vocab.json"]
@@ -390,7 +408,7 @@ def test_gpt2_without_network_says_what_to_do(empty_base, capsys):
     with pytest.raises(
         Unavailable, match=r"no connection.*HF_ENDPOINT.*merges.txt into .*gpt2, or into any folder"
     ) as caught:
-        tokenizers.gpt2()
+        gpt2_tokenizer()
     assert "\n" not in str(caught.value)
     assert entry.main(["tokenizer", "inspect", "gpt2"]) == 1
     assert "no connection" in capsys.readouterr().err
@@ -402,9 +420,9 @@ def test_gpt2_goes_on_with_what_it_has(hub, empty_base, tmp_path):
     with pytest.raises(
         Unavailable, match="merges.txt of openai-community/gpt2 was not downloaded: not found"
     ):
-        tokenizers.gpt2()
+        gpt2_tokenizer()
     with pytest.raises(Unavailable, match="is not GPT-2's tokenizer"):
-        tokenizers.gpt2()
+        gpt2_tokenizer()
     assert len(hub.bodies("vocab.json")) == len(hub.bodies("merges.txt")) == 1
 
 
@@ -413,13 +431,13 @@ def test_something_else_under_gpt2s_name_is_refused(hub, empty_base, tmp_path, c
     """What a proxy sent is deleted, so that it is fetched again."""
     serve_gpt2(hub, write_gpt2_folder(tmp_path / "small"))
     if content:
-        hub.add_url(f"/{tokenizers.GPT2_REPO}/resolve/main/vocab.json", content)
+        hub.add_url(f"/{GPT2_REPO}/resolve/main/vocab.json", content)
     for attempt in (1, 2):
         with pytest.raises(
             Unavailable, match="sent for openai-community/gpt2 is not GPT-2's tokenizer"
         ):
-            tokenizers.gpt2()
+            gpt2_tokenizer()
         assert len(hub.bodies("vocab.json")) == attempt
     folder = write_gpt2_folder(base_dir() / "tokenizers" / "gpt2")
     with pytest.raises(UsageError, match=f"{folder} does not hold GPT-2's tokenizer"):
-        tokenizers.gpt2(download=False)
+        gpt2_tokenizer(download=False)

@@ -10,8 +10,8 @@ from test_tokenizer import GPT2_FOLDER, needs_gpt2, write_gpt2_folder
 from nanochat import __main__ as entry
 from nanochat.apps import tokenizer as app
 from nanochat.common import UsageError
-from nanochat.data import hub as hubs
-from nanochat.data import tokenizer as tokenizers
+from nanochat.data import download
+from nanochat.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 
 WORDS = "the cat and the dog ran after the other cat, then they slept in the sun — 12 hours\n"
 
@@ -40,7 +40,7 @@ def test_train_saves_what_train_py_can_load(text, tmp_path, capsys):
     out = tmp_path / "deep" / "tok"
     assert app.main(["train", text, str(out), "--vocab-size", "300"]) == 0
     printed = capsys.readouterr().out
-    saved = tokenizers.load(out)
+    saved = read_tokenizer(out)
     assert saved.kind == "bpe" and saved.encode(WORDS)
     assert (
         f"{saved.vocab_size:,} ids" in printed
@@ -51,7 +51,7 @@ def test_train_saves_what_train_py_can_load(text, tmp_path, capsys):
         app.main(["train", text, str(out), "--vocab-size", "300"]) == 0
     )  # the same again is no conflict
     assert app.main(["train", text, str(tmp_path / "letters"), "--kind", "char"]) == 0
-    assert tokenizers.load(tmp_path / "letters").kind == "char"
+    assert read_tokenizer(tmp_path / "letters").kind == "char"
 
 
 def test_train_refuses_to_overwrite(text, tmp_path):
@@ -97,7 +97,7 @@ def test_compare_measures_held_out_text(text, tmp_path, capsys):
     assert result["bytes"] == len(held_out.encode())
     assert rows["byte"]["tokens"] == result["bytes"] and rows["byte"]["bytes_per_token"] == 1
     assert rows["char"]["tokens"] == len(held_out)
-    expected = len(tokenizers.load(tmp_path / "run" / "tokenizer").encode(held_out))
+    expected = len(read_tokenizer(tmp_path / "run" / "tokenizer").encode(held_out))
     assert rows[str(tmp_path / "run")]["tokens"] == expected
     for row in rows.values():
         assert (
@@ -110,7 +110,7 @@ def test_compare_measures_held_out_text(text, tmp_path, capsys):
 
 
 def test_compare_reports_a_missing_character_in_its_row(text, tmp_path, capsys):
-    tokenizers.train("char", ["the cat"], -1).save(tmp_path / "letters")
+    train_tokenizer("char", ["the cat"], -1).save(tmp_path / "letters")
     assert app.main(["compare", text, str(tmp_path / "letters"), "byte"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if "letters" in line)
@@ -128,7 +128,7 @@ def test_compare_reports_a_missing_character_in_its_row(text, tmp_path, capsys):
 
 
 def test_compare_sees_text_that_does_not_come_back(text):
-    class Lossy(tokenizers.Tokenizer):
+    class Lossy(Tokenizer):
         def encode_batch(self, texts, threads=1):
             return super().encode_batch([text.replace("—", "-") for text in texts])
 
@@ -162,7 +162,7 @@ def test_many_documents_are_all_counted(tmp_path, capsys, monkeypatch):
 
 def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
     """The network's fault, not the user's: exit code 1."""
-    monkeypatch.setattr(hubs, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     assert entry.main(["tokenizer", "compare", text, "gpt2"]) == 1
     assert "no connection" in capsys.readouterr().err
 
@@ -197,7 +197,7 @@ def test_compare_with_gpt2(text, tmp_path, capsys, monkeypatch):
     assert gpt2["ratio_to_gpt2"] == 1 and row["ratio_to_gpt2"] == 1 / gpt2["bytes_per_token"] < 0.5
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     assert [row["tokenizer"] for row in compare(capsys, text, "byte")["tokenizers"]] == ["byte"]
-    tokenizers.load(GPT2_FOLDER).save(tmp_path / "base" / "tokenizers" / "gpt2")
+    read_tokenizer(GPT2_FOLDER).save(tmp_path / "base" / "tokenizers" / "gpt2")
     assert [row["tokenizer"] for row in compare(capsys, text, "byte")["tokenizers"]] == [
         "byte",
         "gpt2",
@@ -219,7 +219,7 @@ def test_inspect(tmp_path, capsys):
     assert app.main(["inspect", str(folder), "--text", "hell é"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "kind           bpe, split pattern: GPT-2's"
-    assert "261 ids" in lines[1] and tokenizers.load(folder).fingerprint in lines[2]
+    assert "261 ids" in lines[1] and read_tokenizer(folder).fingerprint in lines[2]
     assert "<|endoftext|>, id 260" in lines[3]
     assert "5 bytes  ' hell'" in lines[4]
     assert [line.split() for line in lines[-4:]] == [
@@ -230,7 +230,7 @@ def test_inspect(tmp_path, capsys):
     ]
     assert app.main(["inspect", "byte", "--text", ""]) == 0
     assert "0 tokens for 0 bytes" in capsys.readouterr().out
-    tokenizers.train("char", ["cab"], -1).save(tmp_path / "letters")
+    train_tokenizer("char", ["cab"], -1).save(tmp_path / "letters")
     assert app.main(["inspect", str(tmp_path / "letters")]) == 0
     assert "characters     'abc'" in capsys.readouterr().out
     with pytest.raises(UsageError, match="fitted to data"):
@@ -263,7 +263,7 @@ def test_wrong_usage_exits_2(argv, capsys):
 
 def test_help_shows_every_flag_and_imports_nothing_heavy():
     code = (
-        "import sys; from nanochat import tokenizer_app as app; app.build_parser().print_help(); "
+        "import sys; from nanochat.apps import tokenizer as app; app.build_parser().print_help(); "
         "assert not {'torch', 'numpy', 'tiktoken', 'rustbpe'} & set(sys.modules)"
     )
     shown = subprocess.run(

@@ -12,12 +12,13 @@ import torch
 
 import train
 from nanochat.common import UsageError, base_dir
-from nanochat.data import rows as data
-from nanochat.data import sources as corpora
+from nanochat.data import prefetch, sources
+from nanochat.data.sources import local_corpus, open_corpus
 from nanochat.eval.bpb import bits_per_byte
-from nanochat.model import gpt as models
+from nanochat.model.build import build
+from nanochat.model.gpt import GPT
 from nanochat.optim import optimizer as optim
-from nanochat.run import checkpoint
+from nanochat.run import checkpoint, loading
 from nanochat.run import log as runlog
 from nanochat.run import memory as fit
 
@@ -108,13 +109,13 @@ def test_loading_beside_training(finished, tmp_path, monkeypatch):
         return original(run, step)
 
     monkeypatch.setattr(checkpoint, "read_state", meanwhile)
-    model, _ = checkpoint.load_run(tmp_path / "run")
+    model, _ = loading.load_run(tmp_path / "run")
     assert torch.equal(model.head.weight, small.weights(finished, 12)["head.weight"])
 
 
 def test_order_of_a_step(tmp_path, monkeypatch):
     """Zero grad, batch, forward, loss, backward, clip, set lr and step, count: the contract users read about."""
-    from nanochat.data import rows as data
+    from nanochat.data.prefetch import Prefetcher
     from nanochat.optim import schedules
 
     calls = []
@@ -129,8 +130,8 @@ def test_order_of_a_step(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, wrapped)
 
     spy(optim.Optimizer, "zero_grad", "zero grad")
-    spy(data.Prefetcher, "__next__", "batch")
-    spy(models.GPT, "forward", "forward")
+    spy(Prefetcher, "__next__", "batch")
+    spy(GPT, "forward", "forward")
     spy(torch.Tensor, "backward", "backward")
     spy(optim.Optimizer, "clip", "clip")
     spy(schedules, "lr_multiplier", "set lr")
@@ -260,16 +261,16 @@ def test_no_save(tmp_path):
 
 
 def test_an_error_in_the_data_thread_reaches_the_user(tmp_path, finished, monkeypatch):
-    from nanochat.data import rows as data
+    from nanochat.data.rows import Rows
 
-    original = data.Rows.row
+    original = Rows.row
 
     def row(self, number):
         if number == 60:
             raise ValueError("row 60 is not what it was")
         return original(self, number)
 
-    monkeypatch.setattr(data.Rows, "row", row)
+    monkeypatch.setattr(Rows, "row", row)
     with pytest.raises(ValueError, match="row 60 is not what it was"):
         small.run(tmp_path)
     summary = small.summary(tmp_path)
@@ -285,20 +286,20 @@ def test_an_error_in_the_data_thread_reaches_the_user(tmp_path, finished, monkey
 
 def refuse_saves(monkeypatch, when):
     """A full disk for the checkpoints of the steps that satisfy `when`."""
-    original = checkpoint._write
+    original = checkpoint.write
 
     def write(run_path, step, *more):
         if when(step):
             raise OSError(28, "No space left on device")
         original(run_path, step, *more)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(checkpoint, "write", write)
 
 
 def test_a_full_disk_does_not_end_a_run(tmp_path, finished, monkeypatch, capsys):
     """Saves that fail are reported and tried again at the next step; training and its records are as if nothing had been."""
     refuse_saves(monkeypatch, lambda step: step in (4, 5))
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", -1.0)
+    monkeypatch.setattr("nanochat.run.saver.RETRY_SECONDS", -1.0)
     assert small.run(tmp_path, "--eval-every=5") == 0
     shown = capsys.readouterr().out
     assert (
@@ -311,7 +312,7 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, finished, monkeypatch, capsys)
 def test_the_state_before_the_warm_down_is_saved_as_such_after_a_failure(tmp_path, monkeypatch):
     failures = []
     refuse_saves(monkeypatch, lambda step: step == 6 and not failures and not failures.append(step))
-    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", -1.0)
+    monkeypatch.setattr("nanochat.run.saver.RETRY_SECONDS", -1.0)
     assert small.run(tmp_path, "--save-every=-1") == 0
     assert failures == [6] and checkpoint.kind_of(tmp_path / "run", 6) == "before_warmdown"
 
@@ -329,7 +330,7 @@ def test_the_state_before_the_warm_down_is_saved_although_the_step_before_was_sk
 def test_a_disk_that_stays_full(tmp_path, monkeypatch, capsys):
     """The last good checkpoint stays and is named; once there is room the run goes on from it."""
     refuse_saves(monkeypatch, lambda step: step > 4)
-    monkeypatch.setattr(checkpoint, "LAST_ATTEMPTS", (0.0, 0.0))
+    monkeypatch.setattr("nanochat.run.saver.LAST_ATTEMPTS", (0.0, 0.0))
     assert small.run(tmp_path) == 1
     shown = capsys.readouterr().out
     assert "newest checkpoint is step 4" in shown and "cannot be saved" in shown.splitlines()[-1]
@@ -345,7 +346,7 @@ def test_a_disk_that_stays_full(tmp_path, monkeypatch, capsys):
 def poison(monkeypatch, when):
     """Make the loss NaN at the forward passes of training whose number (0 is the warm-up) satisfies `when`. Only for runs that are
     given their device batch: there is one pass of warm-up then."""
-    original, count = models.GPT.forward, [0]
+    original, count = GPT.forward, [0]
 
     def forward(self, ids, targets=None, cache=None, **options):
         out = original(self, ids, targets, cache, **options)
@@ -355,7 +356,7 @@ def poison(monkeypatch, when):
                 return out * float("nan")
         return out
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
 
 
 def test_a_non_finite_step_is_skipped(tmp_path, monkeypatch):
@@ -388,14 +389,14 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, finished, monke
         if count[0] == 6:
             spoiled[0].fill_(float("nan"))
 
-    build, spoiled = models.build, []
+    spoiled = []
 
     def build_and_note(*args, **options):
         model = build(*args, **options)
         spoiled.append(model.head.weight.data)
         return model
 
-    monkeypatch.setattr(models, "build", build_and_note)
+    monkeypatch.setattr("nanochat.model.build.build", build_and_note)
     monkeypatch.setattr(optim.Optimizer, "step", step)
     assert small.run(tmp_path, "--debug-nans") == 1
     captured = capsys.readouterr()
@@ -419,7 +420,7 @@ def test_out_of_memory_names_a_remedy(tmp_path, monkeypatch, capsys):
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
         )
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     assert small.run(tmp_path, "--device-batch-size=4") == 1
     assert (
         "out of memory with --device-batch-size=4; --device-batch-size=2 would likely fit"
@@ -429,13 +430,13 @@ def test_out_of_memory_names_a_remedy(tmp_path, monkeypatch, capsys):
 
 
 def test_an_evaluation_that_is_not_a_number_does_not_end_a_run(tmp_path, monkeypatch):
-    original = models.GPT.forward
+    original = GPT.forward
 
     def forward(self, ids, targets=None, cache=None, **options):
         out = original(self, ids, targets, cache, **options)
         return out if self.training or targets is None else out * float("nan")
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     assert small.run(tmp_path) == 0
     assert [line["val/bpb"] for line in small.lines(tmp_path) if "val/bpb" in line] == [None] * 3
 
@@ -443,13 +444,13 @@ def test_an_evaluation_that_is_not_a_number_does_not_end_a_run(tmp_path, monkeyp
 @pytest.mark.parametrize("flag", [None, "--resume", "--overwrite"])
 def test_a_run_that_appeared_meanwhile_is_not_lost(tmp_path, finished, monkeypatch, capsys, flag):
     """Another process trains here while this one reads its data: claiming the folder looks again."""
-    original = corpora.open_corpus
+    original = open_corpus
 
     def meanwhile(*args):
         shutil.copytree(finished / "run", tmp_path / "run")
         return original(*args)
 
-    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
+    monkeypatch.setattr(sources, "open_corpus", meanwhile)
     assert small.run(tmp_path, *filter(None, [flag])) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
@@ -474,14 +475,14 @@ def test_a_run_is_claimed_before_its_checkpoint_is_chosen(tmp_path, finished, mo
     } == before
     monkeypatch.undo()
     ending.lock.close()
-    original = corpora.open_corpus
+    original = open_corpus
 
     def meanwhile(*args):
         with pytest.raises(UsageError, match="in use"):
             runlog.RunFolder(tmp_path / "run").claim()
         return original(*args)
 
-    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
+    monkeypatch.setattr(sources, "open_corpus", meanwhile)
     assert small.run(tmp_path, "--resume") == 0
     assert small.losses(tmp_path) == small.losses(finished)
 
@@ -489,13 +490,13 @@ def test_a_run_is_claimed_before_its_checkpoint_is_chosen(tmp_path, finished, mo
 def test_a_checkpoint_that_is_gone_meanwhile_costs_nothing(tmp_path, finished, monkeypatch, capsys):
     """Whoever removed it: the later lines of metrics and the later checkpoints stay as they are."""
     shutil.copytree(finished / "run", tmp_path / "run")
-    original = corpora.open_corpus
+    original = open_corpus
 
     def meanwhile(*args):
         (checkpoint.folder_of(tmp_path / "run", 4) / "model.safetensors").unlink()
         return original(*args)
 
-    monkeypatch.setattr(corpora, "open_corpus", meanwhile)
+    monkeypatch.setattr(sources, "open_corpus", meanwhile)
     assert small.run(tmp_path, "--resume-from-step=4", "--overwrite") == 2
     assert (
         "step_000004 was intact when this process began, and is not any more (model.safetensors is missing)"
@@ -546,14 +547,14 @@ def test_the_best_is_known_when_the_run_goes_on_from_it(tmp_path, finished, monk
 def test_failed_evaluations_and_samples_do_not_end_a_run(tmp_path, finished, monkeypatch):
     from nanochat.eval import generation as engine
 
-    original = models.GPT.forward
+    original = GPT.forward
 
     def forward(self, ids, targets=None, cache=None, **options):
         if not self.training:
             raise RuntimeError("no evaluation today")
         return original(self, ids, targets, cache, **options)
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     monkeypatch.setattr(engine, "generate_text", lambda *args, **kwargs: 1 / 0)
     assert small.run(tmp_path) == 0
     assert small.losses(tmp_path) == small.losses(finished)
@@ -663,11 +664,12 @@ def test_bits_per_byte_worked_example():
 
 def test_bits_per_byte_does_not_depend_on_batching(finished):
     import nanochat
-    from nanochat.data import rows as data
+    from nanochat.data.rows import held_out_pieces
+    from nanochat.data.token_cache import TokenCache
 
     model, tokenizer = nanochat.load(finished / "run")
-    corpus = corpora.local_corpus(str(finished / "text.txt"))
-    pieces = data.held_out_pieces(corpus.val, data.TokenCache(tokenizer, 1), 32, 10**9)
+    corpus = local_corpus(str(finished / "text.txt"))
+    pieces = held_out_pieces(corpus.val, TokenCache(tokenizer, 1), 32, 10**9)
     results = [
         bits_per_byte(model, pieces, tokenizer.byte_counts(), n, torch.device("cpu"))["bpb"]
         for n in (1, 100, 10**6)
@@ -773,7 +775,7 @@ def test_a_settled_device_batch_is_written_down_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         fit, "settle", lambda trial, first, fixed, *rest: trial(first // 2) or first // 2
     )
-    monkeypatch.setattr(data, "Prefetcher", lambda *args, **kwargs: pytest.fail("far enough"))
+    monkeypatch.setattr(prefetch, "Prefetcher", lambda *args, **kwargs: pytest.fail("far enough"))
     with pytest.raises(pytest.fail.Exception):
         small.run(tmp_path)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -834,12 +836,12 @@ def test_core_metric_after_a_kill(tmp_path):
 
 def test_core_metric_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     """Said before step 0; training goes on, and the number is null with its reason."""
-    from nanochat.data import hub
+    from nanochat.data import download
     from nanochat.eval import core
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(core, "EXAMPLES_URL", "http://127.0.0.1:1/")  # where nobody answers
-    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
     assert small.run(tmp_path, "--core-metric-every=6") == 0
     shown = capsys.readouterr().out
     assert shown.index(

@@ -41,9 +41,9 @@ def corrupt_cache(folder):
 
 
 def char_tokenizer_of_other_text(folder):
-    from nanochat.data import tokenizer
+    from nanochat.data.tokenizer import train_tokenizer
 
-    tokenizer.train("char", ["xyz"], -1).save(folder / "tokenizer")
+    train_tokenizer("char", ["xyz"], -1).save(folder / "tokenizer")
     return f"--tokenizer={folder / 'tokenizer'}"
 
 
@@ -271,9 +271,9 @@ def changed_text(folder):
 
 def foreign_tokenizer(folder):
     unfinished(folder)
-    from nanochat.data import tokenizer
+    from nanochat.data.tokenizer import train_tokenizer
 
-    tokenizer.train("char", ["abc"], -1).save(folder / "run" / "tokenizer")
+    train_tokenizer("char", ["abc"], -1).save(folder / "run" / "tokenizer")
 
 
 def other_text(folder):

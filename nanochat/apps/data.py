@@ -238,7 +238,7 @@ def run_inspect(args):
 
 def facts(args):
     """A JSON-able dict on the data set that the arguments of `inspect` name; see its keys. Numbers not known are None."""
-    from nanochat.data import sources as corpora
+    from nanochat.data.sources import is_remote, remarks
 
     corpus = listed_corpus(args.data, args.val_data, fetch=args.documents > 0)
     shards = sampled_shards(corpus, fetch=args.documents > 0)
@@ -257,7 +257,7 @@ def facts(args):
         **known,
         "revision": corpus.revision,
         "held_out": corpus.note,
-        "remarks": corpora.remarks(corpus),
+        "remarks": remarks(corpus),
         "fingerprint": corpus.fingerprint,
         "train": side_facts(corpus.train),
         "val": side_facts(corpus.val),
@@ -268,7 +268,7 @@ def facts(args):
         if sampled
         else "its text is not on this disk; --documents N fetches a file of it to look into",
         "examples": examples,
-        "base_dir": str(base_dir()) if corpora.is_remote(args.data) else None,
+        "base_dir": str(base_dir()) if is_remote(args.data) else None,
     }
 
 
@@ -287,12 +287,18 @@ def mixed_from(folder):
 def listed_corpus(data, val_data, fetch):
     """open_corpus(), but with fetch False a single large file of a remote data set is not fetched to split it: then the
     validation side is empty."""
-    from nanochat.data import hub
-    from nanochat.data import sources as corpora
+    from nanochat.data.hub import resolve
+    from nanochat.data.sources import (
+        Corpus,
+        Shard,
+        is_remote,
+        naming_what_needs_no_network,
+        open_corpus,
+    )
 
-    if corpora.is_remote(data) and not fetch and not val_data:
-        with corpora.naming_what_needs_no_network():
-            listing = hub.resolve(data)
+    if is_remote(data) and not fetch and not val_data:
+        with naming_what_needs_no_network():
+            listing = resolve(data)
         files = listing.train
         if (
             len(files) == 1
@@ -300,17 +306,17 @@ def listed_corpus(data, val_data, fetch):
             and not files[0].is_local()
             and files[0].n_bytes > COUNT_BYTES
         ):
-            shard = corpora.Shard(
+            shard = Shard(
                 files[0].name, files, files[0].fingerprint, files[0].n_bytes, column=listing.column
             )
-            return corpora.Corpus(
+            return Corpus(
                 data,
                 [shard],
                 [],
                 "the last tenth of the one file will be held out",
                 listing.revision,
             )
-    return corpora.open_corpus(data, val_data)
+    return open_corpus(data, val_data)
 
 
 def sampled_shards(corpus, fetch):
@@ -323,10 +329,10 @@ def sampled_shards(corpus, fetch):
 
 def known_facts(data):
     """what, licence and url of a data set with a short name; of the others None."""
-    from nanochat.data import hub
+    from nanochat.data.hub import KNOWN
 
-    if data in hub.KNOWN:
-        return {name: getattr(hub.KNOWN[data], name) for name in ("what", "licence", "url")}
+    if data in KNOWN:
+        return {name: getattr(KNOWN[data], name) for name in ("what", "licence", "url")}
     if data == "python":
         return {
             "what": "Python source on this machine: the standard library and torch",
@@ -440,12 +446,12 @@ def _n(count, noun):
 
 def run_fetch(args):
     """`nanochat data fetch`: download shards in the order in which a run reads them. 1 if anything is missing at the end."""
-    from nanochat.data import hub
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpora
+    from nanochat.data.download import DownloadFailed
+    from nanochat.data.sources import is_remote
+    from nanochat.data.token_cache import TokenCache
 
     corpus = opened(args)
-    if not corpora.is_remote(args.data):
+    if not is_remote(args.data):
         print(f"{args.data} is on this disk: there is nothing to fetch")
         return EXIT_COMPLETED
     missing, had = (
@@ -469,7 +475,7 @@ def run_fetch(args):
             began, was_here = time.monotonic(), file.is_local()
             try:
                 file.fetch(_say)
-            except hub.DownloadFailed as error:
+            except DownloadFailed as error:
                 missing[file] = str(error)
                 _say(f"{file.name}  missing: {error}")
                 return False
@@ -496,7 +502,7 @@ def run_fetch(args):
             for shard in tokenizer_shards(args, corpus)
             for file in shard.remote_files()
         )
-        cache = data.TokenCache(made_tokenizer(args, corpus), 1) if can_count else None
+        cache = TokenCache(made_tokenizer(args, corpus), 1) if can_count else None
         tokens, n = 0, 0
         for n, shard in enumerate(order, 1):
             size = (
@@ -529,14 +535,14 @@ def run_tokenize(args):
     """`nanochat data tokenize`: write the token files of shards, in the order in which a run reads them."""
     import torch
 
-    from nanochat.data import rows as data
+    from nanochat.data.token_cache import DataFailed, TokenCache
 
     corpus = opened(args)
     n_shards = shards_asked_for(args, corpus)
     order = reading_order(corpus, args.seed)
     check_room([*corpus.val, *tokenizer_shards(args, corpus), *order[:n_shards]], 2, args)
     tokenizer = made_tokenizer(args, corpus)
-    cache = data.TokenCache(tokenizer, torch.get_num_threads(), report=_say)
+    cache = TokenCache(tokenizer, torch.get_num_threads(), report=_say)
     missing, made, counts = {}, 0, {}
 
     def length(shard):
@@ -545,7 +551,7 @@ def run_tokenize(args):
         began, was_here = time.monotonic(), cache.path(shard).exists()
         try:
             size = cache.length(shard)
-        except data.DataFailed as error:
+        except DataFailed as error:
             missing[shard.name] = str(error)
             _say(f"{shard.name}  missing: {error}")
             return None
@@ -591,33 +597,31 @@ def run_tokenize(args):
 
 def opened(args):
     """The corpus of `fetch` and `tokenize`, described, after all checks of their flags. UsageError."""
-    from nanochat.data import sources as corpora
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.sources import describe_corpus, is_remote, open_corpus
+    from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_KINDS, read_tokenizer
 
     problems = []
     if args.max_seq_len < 1:
         problems.append(f"--max-seq-len {args.max_seq_len}: must be at least 1")
-    if args.vocab_size != -1 and args.vocab_size < tokenizers.MIN_BPE_VOCAB:
-        problems.append(
-            f"--vocab-size {args.vocab_size}: give at least {tokenizers.MIN_BPE_VOCAB}, or -1"
-        )
-    if args.tokenizer not in (*tokenizers.KINDS, "gpt2"):
+    if args.vocab_size != -1 and args.vocab_size < MIN_BPE_VOCAB:
+        problems.append(f"--vocab-size {args.vocab_size}: give at least {MIN_BPE_VOCAB}, or -1")
+    if args.tokenizer not in (*TOKENIZER_KINDS, "gpt2"):
         try:
-            tokenizers.load(args.tokenizer)
+            read_tokenizer(args.tokenizer)
         except UsageError as error:
             problems.append(
                 f"--tokenizer {args.tokenizer}: not bpe, char, byte or gpt2, and as a folder: {error}"
             )
     if problems:
         raise UsageError("\n".join(problems))
-    corpus = corpora.open_corpus(args.data, args.val_data)
-    nothing_to_choose = corpus.eager or args.command == "fetch" and not corpora.is_remote(args.data)
+    corpus = open_corpus(args.data, args.val_data)
+    nothing_to_choose = corpus.eager or args.command == "fetch" and not is_remote(args.data)
     if not (args.tokens or args.shards or args.all or nothing_to_choose):
         raise UsageError(
             f"{args.data} has {_n(len(corpus.train), 'shard')} with about {human_bytes(corpus.train_bytes)} of text: say how "
             f"much of it, with --tokens N, --shards N or --all"
         )
-    print("\n".join(corpora.describe_corpus(corpus)), flush=True)
+    print("\n".join(describe_corpus(corpus)), flush=True)
     return corpus
 
 
@@ -634,25 +638,25 @@ def shards_asked_for(args, corpus):
 
 def reading_order(corpus, seed):
     """The training shards in the order in which the first epoch of a run with this seed reads them."""
-    from nanochat.data import rows as data
+    from nanochat.data.rows import Rows
 
-    return [corpus.train[i] for i in data.Rows(corpus, None, 1, seed).shard_order(0)]
+    return [corpus.train[i] for i in Rows(corpus, None, 1, seed).shard_order(0)]
 
 
 def tokenizer_shards(args, corpus):
     """The shards whose text a tokenizer is fitted to, where --tokenizer asks for that and it has not been done."""
-    from nanochat.data import rows as data
+    from nanochat.data.token_cache import shards_to_fit
 
-    return data.shards_to_fit(corpus, args.tokenizer, args.vocab_size)
+    return shards_to_fit(corpus, args.tokenizer, args.vocab_size)
 
 
 def made_tokenizer(args, corpus):
     """The tokenizer that train.py would use with these flags; one that is fitted is kept where train.py finds it."""
-    from nanochat.data import rows as data
+    from nanochat.data.token_cache import load_tokenizer, shards_to_fit
 
-    if data.shards_to_fit(corpus, args.tokenizer, args.vocab_size):
+    if shards_to_fit(corpus, args.tokenizer, args.vocab_size):
         _say("making the tokenizer, which train.py will find")
-    return data.load_tokenizer(args, corpus, None, None)
+    return load_tokenizer(args.tokenizer, args.vocab_size, corpus)
 
 
 def counted_tokens(shard, cache):
@@ -678,7 +682,7 @@ def counted_tokens(shard, cache):
 
 def check_room(shards, id_bytes, args):
     """UsageError, with numbers, if the disk has no room for the files of these shards and, with id_bytes, their tokens."""
-    from nanochat.data import rows as data
+    from nanochat.data.token_cache import CACHE_LIMIT_BYTES
 
     files = {file for shard in shards for file in shard.remote_files() if not file.is_local()}
     download = sum(file.n_bytes for file in files)
@@ -687,10 +691,10 @@ def check_room(shards, id_bytes, args):
     )  # of bpe rather low, so that the estimate is high
     tokens = id_bytes * sum(shard.n_bytes for shard in shards) / bytes_per_token if id_bytes else 0
     free = shutil.disk_usage(base_dir()).free
-    if tokens > data.CACHE_LIMIT_BYTES:
+    if tokens > CACHE_LIMIT_BYTES:
         raise UsageError(
             f"{args.data}: the token files would take about {human_bytes(tokens)}, and the cache keeps "
-            f"{human_bytes(data.CACHE_LIMIT_BYTES)}: ask for less with --tokens or --shards"
+            f"{human_bytes(CACHE_LIMIT_BYTES)}: ask for less with --tokens or --shards"
         )
     if download > free:  # token files are an estimate: they are not worth a refusal
         raise UsageError(
@@ -801,9 +805,9 @@ def opened_sources(args, out):
         weights[name] = value
     if problems:
         raise UsageError("\n".join(problems))
-    from nanochat.data import sources as corpora
+    from nanochat.data.sources import open_corpus
 
-    sources = [Source(name, weight, corpora.open_corpus(name)) for name, weight in weights.items()]
+    sources = [Source(name, weight, open_corpus(name)) for name, weight in weights.items()]
     owner = {}
     for source in sources:
         for shard in source.corpus.train + source.corpus.val:

@@ -305,7 +305,7 @@ class Subject:
     def __init__(self, path, step, device, dtype):
         from nanochat import ranks
         from nanochat.eval import hf_model
-        from nanochat.run import checkpoint
+        from nanochat.run import loading
 
         self.folder, self.config, self.step = Path(path), read_config(path), None
         self.foreign = is_foreign(self.config)
@@ -315,9 +315,9 @@ class Subject:
             return
         # one for all ranks: a run that trains meanwhile gets newer ones
         self.step = ranks.from_rank0_or_raise(
-            lambda: checkpoint.step_of(path, None if step == -1 else step)
+            lambda: loading.step_of(path, None if step == -1 else step)
         )
-        self.model, self.tokenizer = checkpoint.load_run(
+        self.model, self.tokenizer = loading.load_run(
             path, self.step, device.type, str(dtype).removeprefix("torch.")
         )
         self.model.to(device)
@@ -342,21 +342,22 @@ class Subject:
 def measure_bpb(args, subject, device, say):
     """{"bpb", "loss", "perplexity", "tokens", "bytes", "seconds", "data", "reason"} over text."""
     from nanochat import ranks
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpora
+    from nanochat.data.rows import held_out_pieces
+    from nanochat.data.sources import is_remote, open_corpus
+    from nanochat.data.token_cache import TokenCache
     from nanochat.eval import bpb as evaluate
 
     given, started = args.data, time.monotonic()
     if given:
-        named = given == "python" or corpora.is_remote(given)
+        named = given == "python" or is_remote(given)
         shards = ranks.from_rank0_or_raise(
-            lambda: corpora.open_corpus(given, report=say).val if named else whole(given)
+            lambda: open_corpus(given, report=say).val if named else whole(given)
         )
     else:
         of_run = subject.config["data"]
         given = of_run["name"]
         corpus = ranks.from_rank0_or_raise(
-            lambda: corpora.open_corpus(
+            lambda: open_corpus(
                 subject.config["args"]["data"],
                 subject.config["args"]["val_data"],
                 of_run.get("revision", ""),
@@ -376,9 +377,9 @@ def measure_bpb(args, subject, device, say):
     if subject.foreign:
         pieces = _pieces(shards, subject.tokenizer, T, limit)
     else:
-        cache = data.TokenCache(subject.tokenizer, os.cpu_count() or 1, report=say)
+        cache = TokenCache(subject.tokenizer, os.cpu_count() or 1, report=say)
         ranks.from_rank0_or_raise(lambda: cache.prepare(shards, lambda shards: shards))
-        pieces = data.held_out_pieces(shards, cache, T, limit)
+        pieces = held_out_pieces(shards, cache, T, limit)
     if not pieces:
         raise UsageError(f"--data={given}: holds no text")
     try:
@@ -402,10 +403,10 @@ def measure_bpb(args, subject, device, say):
 
 def whole(pattern):
     """[the shard of all files that a path, folder or glob names]."""
-    from nanochat.data import sources as corpora
+    from nanochat.data.sources import file_shard, find_files, hash_files
 
-    files = corpora.find_files(pattern)
-    return [corpora.file_shard(files, hashes=corpora.hash_files(files))]
+    files = find_files(pattern)
+    return [file_shard(files, hashes=hash_files(files))]
 
 
 def _pieces(shards, tokenizer, row_tokens, max_tokens):

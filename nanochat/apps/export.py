@@ -143,9 +143,9 @@ def tokenizer_json(tokenizer):
         theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         theirs.decoder = decoders.Fuse()
     else:
-        from nanochat.data import tokenizer as ours
+        from nanochat.data.tokenizer import gpt2_byte_characters
 
-        character = {byte: c for c, byte in ours.gpt2_byte_characters().items()}
+        character = {byte: c for c, byte in gpt2_byte_characters().items()}
         names = ["".join(character[byte] for byte in token) for token in tokenizer.tokens]
         merges = [
             tuple("".join(character[byte] for byte in part) for part in pair)
@@ -174,13 +174,13 @@ def merges_of(tokenizer):
 
     tiktoken joins any neighbours whose joint bytes are a token, lowest rank first; a list of merges names one pair a
     token. Built from its bytes by the earlier merges alone, a trained token arrives at that pair. UsageError if one does not."""
-    from nanochat.data import tokenizer as ours
+    from nanochat.data.tokenizer import parts_of
 
     ranks = {token: i for i, token in enumerate(tokenizer.tokens)}
     pairs = []
     for token in tokenizer.tokens:
         if len(token) > 1:
-            pair = ours.parts_of(token, ranks)
+            pair = parts_of(token, ranks)
             if len(pair) != 2:
                 raise UsageError(
                     f"the tokenizer's token {ranks[token]} ({token!r}) is not one merge of two earlier tokens; "
@@ -219,7 +219,12 @@ def read_tokenizer(folder):
         import tokenizers
     except ImportError:
         raise install_hint("tokenizers", "export") from None
-    from nanochat.data import tokenizer as ours
+    from nanochat.data.tokenizer import (
+        BOS_OF_PATTERN,
+        TOKENIZER_KINDS,
+        Tokenizer,
+        gpt2_byte_characters,
+    )
 
     path = folder / "tokenizer.json"
     read_json(path, "tokenizer")  # for its messages
@@ -239,20 +244,18 @@ def read_tokenizer(folder):
     stages = (normal["pre_tokenizer"] or {}).get("pretokenizers", [])
     pattern = stages[0].get("pattern", {}).get("Regex") if stages else None
     kind = "char" if normal["model"]["type"] == "WordLevel" else "bpe" if pattern else "byte"
-    if kind == "bpe" and pattern not in ours.BOS_OF_PATTERN:
+    if kind == "bpe" and pattern not in BOS_OF_PATTERN:
         refuse("pre_tokenizer", f"splits text by another pattern, {pattern!r}")
     try:
         if kind == "char":
             tokens = [name.encode("utf-8") for name in vocabulary]
         else:
-            byte_of = ours.gpt2_byte_characters()
+            byte_of = gpt2_byte_characters()
             tokens = [bytes(byte_of[c] for c in name) for name in vocabulary]
-        tokenizer = (
-            ours.Tokenizer(kind, tokens, pattern) if kind == "bpe" else ours.Tokenizer(kind, tokens)
-        )
+        tokenizer = Tokenizer(kind, tokens, pattern) if kind == "bpe" else Tokenizer(kind, tokens)
         expected = json.loads(tokenizer_json(tokenizer).to_str())
     except (UsageError, KeyError, TypeError, ValueError) as error:
-        refuse("model", f"is not one of {', '.join(ours.KINDS)} as written here ({error})")
+        refuse("model", f"is not one of {', '.join(TOKENIZER_KINDS)} as written here ({error})")
     for field in expected:
         if field not in ("truncation", "padding") and normal.get(field) != expected[field]:
             refuse(field, "is another")
@@ -276,7 +279,7 @@ def hf_name(name):
 
 def llama_config(config, bos, dtype):
     """config.json of a Llama. Both spellings of the rotary base: releases of transformers before 5 read rope_theta only."""
-    from nanochat.model.gpt import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, swiglu_width
+    from nanochat.model.llama import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, swiglu_width
 
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -307,7 +310,9 @@ def llama_config(config, bos, dtype):
 
 def speedrun_config(config, bos, dtype):
     """config.json of a speedrun model, for NanochatSpeedrunConfig."""
-    from nanochat.model.gpt import GATE_CHANNELS, LOGIT_SOFTCAP, NORM_EPS, ROPE_BASE
+    from nanochat.model.config import GATE_CHANNELS
+    from nanochat.model.gpt import LOGIT_SOFTCAP, ROPE_BASE
+    from nanochat.model.layers import NORM_EPS
 
     module = SPEEDRUN_CODE.removesuffix(".py")
     return {
@@ -350,7 +355,7 @@ def export_hf(run, out, step, dtype):
     from safetensors.torch import save_file
 
     from nanochat import load
-    from nanochat.run import checkpoint
+    from nanochat.run import loading
     from nanochat.run.log import RunFolder
 
     with new_folder(out) as folder:
@@ -358,7 +363,7 @@ def export_hf(run, out, step, dtype):
             raise UsageError(
                 f"{run} is a Hugging Face folder already; --format run makes a run of it"
             )
-        step = checkpoint.step_of(run, step)
+        step = loading.step_of(run, step)
         model, tokenizer = load(run, step, device_type="cpu", dtype="float32")
         llama = model.config.arch == "llama"
         weights = {
@@ -587,7 +592,8 @@ def _logits(model, ids, backend):
 
 def llama_from(content, path):
     """The GPTConfig of a Llama's config.json. UsageError naming every field that our Llama does not have."""
-    from nanochat.model.gpt import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, GPTConfig, swiglu_width
+    from nanochat.model.config import GPTConfig
+    from nanochat.model.llama import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, swiglu_width
 
     if isinstance(content, dict) and "args" in content:
         raise UsageError(f"{path} is that of a run; --format hf makes a Hugging Face folder of it")
@@ -711,7 +717,7 @@ def import_hf(source, out):
     import torch
 
     from nanochat import load
-    from nanochat.model import gpt as models
+    from nanochat.model.build import meta_model
     from nanochat.run import checkpoint
     from nanochat.run import log as runlog
 
@@ -724,7 +730,7 @@ def import_hf(source, out):
             f"{source / 'config.json'}: vocab_size is {config.vocab_size}, and the tokenizer has {tokenizer.vocab_size}"
         )
     theirs = read_weights(source)
-    model = models.meta_model(config)
+    model = meta_model(config)
     wanted = {name: (hf_name(name), tensor.shape) for name, tensor in model.state_dict().items()}
     foreign = set(theirs) - {name for name, _ in wanted.values()}
     for name, shape in wanted.values():

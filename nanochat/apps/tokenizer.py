@@ -118,19 +118,19 @@ def main(argv):
 
 def run_train(args):
     """`nanochat tokenizer train`: fit, save, and measure on held-out text."""
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpora
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.sources import open_corpus
+    from nanochat.data.token_cache import fit_tokenizer
+    from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_FILE, read_tokenizer
 
     problems = max_bytes_problems(args)
     if args.kind != "bpe" and args.vocab_size != -1:
         problems.append(
             f"--vocab-size {args.vocab_size}: --kind={args.kind} has as many ids as the text has characters; leave it out"
         )
-    elif args.vocab_size != -1 and args.vocab_size < tokenizers.MIN_BPE_VOCAB:
+    elif args.vocab_size != -1 and args.vocab_size < MIN_BPE_VOCAB:
         problems.append(
             f"--vocab-size {args.vocab_size}: BPE starts from 256 bytes and one special token; give at least "
-            f"{tokenizers.MIN_BPE_VOCAB}, or -1 to derive it from the size of the data"
+            f"{MIN_BPE_VOCAB}, or -1 to derive it from the size of the data"
         )
     out = Path(args.out)
     if out.exists() and not out.is_dir():
@@ -139,14 +139,14 @@ def run_train(args):
         problems.append(
             f"{out}: holds the files of a tokenizer of GPT-2's kind; name another folder"
         )
-    elif (out / tokenizers.FILE_NAME).exists():
+    elif (out / TOKENIZER_FILE).exists():
         try:
-            tokenizers.load(out)
+            read_tokenizer(out)
         except UsageError as error:
             problems.append(f"{error}; it is not overwritten, name another folder")
     if problems:
         raise UsageError("\n".join(problems))
-    corpus = corpora.open_corpus(args.data)
+    corpus = open_corpus(args.data)
     try:
         out.mkdir(
             parents=True, exist_ok=True
@@ -156,7 +156,7 @@ def run_train(args):
             f"{out}: cannot be made ({error.strerror}); name a folder that can be written"
         ) from None
     began = time.perf_counter()
-    fitted = data.fit_tokenizer(corpus, args.kind, args.vocab_size)
+    fitted = fit_tokenizer(corpus, args.kind, args.vocab_size)
     seconds = time.perf_counter() - began
     save_new(fitted, out)
     row = measure(args.kind, fitted, held_out_text(corpus, args.max_bytes))
@@ -179,10 +179,10 @@ def run_train(args):
 
 def save_new(fitted, out):
     """Save a tokenizer unless the folder holds another one (UsageError); the same one may stand there already."""
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.tokenizer import TOKENIZER_FILE, read_tokenizer
 
-    if (out / tokenizers.FILE_NAME).exists():
-        there = tokenizers.load(out)
+    if (out / TOKENIZER_FILE).exists():
+        there = read_tokenizer(out)
         if there.fingerprint != fitted.fingerprint:
             raise UsageError(
                 f"{out} holds another tokenizer ({there.kind}, {there.vocab_size:,} ids, fingerprint "
@@ -203,18 +203,14 @@ def save_new(fitted, out):
 
 def run_compare(args):
     """`nanochat tokenizer compare`: one row for each tokenizer, on the same held-out text."""
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.tokenizer import GPT2_FINGERPRINT
 
     with contextlib.redirect_stdout(
         sys.stderr if args.json else sys.stdout
     ):  # what a download says is no JSON
         corpus, texts, rows = compared(args)
     reference = next(
-        (
-            row["bytes_per_token"]
-            for row in rows
-            if row["fingerprint"] == tokenizers.GPT2_FINGERPRINT
-        ),
+        (row["bytes_per_token"] for row in rows if row["fingerprint"] == GPT2_FINGERPRINT),
         None,
     )
     for row in rows:
@@ -253,19 +249,18 @@ def compared(args):
                 problems.append(str(error))
     if problems:
         raise UsageError("\n".join(problems))
-    from nanochat.data import rows as data
-    from nanochat.data import sources as corpora
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.sources import open_corpus
+    from nanochat.data.token_cache import fit_tokenizer
+    from nanochat.data.tokenizer import GPT2_FINGERPRINT, gpt2_tokenizer
 
-    corpus = corpora.open_corpus(args.data)
+    corpus = open_corpus(args.data)
     names = list(dict.fromkeys(args.tokenizers or ["bpe"]))
     chosen = [
-        (name, saved[name] if name in saved else data.fit_tokenizer(corpus, name, -1))
-        for name in names
+        (name, saved[name] if name in saved else fit_tokenizer(corpus, name, -1)) for name in names
     ]
-    if all(tokenizer.fingerprint != tokenizers.GPT2_FINGERPRINT for _, tokenizer in chosen):
+    if all(tokenizer.fingerprint != GPT2_FINGERPRINT for _, tokenizer in chosen):
         try:
-            gpt2 = tokenizers.gpt2(download=False)
+            gpt2 = gpt2_tokenizer(download=False)
             chosen += [("gpt2", gpt2)] if gpt2 else []
         except UsageError as error:  # nobody asked for it
             print(f"GPT-2's tokenizer is left out: {error}", file=sys.stderr)
@@ -288,12 +283,17 @@ def open_tokenizer(name, names=NAMES_WITHOUT_DATA):
     """The tokenizer that a TOKENIZER argument means: byte, gpt2 (downloaded if need be), a folder with one, or a run folder.
 
     UsageError if there is none, also for bpe and char, which mean nothing without data. names: those that the command takes."""
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.tokenizer import (
+        TOKENIZER_FILE,
+        gpt2_tokenizer,
+        read_tokenizer,
+        train_tokenizer,
+    )
 
     if name == "byte":
-        return tokenizers.train("byte", [], -1)
+        return train_tokenizer("byte", [], -1)
     if name == "gpt2":
-        return tokenizers.gpt2()
+        return gpt2_tokenizer()
     folder = Path(name)
     if not folder.exists():
         raise UsageError(
@@ -301,9 +301,9 @@ def open_tokenizer(name, names=NAMES_WITHOUT_DATA):
             if name in NAMES
             else f"{name}: no such folder, and not a name of a tokenizer ({', '.join(names)})"
         )
-    if folder.is_file() and folder.name in (tokenizers.FILE_NAME, "encoder.json"):
+    if folder.is_file() and folder.name in (TOKENIZER_FILE, "encoder.json"):
         folder = folder.parent
-    return tokenizers.load(folder)
+    return read_tokenizer(folder)
 
 
 def held_out_text(corpus, max_bytes):
@@ -333,7 +333,7 @@ def measure(name, tokenizer, texts):
 
     mb_per_second: 10^6 bytes of UTF-8 a second, on one thread, set-up excluded. round_trip: the tokens' bytes, one after
     another, are the text's, exactly."""
-    from nanochat.data import rows as data
+    from nanochat.data.token_cache import by_size
 
     row = {
         "tokenizer": name,
@@ -351,7 +351,7 @@ def measure(name, tokenizer, texts):
     try:
         tokenizer.encode_batch([texts[0][:1000]])  # builds tiktoken's tables
         seconds, tokens, same = 0.0, 0, True
-        for batch in data.by_size(texts, BATCH_BYTES):
+        for batch in by_size(texts, BATCH_BYTES):
             began = time.perf_counter()
             ids_of = tokenizer.encode_batch(batch)
             seconds += time.perf_counter() - began
@@ -417,12 +417,12 @@ def table(rows):
 def run_inspect(args):
     """`nanochat tokenizer inspect`: the tokenizer in words, and the tokens of --text, one a line."""
     tokenizer = open_tokenizer(args.tokenizer)
-    from nanochat.data import tokenizer as tokenizers
+    from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN
 
     pattern = {
         None: "none",
-        tokenizers.SPLIT_PATTERN: "nanochat's",
-        tokenizers.GPT2_PATTERN: "GPT-2's",
+        SPLIT_PATTERN: "nanochat's",
+        GPT2_PATTERN: "GPT-2's",
     }[tokenizer.pattern]
     longest = (
         sorted(tokenizer.tokens, key=len, reverse=True)[:LONGEST_SHOWN]

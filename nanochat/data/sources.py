@@ -11,46 +11,45 @@ import functools
 import glob
 import itertools
 import json
-import logging
 import os
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import (
-    UsageError,
-    in_a_line,
-    install_hint,
-    sha256_file,
-    sha256_hex,
-    valid_unicode,
-)
+from nanochat.common import UsageError, sha256_file, sha256_hex
 from nanochat.data import hub
+from nanochat.data.download import DownloadFailed, RemoteFile
+from nanochat.data.text import iterate_documents, text_format, text_suffix
 
 FOLDER_FORMATS = (
     ".txt",
     ".jsonl",
     ".parquet",
 )  # what is read of a folder; its .json may be anything (`data mix` writes one)
-END_OF_DOCUMENT = "<|endoftext|>"  # alone on a line of a .txt file
+
+
 SHARD_BYTES = 8 << 20  # small files are grouped up to this size; one file is never split
+
+
 HELD_OUT_MUCH = 0.2  # a larger share of the text than this is held out seldom on purpose
+
+
 PYTHON_HELD_OUT = 50  # one file in this many is held out of the embedded corpus
+
+
 EAGER_BYTES = (
     256 << 20
 )  # a corpus of no more text than this is tokenized before step 0, a larger one as training needs it
+
+
 PARQUET_TEXT_FACTOR = (
     2.5  # bytes of text per byte of a compressed remote file, for estimates (climbmix: about 2.5)
 )
+
+
 UNKNOWN_TEXT_BYTES = (
     1 << 30
 )  # of a dataset that nothing is known about, for plans that may not ask the hub
-DATASETS_NAMES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-}  # of formats in the `datasets` library; any other file is "text"
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class Shard:
 
     def documents(self, report=print):
         """Iterator over the documents (str), none of them blank. Remote files are fetched first, with report(line) on
-        trouble. Raises hub.DownloadFailed, or UsageError for files that cannot be read as text."""
+        trouble. Raises DownloadFailed, or UsageError for files that cannot be read as text."""
         paths = (
-            path.fetch(report) if isinstance(path, hub.RemoteFile) else path for path in self.files
+            path.fetch(report) if isinstance(path, RemoteFile) else path for path in self.files
         )
         documents = (
             document for path in paths for document in iterate_documents(path, self.column)
@@ -89,7 +88,7 @@ class Shard:
         return list(self.documents())
 
     def remote_files(self):
-        return [path for path in self.files if isinstance(path, hub.RemoteFile)]
+        return [path for path in self.files if isinstance(path, RemoteFile)]
 
 
 @dataclass(frozen=True)
@@ -121,176 +120,6 @@ class Corpus:
         return self.train_bytes <= EAGER_BYTES
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# documents
-
-
-def read_text(path):
-    """A file as str. UsageError if it is not UTF-8 text."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-    if b"\0" in content:
-        raise UsageError(
-            f"data: {path} is a binary file (it holds NUL bytes); give UTF-8 text, .jsonl or .parquet"
-        )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"data: {path} is not UTF-8 text (byte {error.start}); convert it, for example with iconv"
-        ) from None
-
-
-def iterate_documents(path, column="text"):
-    """The documents of one file, blank ones left out: tables by their column, anything without a known ending as text."""
-    path = Path(path)
-    suffix, compression = hub.text_format(path.name)
-    if suffix == ".parquet":
-        documents = _read_parquet(path, column)
-    elif compression or suffix in (".json", ".csv"):
-        documents = _read_through_datasets(path, DATASETS_NAMES.get(suffix, "text"), column)
-    elif suffix == ".jsonl":
-        documents = _read_jsonl(path, column)
-    else:
-        text = read_text(path)
-        documents = [text]
-        if END_OF_DOCUMENT in text:
-            documents = "\n".join(
-                "\0" if line.strip() == END_OF_DOCUMENT else line for line in text.split("\n")
-            ).split("\0")
-            documents = [document.strip("\n") for document in documents]
-    return (document for document in documents if document.strip())
-
-
-def read_documents(path, column="text"):
-    """iterate_documents() as a list."""
-    return list(iterate_documents(path, column))
-
-
-def _read_jsonl(path, column):
-    """The field `column` of every line, which are read one at a time."""
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except ValueError:  # UnicodeDecodeError is one
-                    raise UsageError(
-                        f"data: {path} line {number} is not JSON in UTF-8; a .jsonl file has one object a line"
-                    ) from None
-                if not isinstance(value, dict):
-                    what = "a list" if isinstance(value, list) else json.dumps(value)[:40]
-                    raise UsageError(
-                        f"data: {path} line {number} is {what}, not an object; a .jsonl file has one object a line"
-                    )
-                if column not in value:
-                    keys = ", ".join(value)
-                    raise UsageError(
-                        f"data: {path} line {number} has no string field '{column}' (it has: {keys}); rename the field"
-                    )
-                if not isinstance(value[column], str | None):
-                    raise UsageError(
-                        f"data: {path} line {number}: field '{column}' is not a string but {type(value[column]).__name__}; "
-                        f"write the text as a string"
-                    )
-                if value[column] is not None:
-                    yield valid_unicode(value[column])
-    except OSError as error:
-        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-
-
-def _read_parquet(path, column):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise install_hint("pyarrow", f"--data: reading {path}") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UsageError(
-                f"data: {path} has no column '{column}' (it has: {', '.join(names)}); rename the column, or for a "
-                f"dataset of the hub name it: hf:<dataset>:<config>:<split>:<column>"
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for document in batch.column(0).to_pylist():
-                if document is not None and not isinstance(document, str):
-                    raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
-                if document is not None:
-                    yield document
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"data: {path} is not a readable parquet file ({error})") from None
-
-
-def _read_through_datasets(path, kind, column):
-    """Documents of a file in a format that the datasets library reads (compressed ones too), a part of it at a time."""
-    for batch in _tables(path, kind):
-        if column not in batch.column_names:
-            raise UsageError(
-                f"data: {path} has no column '{column}' (it has: {', '.join(batch.column_names)}); name one: "
-                f"hf:<dataset>:<config>:<split>:<column>"
-            )
-        for document in batch.column(column).to_pylist():
-            if document is not None and not isinstance(document, str):
-                raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
-            if document is not None:
-                yield valid_unicode(document)
-
-
-def _tables(path, kind):
-    """Arrow tables of a file, as the datasets library streams it; nothing is written or asked of the network."""
-    with hub.datasets_at_home(f"--data: reading {path}") as datasets:
-        import fsspec  # with datasets, which opens files with it
-
-        if (
-            hub.text_format(path.name)[1] == ".zst"
-            and "zstd" not in fsspec.available_compressions()
-        ):
-            raise install_hint("zstandard", f"--data: reading {path}")
-        logging.getLogger("datasets.packaged_modules").setLevel(
-            logging.CRITICAL
-        )  # it logs what it also raises
-        options = {"sample_by": "document"} if kind == "text" else {}
-        try:
-            with tempfile.TemporaryDirectory() as folder:  # for a lock file; no data is written
-                tables = iter(
-                    datasets.load_dataset(
-                        kind,
-                        data_files=glob.escape(str(path)),
-                        split="train",
-                        streaming=True,
-                        cache_dir=folder,
-                        **options,
-                    )
-                    .with_format("arrow")
-                    .iter(batch_size=256)
-                )
-        except Exception as error:  # anything: each format and compression has its own
-            raise _unreadable(path, kind, error) from None
-    while True:
-        try:
-            table = next(tables, None)
-        except Exception as error:
-            raise _unreadable(path, kind, error) from None
-        if table is None:
-            return
-        yield table
-
-
-def _unreadable(path, kind, error):
-    return UsageError(
-        f"data: {path} cannot be read as {kind} ({in_a_line(error)}); repair or convert the file"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files of this machine
-
-
 def find_files(pattern, flag="--data"):
     """The data files that a path, folder or glob names, sorted. UsageError if there are none."""
     if os.path.isdir(pattern):
@@ -319,7 +148,7 @@ def find_files(pattern, flag="--data"):
 def left_out_of(folder):
     """A list with a sentence on the files of readable formats in a folder that find_files() does not take, if there are any."""
     found = collections.Counter(
-        hub.text_suffix(path.name).lower()
+        text_suffix(path.name).lower()
         for path in Path(folder).rglob("*")
         if path.suffix.lower() not in FOLDER_FORMATS
         and path.name != "sources.json"
@@ -355,7 +184,7 @@ def file_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, ha
 
 def _text_bytes(path):
     """Bytes of text in a local file: its size, or for parquet what its text column unpacks to."""
-    if hub.text_format(path.name) == (".parquet", ""):
+    if text_format(path.name) == (".parquet", ""):
         try:
             import pyarrow.parquet
 
@@ -475,10 +304,6 @@ def _n_bytes(text):
     return len(text.encode("utf-8", "replace"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the embedded corpus
-
-
 def _python_paths():
     """(relative name, path) of the candidate files, sorted by name within each root."""
     import importlib.util
@@ -536,10 +361,6 @@ def python_corpus(val_pattern=""):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the hub
-
-
 def is_remote(data):
     """True for the values of --data that name a dataset to download."""
     return data in hub.KNOWN or data.startswith("hf:")
@@ -547,11 +368,11 @@ def is_remote(data):
 
 @contextlib.contextmanager
 def naming_what_needs_no_network():
-    """Adds to a hub.DownloadFailed inside the `with` what to train on without a network."""
+    """Adds to a DownloadFailed inside the `with` what to train on without a network."""
     try:
         yield
-    except hub.DownloadFailed as error:
-        raise hub.DownloadFailed(
+    except DownloadFailed as error:
+        raise DownloadFailed(
             f"{error} Without a network there are --data=python, and --data=<path> for text on this disk."
         ) from None
 
@@ -559,7 +380,7 @@ def naming_what_needs_no_network():
 def remote_corpus(spec, val_pattern="", revision="", report=print):
     """The corpus of a dataset on the hub: one shard a file, of which nothing is fetched that is not needed to split it.
 
-    Raises UsageError for a dataset that is not there or is not text, hub.DownloadFailed for trouble on the way."""
+    Raises UsageError for a dataset that is not there or is not text, DownloadFailed for trouble on the way."""
     helped = (
         contextlib.nullcontext if revision else naming_what_needs_no_network
     )  # a resumed run needs the very same text
@@ -589,7 +410,7 @@ def remote_corpus(spec, val_pattern="", revision="", report=print):
 
 
 def _remote_shard(files, first=0, last=None, cut_characters=False, n_bytes=None, column="text"):
-    suffix, compression = hub.text_format(files[0].name)
+    suffix, compression = text_format(files[0].name)
     factor = PARQUET_TEXT_FACTOR if compression or suffix == ".parquet" else 1
     return Shard(
         name=files[0].name,
@@ -606,13 +427,10 @@ def _remote_shard(files, first=0, last=None, cut_characters=False, n_bytes=None,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def open_corpus(data, val_data="", revision="", report=print):
     """The Corpus that --data and --val-data name. revision: of a remote dataset, pinned by the run that is resumed.
 
-    Raises UsageError for whatever is wrong with them, hub.DownloadFailed when a dataset cannot be fetched."""
+    Raises UsageError for whatever is wrong with them, DownloadFailed when a dataset cannot be fetched."""
     named = data == "python" or is_remote(data)
     if not named:
         corpus = local_corpus(data, val_data)

@@ -21,10 +21,11 @@ from nanochat.common import (
     write_atomic,
 )
 from nanochat.data import hub
+from nanochat.data.download import DownloadFailed
 
-KINDS = ("bpe", "char", "byte")
+TOKENIZER_KINDS = ("bpe", "char", "byte")
 FORMAT = 1
-FILE_NAME = "vocab.json"
+TOKENIZER_FILE = "vocab.json"
 BOS_TEXT = "<|bos|>"
 EXPECTED_BYTES_PER_TOKEN = {
     "bpe": 4,
@@ -63,11 +64,11 @@ def expected_vocab_size(kind, vocab_size, n_bytes):
         return derived_vocab_size(n_bytes) if vocab_size == -1 else vocab_size
     if kind in ("byte", "char", "gpt2"):
         return {"byte": 257, "char": 128, "gpt2": GPT2_VOCAB_SIZE}[kind]
-    return load(kind).vocab_size
+    return read_tokenizer(kind).vocab_size
 
 
 class Tokenizer:
-    """kind: one of KINDS. tokens: bytes of each ordinary token; for 'bpe' in merge order (tiktoken's ranks).
+    """kind: one of TOKENIZER_KINDS. tokens: bytes of each ordinary token; for 'bpe' in merge order (tiktoken's ranks).
 
     pattern: for 'bpe', one of BOS_OF_PATTERN, else None. bos_text: how BOS is shown. GPT-2's is a 'bpe' with its own pattern."""
 
@@ -165,7 +166,7 @@ class Tokenizer:
     def save(self, folder):
         """Write the tokenizer to folder/vocab.json (made if missing)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(folder) / FILE_NAME, self._serialized())
+        write_atomic(Path(folder) / TOKENIZER_FILE, self._serialized())
 
 
 def _blanks_cut(text):
@@ -176,7 +177,7 @@ def _blanks_cut(text):
     return [text[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
-def load(folder):
+def read_tokenizer(folder):
     """The tokenizer in a folder, or of a run folder: one that save() wrote, or GPT-2's files and others of the same format.
 
     Those are encoder.json (or vocab.json), an object {token: id}, and merges.txt; they must agree with each other.
@@ -186,13 +187,13 @@ def load(folder):
         raise UsageError(
             f"tokenizer: {folder} {'is not a folder' if folder.exists() else 'does not exist'}"
         )
-    names = (FILE_NAME, "encoder.json")
+    names = (TOKENIZER_FILE, "encoder.json")
     if (folder / "tokenizer").is_dir() and not any((folder / name).exists() for name in names):
         folder = folder / "tokenizer"  # of a run
     paths = [folder / name for name in names if (folder / name).exists()]
     if not paths:
         raise UsageError(
-            f"tokenizer: {folder} holds no tokenizer: neither {FILE_NAME}, nor GPT-2's encoder.json and merges.txt"
+            f"tokenizer: {folder} holds no tokenizer: neither {TOKENIZER_FILE}, nor GPT-2's encoder.json and merges.txt"
         )
     content, merges_path = read_json(paths[0], "tokenizer"), folder / "merges.txt"
     if not isinstance(content, dict) or isinstance(content.get("tokens"), list):
@@ -219,7 +220,9 @@ def _from_our_file(path, content):
         bos_text = (
             BOS_OF_PATTERN.get(pattern) if kind == "bpe" else BOS_TEXT if pattern is None else None
         )
-        usable = kind in KINDS and bos_text == content["special"] and _complete(kind, tokens)
+        usable = (
+            kind in TOKENIZER_KINDS and bos_text == content["special"] and _complete(kind, tokens)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"tokenizer: {path} is not a tokenizer of this program ({error!r})"
@@ -324,16 +327,16 @@ def parts_of(token, ranks):
     return parts
 
 
-def gpt2(download=True):
+def gpt2_tokenizer(download=True):
     """GPT-2's tokenizer, 50,257 ids, each as OpenAI numbers it; BOS is its <|endoftext|>.
 
     From base_dir()/tokenizers/gpt2, else downloaded (1.5 MB) and saved there. Its fingerprint is checked, wherever it came from.
     Unavailable if it cannot be had now; with download=False, None if it is not here yet."""
     folder = base_dir() / "tokenizers" / "gpt2"
-    if (folder / FILE_NAME).exists() or (
+    if (folder / TOKENIZER_FILE).exists() or (
         folder / "encoder.json"
     ).exists():  # as saved, or as someone put it there by hand
-        tokenizer = load(folder)
+        tokenizer = read_tokenizer(folder)
         if tokenizer.fingerprint != GPT2_FINGERPRINT:
             raise UsageError(
                 f"tokenizer: {folder} does not hold GPT-2's tokenizer; delete the folder to have it fetched again"
@@ -344,7 +347,7 @@ def gpt2(download=True):
     by_hand = f"put its encoder.json (or vocab.json) and merges.txt into {folder}, or into any folder, and give that as --tokenizer"
     try:
         paths = [hub.model_file(GPT2_REPO, name).fetch() for name in ("vocab.json", "merges.txt")]
-    except hub.DownloadFailed as error:
+    except DownloadFailed as error:
         raise Unavailable(
             f"--tokenizer=gpt2: {error} Where there is no network, {by_hand}."
         ) from None
@@ -367,7 +370,7 @@ def gpt2(download=True):
     return tokenizer
 
 
-def train(kind, texts, vocab_size):
+def train_tokenizer(kind, texts, vocab_size):
     """A tokenizer fitted to an iterable of texts. vocab_size (BOS included) matters for 'bpe' only.
 
     BPE training is rustbpe's; it may find fewer merges than asked in little or repetitive text."""

@@ -13,12 +13,18 @@ import torch
 
 from nanochat import hardware, ranks
 from nanochat.common import EXIT_COMPLETED, UsageError, human_bytes, human_time, round_up
-from nanochat.data import hub
-from nanochat.data import sources as corpora
-from nanochat.data import tokenizer as tokenizers
+from nanochat.data.hub import KNOWN
+from nanochat.data.sources import estimated_bytes, is_remote
+from nanochat.data.tokenizer import (
+    EXPECTED_BYTES_PER_TOKEN,
+    MIN_BPE_VOCAB,
+    TOKENIZER_KINDS,
+    expected_vocab_size,
+)
 from nanochat.model import fp8
 from nanochat.model.attention import BACKENDS, pick_backend
-from nanochat.model.gpt import GPTConfig, meta_model, width_for
+from nanochat.model.build import meta_model
+from nanochat.model.config import GPTConfig, width_for
 from nanochat.model.loss import pick_loss
 from nanochat.optim import schedules
 from nanochat.run import memory as fit
@@ -78,12 +84,12 @@ def check_flags(args):
             require(
                 name, False, f"{feature} is not available in this version", "leave the flag out"
             )
-    known = args.tokenizer in (*tokenizers.KINDS, "gpt2") or os.path.isdir(args.tokenizer)
+    known = args.tokenizer in (*TOKENIZER_KINDS, "gpt2") or os.path.isdir(args.tokenizer)
     require(
         "tokenizer",
         known,
         "neither a kind of tokenizer nor a folder",
-        f"choose {', '.join(tokenizers.KINDS)}, gpt2, a folder with a saved one, or a run folder",
+        f"choose {', '.join(TOKENIZER_KINDS)}, gpt2, a folder with a saved one, or a run folder",
     )
     for name in ("sample_prompts", "val_data", "init_from", "core_bundle"):
         value = getattr(args, name)
@@ -93,12 +99,12 @@ def check_flags(args):
             "no such file or folder",
             "check the path",
         )
-    named = args.data == "python" or corpora.is_remote(args.data)
+    named = args.data == "python" or is_remote(args.data)
     require(
         "data",
         named or os.path.exists(args.data) or glob.glob(args.data, recursive=True),
         "no such file or folder, no file matches it as a pattern, and it names no dataset",
-        f"give a path, python, {', '.join(hub.KNOWN)}, or hf:<dataset>",
+        f"give a path, python, {', '.join(KNOWN)}, or hf:<dataset>",
     )
     require(
         "init_from",
@@ -289,9 +295,9 @@ def check_flags(args):
     if args.tokenizer == "bpe":
         require(
             "vocab_size",
-            args.vocab_size == -1 or args.vocab_size >= tokenizers.MIN_BPE_VOCAB,
+            args.vocab_size == -1 or args.vocab_size >= MIN_BPE_VOCAB,
             "too small: BPE starts from 256 bytes and one special token",
-            f"give at least {tokenizers.MIN_BPE_VOCAB}",
+            f"give at least {MIN_BPE_VOCAB}",
         )
     else:
         require(
@@ -718,11 +724,11 @@ def dry_run(args, model=None):
             fit.free_memory(device, args.gpus),
         )
     runtime = pick_runtime(args, device_type, gpu)
-    n_bytes = corpora.estimated_bytes(args.data)
+    n_bytes = estimated_bytes(args.data)
     config = model or model_config(
-        args, tokenizers.expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
+        args, expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
     )
-    tokens_per_epoch = n_bytes / tokenizers.EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
+    tokens_per_epoch = n_bytes / EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
     plan = make_plan(args, config, tokens_per_epoch, peak, args.gpus)
     memory = fit.memory_of(
         args,

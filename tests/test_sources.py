@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UsageError, base_dir
-from nanochat.data import sources as corpora
+from nanochat.data import text
+from nanochat.data.sources import (
+    _split_file,
+    compressed_bits_per_byte,
+    describe_corpus,
+    file_shard,
+    find_files,
+    local_corpus,
+    open_corpus,
+    python_corpus,
+    remarks,
+)
+from nanochat.data.text import iterate_documents, read_documents
 
 
 def write(path, text):
@@ -29,7 +41,7 @@ def text_of(shards):
 
 def test_one_document_holds_out_its_last_tenth(tmp_path):
     path = write(tmp_path / "a.txt", "".join(chr(97 + i % 26) for i in range(1003)))
-    corpus = corpora.local_corpus(str(path))
+    corpus = local_corpus(str(path))
     train, val = text_of(corpus.train), text_of(corpus.val)
     assert (len(train), len(val)) == (1, 1)
     assert len(val[0]) == 100
@@ -41,7 +53,7 @@ def test_one_file_of_documents_holds_out_the_last_tenth_of_them(tmp_path):
         tmp_path / "a.txt",
         "\n<|endoftext|>\n".join(f"story {i}" for i in range(20)) + "\n<|endoftext|>\n",
     )
-    corpus = corpora.local_corpus(str(path))
+    corpus = local_corpus(str(path))
     assert text_of(corpus.train) == [f"story {i}" for i in range(18)]
     assert text_of(corpus.val) == ["story 18", "story 19"]
 
@@ -66,7 +78,7 @@ def test_the_split_of_one_file_is_what_stored_runs_have(tmp_path):
         ),
     }
     for path, (shards, note) in recorded.items():
-        corpus = corpora.local_corpus(str(path))
+        corpus = local_corpus(str(path))
         found = [
             (s.first, s.last, s.cut_characters, s.n_bytes, s.fingerprint[:8])
             for s in corpus.train + corpus.val
@@ -90,11 +102,9 @@ def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
             most = max(most, len(alive))
             yield text
 
-    monkeypatch.setattr(corpora, "iterate_documents", documents)
+    monkeypatch.setattr(sources, "iterate_documents", documents)
     path = tmp_path / "a.jsonl"
-    train, val, note = corpora._split_file(
-        path, functools.partial(corpora.file_shard, hashes={path: "x"})
-    )
+    train, val, note = _split_file(path, functools.partial(file_shard, hashes={path: "x"}))
     assert (train[0].last, val[0].first, note) == (
         900,
         900,
@@ -108,13 +118,14 @@ def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
 
 def test_one_remote_file_without_text_is_refused(tmp_path):
     with pytest.raises(UsageError, match="a.jsonl holds no text"):
-        corpora._split_file(write(tmp_path / "a.jsonl", '{"text": " "}\n'), corpora.file_shard)
+        _split_file(write(tmp_path / "a.jsonl", '{"text": " "}\n'), file_shard)
 
 
 def test_a_document_mark_inside_a_line_is_text(tmp_path):
-    assert corpora.read_documents(
-        write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")
-    ) == ["x <|endoftext|> y", "z"]
+    assert read_documents(write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")) == [
+        "x <|endoftext|> y",
+        "z",
+    ]
 
 
 def test_several_files_hold_out_the_last(tmp_path):
@@ -123,7 +134,7 @@ def test_several_files_hold_out_the_last(tmp_path):
             tmp_path / f"{i}.jsonl",
             "".join(json.dumps({"text": f"{i}.{j}"}) + "\n" for j in range(4)),
         )
-    corpus = corpora.local_corpus(str(tmp_path))
+    corpus = local_corpus(str(tmp_path))
     assert text_of(corpus.val) == [f"2.{j}" for j in range(4)]
     assert len(text_of(corpus.train)) == 8
 
@@ -131,14 +142,14 @@ def test_several_files_hold_out_the_last(tmp_path):
 def test_a_folder_of_single_documents_holds_out_two_percent(tmp_path):
     for i in range(100):
         write(tmp_path / f"{i:03}.txt", f"document {i}")
-    corpus = corpora.local_corpus(str(tmp_path / "*.txt"))
+    corpus = local_corpus(str(tmp_path / "*.txt"))
     assert text_of(corpus.val) == ["document 98", "document 99"]
     assert len(corpus.train) == 1  # small files share a shard
 
 
 def test_val_data_is_used_whole(tmp_path):
     a, b = write(tmp_path / "a.txt", "train " * 50), write(tmp_path / "b.txt", "validate")
-    corpus = corpora.open_corpus(str(a), str(b))
+    corpus = open_corpus(str(a), str(b))
     assert text_of(corpus.train) == ["train " * 50]
     assert text_of(corpus.val) == ["validate"]
 
@@ -150,7 +161,7 @@ def test_parquet_and_blank_documents(tmp_path):
     pyarrow.parquet.write_table(
         pa.table({"id": [1, 2, 3], "text": ["one", None, "  \n"]}), tmp_path / "a.parquet"
     )
-    assert corpora.read_documents(tmp_path / "a.parquet") == ["one"]
+    assert read_documents(tmp_path / "a.parquet") == ["one"]
 
 
 # ----- formats that another library reads
@@ -235,7 +246,7 @@ def nothing_left(tmp_path, monkeypatch, capfd):
 def test_formats_that_datasets_reads(tmp_path, nothing_left, name):
     content, documents = READ[name]
     (tmp_path / name).write_bytes(content)
-    assert corpora.read_documents(tmp_path / name) == documents
+    assert read_documents(tmp_path / name) == documents
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -243,7 +254,7 @@ def test_files_that_datasets_cannot_read(tmp_path, nothing_left, name):
     content, part = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        corpora.read_documents(tmp_path / name)
+        read_documents(tmp_path / name)
     assert (
         str(tmp_path / name) in str(caught.value)
         and part in str(caught.value)
@@ -257,7 +268,7 @@ def test_a_compressed_file_is_read_as_it_is_needed(tmp_path, nothing_left):
         b"".join(b'{"text": "%s"}\n' % os.urandom(500).hex().encode() for _ in range(30_000)), 1
     )
     (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) * 9 // 10])
-    documents = corpora.iterate_documents(tmp_path / "a.jsonl.gz")
+    documents = iterate_documents(tmp_path / "a.jsonl.gz")
     assert len(next(documents)) == 1000
     with pytest.raises(UsageError, match="ended before"):
         list(documents)
@@ -271,12 +282,12 @@ def test_missing_packages_are_named(tmp_path, nothing_left, monkeypatch):
     with pytest.raises(
         UsageError, match="a.TXT.ZST needs the package 'zstandard', .* pip install zstandard"
     ):
-        corpora.read_documents(tmp_path / "a.TXT.ZST")
+        read_documents(tmp_path / "a.TXT.ZST")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UsageError, match="a.csv needs the package 'datasets', .* pip install datasets"
     ):
-        corpora.read_documents(write(tmp_path / "a.csv", "text\na\n"))
+        read_documents(write(tmp_path / "a.csv", "text\na\n"))
 
 
 def test_endings_in_upper_case_and_unknown_ones(tmp_path):
@@ -286,19 +297,15 @@ def test_endings_in_upper_case_and_unknown_ones(tmp_path):
         write(tmp_path / "B.JSONL", '{"text": "line"}\n{"text": "line 2"}\n'),
     )
     write(tmp_path / "c.json", '{"text": "no document"}')
-    assert corpora.find_files(str(tmp_path)) == [a, b]
-    assert corpora.read_documents(b) == ["line", "line 2"]
-    assert corpora.read_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n")) == [
-        "id\ttext\n1\ta\n"
-    ]
+    assert find_files(str(tmp_path)) == [a, b]
+    assert read_documents(b) == ["line", "line 2"]
+    assert read_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n")) == ["id\ttext\n1\ta\n"]
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pa.table({"text": ["one " * 1000, "two"]}), tmp_path / "A.PARQUET")
-    assert corpora.read_documents(tmp_path / "A.PARQUET") == ["one " * 1000, "two"]
-    assert corpora.file_shard([tmp_path / "A.PARQUET"]).n_bytes > 4000, (
-        "of the text, not of the file"
-    )
+    assert read_documents(tmp_path / "A.PARQUET") == ["one " * 1000, "two"]
+    assert file_shard([tmp_path / "A.PARQUET"]).n_bytes > 4000, "of the text, not of the file"
 
 
 def test_a_folder_of_other_formats_says_how_to_name_them(tmp_path):
@@ -307,8 +314,8 @@ def test_a_folder_of_other_formats_says_how_to_name_them(tmp_path):
         UsageError,
         match=r"holds no .txt, .jsonl, .parquet file; .* pattern, such as '.*/\*.jsonl.gz'",
     ):
-        corpora.open_corpus(str(tmp_path))
-    assert text_of(corpora.open_corpus(str(tmp_path / "*.jsonl.gz")).val) == ["two"]
+        open_corpus(str(tmp_path))
+    assert text_of(open_corpus(str(tmp_path / "*.jsonl.gz")).val) == ["two"]
 
 
 def test_text_that_moved_is_named_by_its_new_place(tmp_path):
@@ -317,13 +324,13 @@ def test_text_that_moved_is_named_by_its_new_place(tmp_path):
             UsageError,
             match=f"^{flag}=.*gone.txt: no such file.*a resumed run takes {flag}=NEWPATH",
         ):
-            corpora.find_files(str(tmp_path / "gone.txt"), flag)
+            find_files(str(tmp_path / "gone.txt"), flag)
 
 
 def test_a_null_is_no_document(tmp_path):
-    assert corpora.read_documents(
-        write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')
-    ) == ["one"]
+    assert read_documents(write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')) == [
+        "one"
+    ]
 
 
 def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
@@ -340,45 +347,41 @@ def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, f"text of {name} " * (9 if name != "c.txt" else 1))
-    corpus = corpora.open_corpus(str(tmp_path))
-    assert corpora.remarks(corpus) == [
+    corpus = open_corpus(str(tmp_path))
+    assert remarks(corpus) == [
         f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, such as "
         f"'{tmp_path}/**/*.csv'"
     ]
-    assert "  " + corpora.remarks(corpus)[0] in corpora.describe_corpus(corpus)
-    assert corpora.remarks(corpora.open_corpus("python", str(tmp_path))) == corpora.remarks(
-        corpus
-    ), "of --val-data too"
-    assert corpora.remarks(corpora.open_corpus(str(tmp_path / "*.txt"))) == []
+    assert "  " + remarks(corpus)[0] in describe_corpus(corpus)
+    assert remarks(open_corpus("python", str(tmp_path))) == remarks(corpus), "of --val-data too"
+    assert remarks(open_corpus(str(tmp_path / "*.txt"))) == []
 
 
 def test_much_held_out_text_is_said(tmp_path):
     a, b = write(tmp_path / "a.txt", "ab" * 100), write(tmp_path / "b.txt", "cd" * 50)
-    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == [
+    assert remarks(open_corpus(str(tmp_path))) == [
         "note: 33% of the text is held out; --val-data names another text"
     ]
-    assert corpora.remarks(corpora.open_corpus(str(a), str(b))) == [], "the user said so"
+    assert remarks(open_corpus(str(a), str(b))) == [], "the user said so"
     write(a, "ab" * 200)
-    assert corpora.remarks(corpora.open_corpus(str(tmp_path))) == [], "a fifth is not much"
+    assert remarks(open_corpus(str(tmp_path))) == [], "a fifth is not much"
 
 
 def test_the_same_text_on_both_sides_is_said(tmp_path):
     a = write(tmp_path / "a.txt", "ab" * 100)
     said = "is on both sides: validation then measures memory; give --val-data other text"
-    assert corpora.remarks(corpora.open_corpus(str(a), str(a))) == [
-        f"warning: the text of a.txt {said}"
-    ]
-    assert corpora.remarks(corpora.open_corpus(str(a))) == [], "a split file is not the same text"
+    assert remarks(open_corpus(str(a), str(a))) == [f"warning: the text of a.txt {said}"]
+    assert remarks(open_corpus(str(a))) == [], "a split file is not the same text"
     for name in ("b.txt", "c.txt", "d.txt"):
         write(tmp_path / name, name * 20)
-    assert corpora.remarks(corpora.open_corpus(str(tmp_path), str(tmp_path / "[ac].txt"))) == [
+    assert remarks(open_corpus(str(tmp_path), str(tmp_path / "[ac].txt"))) == [
         f"warning: the text of a.txt and 1 more {said}"
     ], "also where files share shards"
 
 
 def test_the_fingerprint_shown_is_the_one_compared(tmp_path):
-    corpus = corpora.open_corpus(str(write(tmp_path / "a.txt", "ab" * 100)))
-    shown = "\n".join(corpora.describe_corpus(corpus))
+    corpus = open_corpus(str(write(tmp_path / "a.txt", "ab" * 100)))
+    shown = "\n".join(describe_corpus(corpus))
     assert (
         f"fingerprint {corpus.fingerprint[:16]}" in shown.splitlines()[0]
         and shown.count("; fingerprint ") == 1
@@ -389,14 +392,14 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "a.txt", "same words " * 30)
-    x, y = (corpora.local_corpus(str(tmp_path / name / "a.txt")) for name in "xy")
+    x, y = (local_corpus(str(tmp_path / name / "a.txt")) for name in "xy")
     assert x.fingerprint == y.fingerprint
     write(tmp_path / "y" / "a.txt", "same words " * 29 + "other word ")
-    assert corpora.local_corpus(str(tmp_path / "y" / "a.txt")).fingerprint != x.fingerprint
+    assert local_corpus(str(tmp_path / "y" / "a.txt")).fingerprint != x.fingerprint
 
 
 def test_python_corpus_is_split_by_name():
-    corpus = corpora.python_corpus()
+    corpus = python_corpus()
     train = {path for shard in corpus.train for path in shard.files}
     val = {path for shard in corpus.val for path in shard.files}
     assert val and not train & val
@@ -410,5 +413,5 @@ def test_compressors():
         def documents(self):
             return iter(["abcd" * 1000])
 
-    figures = corpora.compressed_bits_per_byte([Fixed()])
+    figures = compressed_bits_per_byte([Fixed()])
     assert set(figures) == {"gzip -9", "xz -9"} and all(0 < bpb < 0.3 for bpb in figures.values())

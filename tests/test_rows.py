@@ -11,11 +11,13 @@ import pytest
 from safetensors import safe_open
 
 from nanochat.common import UsageError
-from nanochat.data import rows as data
-from nanochat.data import sources as corpora
-from nanochat.data import tokenizer as tokenizers
+from nanochat.data.prefetch import Ahead, Prefetcher
+from nanochat.data.rows import Rows, held_out_pieces
+from nanochat.data.sources import Corpus, file_shard
+from nanochat.data.token_cache import TokenCache, _digest, trim_cache
+from nanochat.data.tokenizer import train_tokenizer
 
-BYTE = tokenizers.train("byte", [], -1)
+BYTE = train_tokenizer("byte", [], -1)
 
 
 def write(path, text):
@@ -30,18 +32,16 @@ def make_rows(tmp_path, documents_by_file, T, seed=1):
     for i, documents in enumerate(documents_by_file):
         path = folder / f"{i:03}.jsonl"
         write(path, "".join(json.dumps({"text": d}) + "\n" for d in documents))
-        shards.append(corpora.file_shard([path]))
-    return data.Rows(
-        corpora.Corpus("docs", shards, [], ""), data.TokenCache(BYTE, threads=1), T, seed
-    )
+        shards.append(file_shard([path]))
+    return Rows(Corpus("docs", shards, [], ""), TokenCache(BYTE, threads=1), T, seed)
 
 
 # ----- cache
 
 
 def test_cache_is_reused_and_damage_is_refused(tmp_path):
-    shard = corpora.file_shard([write(tmp_path / "a.txt", "cache me " * 40)])
-    cache = data.TokenCache(BYTE, threads=1)
+    shard = file_shard([write(tmp_path / "a.txt", "cache me " * 40)])
+    cache = TokenCache(BYTE, threads=1)
     ids, offsets = cache.tokens(shard)
     assert offsets.tolist() == [0, 361]
     assert (
@@ -51,15 +51,15 @@ def test_cache_is_reused_and_damage_is_refused(tmp_path):
     assert ids[360:361].tolist() == [BYTE.bos]
     path = cache.path(shard)
     made = path.stat().st_ino
-    data.TokenCache(BYTE, threads=1).tokens(shard)
+    TokenCache(BYTE, threads=1).tokens(shard)
     assert path.stat().st_ino == made
     whole = path.read_bytes()
     for damaged in (whole[:-7], whole[:-7] + b"?" + whole[-6:], b"", b"not a safetensors file"):
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match="is damaged"):
-            data.TokenCache(BYTE, threads=1).tokens(shard)
+            TokenCache(BYTE, threads=1).tokens(shard)
     path.unlink()
-    data.TokenCache(BYTE, threads=1).tokens(shard)
+    TokenCache(BYTE, threads=1).tokens(shard)
     assert path.read_bytes() == whole
 
 
@@ -70,25 +70,25 @@ def test_cache_limit_drops_the_least_recently_used(tmp_path):
     for age, path in enumerate(files):
         path.write_bytes(b"0" * 100)
         os.utime(path, (age, age))
-    data.trim_cache(tmp_path / "tokens", keep={files[0]}, limit_bytes=250)
+    trim_cache(tmp_path / "tokens", keep={files[0]}, limit_bytes=250)
     assert [path.name[0] for path in files if path.exists()] == ["a", "d"]
 
 
 def test_opening_holds_no_copy_of_the_ids(tmp_path):
     """The checksum, over ids and offsets as one string of bytes, is taken of a part of them at a time."""
-    shard = corpora.file_shard([write(tmp_path / "a.txt", "cache me " * 300_000)])
-    made = data.TokenCache(BYTE, threads=1)
+    shard = file_shard([write(tmp_path / "a.txt", "cache me " * 300_000)])
+    made = TokenCache(BYTE, threads=1)
     made.tokens(shard)
     with safe_open(made.path(shard), framework="numpy") as f:
         content = f.get_tensor("ids").tobytes() + f.get_tensor("offsets").tobytes()
         assert f.metadata()["sha256"] == hashlib.sha256(content).hexdigest()
     tracemalloc.start()
     try:
-        data.TokenCache(BYTE, threads=1).tokens(shard)
+        TokenCache(BYTE, threads=1).tokens(shard)
         assert tracemalloc.get_traced_memory()[1] < 0.9 * len(content)
         before = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
-        data._digest([np.zeros(2_000_000, np.uint16)])
+        _digest([np.zeros(2_000_000, np.uint16)])
         assert tracemalloc.get_traced_memory()[1] - before < 1.5 * 4_000_000
     finally:
         tracemalloc.stop()
@@ -96,8 +96,8 @@ def test_opening_holds_no_copy_of_the_ids(tmp_path):
 
 def test_a_file_that_another_process_trims_is_made_again(tmp_path, monkeypatch):
     """Between building and opening, both under the lock that other ranks and runs wait for."""
-    shard = corpora.file_shard([write(tmp_path / "a.txt", "trimmed " * 40)])
-    cache, really_open, opened = data.TokenCache(BYTE, threads=1), data.TokenCache._open, []
+    shard = file_shard([write(tmp_path / "a.txt", "trimmed " * 40)])
+    cache, really_open, opened = TokenCache(BYTE, threads=1), TokenCache._open, []
 
     def trim_and_open(self, shard, path):
         with open(path.with_suffix(".lock")) as lock, pytest.raises(BlockingIOError):
@@ -109,7 +109,7 @@ def test_a_file_that_another_process_trims_is_made_again(tmp_path, monkeypatch):
             )  # kept, so that its inode is not used again
         return really_open(self, shard, path)
 
-    monkeypatch.setattr(data.TokenCache, "_open", trim_and_open)
+    monkeypatch.setattr(TokenCache, "_open", trim_and_open)
     ids, offsets = cache.tokens(shard)
     assert bytes(ids[0:8].astype(np.uint8)) == b"trimmed " and offsets.tolist() == [0, 321]
     assert len(set(opened)) == 3
@@ -130,16 +130,14 @@ def test_trimming_while_others_trim(tmp_path):
             path.unlink()
             return False
 
-    data.trim_cache(tmp_path / "tokens", keep=Deleting(), limit_bytes=150)
+    trim_cache(tmp_path / "tokens", keep=Deleting(), limit_bytes=150)
     assert [path.name[0] for path in files if path.exists()] == ["c"]
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     characters = "".join(chr(c) for c in range(0x10000, 0x10000 + 65600))
-    tokenizer = tokenizers.train("char", [characters], -1)
-    ids, _ = data.TokenCache(tokenizer, 1).tokens(
-        corpora.file_shard([write(tmp_path / "a.txt", characters)])
-    )
+    tokenizer = train_tokenizer("char", [characters], -1)
+    ids, _ = TokenCache(tokenizer, 1).tokens(file_shard([write(tmp_path / "a.txt", characters)]))
     assert ids[65590:65600].tolist() == list(range(65590, 65600))
 
 
@@ -235,13 +233,11 @@ def test_reading_ahead_makes_files_of_known_length(tmp_path):
     n = rows.tokens_per_epoch() // rows.T
     for shard in rows.shards:
         rows.cache.path(shard).unlink()
-    resumed = data.Rows(
-        rows.corpus, data.TokenCache(BYTE, 1, rows.cache.lengths), rows.T, rows.seed
-    )
+    resumed = Rows(rows.corpus, TokenCache(BYTE, 1, rows.cache.lengths), rows.T, rows.seed)
     second = rows.shard_rows(
         rows.shard_order(0)[0]
     )  # the run goes on with the first row of its second shard
-    ahead = data.Ahead(resumed, second, lambda: n, pytest.fail)
+    ahead = Ahead(resumed, second, lambda: n, pytest.fail)
     ahead.thread.join(10)
     assert not ahead.thread.is_alive()
     order = [rows.shards[i] for i in rows.shard_order(0)]
@@ -253,20 +249,19 @@ def test_held_out_pieces(tmp_path):
         tmp_path / "a.jsonl",
         "".join(json.dumps({"text": d}) + "\n" for d in ("abcdefghij", "klm", "nopqrst")),
     )
-    cache = data.TokenCache(BYTE, 1)
+    cache = TokenCache(BYTE, 1)
 
     def pieces(limit):
         return [
             bytes(piece[1:].astype(np.uint8)).decode()
-            for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, limit)
+            for piece in held_out_pieces([file_shard([path])], cache, 4, limit)
         ]
 
     assert pieces(10**9) == ["abcd", "efgh", "ij", "klm", "nopq", "rst"]
     assert pieces(15) == ["abcd", "efgh", "ij", "klm", "no"]
     assert pieces(10) == ["abcd", "efgh", "ij"]
     assert all(
-        piece[0] == BYTE.bos
-        for piece in data.held_out_pieces([corpora.file_shard([path])], cache, 4, 99)
+        piece[0] == BYTE.bos for piece in held_out_pieces([file_shard([path])], cache, 4, 99)
     )
 
 
@@ -275,7 +270,7 @@ def test_prefetcher_keeps_order_and_hands_over_exceptions():
         yield from range(20)
         raise UsageError("the disk is gone")
 
-    prefetcher = data.Prefetcher(numbers(), depth=2)
+    prefetcher = Prefetcher(numbers(), depth=2)
     assert [next(prefetcher) for _ in range(20)] == list(range(20))
     with pytest.raises(UsageError, match="the disk is gone"):
         next(prefetcher)
@@ -283,7 +278,7 @@ def test_prefetcher_keeps_order_and_hands_over_exceptions():
 
 
 def test_prefetcher_closes_while_full():
-    prefetcher = data.Prefetcher(iter(range(10**9)), depth=1)
+    prefetcher = Prefetcher(iter(range(10**9)), depth=1)
     next(prefetcher)
     prefetcher.close()
     assert not prefetcher.thread.is_alive()
