@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 
 def load(run, step=None, device_type="", dtype="auto"):
-    """(model, tokenizer) of a run folder, ready to generate. See checkpoint.load_run()."""
-    from nanochat.run.checkpoint import load_run
+    """(model, tokenizer) of a run folder, ready to generate. See loading.load_run()."""
+    from nanochat.run.loading import load_run
 
     return load_run(run, step, device_type, dtype)
 

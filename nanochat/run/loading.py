@@ -1,0 +1,110 @@
+"""Loading the model and tokenizer of a run folder, by the step that a user asks for."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanochat import hardware
+from nanochat.common import UsageError
+from nanochat.data.tokenizer import read_tokenizer
+from nanochat.run import checkpoint
+
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.model.decoder import Decoder
+
+
+def step_of(run: Path | str, step: int | str | None) -> int:
+    """The step of the intact checkpoint that --step names.
+
+    step: a number, "best", or None for the newest. UsageError if there is no such checkpoint."""
+    run = Path(run)
+    if not (run / "config.json").exists():
+        raise UsageError(
+            f"{run} is not a run folder (it has no config.json); give <out-dir>/<model-tag>"
+        )
+    if not checkpoint.steps_of(run):
+        raise UsageError(
+            f"{run} has no checkpoint yet; train.py saves one when it ends or is stopped, if not "
+            f"earlier"
+        )
+    if step is not None:
+        return _requested_step(run, step)
+    newest = checkpoint.newest_intact(run, report=lambda text: print(text, file=sys.stderr))
+    if newest is None:
+        raise UsageError(f"{run} has no intact checkpoint")
+    return newest
+
+
+def _requested_step(run: Path, asked: int | str) -> int:
+    """The step of a checkpoint requested by number or as "best". UsageError if it is unusable."""
+    step = checkpoint.best_step(run) if asked == "best" else asked
+    if step is None:
+        raise UsageError(
+            f"--step=best: {run} has no evaluated checkpoint; omit the flag to use the newest"
+        )
+    steps = checkpoint.steps_of(run)
+    if step not in steps:
+        raise UsageError(
+            f"--step={asked}: {run} has no such checkpoint (it has: {', '.join(map(str, steps))})"
+        )
+    problem = checkpoint.damage(run, step)
+    if problem is None:
+        return step
+    if not checkpoint.folder_of(run, step).exists():
+        raise UsageError(
+            f"--step={asked}: {run} no longer has this checkpoint, a training process removed it; "
+            f"choose another step"
+        )
+    raise UsageError(
+        f"--step={asked}: the checkpoint in {run} is damaged ({problem}); choose another step"
+    )
+
+
+def load_run(
+    run: Path | str, step: int | str | None = None, device_type: str = "", dtype: str = "auto"
+) -> tuple["Decoder", "Tokenizer"]:
+    """(model in eval mode, tokenizer) of a run folder.
+
+    step: of a checkpoint, "best", or None for the newest intact one. device_type: "" picks one.
+    dtype: as --dtype of train.py, but auto means float32 on CPUs, which decode single tokens.
+    UsageError for a folder that is not a run, a missing or damaged checkpoint, or a tokenizer that
+    the model was not trained with."""
+    run = Path(run)
+    chosen = step_of(run, step)
+    try:
+        return _load(run, chosen, device_type, dtype)
+    except UsageError:
+        if step is not None or checkpoint.folder_of(run, chosen).exists():
+            raise
+    # A training process removed it in the meantime: there is a newer one.
+    return load_run(run, None, device_type, dtype)
+
+
+def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder", "Tokenizer"]:
+    """load_run() of an existing step."""
+    from nanochat.model.attention import pick_backend
+    from nanochat.model.build import build
+
+    device = torch.device(hardware.pick_device_type(device_type))
+    # One token at a time is bound by reading weights, where bf16 has no advantage on CPUs.
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    compute_dtype, _ = hardware.pick_dtype(dtype, device.type)
+    state = checkpoint.read_state(run, step)
+    tokenizer = read_tokenizer(run / "tokenizer")
+    if tokenizer.fingerprint != state.get("tokenizer"):
+        raise UsageError(
+            f"{run}/tokenizer is not the tokenizer that step {step} was trained with; restore the "
+            f"original file"
+        )
+    model = build(
+        checkpoint.model_config(run, step),
+        device,
+        compute_dtype,
+        pick_backend("auto", device.type)[0],
+    )
+    checkpoint.load_model(run, step, model)
+    return model.eval(), tokenizer
