@@ -1,37 +1,57 @@
 #!/usr/bin/env bash
-# Pulls the plug on a training run again and again, then compares it with one that was left alone: every weight, loss and
-# sample has to be the same, and no checkpoint may be lost.
-# usage: runs/chaos.sh [KILLS] [RANKS] [SEED]     (50 kills, 1 rank, seed 1; about 10 s a kill on two cores)
-# Half of the SIGKILLs come at a random moment of the run, half while a checkpoint is being written (its hidden folder is there).
+# Kills a training run again and again, then compares it with an identical run that was never
+# interrupted: every weight, loss and sample must be equal, and no checkpoint may be lost.
+# usage: runs/chaos.sh [KILLS] [RANKS] [SEED]
+#   default: 50 kills, 1 rank, seed 1; about 10 s a kill on two cores
+# Half of the SIGKILLs come at a random moment of the run, half while a checkpoint is being written
+# (its hidden folder exists).
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 kills="${1:-50}" ranks="${2:-1}" RANDOM="${3:-1}"
 folder="$(mktemp -d)"
-trap 'code=$?; if [ "$code" = 0 ]; then rm -rf "$folder"; else echo "the runs and their log are kept: $folder" >&2; fi; exit "$code"' EXIT
+clean_up() {
+    code=$?
+    if [ "$code" = 0 ]; then
+        rm -rf "$folder"
+    else
+        echo "the runs and their log are kept in $folder" >&2
+    fi
+    exit "$code"
+}
+trap clean_up EXIT
 export OMP_NUM_THREADS=1
 start=(python train.py)
-[ "$ranks" -gt 1 ] && start=(torchrun --standalone --nproc_per_node="$ranks" train.py)
-flags=(--data=python --tokenizer=byte --depth=2 --aspect-ratio=32 --head-dim=32 --max-seq-len=128 --dtype=bfloat16 --dropout=0.1
-       --total-batch-size=2048 --device-batch-size=$((8 / ranks)) --num-iterations=$((kills * 40)) --save-every=8 --keep-last=3
+[ "$ranks" -gt 1 ] && start=(torchrun --standalone --nproc_per_node="$ranks" -- train.py)
+flags=(--data=python --tokenizer=byte --depth=2 --aspect-ratio=32 --head-dim=32 --max-seq-len=128
+       --dtype=bfloat16 --dropout=0.1 --total-batch-size=2048 --device-batch-size=$((8 / ranks))
+       --num-iterations=$((kills * 40)) --save-every=8 --keep-last=3
        --eval-every=40 --eval-tokens=20000 --sample-every=60 --out-dir="$folder")
 
 train() { "${start[@]}" "${flags[@]}" "$@" >>"$folder/log" 2>&1; }
-newest() { find "$folder/broken/checkpoints" -path '*/step_*/manifest.json' 2>/dev/null | sort | tail -1 | grep -o 'step_[0-9]*' | grep -o '[0-9]*$' || echo 0; }
+
+# step of the newest complete checkpoint, 0 if there is none
+newest() {
+    find "$folder/broken/checkpoints" -path '*/step_*/manifest.json' 2>/dev/null | sort | tail -1 |
+        grep -o 'step_[0-9]*' | grep -o '[0-9]*$' || echo 0
+}
+
+saving() { compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null; }
 
 train --model-tag=whole
-echo "left alone: $((kills * 40)) steps on $ranks ranks"
+echo "uninterrupted run: $((kills * 40)) steps on $ranks ranks"
 done_kills=0 in_saves=0
 while [ "$done_kills" -lt "$kills" ]; do
     before="$(newest)"
+    # a process group of its own, so that one kill reaches torchrun and its workers
     setsid "${start[@]}" "${flags[@]}" --model-tag=broken --resume >>"$folder/log" 2>&1 &
     pid=$!
     sleep 3
     if [ $((RANDOM % 2)) -eq 0 ]; then
-        # after a few saves, in the middle of one
+        # let up to two saves pass, then kill in the middle of the next one
         skip=$((RANDOM % 3))
         for _ in $(seq "$((skip + 1))"); do
-            until compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null || ! kill -0 "$pid" 2>/dev/null; do sleep 0.002; done
-            while [ "$skip" -gt 0 ] && compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null; do sleep 0.002; done
+            until saving || ! kill -0 "$pid" 2>/dev/null; do sleep 0.002; done
+            while [ "$skip" -gt 0 ] && saving; do sleep 0.002; done
             skip=$((skip - 1))
         done
         sleep "0.0$((RANDOM % 4))"
@@ -39,38 +59,60 @@ while [ "$done_kills" -lt "$kills" ]; do
         sleep "$((RANDOM % 7)).$((RANDOM % 10))"
     fi
     if ! kill -0 "$pid" 2>/dev/null; then
-        wait "$pid" || { echo "training ended by itself with exit code $?, after $done_kills kills"; tail -20 "$folder/log"; exit 1; }
-        break # it got to its end
+        wait "$pid" || {
+            echo "training ended with exit code $? without being killed, after $done_kills kills"
+            tail -20 "$folder/log"
+            exit 1
+        }
+        # the run is complete
+        break
     fi
-    compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null && in_saves=$((in_saves + 1))
+    saving && in_saves=$((in_saves + 1))
     kill -9 -- "-$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
+    # torchrun's workers have sessions of their own
     pkill -9 -f -- "--out-dir=$folder --model-tag=broken" 2>/dev/null || true
     done_kills=$((done_kills + 1))
     after="$(newest)"
     if [ "$((10#$after))" -lt "$((10#$before))" ]; then
-        echo "lost: step $before was there, now the newest is step $after"; exit 1
+        echo "a checkpoint was lost: step $before before the kill, now the newest is step $after"
+        exit 1
     fi
 done
-[ "$done_kills" -ge "$kills" ] || { echo "the run was over after $done_kills of $kills kills; give it more steps a kill"; exit 1; }
+if [ "$done_kills" -lt "$kills" ]; then
+    echo "the run was complete after $done_kills of $kills kills; it needs more steps per kill"
+    exit 1
+fi
 train --model-tag=broken --resume
 grep -c "is damaged" "$folder/log" >/dev/null && { echo "a checkpoint was damaged"; exit 1; }
 python - "$folder" <<'END'
-import json, sys
+import json
+import sys
 from pathlib import Path
+
 from safetensors.torch import load_file
+
 folder = Path(sys.argv[1])
-clock = {"total_training_time", "train/dt", "train/tok_per_sec", "train/mfu"}
+TIMES = {"total_training_time", "train/dt", "train/tok_per_sec", "train/mfu"}
+
+
+def lines_without_times(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
 for name in ("metrics.jsonl", "samples.jsonl"):
-    whole, broken = ([{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / run / name).read_text().splitlines()]
-                     for run in ("whole", "broken"))
+    whole, broken = (lines_without_times(folder / run / name) for run in ("whole", "broken"))
     assert whole == broken, f"{name} differs"
     print(f"{name}: {len(whole)} lines equal")
-steps = max(p.name for p in (folder / "whole" / "checkpoints").glob("step_*"))
+last = max(path.name for path in (folder / "whole" / "checkpoints").glob("step_*"))
 for name in ("model.safetensors", "optimizer.safetensors"):
-    whole, broken = (load_file(folder / run / "checkpoints" / steps / name) for run in ("whole", "broken"))
-    assert set(whole) == set(broken) and all(whole[k].equal(broken[k]) for k in whole), f"{name} differs"
+    whole, broken = (
+        load_file(folder / run / "checkpoints" / last / name) for run in ("whole", "broken")
+    )
+    assert set(whole) == set(broken), f"{name} differs"
+    assert all(whole[key].equal(broken[key]) for key in whole), f"{name} differs"
     print(f"{name}: {len(whole)} tensors equal with ==")
 END
 echo "RESULT kills=$done_kills ranks=$ranks in_saves=$in_saves lost=0"
-echo "$done_kills SIGKILLs on $ranks ranks, $in_saves of them while a checkpoint was being written or removed: none lost, all exact"
+echo "$done_kills kills, $in_saves while a checkpoint was written or removed: none lost, all exact"

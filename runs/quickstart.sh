@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# From nothing to a small language model of Python source, on a CPU, without network beyond the package index.
+# Trains a small language model of Python source on a CPU, offline once its packages are installed.
 #   model     depth 4, 256 wide, context 512, vocabulary 4,096: 7.3 million parameters
-#   data      the Python standard library and the torch package on this machine: 55 MiB, 2% of the files held out
-#   training  5 minutes on 2 CPU cores, 2,048 tokens a step: about 4 million tokens and 1.2e14 FLOPs at 12k tokens a second
+#   data      the Python standard library and the torch package on this machine: 55 MiB, 2% of the
+#             files held out
+#   training  5 minutes on 2 CPU cores, 2,048 tokens a step: about 4 million tokens and 1.2e14 FLOPs
+#             at 12k tokens a second
 #   time      about 8 minutes with set-up and compilation
 #   expected  val_bpb at most 1.15 (runs/RESULTS.md has the measured values)
-# Restartable: started again it refuses to overwrite; `bash runs/quickstart.sh --resume` goes on after an interruption.
+# A second start does not overwrite the run: `bash runs/quickstart.sh --resume` continues it.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 RUN=out/quickstart
-python train.py --model-tag=quickstart --data=python --depth=4 --max-seq-len=512 --total-batch-size=2048 --target-minutes=5 "$@"
+python train.py --model-tag=quickstart --data=python --depth=4 --max-seq-len=512 \
+    --total-batch-size=2048 --target-minutes=5 "$@"
 nanochat report $RUN
 nanochat sample $RUN --prompt "    def forward(self, x):" --max-tokens 100 --repetition-penalty 1.15
-echo "run folder: $RUN      loss plot: $RUN/loss.png      more samples: nanochat sample $RUN --prompt 'import '"
+echo "run folder:   $RUN"
+echo "loss plot:    $RUN/loss.png"
+echo "more samples: nanochat sample $RUN --prompt 'import '"
 python - $RUN <<'EOF'
-import json, sys
+import json
+import sys
+
 summary = json.load(open(sys.argv[1] + "/summary.json"))
-print("RESULT", *(f"{name}={summary[name]}" for name in ("val_bpb", "tokens", "total_training_time", "tok_per_sec", "mfu")))
+names = ("val_bpb", "tokens", "total_training_time", "tok_per_sec", "mfu")
+print("RESULT", *(f"{name}={summary[name]}" for name in names))
 EOF

@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
-# Trains until done: starts again, from the newest checkpoint, after a crash, a kill or a stop that you did not ask for.
-# usage: runs/restart.sh COMMAND ...      such as  runs/restart.sh python train.py --depth=4 --model-tag=d4
-#        runs/restart.sh torchrun --nproc_per_node=8 train.py --depth=24
-# Ends when the run is complete (0), when the flags or the data are wrong (2), when you press Ctrl-C, or after ATTEMPTS
-# failures in a row (default 5) that came within a minute (SHORT=60 seconds) of the start: what fails at once fails again.
+# Trains until the run is complete: restarts the command from its newest checkpoint after a crash, a
+# kill, or a stop that you did not ask for.
+# usage: runs/restart.sh COMMAND ...
+#   runs/restart.sh python train.py --depth=4 --model-tag=d4
+#   runs/restart.sh torchrun --standalone --nproc_per_node=8 -- train.py --depth=24
+# Ends when the run is complete (exit code 0), when the flags or the data are wrong (2), when you
+# press Ctrl-C, or after ATTEMPTS failures in a row (default 5) that came within SHORT seconds
+# (default 60) of their start: a failure that early would only repeat itself.
 set -uo pipefail
-attempts="${ATTEMPTS:-5}" failures=0 asked=0 child="" code=0 ended=75
-# a signal is passed on to what runs now, training or the pause; training saves before it ends
+attempts="${ATTEMPTS:-5}"
+failures=0 asked=0 child="" code=0 ended=75
+# Forwards a signal to whatever is running, training or the pause. Training saves before it ends.
 trap 'asked=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' INT TERM
 
-run() { # a command in the background, so that a signal is heard at once; its exit code in $code
+# Runs a command in the background, because bash handles a signal only after a foreground command
+# has ended. Sets $code to its exit code.
+run() {
     "$@" &
     child=$!
-    [ "$asked" = 0 ] || kill -TERM "$child" 2>/dev/null # it came before there was a child to tell
+    # the signal may have arrived before there was a child to forward it to
+    [ "$asked" = 0 ] || kill -TERM "$child" 2>/dev/null
     wait "$child"; code=$?
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done # the signal ended the waiting, not the child
+    # a signal ends the wait, not the child: wait again
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+    # the child may have ended between the wait and the check above; 127: its code is already known
     wait "$child" 2>/dev/null; again=$?
-    [ "$again" = 127 ] || code=$again # the child ended before it was waited for again; 127: that is known already
+    [ "$again" = 127 ] || code=$again
     child=""
 }
 
@@ -26,9 +35,15 @@ while [ "$asked" = 0 ]; do
     ended=$code
     case "$ended" in 0 | 2) exit "$ended" ;; esac
     [ "$asked" = 0 ] || break
-    if [ $((SECONDS - began)) -lt "${SHORT:-60}" ]; then failures=$((failures + 1)); else failures=0; fi
+    # a run that trained for a while has made progress, so the count starts again
+    if [ $((SECONDS - began)) -lt "${SHORT:-60}" ]; then
+        failures=$((failures + 1))
+    else
+        failures=0
+    fi
     if [ "$failures" -ge "$attempts" ]; then
-        echo "restart.sh: $failures failures in a row within a minute of the start (exit code $ended); giving up" >&2
+        echo "restart.sh: giving up after $failures failures in a row, each within" \
+             "${SHORT:-60} s of its start; the last exit code is $ended" >&2
         exit "$ended"
     fi
     pause=$((failures * ${PAUSE:-2}))

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 100
-# What can go two ways. A chain of `and` or `or` counts once, and so does each `for` of a comprehension.
+# What can go two ways. A chain of `and` or `or` counts once, as does each `for` of a comprehension.
 BRANCHES = (
     ast.If,
     ast.IfExp,
