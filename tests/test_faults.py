@@ -5,9 +5,13 @@ import json
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 
 from nanochat.model import attention
-from nanochat.model import gpt as models
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT, MLP
+from nanochat.model.layers import norm
 from nanochat.run import faults
 
 CONFIG = {
@@ -25,14 +29,14 @@ ONE_RANK = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, train
-from nanochat.model import gpt as models
+from nanochat.model.gpt import MLP
 import test_faults
-original, count = models.MLP.forward, [0]
+original, count = MLP.forward, [0]
 def forward(self, x):
     count[0] += self.training
     out = original(self, x)
     return test_faults.Backward.apply(out, float("inf")) if os.environ["RANK"] == "1" and count[0] > 6 * 2 and count[0] % 2 == 0 else out
-models.MLP.forward = forward
+MLP.forward = forward
 sys.exit(train.run(sys.argv[1:]))
 """
 
@@ -52,7 +56,7 @@ class Backward(torch.autograd.Function):
 
 def make(dtype=torch.float32, **changes):
     """A model with noise on every weight, in training mode, and a function that makes a forward and backward pass."""
-    model = models.build(models.GPTConfig(**CONFIG | changes), "cpu", dtype, seed=1)
+    model = build(GPTConfig(**CONFIG | changes), "cpu", dtype, seed=1)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,13 +129,12 @@ def test_planted_in_the_backward_pass(monkeypatch, layer):
 
 def test_code_between_modules_is_named_by_its_neighbours(monkeypatch):
     model, rerun = make()
-    monkeypatch.setattr(models.F, "relu", lambda x: x / 0)
+    monkeypatch.setattr(F, "relu", lambda x: x / 0)
     assert "blocks.0.mlp, before blocks.0.mlp.down, in the forward pass" in faults.locate(
         model, rerun
     )
     monkeypatch.undo()
-    original = models.norm
-    monkeypatch.setattr(models, "norm", lambda x: original(x) * float("inf"))
+    monkeypatch.setattr("nanochat.model.gpt.norm", lambda x: norm(x) * float("inf"))
     assert "the model's own code, before smear_gate, in the forward pass" in faults.locate(
         model, rerun
     )
@@ -157,8 +160,7 @@ def test_attention_logits_without_their_scale(monkeypatch):
         for name in ("query", "key"):
             getattr(model.blocks[1].attention, name).weight.mul_(100)
     monkeypatch.setattr(
-        models,
-        "attention",
+        "nanochat.model.layers.attention",
         lambda q, k, v, window, _: attention._blocked(q * 32**-0.5, k, v, window),
     )
     assert "non-finite" not in faults.locate(model, rerun)
@@ -194,7 +196,7 @@ def test_an_infinite_row_of_the_embedding():
 
 def plant(monkeypatch, from_pass):
     """Block 1's MLP gives NaN from the n-th forward pass of training on (0 is the warm-up)."""
-    original, count = models.MLP.forward, [0]
+    original, count = MLP.forward, [0]
 
     def forward(self, x):
         count[0] += self.training
@@ -204,7 +206,7 @@ def plant(monkeypatch, from_pass):
             else 1.0
         )
 
-    monkeypatch.setattr(models.MLP, "forward", forward)
+    monkeypatch.setattr(MLP, "forward", forward)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +251,14 @@ def test_spikes():
 
 
 def test_a_spike_is_told_and_logged(tmp_path, monkeypatch, capsys):
-    original, count = models.GPT.forward, [0]
+    original, count = GPT.forward, [0]
 
     def forward(self, ids, targets=None, cache=None, reduction="none"):
         out = original(self, ids, targets, cache, reduction)
         count[0] += self.training
         return out + 9 * (self.training and count[0] == 38)
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     assert (
         small.run(
             tmp_path,

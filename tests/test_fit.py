@@ -8,7 +8,7 @@ import torch
 from nanochat import hardware, ranks
 from nanochat.common import TrainingFailed, UsageError
 from nanochat.model import attention
-from nanochat.model.gpt import build, meta_model
+from nanochat.model.build import build, meta_model
 from nanochat.optim import optimizer as optim
 from nanochat.run import memory as fit
 from nanochat.run import plan as plans

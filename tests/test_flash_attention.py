@@ -20,7 +20,8 @@ import torch
 from test_attention import FULL, inputs, output_and_gradients, reference
 
 from nanochat.model.attention import _problem, attention
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

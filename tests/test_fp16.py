@@ -13,8 +13,9 @@ import torch
 import train
 from nanochat import hardware
 from nanochat.common import UsageError
-from nanochat.model import gpt as models
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
+from nanochat.model.gpt import GPT
 from nanochat.model.loss import linear_cross_entropy
 from nanochat.optim import loss_scaler as fp16
 from nanochat.run import checkpoint
@@ -286,14 +287,14 @@ def test_overflow_at_the_lowest_scale_is_a_fault(on_cpu, tmp_path, monkeypatch, 
 
 def test_a_loss_that_is_not_finite_is_a_fault_at_any_scale(on_cpu, tmp_path, monkeypatch, capsys):
     """It is not scaled yet when it goes wrong: another scale would not mend it."""
-    original, count = models.GPT.forward, [0]
+    original, count = GPT.forward, [0]
 
     def forward(self, ids, targets=None, cache=None, **options):
         out = original(self, ids, targets, cache, **options)
         count[0] += self.training
         return out * float("inf") if self.training and count[0] > 3 else out
 
-    monkeypatch.setattr(models.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
     assert small.run(tmp_path, *FLAGS, "--max-skipped=2") == 1
     assert "2 steps in a row had a non-finite loss or gradient" in capsys.readouterr().err
     assert set(scales(tmp_path).values()) == {fp16.INITIAL_SCALE}

@@ -336,7 +336,7 @@ def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
         10**9,
     )
     result = bits_per_byte(model, pieces, tokenizer.byte_counts(), 128, CPU)
-    assert small.summary(tmp_path, "whole")["val_bpb"] == pytest.approx(result["bpb"], rel=1e-6)
+    assert small.summary(tmp_path, "whole")["val_bpb"] == pytest.approx(result.bpb, rel=1e-6)
 
 
 def test_a_run_does_not_change_to_or_from_fp8(emulated, tmp_path, capsys):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.model import loss
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
 from nanochat.model.loss import linear_cross_entropy
 from nanochat.optim import optimizer as optim
 from nanochat.optim.optimizer import POLAR_EXPRESS, SYMMETRIC_SIDE, orthogonalize

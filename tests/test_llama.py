@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from nanochat.eval.generation import generate_ids
-from nanochat.model.gpt import GPTConfig, Llama, build, meta_model, swiglu_width
+from nanochat.model.build import build, meta_model
+from nanochat.model.config import GPTConfig
+from nanochat.model.llama import Llama, swiglu_width
 from nanochat.optim.optimizer import Optimizer
 
 # Grouped heads, and no size that is a multiple of another by accident.

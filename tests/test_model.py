@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import hardware
-from nanochat.model.gpt import GPT, GPTConfig, build, rotate, width_for
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig, width_for
+from nanochat.model.gpt import GPT
+from nanochat.model.layers import rotate
 
 # Depth 4 with grouped heads, short windows, and no size that is a multiple of another by accident.
 SMALL = GPTConfig(

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from nanochat import ranks
 from nanochat.common import UsageError
-from nanochat.model.gpt import GPTConfig, build
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
 from nanochat.optim.optimizer import Optimizer
 
 WORLD = 2

@@ -21,10 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.apps.sweep import scaling_fit
-from nanochat.apps.sweep import results as sweep_results
-
 import train
+from nanochat.apps.sweep import results as sweep_results
+from nanochat.apps.sweep import scaling_fit
 from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -407,7 +406,7 @@ def plan_prediction(wanted, result, draws, rows, common):
 
     A depth is predicted at the budget whose best model it is; a budget at the depth whose N is nearest to the best. UsageError if the
     runs give no power law."""
-    from nanochat.model.gpt import meta_model
+    from nanochat.model.build import meta_model
     from nanochat.run.plan import model_config
 
     if result["N_opt"] is None:
