@@ -1,7 +1,14 @@
-"""What fits: the memory of a training step, estimated and measured, and the number of rows that a device takes at once."""
+"""What fits: the memory of a training step, estimated and measured, and the rows of one pass.
+
+A pass is one forward and backward on one device; a step accumulates as many passes as its batch
+needs. Fewer rows per pass need less memory and give the same batch."""
 
 import json
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,245 +22,332 @@ from nanochat.common import (
     write_json,
 )
 from nanochat.model.attention import QUERY_BLOCK, visited_keys
+from nanochat.model.config import GPTConfig
 from nanochat.model.loss import chunk_logits
 
-MEASURED_AS = (
-    2  # to be raised when a change of the code makes measured numbers of earlier versions wrong
-)
-# Share of the free memory that may be planned with: a GPU has no other users.
+if TYPE_CHECKING:
+    from nanochat.run.plan import Plan
+
+# Part of the key of measured numbers. Raise it when a change of the code makes old ones wrong.
+MEASURED_AS = 2
+# Share of the free memory that a plan may use. A GPU has no other users.
 MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.8}
-# What a block keeps for its backward pass, per token: elements in the compute dtype per channel of the stream and of the keys,
-# measured at depths 4 to 8 with contexts of 256 to 1,024 (runs/LOG.md). Keyed by (architecture, compiled).
+# What a block keeps for its backward pass, per token: elements in the compute dtype per channel of
+# the stream and of the keys, measured at depths 4 to 8 with contexts of 256 to 1,024 (runs/LOG.md).
+# Keyed by (architecture, compiled).
 KEPT_ELEMENTS = {
     ("speedrun", True): (16.0, 3.5),
     ("speedrun", False): (20.0, 4.5),
     ("llama", True): (13.5, 3.5),
     ("llama", False): (21.0, 4.5),
 }
-GRADIENT_ELEMENTS = 9.0  # of a block's backward pass, per channel
-UPDATE_BYTES = 9.65  # of the update's copies, per parameter of the matrices
-# On a CPU: what the process holds besides tensors (torch, the compiler, the data), and how much more than the tensors' own bytes
-# the C library's heap grows to, which cannot hand out again all that was freed. Measured with glibc 2.36.
-PROCESS_BYTES, HEAP_FACTOR = 460e6, 1.6
-SAVING_FACTOR = (
-    2.5  # of the state: the copy that is written, and what writing it and reading it back takes
-)
+# Elements of a block's backward pass, per channel of the stream.
+GRADIENT_ELEMENTS = 9.0
+# Bytes of the update's copies, per parameter of the matrices.
+UPDATE_BYTES = 9.65
+# On a CPU: what the process holds besides tensors (torch, the compiler, the data).
+PROCESS_BYTES = 460e6
+# On a CPU: how much larger than its tensors the C library's heap grows, because it cannot reuse all
+# that was freed. Measured with glibc 2.36.
+HEAP_FACTOR = 1.6
+# Of the state: the copy that a save writes, and what writing it and reading it back takes.
+SAVING_FACTOR = 2.5
 
 
-def step_memory_bytes(
-    config,
-    parameters,
-    rows,
-    element_bytes,
-    backend,
-    optimizer="muon",
-    compiled=True,
-    checkpointing=False,
-    device_type="cpu",
-):
-    """Peak bytes of tensors in a training step: weights, gradients, optimizer state, activations, the loss, copies.
+@dataclass(frozen=True)
+class StepMemory:
+    """The estimated memory of a training step, as a function of the rows per pass.
 
-    parameters: as of GPT.count_parameters(). rows: taken at once. element_bytes: of the compute dtype. Tested against what is
-    measured, to 20%, in tests/test_fit.py."""
-    n, n_matrices = parameters["total"], parameters["matrices"]
-    C, KD, T, V, e = (
-        config.width,
-        config.n_kv_head * config.head_dim,
-        config.max_seq_len,
-        config.vocab_size,
-        element_bytes,
-    )
-    tokens = rows * T
-    of_stream, of_keys = KEPT_ELEMENTS[config.arch, compiled]
-    scores = e * config.n_head if backend == "blocked" else 0  # a weight per score that is computed
-    layers = [
-        tokens * (e * (of_stream * C + of_keys * KD) + scores * visited_keys(T, window))
-        for window in config.windows()
-    ]
-    if checkpointing:
-        tables = sum(config.has_value_embedding(layer) for layer in range(config.depth))
-        kept = tokens * ((config.depth + 5) * e * C + 4 * tables * KD)
-    else:
-        kept = sum(layers) + (e * n_matrices if e < 4 else 0)  # the matrices in the compute dtype
-    # uncompiled, the softmax of a block of queries makes copies in fp32
-    widest = max(min(window, T) for window in config.windows())
-    copies = (
-        0
-        if compiled or not scores
-        else 16 * rows * config.n_head * min(T, QUERY_BLOCK) * min(T, widest + QUERY_BLOCK)
-    )
-    head = 4 * V * C + tokens * e * C  # the gradients of the head and of the hidden states
-    chunk = min(tokens * V, chunk_logits(device_type))
-    loss = kept + head + 2 * e * chunk + 2 * e * V * C
-    backward_begins = (
-        kept
-        + head
-        + (max(layers) if checkpointing else 0)
-        + tokens * e * GRADIENT_ELEMENTS * C
-        + copies
-    )
-    backward_ends = 4 * n + max(layers) + copies
-    update = 4 * n + UPDATE_BYTES * n_matrices
-    return round(
-        state_bytes(parameters, optimizer) + max(loss, backward_begins, backward_ends, update)
-    )
+    parameters: as from count_parameters() of the model. optimizer: "muon" or "adamw". saves:
+    whether checkpoints are saved meanwhile. tests/test_memory.py compares the estimate with
+    measured bytes, to 20%."""
 
+    config: GPTConfig
+    parameters: Mapping[str, int]
+    compute_dtype: torch.dtype
+    backend: str
+    optimizer: str = "muon"
+    compiled: bool = True
+    activation_checkpointing: bool = False
+    device_type: str = "cpu"
+    saves: bool = True
 
-def state_bytes(parameters, optimizer):
-    """Bytes of weights and optimizer state, all fp32: two moments for AdamW's parameters, one for Muon's. Also those of a checkpoint."""
-    return 12 * parameters["total"] - 4 * (parameters["matrices"] if optimizer == "muon" else 0)
+    def process_bytes(self, rows: int) -> int:
+        """Peak bytes with `rows` rows per pass: on a CPU of the whole process, else of tensors."""
+        tensors = self.tensor_bytes(rows)
+        if self.device_type != "cpu":
+            return tensors
+        state = state_bytes(self.parameters, self.optimizer)
+        saving = SAVING_FACTOR * state if self.saves else 0
+        return round(PROCESS_BYTES + HEAP_FACTOR * tensors + saving)
 
+    def tensor_bytes(self, rows: int) -> int:
+        """Peak bytes of tensors with `rows` rows per pass.
 
-def candidates(rows):
-    """Numbers of rows that a device may take at once to get through `rows`: powers of two that divide them, and all of them."""
-    return sorted({2**i for i in range(rows.bit_length()) if rows % 2**i == 0} | {rows})
+        Weights, gradients, optimizer state, activations, the loss and copies. The peak is at the
+        loss, at either end of the backward pass or in the update, depending on the shape."""
+        config = self.config
+        C, V = config.width, config.vocab_size
+        tokens = rows * config.max_seq_len
+        element = self.compute_dtype.itemsize
+        layers = self._layer_bytes(tokens)
+        largest_layer = max(layers)
+        kept = self._kept_bytes(tokens, layers)
+        copies = self._softmax_bytes(rows)
+        # The gradients of the head and of the hidden states.
+        head = 4 * V * C + tokens * element * C
+        chunk = min(tokens * V, chunk_logits(self.device_type))
+        loss = kept + head + 2 * element * chunk + 2 * element * V * C
+        recomputed = largest_layer if self.activation_checkpointing else 0
+        gradients = tokens * element * GRADIENT_ELEMENTS * C
+        backward_begins = kept + head + recomputed + gradients + copies
+        backward_ends = 4 * self.parameters["total"] + largest_layer + copies
+        update = 4 * self.parameters["total"] + UPDATE_BYTES * self.parameters["matrices"]
+        state = state_bytes(self.parameters, self.optimizer)
+        return round(state + max(loss, backward_begins, backward_ends, update))
 
+    def _layer_bytes(self, tokens: int) -> list[float]:
+        """Bytes that each block keeps for its backward pass if nothing is recomputed."""
+        config, element = self.config, self.compute_dtype.itemsize
+        of_stream, of_keys = KEPT_ELEMENTS[config.arch, self.compiled]
+        key_channels = config.n_kv_head * config.head_dim
+        channels = element * (of_stream * config.width + of_keys * key_channels)
+        # The blocked attention keeps a weight for every score that it computes; the others
+        # recompute them.
+        scores = element * config.n_head if self.backend == "blocked" else 0
+        return [
+            tokens * (channels + scores * visited_keys(config.max_seq_len, window))
+            for window in config.windows()
+        ]
 
-def memory_of(args, config, parameters, dtype, backend, compiled, device_type):
-    """The estimate for these flags as a function of the rows that a device takes at once: peak bytes, on a CPU of the whole process,
-    saving included."""
+    def _kept_bytes(self, tokens: int, layers: list[float]) -> float:
+        """Bytes that the forward pass leaves for the backward pass."""
+        config, element = self.config, self.compute_dtype.itemsize
+        if self.activation_checkpointing:
+            # The stream between blocks, and the rows that value embeddings look up, in fp32.
+            tables = sum(config.has_value_embedding(layer) for layer in range(config.depth))
+            key_channels = config.n_kv_head * config.head_dim
+            streams = (config.depth + 5) * element * config.width
+            return tokens * (streams + 4 * tables * key_channels)
+        # Autograd also keeps the matrices as they were cast to a narrower compute dtype.
+        cast = element * self.parameters["matrices"] if element < 4 else 0
+        return sum(layers) + cast
 
-    def memory(rows):
-        tensors = step_memory_bytes(
-            config,
-            parameters,
-            rows,
-            dtype.itemsize,
-            backend,
-            args.optimizer,
-            compiled,
-            args.activation_checkpointing,
-            device_type,
-        )
-        saving = 0 if args.no_save else SAVING_FACTOR * state_bytes(parameters, args.optimizer)
-        return (
-            round(PROCESS_BYTES + HEAP_FACTOR * tensors + saving)
-            if device_type == "cpu"
-            else tensors
-        )
-
-    return memory
+    def _softmax_bytes(self, rows: int) -> int:
+        """Bytes of the fp32 copies that the softmax of a block of queries makes uncompiled."""
+        if self.compiled or self.backend != "blocked":
+            return 0
+        T = self.config.max_seq_len
+        widest = max(min(window, T) for window in self.config.windows())
+        keys = min(T, widest + QUERY_BLOCK)
+        return 16 * rows * self.config.n_head * min(T, QUERY_BLOCK) * keys
 
 
-def free_memory(device, processes):
-    """Bytes that each of so many processes may count on: those on a CPU share its memory."""
-    return hardware.free_memory(device) / (processes if device.type == "cpu" else 1)
+def state_bytes(parameters: Mapping[str, int], optimizer: str) -> int:
+    """Bytes of weights and optimizer state, all fp32, which are also those of a checkpoint.
+
+    AdamW keeps two moments of a parameter, Muon one. parameters: as for StepMemory."""
+    with_one_moment = parameters["matrices"] if optimizer == "muon" else 0
+    return 12 * parameters["total"] - 4 * with_one_moment
 
 
-def pick_device_batch(args, plan, memory, free_bytes, world_size, device_type):
-    """Rows a device takes at once: as given, else the largest of candidates() that is estimated to fit.
+def candidates(rows: int) -> list[int]:
+    """Numbers of rows per pass that add up to `rows`: powers of two that divide it, and itself."""
+    powers = {2**i for i in range(rows.bit_length()) if rows % 2**i == 0}
+    return sorted(powers | {rows})
 
-    memory: of memory_of(). Raises UsageError if the given one does not divide the batch, or if not even one row fits."""
-    rows = plan.rows_per_step // world_size
-    if plan.rows_per_step % world_size:
+
+def free_memory(device: torch.device, processes: int) -> float:
+    """Bytes that each of `processes` processes may count on: on a CPU they share its memory."""
+    sharing = processes if device.type == "cpu" else 1
+    return hardware.free_memory(device) / sharing
+
+
+def pick_device_batch(
+    memory: Callable[[int], int],
+    *,
+    device_batch_size: int,
+    rows_per_step: int,
+    max_seq_len: int,
+    free_bytes: float,
+    world_size: int,
+    device_type: str,
+) -> int:
+    """Rows per pass: as given, else the largest of candidates() that is estimated to fit.
+
+    memory: StepMemory.process_bytes. device_batch_size: as --device-batch-size, -1 picks.
+    rows_per_step: of all ranks together. UsageError if the rows do not divide evenly, or if not
+    even one row fits."""
+    if rows_per_step % world_size:
+        divisors = [str(n) for n in range(1, rows_per_step + 1) if rows_per_step % n == 0]
         raise UsageError(
-            f"the batch of {plan.rows_per_step} rows cannot be dealt out to {world_size} ranks evenly; start with "
-            f"{' or '.join(str(n) for n in range(1, plan.rows_per_step + 1) if plan.rows_per_step % n == 0)} ranks"
+            f"the batch of {rows_per_step} rows does not divide evenly among {world_size} ranks; "
+            f"start with {' or '.join(divisors)} ranks"
         )
-    given = args.device_batch_size
-    if given != -1:
-        if rows % given:
-            raise UsageError(
-                f"--device-batch-size={given}: does not divide the {rows} rows that each of {world_size} ranks takes a "
-                f"step; use a divisor of {rows}"
-            )
-        if memory(given) > 2 * free_bytes:  # the estimate may be off, but not by that much
-            raise UsageError(
-                f"--device-batch-size={given}: estimated to need {human_bytes(memory(given))}, and "
-                f"{human_bytes(free_bytes)} are free; leave the flag out to take what fits"
-            )
-        return given
+    rows = rows_per_step // world_size
+    if device_batch_size != -1:
+        _check_given(memory, device_batch_size, rows, free_bytes, world_size)
+        return device_batch_size
     share = MEMORY_SHARE[device_type]
     fitting = [n for n in candidates(rows) if memory(n) <= share * free_bytes]
     if not fitting:
         raise UsageError(
-            f"--max-seq-len={args.max_seq_len}: one row is estimated to need {human_bytes(memory(1))}, and of the "
-            f"{human_bytes(free_bytes)} free {share:.0%} may be planned with; lower --max-seq-len or --depth, add "
-            f"--activation-checkpointing, or give --device-batch-size=1 to try it all the same"
+            f"--max-seq-len={max_seq_len}: one row is estimated to need {human_bytes(memory(1))}, "
+            f"but a plan may use only {share:.0%} of the {human_bytes(free_bytes)} that are free; "
+            f"lower --max-seq-len or --depth, add --activation-checkpointing, or give "
+            f"--device-batch-size=1 to try anyway"
         )
     return fitting[-1]
 
 
-def settle(trial, first, fixed, plan, key, device, report):
-    """The number of rows that a device takes at once, found by trying: the largest of candidates() that fits.
+def _check_given(
+    memory: Callable[[int], int], given: int, rows: int, free_bytes: float, world_size: int
+) -> None:
+    """UsageError if the given rows per pass do not divide a rank's rows or clearly do not fit."""
+    if rows % given:
+        raise UsageError(
+            f"--device-batch-size={given}: does not divide the {rows} rows that each of "
+            f"{world_size} ranks takes per step; use a divisor of {rows}"
+        )
+    # The estimate may be wrong, but not by a factor of two.
+    if memory(given) > 2 * free_bytes:
+        raise UsageError(
+            f"--device-batch-size={given}: is estimated to need {human_bytes(memory(given))}, but "
+            f"only {human_bytes(free_bytes)} are free; omit the flag to use as many rows as fit"
+        )
 
-    trial(n): a forward and backward pass of n rows, as in training, that adds to the gradients. It has been made, and so is
-    compiled, for the number that is returned. first: the number to begin with; fixed: it is not to be changed. What a row
-    needs is measured, and kept under the base dir by `key` (JSON), so that it is not measured again. Every rank must call
-    it, and gets the same number. Raises TrainingFailed if not even one row fits."""
+
+def settle(
+    trial: Callable[[int], Any],
+    first: int,
+    fixed: bool,
+    plan: "Plan",
+    key: Any,
+    device: torch.device,
+    report: Callable[[str], None],
+    free_bytes: Callable[[torch.device, int], float] = free_memory,
+    allocated_peak: Callable[[Callable[[], Any], torch.device], int | None] = (
+        hardware.allocated_peak
+    ),
+) -> int:
+    """The number of rows per pass, found by trying: the largest of candidates() that fits.
+
+    trial(n): a forward and backward pass of n rows, as in training, that adds to the gradients; on
+    return it has been run, and so compiled, for the number that is returned. first: the number to
+    begin with. fixed: `first` was requested and must not change. key: JSON that determines what a
+    row needs, which is measured and saved under the base dir, so that the next start need not
+    measure it. free_bytes, allocated_peak: how memory is measured.
+
+    Every rank must call it and gets the same number. TrainingFailed if not even one row fits."""
     if fixed:
         trial(first)
         return first
-    rows, gradient_bytes = plan.rows_per_step // ranks.world_size(), 4 * plan.parameters["total"]
-    budget_bytes = min(
-        ranks.from_all(MEMORY_SHARE[device.type] * free_memory(device, ranks.world_size()))
-    )
-    path = (
-        base_dir()
-        / "fit"
-        / f"{sha256_hex(json.dumps([MEASURED_AS, key], sort_keys=True))[:32]}.json"
-    )
+    world_size = ranks.world_size()
+    rows = plan.rows_per_step // world_size
+    gradient_bytes = 4 * plan.parameters["total"]
+    share = MEMORY_SHARE[device.type]
+    # The rank with the least memory decides.
+    budget_bytes = min(ranks.from_all(share * free_bytes(device, world_size)))
+
+    def largest(bytes_per_row: float, at_most: int) -> int:
+        fitting = [
+            n
+            for n in candidates(rows)
+            if n <= at_most and gradient_bytes + n * bytes_per_row <= budget_bytes
+        ]
+        return max(fitting, default=1)
+
+    path = _path_of(key)
     remembered = ranks.from_rank0(_remembered(path) if ranks.rank() == 0 else None)
-
-    def largest(bytes_per_row, at_most):
-        return max(
-            (
-                n
-                for n in candidates(rows)
-                if n <= at_most and gradient_bytes + n * bytes_per_row <= budget_bytes
-            ),
-            default=1,
-        )
-
     limit, tried = rows, set()
     n = first if remembered is None else largest(remembered, limit)
     while True:
-        error = peak = None
-        try:
-            trial(n)
-            if (
-                remembered is None
-            ):  # with the gradients there, as in all passes of a step but its first
-                peak = hardware.allocated_peak(lambda: trial(n), device)
-        except (RuntimeError, MemoryError) as raised:
-            if not hardware.is_out_of_memory(raised):
-                raise
-            error = raised.with_traceback(None)  # its frames hold the tensors that did not fit
-        failed, peaks = zip(*ranks.from_all((error is not None, peak)))
-        if any(failed):
-            if n == 1:
-                raise TrainingFailed(
-                    f"out of memory with one row at once; lower --max-seq-len or --depth, or add "
-                    f"--activation-checkpointing ({error or 'on another rank'})"
-                )
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            too_many, remembered, n = n, None, max(c for c in candidates(rows) if c < n)
-            limit = n
-            report(f"{too_many} rows at once do not fit into memory; trying {n}")
+        peak, error = _try(trial, n, device, allocated_peak if remembered is None else None)
+        outcomes = ranks.from_all((error is not None, peak))
+        if any(failed for failed, _ in outcomes):
+            n = limit = _fewer(n, rows, error, device, report)
+            remembered = None
             continue
-        if None in peaks:  # remembered, or not measurable
+        peaks = [peak for _, peak in outcomes]
+        # The number was remembered, or this device cannot measure.
+        if None in peaks:
             break
         tried.add(n)
-        # what does not grow with the rows is counted as if it did, so that more rows are never promised too lightly
-        bytes_per_row = max(peaks) / n * (HEAP_FACTOR if device.type == "cpu" else 1)
+        # The part that does not grow with the rows is counted as if it did, so that the memory
+        # needed by more rows is never underestimated.
+        heap_factor = HEAP_FACTOR if device.type == "cpu" else 1
+        bytes_per_row = max(peaks) / n * heap_factor
         better = largest(bytes_per_row, min(limit, 2 * n))
         if better in tried:
             n = better
             if ranks.rank() == 0:
                 _remember(path, bytes_per_row, key, report)
             break
-        report(f"a row needs {human_bytes(bytes_per_row)}: {better} rows at once instead of {n}")
+        report(f"a row needs {human_bytes(bytes_per_row)}: {better} rows per pass instead of {n}")
         n = better
     if n != first:
         report(
-            f"device batch: {n} rows at once, {rows // n} accumulated, instead of the {first} that were estimated to fit"
+            f"device batch: {n} rows per pass, accumulated over {rows // n}, instead of the "
+            f"estimated {first}"
         )
     return n
 
 
-def _remembered(path):
-    """Bytes per row that an earlier run measured, or None: also if the file is no good, since it can be measured again."""
+def _try(
+    trial: Callable[[int], Any],
+    n: int,
+    device: torch.device,
+    allocated_peak: Callable[[Callable[[], Any], torch.device], int | None] | None,
+) -> tuple[int | None, Exception | None]:
+    """(peak bytes of a pass of n rows, None), or (None, the error) if memory runs out.
+
+    The peak is None if allocated_peak is, or where it cannot be measured."""
+    try:
+        trial(n)
+        if allocated_peak is None:
+            return None, None
+        # Measured in a second pass: the gradients exist then, as in all passes of a step but the
+        # first.
+        return allocated_peak(lambda: trial(n), device), None
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        # The frames of a traceback hold the tensors that did not fit.
+        return None, error.with_traceback(None)
+
+
+def _fewer(
+    n: int,
+    rows: int,
+    error: Exception | None,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> int:
+    """The next smaller number of rows per pass, after n did not fit on some rank.
+
+    TrainingFailed if n is 1."""
+    if n == 1:
+        raise TrainingFailed(
+            f"out of memory with one row per pass; lower --max-seq-len or --depth, or add "
+            f"--activation-checkpointing ({error or 'on another rank'})"
+        )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    fewer = max(candidate for candidate in candidates(rows) if candidate < n)
+    report(f"{n} rows per pass do not fit into memory; trying {fewer}")
+    return fewer
+
+
+def _path_of(key: Any) -> Path:
+    """The file that keeps what was measured for a key."""
+    digest = sha256_hex(json.dumps([MEASURED_AS, key], sort_keys=True))
+    return base_dir() / "fit" / f"{digest[:32]}.json"
+
+
+def _remembered(path: Path) -> float | None:
+    """Bytes per row that an earlier run measured, or None.
+
+    None also for a damaged file: the number is then measured again."""
     try:
         value = json.loads(path.read_text())["bytes_per_row"]
         return value if 0 < value < math.inf else None
@@ -261,9 +355,9 @@ def _remembered(path):
         return None
 
 
-def _remember(path, bytes_per_row, key, report):
+def _remember(path: Path, bytes_per_row: float, key: Any, report: Callable[[str], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"bytes_per_row": bytes_per_row, "of": key})
     except OSError as error:
-        report(f"what a row needs could not be kept for the next start ({error})")
+        report(f"the measured memory per row cannot be saved for the next start ({error})")
