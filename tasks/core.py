@@ -13,8 +13,10 @@ import json
 import math
 import os
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -130,44 +132,53 @@ def published_yaml():
     )
 
 
-def read_bundle(folder, baselines="v1"):
-    """({label: Task}, {label: why it cannot be used}, remarks) of the 22 tasks in a bundle, in published order.
+class Bundle(NamedTuple):
+    """What a bundle's folder holds of the 22 tasks, in published order.
 
-    baselines: "v1", the chance levels first published, or "v2", the corrected ones. remarks: sentences on what differs from
-    the published bundle. Raises UsageError for a folder that is no bundle."""
+    tasks: {label: Task}. problems: {label: why it cannot be used}. remarks: sentences on what
+    differs from the published bundle."""
+
+    tasks: dict[str, Task]
+    problems: dict[str, str]
+    remarks: list[str]
+
+
+def read_bundle(folder: str | Path, baselines: str = "v1") -> Bundle:
+    """Read which tasks a bundle holds; their examples are read by read_examples().
+
+    baselines: "v1", the chance levels first published, or "v2", the corrected ones.
+    Raises UsageError for a folder that is not a bundle."""
     folder = Path(folder)
-    entries, chances = (
-        _read_tasks(folder / "core.yaml"),
-        _read_chances(folder / "eval_meta_data.csv"),
-    )
-    tasks, problems, remarks = {}, {}, []
+    entries = _read_tasks(folder / "core.yaml")
+    chances = _read_chances(folder / "eval_meta_data.csv")
+    bundle = Bundle({}, {}, [])
     for label, uri, shots, kind, delimiter in PUBLISHED:
         entry = entries.get(label)
         if entry is None:
-            problems[label] = "core.yaml does not name it"
+            bundle.problems[label] = "core.yaml does not name it"
             continue
         try:
             task = _task(label, entry, folder, chances, baselines)
-            is_there = task.path.is_file()
+            exists = task.path.is_file()
         except (KeyError, TypeError, ValueError, IndexError, OSError) as error:
-            problems[label] = (
-                f"core.yaml or eval_meta_data.csv describe it badly ({type(error).__name__}: {in_a_line(error)})"
+            bundle.problems[label] = (
+                f"its entry in core.yaml or eval_meta_data.csv is invalid "
+                f"({type(error).__name__}: {in_a_line(error)})"
             )
             continue
         if (task.shots, task.kind, task.delimiter) != (shots, kind, delimiter):
-            remarks.append(
-                f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; published are {shots}, {kind}, "
-                f"{delimiter!r}"
+            bundle.remarks.append(
+                f"{label}: {task.shots} shots, {task.kind}, delimiter {task.delimiter!r}; "
+                f"published are {shots}, {kind}, {delimiter!r}"
             )
-        if is_there:
-            tasks[label] = task
+        if exists:
+            bundle.tasks[label] = task
         else:
-            problems[label] = f"{task.path} is missing"
+            bundle.problems[label] = f"{task.path} is missing"
     if others := set(entries) - set(LABELS):
-        remarks.append(
-            f"not of the 22 CORE tasks and left out: {', '.join(sorted(map(repr, others)))}"
-        )
-    return tasks, problems, remarks
+        names = ", ".join(sorted(map(repr, others)))
+        bundle.remarks.append(f"not of the 22 CORE tasks, ignored: {names}")
+    return bundle
 
 
 def _read_tasks(path):
@@ -221,22 +232,38 @@ def _task(label, entry, folder, chances, baselines):
     return Task(label, path, kind, shots, delimiter, percent / 100)
 
 
-def read_examples(task, limit=-1):
-    """(the task's examples, shuffled and then cut to `limit` unless it is -1, how many there are, how many lines are malformed).
+class Examples(NamedTuple):
+    """Examples of a task.
 
-    Malformed lines are left out; repeated ones stay. Raises OSError for a file that cannot be read."""
-    examples, malformed = [], 0
+    examples: parsed lines. total: how many the file has, of which `examples` may be a part.
+    malformed: lines that are not examples."""
+
+    examples: list[dict]
+    total: int
+    malformed: int
+
+
+def read_examples(task: Task, limit: int = -1) -> Examples:
+    """A task's examples, shuffled, then cut to `limit` unless it is -1.
+
+    Malformed lines are dropped; repeated ones stay. Raises OSError for a file that cannot be read."""
+    examples = []
+    malformed = 0
     with open(task.path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            if line.strip():
-                example = _parsed(task.kind, line)
-                malformed += example is None
-                examples += [] if example is None else [example]
+            if not line.strip():
+                continue
+            example = _parsed(task.kind, line)
+            if example is None:
+                malformed += 1
+            else:
+                examples.append(example)
     total = len(examples)
-    random.Random(SHUFFLE_SEED).shuffle(
-        examples
-    )  # also when nothing is cut: few-shot examples are drawn by position
-    return examples[: limit if limit != -1 else None], total, malformed
+    # also when nothing is cut: few-shot examples are drawn by position
+    random.Random(SHUFFLE_SEED).shuffle(examples)
+    if limit != -1:
+        examples = examples[:limit]
+    return Examples(examples, total, malformed)
 
 
 def _parsed(kind, line):
@@ -384,56 +411,96 @@ def standard_error(correct):
     return float(np.std(correct, ddof=1)) / math.sqrt(n) if n > 1 else None
 
 
-def metric(results):
-    """CORE: the mean of the centered accuracies."""
-    return sum(result["centered"] for result in results) / len(results)
+def metric(centered_accuracies: Iterable[float]) -> float:
+    """CORE: the mean of the tasks' centered accuracies."""
+    values = list(centered_accuracies)
+    return sum(values) / len(values)
 
 
-def interval(results, others=None, confidence=0.95):
-    """(low, high) of a bootstrap over examples (percentiles) of CORE, or of its difference to another evaluation's.
+class Answered(Protocol):
+    """What interval() reads of a task's result."""
 
-    results, others: {label: result} with `correct` (a string of 0 and 1, by example), `chance` and `fingerprint`; others of the
-    same tasks and examples, which are resampled in pairs. Tasks with the same examples are resampled together.
-    Raises ValueError if they cannot be paired."""
-    if others is not None and set(results) != set(others):
-        raise ValueError(
-            f"evaluated on other tasks: {', '.join(sorted(set(results) ^ set(others)))}"
-        )
-    groups = {}  # columns of answers, 0 or 1, that are drawn together, and the share of each in the result
-    for label, result in results.items():
-        share = 1 / (len(results) * (1 - result["chance"]))
-        columns = groups.setdefault(_same_examples(result), [])
-        columns.append((_answers(result), share))
-        if others is not None:
-            for name, what in (
-                ("fingerprint", "evaluated on other examples"),
-                ("chance", "counted from another chance level"),
-            ):
-                if others[label][name] != result[name]:
-                    raise ValueError(f"{label}: {what}")
-            columns.append((_answers(others[label]), -share))
+    correct: str
+    chance: float
+    fingerprint: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to a task's examples, as files of results have them.
+
+    correct: a 0 or 1 for each example. chance: accuracy of guessing. fingerprint: from
+    fingerprint_of(). file: the examples' file, within the bundle."""
+
+    correct: str
+    chance: float
+    fingerprint: str
+    file: str
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Answers":
+        """From a line of core.jsonl, or a task in the JSON of nanochat evaluate."""
+        return cls(entry["correct"], entry["chance"], entry["fingerprint"], entry["file"])
+
+
+def interval(
+    results: Mapping[str, Answered],
+    others: Mapping[str, Answered] | None = None,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """(low, high): the bootstrap interval, over examples, of CORE or of a difference in CORE.
+
+    results: by label. others: of another evaluation of the same tasks and examples, to subtract;
+    its examples are resampled in pairs with those of results. confidence: between the percentiles.
+    Tasks that share their examples are resampled together.
+    Raises ValueError if the two evaluations cannot be paired."""
+    if others is not None:
+        _check_pairs(results, others)
     draws = np.zeros(RESAMPLES)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    for columns in groups.values():
-        worth = sum(share * answers for answers, share in columns)  # of each example
+    for worth in _worth_of_examples(results, others):
+        # resampling n examples with replacement is one multinomial draw over the distinct values
         values, counts = np.unique(worth, return_counts=True)
-        draws += (
-            rng.multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
-            @ values
-            / counts.sum()
-        )
-    if others is None:  # `worth` leaves out what does not vary: the chance levels
-        draws -= sum(
-            result["chance"] / (1 - result["chance"]) for result in results.values()
-        ) / len(results)
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+        n = counts.sum()
+        draws += rng.multinomial(n, counts / n, size=RESAMPLES) @ values / n
+    if others is None:
+        # the worth of an example leaves out what does not vary, which is the chance levels
+        offsets = [result.chance / (1 - result.chance) for result in results.values()]
+        draws -= sum(offsets) / len(results)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def _same_examples(result):
-    """What tasks with the same examples in the same order share: those of one file, cut alike."""
-    return result["file"], len(result["correct"])
+def _check_pairs(results: Mapping[str, Answered], others: Mapping[str, Answered]) -> None:
+    """Raises ValueError unless the answers of two evaluations are to the same examples."""
+    if set(results) != set(others):
+        names = ", ".join(sorted(set(results) ^ set(others)))
+        raise ValueError(f"evaluated on other tasks: {names}")
+    for label, result in results.items():
+        if others[label].fingerprint != result.fingerprint:
+            raise ValueError(f"{label}: evaluated on other examples")
+        if others[label].chance != result.chance:
+            raise ValueError(f"{label}: centered on another chance level")
 
 
-def _answers(result):
-    return np.array([int(digit) for digit in result["correct"]], dtype=np.float64)
+def _worth_of_examples(
+    results: Mapping[str, Answered], others: Mapping[str, Answered] | None
+) -> list[np.ndarray]:
+    """What each example adds to CORE, times the number of examples: (n,) float64 of each file.
+
+    Tasks of one file, cut alike, have the same examples in the same order, and are one entry."""
+    files = {}
+    for label, result in results.items():
+        share = 1 / (len(results) * (1 - result.chance))
+        columns = files.setdefault((result.file, len(result.correct)), [])
+        columns.append(share * _as_array(result.correct))
+        if others is not None:
+            columns.append(-share * _as_array(others[label].correct))
+    return [sum(columns) for columns in files.values()]
+
+
+def _as_array(correct: str) -> np.ndarray:
+    """float64 (n,) of a string of 0 and 1."""
+    return np.array([int(digit) for digit in correct], dtype=np.float64)

@@ -13,12 +13,14 @@ from hub_server import HubServer, blob_sha1
 from nanochat.common import Unavailable, UsageError
 from nanochat.data import download
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.eval import core
-from nanochat.eval.bpb import EvaluationFailed
+from nanochat.eval import core, core_bundle
+from nanochat.eval.core_answers import answers_of
 from nanochat.eval.generation import Branches, KVCache
+from nanochat.eval.unison import EvaluationFailed
 from nanochat.model.build import build, for_inference
 from nanochat.model.config import GPTConfig
-from tasks.core import LABELS, Task
+from nanochat.signals import Stopped
+from tasks.core import LABELS, Task, prompts_of
 
 CPU = torch.device("cpu")
 BYTES = Tokenizer("byte", [bytes([i]) for i in range(256)])
@@ -34,10 +36,7 @@ model = test_core.noisy_model()
 prompts = core.Core(sys.argv[1], test_core.BYTES, 640)
 prompts.describe(1.0, 1.0)
 result = core.evaluate(model, prompts, 700, torch.device("cpu"))
-for task in result["tasks"].values():
-    task.pop("seconds")
-result.pop("seconds")
-open(sys.argv[2] + str(ranks.rank()), "w").write(json.dumps(result))
+open(sys.argv[2] + str(ranks.rank()), "w").write(json.dumps(test_core.timeless(result)))
 ranks.close()
 """
 
@@ -67,9 +66,17 @@ def noisy_model(dtype=torch.float32, **changes):
 
 
 def described(folder, limit, max_per_task=-1, tokenizer=BYTES, **options):
-    prompts = core.Core(folder, tokenizer, limit, max_per_task, **options)
+    prompts = core.Core(folder, tokenizer, limit, max_per_task=max_per_task, **options)
     prompts.describe(1.0, 1.0)
     return prompts
+
+
+def timeless(result):
+    """A result as JSON has it, without the times."""
+    fields = dataclasses.asdict(result)
+    for task in (fields, *fields["tasks"].values()):
+        del task["seconds"]
+    return fields
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +93,12 @@ def test_answers_are_those_of_the_naive_way(bundle, arch, crop):
     assert len({answer for task in expected.values() for answer in task["answers"]}) > 2
     for batch_tokens in (1, 700, 10**6):
         result = core.evaluate(model, described(bundle, 64 if crop else 640), batch_tokens, CPU)
-        assert {label: task["answers"] for label, task in result["tasks"].items()} == {
+        assert {label: task.answers for label, task in result.tasks.items()} == {
             label: list(map(int, task["answers"])) for label, task in expected.items()
         }
-        assert result["core_metric"] == pytest.approx(naive_core.core(expected), abs=1e-12)
-        assert result["tasks"]["squad"]["cropped"] == 6 * crop and result["reason"] is None
-        assert result["low"] <= result["core_metric"] <= result["high"] and result["n"] == 22 * 6
+        assert result.core_metric == pytest.approx(naive_core.core(expected), abs=1e-12)
+        assert result.tasks["squad"].cropped == 6 * crop and result.reason is None
+        assert result.low <= result.core_metric <= result.high and result.n == 22 * 6
 
 
 @pytest.mark.skipif(not (small.SHARED / "core").is_dir(), reason="needs the shared CORE bundle")
@@ -100,11 +107,11 @@ def test_published_bundle():
     model = noisy_model()
     expected = naive_core.evaluate(small.SHARED / "core", model, BYTES, max_per_task=5)
     result = core.evaluate(model, described(small.SHARED / "core", 640, 5), 4096, CPU)
-    assert list(result["tasks"]) == list(LABELS)
-    for label, task in result["tasks"].items():
-        assert task["answers"] == list(map(int, expected[label]["answers"])), label
-        assert (task["n"], task["malformed"], len(task["correct"])) == (5, 0, 5)
-        assert task["centered"] == pytest.approx(expected[label]["centered"], abs=1e-12)
+    assert list(result.tasks) == list(LABELS)
+    for label, task in result.tasks.items():
+        assert task.answers == list(map(int, expected[label]["answers"])), label
+        assert (task.n, task.malformed, len(task.correct)) == (5, 0, 5)
+        assert task.centered == pytest.approx(expected[label]["centered"], abs=1e-12)
 
 
 def test_answers_on_two_ranks(bundle, tmp_path):
@@ -112,21 +119,18 @@ def test_answers_on_two_ranks(bundle, tmp_path):
     assert two.returncode == 0, two.stderr
     found = [json.loads((tmp_path / f"rank{i}").read_text()) for i in range(2)]
     alone = core.evaluate(noisy_model(), described(bundle, 640), 700, CPU)
-    alone.pop("seconds")
-    for task in alone["tasks"].values():
-        task.pop("seconds")
-    assert found[0] == found[1] == alone
+    assert found[0] == found[1] == timeless(alone)
 
 
 def test_bf16_answers_are_nearly_those_of_fp32(bundle):
     answers = [
-        core.evaluate(noisy_model(dtype), described(bundle, 640), 700, CPU)["tasks"]
+        core.evaluate(noisy_model(dtype), described(bundle, 640), 700, CPU).tasks
         for dtype in (torch.float32, torch.bfloat16)
     ]
     pairs = [
         pair
         for label in LABELS
-        for pair in zip(*(found[label]["answers"] for found in answers), strict=True)
+        for pair in zip(*(found[label].answers for found in answers), strict=True)
     ]
     assert sum(a != b for a, b in pairs) <= 0.1 * len(pairs)
 
@@ -162,9 +166,9 @@ def answer_of(kind, example, others=(), limit=640, delimiter=" ", liked=LIKED):
     """(answer, empty spans, scored text of each row) of one example, with others to draw two shots from."""
     examples = [example, *others]
     task = Task("made up", None, kind, 2, delimiter, 0.0)
-    [prompt] = core.tasks_of_core.prompts_of(task, examples, BYTES, limit, [0])
+    [prompt] = prompts_of(task, examples, BYTES, limit, [0])
     prompt = dataclasses.replace(prompt, shared=0)  # it takes no cache
-    [(answer, empty)] = core.answers_of(Pairs(liked), [prompt], kind, CPU)
+    [(answer, empty)] = answers_of(Pairs(liked), [prompt], kind, CPU)
     spans = [
         bytes(prompt.rows[row][prompt.starts[row] :].tolist()).decode() for row in prompt.row_of
     ]
@@ -305,7 +309,7 @@ def test_few_shot_examples_come_before():
     example = MULTIPLE_CHOICE[0][0]
     assert answer_of("multiple_choice", example, others) == MULTIPLE_CHOICE[0][2]
     task = Task("made up", None, "multiple_choice", 2, " ", 0.0)
-    [prompt] = core.tasks_of_core.prompts_of(task, [example, *others], BYTES, 640, [0])
+    [prompt] = prompts_of(task, [example, *others], BYTES, 640, [0])
     assert bytes(prompt.rows[1][1:].tolist()) == b"S3 y\n\nS0 y\n\nQ abc"
 
 
@@ -347,7 +351,7 @@ def test_inference_copy_changes_no_bit(arch):
 
 def test_training_mode_is_given_back(bundle):
     model = noisy_model().train()
-    assert core.evaluate(model, described(bundle, 640, 2), 700, CPU)["core_metric"] is not None
+    assert core.evaluate(model, described(bundle, 640, 2), 700, CPU).core_metric is not None
     assert model.training
 
 
@@ -365,12 +369,10 @@ def test_damaged_weights_fail_the_evaluation(bundle):
 
 def test_interrupted(bundle):
     asked = iter([False, False, True])
-    assert (
+    with pytest.raises(Stopped):
         core.evaluate(
             noisy_model(), described(bundle, 640), 700, CPU, interrupted=lambda: next(asked)
         )
-        is None
-    )
 
 
 def test_progress_reaches_the_end(bundle):
@@ -411,11 +413,11 @@ def test_a_task_that_cannot_be_evaluated(tmp_path, damage, why):
     )
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
     assert (
-        result["core_metric"] is None
-        and "1 of 22 tasks were not evaluated: copa (" in result["reason"]
-        and why in result["reason"]
+        result.core_metric is None
+        and "1 of 22 tasks were not evaluated: copa (" in result.reason
+        and why in result.reason
     )
-    assert "copa" not in result["tasks"] and len(result["tasks"]) == 21 and result["n"] == 21 * 6
+    assert "copa" not in result.tasks and len(result.tasks) == 21 and result.n == 21 * 6
 
 
 def test_a_file_that_goes_away_during_an_evaluation(tmp_path):
@@ -423,8 +425,8 @@ def test_a_file_that_goes_away_during_an_evaluation(tmp_path):
     prompts = described(bundle, 640, keep=False)
     (bundle / "eval_data/commonsense_reasoning/copa.jsonl").unlink()
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
-    assert result["core_metric"] is None and result["tasks"]["copa"]["accuracy"] is None
-    assert "cannot be read" in result["tasks"]["copa"]["reason"] and "copa" in result["reason"]
+    assert result.core_metric is None and result.tasks["copa"].accuracy is None
+    assert "cannot be read" in result.tasks["copa"].reason and "copa" in result.reason
 
 
 RANK_LOCAL = """
@@ -443,8 +445,8 @@ def encode_or_not(texts, threads=1):
     return encode(texts, threads)
 prompts.tokenizer.encode_batch = encode_or_not
 result = core.evaluate(model, prompts, 700, test_core.CPU)
-assert result["core_metric"] is None and result["tasks"]["copa"]["accuracy"] is None, result["tasks"]["copa"]
-assert "a character of copa" in result["tasks"]["copa"]["reason"] and result["tasks"]["boolq"]["n"] == 6
+assert result.core_metric is None and result.tasks["copa"].accuracy is None, result.tasks["copa"]
+assert "a character of copa" in result.tasks["copa"].reason and result.tasks["boolq"].n == 6
 ranks.close()
 """
 
@@ -465,8 +467,8 @@ def test_no_memory_for_a_copy_of_the_weights(bundle, monkeypatch):
 
     monkeypatch.setattr(core, "for_inference", full)
     found = core.evaluate(model, described(bundle, 640, 2), 700, CPU)
-    assert [task["answers"] for task in found["tasks"].values()] == [
-        task["answers"] for task in expected["tasks"].values()
+    assert [task.answers for task in found.tasks.values()] == [
+        task.answers for task in expected.tasks.values()
     ]
 
 
@@ -478,15 +480,15 @@ def test_a_tokenizer_that_lacks_characters(bundle):
         for line in prompts.describe(1.0, 1.0)
     )
     result = core.evaluate(noisy_model(), prompts, 700, CPU)
-    assert result["core_metric"] is None and result["tasks"] == {}
+    assert result.core_metric is None and result.tasks == {}
 
 
 def test_fewer_examples_than_shots(tmp_path):
     result = core.evaluate(
         noisy_model(), described(small.core_bundle(tmp_path, n=1), 640), 700, CPU
     )
-    assert {task["shots"] for task in result["tasks"].values()} == {0}
-    assert result["core_metric"] is not None and result["tasks"]["copa"]["stderr"] is None
+    assert {task.shots for task in result.tasks.values()} == {0}
+    assert result.core_metric is not None and result.tasks["copa"].stderr is None
 
 
 def test_some_tasks_give_no_metric(bundle):
@@ -494,9 +496,9 @@ def test_some_tasks_give_no_metric(bundle):
         noisy_model(), described(bundle, 640, labels=("copa", "boolq")), 700, CPU
     )
     assert (
-        set(result["tasks"]) == {"copa", "boolq"}
-        and result["core_metric"] is None
-        and "left out by --tasks" in result["reason"]
+        set(result.tasks) == {"copa", "boolq"}
+        and result.core_metric is None
+        and "left out by --tasks" in result.reason
     )
     with pytest.raises(UsageError, match="--tasks=mmlu: not among the CORE tasks"):
         core.Core(bundle, BYTES, 640, labels=("copa", "mmlu"))
@@ -506,18 +508,18 @@ def test_some_tasks_give_no_metric(bundle):
 
 
 def test_given_bundles(bundle, tmp_path):
-    assert core.find_bundle(str(bundle)) == bundle
+    assert core_bundle.find_bundle(str(bundle)) == bundle
     (tmp_path / "eval_bundle").symlink_to(bundle)
     assert (
-        core.find_bundle(str(tmp_path)) == tmp_path / "eval_bundle"
+        core_bundle.find_bundle(str(tmp_path)) == tmp_path / "eval_bundle"
     )  # as the published archive unpacks
     (tmp_path / "bundle.zip").write_text("")
     for path, message in (
         (tmp_path / "bundle.zip", "unpack it"),
-        (tmp_path / "none", "no core.yaml is there"),
+        (tmp_path / "none", "no core.yaml in this folder"),
     ):
         with pytest.raises(UsageError, match=message):
-            core.find_bundle(str(path))
+            core_bundle.find_bundle(str(path))
 
 
 @pytest.fixture
@@ -535,12 +537,12 @@ def published(tmp_path, monkeypatch):
         for uri, content in contents.items():
             server.add_url(f"/examples/{uri}", content)
         server.add_url("/table.csv", (bundle / "eval_meta_data.csv").read_bytes())
-        monkeypatch.setattr(core, "EXAMPLES_URL", f"{server.url}/examples/")
-        monkeypatch.setattr(core, "CHANCES_URL", f"{server.url}/table.csv")
+        monkeypatch.setattr(core_bundle, "EXAMPLES_URL", f"{server.url}/examples/")
+        monkeypatch.setattr(core_bundle, "CHANCES_URL", f"{server.url}/table.csv")
         table = (bundle / "eval_meta_data.csv").read_bytes()
-        monkeypatch.setattr(core, "CHANCES", (blob_sha1(table), len(table)))
+        monkeypatch.setattr(core_bundle, "CHANCES", (blob_sha1(table), len(table)))
         monkeypatch.setattr(
-            core,
+            core_bundle,
             "EXAMPLES",
             {
                 uri: (blob_sha1(content), None if "hellaswag" in uri else len(content))
@@ -551,25 +553,25 @@ def published(tmp_path, monkeypatch):
 
 
 def test_download(published, tmp_path, bundle):
-    folder = core.find_bundle("", report=lambda text: None)
+    folder = core_bundle.find_bundle("", report=lambda text: None)
     assert folder == tmp_path / "base/core"
     assert (
-        core.evaluate(noisy_model(), described(folder, 640), 700, CPU)["core_metric"]
-        == core.evaluate(noisy_model(), described(bundle, 640), 700, CPU)["core_metric"]
+        core.evaluate(noisy_model(), described(folder, 640), 700, CPU).core_metric
+        == core.evaluate(noisy_model(), described(bundle, 640), 700, CPU).core_metric
     )
     assert not list((tmp_path / "base/hub").rglob("*.jsonl"))  # nothing stands twice
     published.fault("", "status", times=None, code=404)
-    assert core.find_bundle("") == folder  # from now on without a network
+    assert core_bundle.find_bundle("") == folder  # from now on without a network
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "status"])
 def test_failed_download_leaves_no_half_bundle(published, tmp_path, kind):
     published.fault("boolq", kind, times=None, **({"code": 404} if kind == "status" else {}))
     with pytest.raises(Unavailable, match="boolq.jsonl of 127.0.0.1"):
-        core.find_bundle("", report=lambda text: None)
+        core_bundle.find_bundle("", report=lambda text: None)
     assert not (tmp_path / "base/core").exists()
     published.faults.clear()
-    assert (core.find_bundle("", report=lambda text: None) / "core.yaml").exists()
+    assert (core_bundle.find_bundle("", report=lambda text: None) / "core.yaml").exists()
 
 
 def test_published_files_are_named_by_their_content():
@@ -577,7 +579,7 @@ def test_published_files_are_named_by_their_content():
     if not (small.SHARED / "core").is_dir():
         pytest.skip("needs the shared CORE bundle")
     content = (small.SHARED / "core/eval_meta_data.csv").read_bytes()
-    assert core.CHANCES == (blob_sha1(content), len(content))
-    for uri, (blob, n_bytes) in core.EXAMPLES.items():
+    assert core_bundle.CHANCES == (blob_sha1(content), len(content))
+    for uri, (blob, n_bytes) in core_bundle.EXAMPLES.items():
         content = (small.SHARED / "core/eval_data" / uri).read_bytes()
         assert "hellaswag" in uri or (blob, n_bytes) == (blob_sha1(content), len(content)), uri

@@ -31,7 +31,7 @@ from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint, loading
 from nanochat.run import log as runlog
-from tasks.core import LABELS, interval
+from tasks.core import LABELS, Answers, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = ("--device-type=cpu", "--dtype=float32")
@@ -148,6 +148,11 @@ def direct_bpb(logits_of, documents, encode, bos, T):
 
 
 @pytest.mark.parametrize("cut", [3, -1])
+def answers_of(report):
+    """The answers to each task in a report."""
+    return {label: Answers.from_json(task) for label, task in report["core"]["tasks"].items()}
+
+
 def test_core_is_told_in_four_ways(run, bundle, capsys, cut):
     """Console, Markdown, CSV and JSON say the same."""
     assert evaluate(run, "--core", bundle, f"--max-per-task={cut}") == 0
@@ -497,11 +502,11 @@ def test_a_run_against_itself_and_against_another(run, bundle, capsys, tmp_path)
     )
     found, (low, high) = (
         other["difference"],
-        interval(other["core"]["tasks"], first["core"]["tasks"]),
+        interval(answers_of(other), answers_of(first)),
     )
     assert found["core_metric"] == other["core"]["core_metric"] - first["core"]["core_metric"] != 0
     assert (found["low"], found["high"]) == (low, high) and low < found["core_metric"] < high
-    apart = [interval(report["core"]["tasks"]) for report in (first, other)]
+    apart = [interval(answers_of(report)) for report in (first, other)]
     assert high - low < sum(
         b - a for a, b in apart
     )  # pairs vary less than two independent numbers may
@@ -620,7 +625,7 @@ def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
         ),
         (["--bpb", "--step=5"], ["--step=5: {run} has no such checkpoint (it has: 4, 6, 8, 12)"]),
         (["--bpb", "--data=/nowhere/*.txt"], ["--data=/nowhere/*.txt: no such file"]),
-        (["--core", "--core-bundle=/nowhere"], ["--core-bundle=/nowhere: no core.yaml is there"]),
+        (["--core", "--core-bundle=/nowhere"], ["--core-bundle=/nowhere: no core.yaml in this folder"]),
         (["--core", "--core-bundle={run}/config.json"], ["a file; unpack it"]),
         (
             ["--bpb", "--out={run}/config.json"],

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -245,7 +246,7 @@ def main(argv):
     import torch
 
     from nanochat import hardware, ranks
-    from nanochat.eval import generation as engine
+    from nanochat.eval.generation import check_prompts
 
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
@@ -255,9 +256,9 @@ def main(argv):
     ranks.from_rank0_or_raise(lambda: check_writable(args))
     bundle = None
     if args.core:
-        from nanochat.eval import core
+        from nanochat.eval.core_bundle import find_bundle
 
-        bundle = ranks.from_rank0_or_raise(lambda: core.find_bundle(args.core_bundle, say))
+        bundle = ranks.from_rank0_or_raise(lambda: find_bundle(args.core_bundle, say))
     reports = []
     for run in args.runs:
         subject = Subject(run, args.step, device, dtype)
@@ -272,7 +273,7 @@ def main(argv):
             "dtype": str(dtype).removeprefix("torch."),
         }
         if args.sample:
-            engine.check_prompts(
+            check_prompts(
                 subject.model, subject.tokenizer, args.prompt or [""], args.max_tokens
             )
         if args.bpb:
@@ -327,7 +328,7 @@ class Subject:
         """Tokens of one pass of the model."""
         if args.batch_tokens != -1:
             return args.batch_tokens
-        from nanochat.eval.core import BATCH_TOKENS
+        from nanochat.eval.core_answers import BATCH_TOKENS
 
         if (
             self.foreign
@@ -345,7 +346,8 @@ def measure_bpb(args, subject, device, say):
     from nanochat.data.rows import held_out_pieces
     from nanochat.data.sources import is_remote, open_corpus
     from nanochat.data.token_cache import TokenCache
-    from nanochat.eval import bpb as evaluate
+    from nanochat.eval.bpb import bits_per_byte
+    from nanochat.eval.unison import EvaluationFailed
 
     given, started = args.data, time.monotonic()
     if given:
@@ -383,14 +385,15 @@ def measure_bpb(args, subject, device, say):
     if not pieces:
         raise UsageError(f"--data={given}: holds no text")
     try:
-        found = evaluate.bits_per_byte(
+        result = bits_per_byte(
             subject.model,
             pieces,
             subject.tokenizer.byte_counts(),
             subject.batch_tokens(args, device),
             device,
         )
-    except evaluate.EvaluationFailed as error:
+        found = dataclasses.asdict(result)
+    except EvaluationFailed as error:
         found = {"bpb": None, "loss": None, "tokens": 0, "bytes": 0, "reason": str(error)}
     return {
         "reason": None,
@@ -445,10 +448,10 @@ def measure_core(args, subject, bundle, device, say):
         bundle,
         subject.tokenizer,
         config.max_seq_len if subject.foreign else core.len_limit(config, args.core_crop),
-        args.max_per_task,
-        args.tasks or LABELS,
-        args.baselines,
-        os.cpu_count() or 1,
+        max_per_task=args.max_per_task,
+        labels=args.tasks or LABELS,
+        baselines=args.baselines,
+        threads=os.cpu_count() or 1,
         keep=False,
         shares=not subject.foreign,
     )
@@ -460,17 +463,22 @@ def measure_core(args, subject, bundle, device, say):
     bar = progress_bar(args)
     try:
         result = core.measure(
-            tasks, "", subject.model, subject.batch_tokens(args, device), device, lambda: False, bar
+            tasks,
+            "",
+            subject.model,
+            batch_tokens=subject.batch_tokens(args, device),
+            device=device,
+            progress=bar,
         )
     finally:
         bar(None, "", 0)
     missing = [
         label
         for label in args.tasks or LABELS
-        if result["tasks"].get(label, {}).get("accuracy") is None
+        if label not in result.tasks or result.tasks[label].accuracy is None
     ]
     return {
-        **result,
+        **dataclasses.asdict(result),
         "limit": tasks.limit,
         "baselines": args.baselines,
         "max_per_task": args.max_per_task,
@@ -528,7 +536,7 @@ def draw(args, subject):
 
 def difference(report, other):
     """What the CORE metrics of two reports differ by, with its interval where examples can be paired."""
-    from tasks.core import interval
+    from tasks.core import Answers, interval
 
     mine, theirs = report["core"], other["core"]
     if mine["core_metric"] is None or theirs["core_metric"] is None:
@@ -545,7 +553,12 @@ def difference(report, other):
         "reason": None,
     }
     try:
-        low, high = interval(mine["tasks"], theirs["tasks"])
+        low, high = interval(
+            *(
+                {label: Answers.from_json(task) for label, task in found["tasks"].items()}
+                for found in (mine, theirs)
+            )
+        )
     except ValueError as error:
         return {**found, "low": None, "high": None, "reason": str(error)}
     return {**found, "low": low, "high": high}

@@ -1,72 +1,101 @@
-"""Validation: bits per byte of held-out text, as DESIGN defines it."""
+"""Validation: bits per byte of held-out text."""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanochat.ranks import rank, sum_over_ranks, world_size
+from nanochat.eval.unison import EvaluationFailed, sum_or_leave
+from nanochat.ranks import rank, world_size
 
 
-class EvaluationFailed(Exception):
-    """An evaluation that could not be finished; training can go on without its number."""
+@dataclass(frozen=True)
+class BitsPerByte:
+    """The result of an evaluation, over all ranks.
+
+    bpb: nats of all scored tokens / (ln 2 * their UTF-8 bytes). loss: nats per scored token.
+    tokens, bytes: those scored; special tokens count as neither."""
+
+    bpb: float
+    loss: float
+    tokens: int
+    bytes: int
 
 
 @torch.no_grad()
-def bits_per_byte(model, pieces, byte_counts, batch_tokens, device, interrupted=lambda: False):
-    """Score held-out pieces (data.held_out_pieces), each alone in its row after a BOS.
+def bits_per_byte(
+    model: torch.nn.Module,
+    pieces: list[np.ndarray],
+    byte_counts: np.ndarray,
+    batch_tokens: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> BitsPerByte:
+    """Score held-out pieces, each alone in its row after a BOS. All ranks call it and share the work.
 
-    byte_counts: int64 (V,), bytes of each token id, 0 for special tokens. batch_tokens: padded tokens a batch at most.
-    interrupted: asked before each batch; true leaves early.
-    Returns {"bpb": sum nats / (ln 2 * sum bytes), "loss": nats per token, "tokens", "bytes"} over all ranks, or None on
-    every rank when any was interrupted. Sums are in fp64, so that neither batching nor the number of ranks changes the result.
-    Raises EvaluationFailed on every rank when any rank could not finish its share."""
+    pieces: as from data.rows.held_out_pieces(). byte_counts: int64 (V,), UTF-8 bytes of each token
+    id, 0 for special tokens. batch_tokens: tokens of a batch at most, padding included (a batch has
+    one piece at least). interrupted: asked before each batch; True stops the evaluation.
+    The model's train or eval mode is restored.
+    Raises Stopped on every rank when any was interrupted, and EvaluationFailed on every rank when
+    any could not score its share or when the sum is not a finite number."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(
-        5, dtype=torch.float64
-    )  # nats, tokens, bytes, ranks that failed, ranks that were interrupted
-    problem = None
+    # nats, tokens, bytes; in fp64, so that neither batching nor the number of ranks shows
+    sums = torch.zeros(3, dtype=torch.float64)
+    stopped = False
+    error = None
     try:
         for batch in batches_by_length(pieces[rank() :: world_size()], batch_tokens):
             if interrupted():
-                sums[4] = 1
+                stopped = True
                 break
-            ids, targets = pad(batch)
-            nats = model(ids.to(device), targets.to(device)).cpu().double()
-            n_bytes = torch.as_tensor(byte_counts)[targets.clamp_min(0)] * (targets >= 0)
-            sums[:3] += torch.stack(
-                [nats[n_bytes > 0].sum(), (n_bytes > 0).sum().double(), n_bytes.sum().double()]
-            )
-    except (
-        Exception
-    ) as error:  # told to the other ranks, which would otherwise wait for this one's sums
-        problem, sums[3] = error, 1
+            sums += _score(model, batch, byte_counts, device)
+    except Exception as caught:
+        # not raised here: the other ranks would wait for this one's sums
+        error = caught
     finally:
         model.train(was_training)
-    nats, tokens, n_bytes, failed, left = sum_over_ranks(
-        sums.to(device if device.type == "cuda" else "cpu")
-    ).tolist()
-    if left:
-        return None
-    if failed:
-        raise EvaluationFailed(
-            f"{type(problem).__name__}: {problem}" if problem else "another rank failed"
-        ) from problem
+    failure = "" if error is None else f"{type(error).__name__}: {error}"
+    sums = sum_or_leave(sums, device, stopped=stopped, failure=failure, cause=error)
+    nats, n_tokens, n_bytes = sums.tolist()
     if not math.isfinite(nats) or n_bytes == 0:
         raise EvaluationFailed(f"{nats} nats over {n_bytes:.0f} bytes of held-out text")
-    return {
-        "bpb": nats / (math.log(2) * n_bytes),
-        "loss": nats / tokens,
-        "tokens": int(tokens),
-        "bytes": int(n_bytes),
-    }
+    return BitsPerByte(
+        bpb=nats / (math.log(2) * n_bytes),
+        loss=nats / n_tokens,
+        tokens=int(n_tokens),
+        bytes=int(n_bytes),
+    )
 
 
-def batches_by_length(pieces, batch_tokens):
-    """Lists of pieces of similar length whose padded size is at most batch_tokens (one piece at least)."""
+def _score(
+    model: torch.nn.Module, batch: list[np.ndarray], byte_counts: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    """(3,) float64: nats, tokens and bytes of the tokens of a batch that stand for bytes."""
+    ids_BxT, targets_BxT = pad(batch)
+    nats_BxT = model(ids_BxT.to(device), targets_BxT.to(device)).cpu().double()
+    # padding has target -1: any id may stand in for it, since it is multiplied by 0
+    n_bytes_BxT = torch.as_tensor(byte_counts)[targets_BxT.clamp_min(0)] * (targets_BxT >= 0)
+    counted_BxT = n_bytes_BxT > 0
+    return torch.stack(
+        [
+            nats_BxT[counted_BxT].sum(),
+            counted_BxT.sum().double(),
+            n_bytes_BxT.sum().double(),
+        ]
+    )
+
+
+def batches_by_length(pieces: list[np.ndarray], batch_tokens: int) -> Iterator[list[np.ndarray]]:
+    """Lists of pieces of similar length, so that little is padded.
+
+    The padded size of a list is at most batch_tokens, unless it is a single piece."""
     batch = []
-    for piece in sorted(pieces, key=len, reverse=True):  # the first piece of a batch is its longest
+    # longest first: the first piece of a batch is its longest, and an out-of-memory error is early
+    for piece in sorted(pieces, key=len, reverse=True):
         if batch and (len(batch) + 1) * (len(batch[0]) - 1) > batch_tokens:
             yield batch
             batch = []
@@ -75,13 +104,12 @@ def batches_by_length(pieces, batch_tokens):
         yield batch
 
 
-def pad(pieces):
-    """(ids, targets) int64 (B, longest - 1) of a list of pieces; inputs padded with 0, targets with -1."""
+def pad(pieces: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each int64 (B, longest - 1): ids padded with 0, targets with -1."""
     longest = max(len(piece) for piece in pieces) - 1
-    ids, targets = (
-        np.zeros((len(pieces), longest), dtype=np.int64),
-        np.full((len(pieces), longest), -1, dtype=np.int64),
-    )
+    ids = np.zeros((len(pieces), longest), dtype=np.int64)
+    targets = np.full((len(pieces), longest), -1, dtype=np.int64)
     for i, piece in enumerate(pieces):
-        ids[i, : len(piece) - 1], targets[i, : len(piece) - 1] = piece[:-1], piece[1:]
+        ids[i, : len(piece) - 1] = piece[:-1]
+        targets[i, : len(piece) - 1] = piece[1:]
     return torch.from_numpy(ids), torch.from_numpy(targets)

@@ -8,6 +8,7 @@ sample. Choices are made on the CPU in fp64 from one seeded generator: a seed gi
 import codecs
 import itertools
 import math
+from typing import Any
 
 import torch
 
@@ -430,23 +431,24 @@ def draw_samples(model, tokenizer, prompts, seed, step, stop):
             yield prompt, "".join(pieces), ""
 
 
-def sample_prompts(args, tokenizer, corpus):
-    """Prompts of the samples that training draws: the lines of --sample-prompts, or nothing at all and the beginnings of two
-    held-out documents. UsageError for a file that is no text or has what the tokenizer cannot encode."""
-    if args.sample_every == -1:
-        return []
-    if not args.sample_prompts:
+def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
+    """The prompts of the samples that training draws.
+
+    path: --sample-prompts, a file with a prompt on each line; if it is "", the prompts are "" and
+    the beginnings of two held-out documents.
+    Raises UsageError for a file that is not text or that the tokenizer cannot encode."""
+    if not path:
         documents = itertools.islice(corpus.val[0].documents(), 2)
         return [
             "",
             *(tokenizer.decode(tokenizer.encode(document[:100])[:8]) for document in documents),
         ]
     try:
-        with open(args.sample_prompts, encoding="utf-8") as f:
+        with open(path, encoding="utf-8") as f:
             prompts = [line.rstrip("\n") for line in f]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--sample-prompts={args.sample_prompts}: cannot be read as text ({error})"
+            f"--sample-prompts={path}: cannot be read as text ({error})"
         ) from None
     for prompt in prompts:
         tokenizer.encode(prompt)
