@@ -41,6 +41,7 @@ class Source:
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
+        """All nodes of the syntax tree; the first is the module."""
         return list(ast.walk(ast.parse(self.text)))
 
     def filled_lines(self) -> int:
@@ -251,7 +252,7 @@ def missing_annotations(tree: Tree) -> Figure:
         [
             source.place(line, name)
             for source in tree.product
-            for line, name in untyped(ast.parse(source.text).body)
+            for line, name in untyped(source.nodes[0].body)
         ]
     )
 
