@@ -19,7 +19,6 @@ from nanochat import common
 from nanochat.apps import data as app
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
 from nanochat.data import download, sources, token_cache
-from nanochat.data import hub as hubs
 from nanochat.data.sources import Corpus, open_corpus
 from nanochat.data.text import read_documents
 
@@ -163,7 +162,7 @@ def test_inspect_local(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["climbmix", "shakespeare"])
 def test_inspect_without_a_network(name, capsys, monkeypatch):
     monkeypatch.setattr(
-        hubs, "SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt"
+        "nanochat.data.hub.SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt"
     )  # where nothing listens
     assert entry.main(["data", "inspect", name]) == 1
     shown = capsys.readouterr().err

@@ -16,19 +16,18 @@ from types import SimpleNamespace
 
 import pytest
 import small
-from hub_server import HubServer
+from hub_server import HubServer, hasten
 
 from nanochat import hardware
 from nanochat.apps import data as data_app
 from nanochat.common import base_dir, sha256_hex
 from nanochat.data import clients, download, prefetch, sources
-from nanochat.data import hub as hubs
 from nanochat.data.prefetch import Ahead, Prefetcher
 from nanochat.data.rows import Rows
 from nanochat.data.sources import PARQUET_TEXT_FACTOR, Corpus, open_corpus
 from nanochat.data.token_cache import DataFailed
 from nanochat.run import checkpoint
-from nanochat.run import log as runlog
+from nanochat.run.metrics import Record
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 N_SHARDS = 9  # the last is for validation
@@ -41,6 +40,9 @@ LIMITS = """
 from nanochat.data import download, prefetch, sources
 sources.EAGER_BYTES, prefetch.AHEAD_RETRY_SECONDS = 1000, 0.05
 download.BACKOFF_S, download.ATTEMPTS = 0.01, 3
+import huggingface_hub.file_download, huggingface_hub.utils._http, time, types
+clock = types.SimpleNamespace(sleep=lambda s: None, time=time.time, monotonic=time.monotonic)
+huggingface_hub.file_download.time = huggingface_hub.utils._http.time = clock
 """
 
 
@@ -61,6 +63,7 @@ def limit(patch, base):
     patch.setattr(prefetch, "AHEAD_RETRY_SECONDS", 0.05)
     patch.setattr(download, "BACKOFF_S", 0.01)
     patch.setattr(download, "ATTEMPTS", 3)
+    hasten(patch, [])
     patch.setattr(
         hardware, "peak_flops", lambda device: (1e12, "not measured")
     )  # a measurement is half of the time of a run here
@@ -119,14 +122,14 @@ def losses(folder, tag="run"):
 
 def at_step(monkeypatch, step, action):
     """Call action() while the metrics line of a step is written: its update is done."""
-    write = runlog.Metrics.write
+    write = Record.write
 
     def write_and_act(self, **values):
         if values.get("step") == step and "train/loss" in values:
             action()
         write(self, **values)
 
-    monkeypatch.setattr(runlog.Metrics, "write", write_and_act)
+    monkeypatch.setattr(Record, "write", write_and_act)
 
 
 def eventually(condition):
@@ -304,7 +307,7 @@ def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
     at_step(monkeypatch, 2, lambda: eventually(lambda: fault.times == 0))
     assert small.run(tmp_path, *FLAGS) == 0
     printed = capsys.readouterr().out
-    assert f"{order()[1]}: the connection broke (700 B are kept); trying again" in printed
+    assert f"data: {order()[1]}: Error while downloading from the server" in printed
     assert (
         f"{order()[3]}: the server answers 503; trying again" in printed
         and "reading ahead failed, training goes on" in printed
@@ -443,7 +446,7 @@ def test_no_network_at_the_start(tmp_path, capsys):
 
 def test_no_network_for_shakespeare(hub, tmp_path, monkeypatch, capsys):
     """Nothing is asked before its one file is."""
-    monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
+    monkeypatch.setattr("nanochat.data.hub.SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
     hub.__exit__()
     assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char") == 1
     assert "Without a network there are --data=python, and --data=<path>" in capsys.readouterr().err
@@ -589,9 +592,9 @@ def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
         * 60
     ).encode()
     hub.add_url("/raw/input.txt", text)
-    monkeypatch.setattr(hubs, "SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
-    monkeypatch.setattr(hubs, "SHAKESPEARE_BYTES", len(text))
-    monkeypatch.setattr(hubs, "SHAKESPEARE_SHA256", sha256_hex(text))
+    monkeypatch.setattr("nanochat.data.hub.SHAKESPEARE_URL", f"{hub.url}/raw/input.txt")
+    monkeypatch.setattr("nanochat.data.hub.SHAKESPEARE_BYTES", len(text))
+    monkeypatch.setattr("nanochat.data.hub.SHAKESPEARE_SHA256", sha256_hex(text))
     monkeypatch.setattr(sources, "EAGER_BYTES", 1 << 20)
     assert small.run(tmp_path, *SHORT, "--data=shakespeare", "--tokenizer=char") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())

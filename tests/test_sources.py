@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UsageError, base_dir
-from nanochat.data import text
+from nanochat.data import sources
 from nanochat.data.sources import (
     _split_file,
     compressed_bits_per_byte,

@@ -1,55 +1,100 @@
-"""The client libraries of the Hugging Face hub, quiet and with their caches under base_dir()."""
+"""The client libraries of the Hugging Face hub: quiet, with a timeout, caches under base_dir().
+
+Both are imported where they are needed first, since they take a second to load and a run whose
+data is on disk needs neither."""
 
 import contextlib
+import logging
 import os
+import re
 import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
-from nanochat.common import base_dir, install_hint
+from nanochat.common import base_dir, in_a_line, install_hint
 
-TIMEOUT_S = 30.0  # without a byte
+# seconds without a byte, for the requests that this program makes itself
+TIMEOUT_S = 30.0
+
+# The name and the report function of the download that a thread is busy with.
+_current = threading.local()
+# Shards are read in several threads, and each has to restore the settings that it found.
+_settings_lock = threading.RLock()
 
 
-def load_huggingface_hub():
+def client_folder() -> str:
+    """Folder for what the two libraries keep: README and configuration files of datasets."""
+    return str(base_dir() / "hub" / "client")
+
+
+def load_huggingface_hub() -> ModuleType:
+    """The package huggingface_hub. UsageError with the way to install it if it is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # read by hf_xet, which transfers large files, and by nothing else
+    os.environ.setdefault("HF_XET_CACHE", f"{client_folder()}/xet")
     try:
         import huggingface_hub
         import huggingface_hub.utils
     except ImportError:
         raise install_hint("huggingface_hub", "a download from the Hugging Face hub") from None
-    huggingface_hub.get_session().timeout = (
-        TIMEOUT_S  # its default is to wait for ever, and most of HfApi takes no timeout
-    )
+    # its default is to wait for ever, and most of HfApi takes no timeout
+    huggingface_hub.get_session().timeout = TIMEOUT_S
+    logging.getLogger("huggingface_hub").handlers = [_reporting]
     return huggingface_hub
 
 
-_at_home = (
-    threading.RLock()
-)  # shards are read in several threads, and each must undo its own settings
+class _ReportingHandler(logging.Handler):
+    """Hands the first warning of huggingface_hub during a download to whom it concerns.
+
+    The library logs each of its retries, with signed addresses of several lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        report = getattr(_current, "report", None)
+        if report is None:
+            return
+        _current.report = None
+        said = re.sub(r"https?://\S*[^\s:]", "the server", record.getMessage().splitlines()[0])
+        report(f"data: {_current.name}: {in_a_line(said)}; trying again")
+
+
+_reporting = _ReportingHandler(logging.WARNING)
 
 
 @contextlib.contextmanager
-def datasets_at_home(purpose):
-    """The package datasets, for the time of a `with`: its and huggingface_hub's caches under base_dir(), no bars, no counters.
+def warnings_reported(name: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Inside the `with`, report one line, about `name`, if huggingface_hub retries a request."""
+    _current.name = name
+    _current.report = report
+    try:
+        yield
+    finally:
+        _current.report = None
 
-    The variables that choose those folders are read when the packages are imported, which may be long past. purpose: what
-    needs it, for the UsageError where it is missing. One thread at a time."""
+
+@contextlib.contextmanager
+def quiet_datasets(purpose: str) -> Iterator[ModuleType]:
+    """The package datasets, inside a `with`: caches under base_dir(), no bars, no usage counts.
+
+    The variables that choose these folders are read when the packages are imported, which may be
+    long past, so their settings are changed and restored. One thread at a time.
+    Raises UsageError if the package is missing; purpose: what needs it."""
     try:
         import datasets
         import datasets.config
     except ImportError:
         raise install_hint("datasets", purpose) from None
     hub = load_huggingface_hub()
-    folder = base_dir() / "hub" / "client"
     # HF_UPDATE_DOWNLOAD_COUNTS: datasets reports each use of a dataset to a server of its makers
+    folder = client_folder()
     settings = [
-        (hub.constants, "HF_HUB_CACHE", str(folder)),
+        (hub.constants, "HF_HUB_CACHE", folder),
         (datasets.config, "HF_DATASETS_CACHE", folder),
-        (datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads"),
+        (datasets.config, "DOWNLOADED_DATASETS_PATH", f"{folder}/downloads"),
         (datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
     ]
-    with _at_home:
+    with _settings_lock:
         before = [(module, name, getattr(module, name)) for module, name, _ in settings]
-        bars = not hub.utils.are_progress_bars_disabled()
+        bars_were_on = not hub.utils.are_progress_bars_disabled()
         try:
             for module, name, value in settings:
                 setattr(module, name, value)
@@ -58,5 +103,5 @@ def datasets_at_home(purpose):
         finally:
             for module, name, value in before:
                 setattr(module, name, value)
-            if bars:
+            if bars_were_on:
                 hub.utils.enable_progress_bars()

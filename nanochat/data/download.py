@@ -1,16 +1,20 @@
-"""Public text datasets: which files a dataset has (resolve), and one file on this disk, complete and verified (fetch).
+"""One remote file on this disk, complete and verified (RemoteFile.fetch).
 
-Listings come from the Hugging Face hub through huggingface_hub and datasets. File contents are requested here, with the
-session, address, token and offline switch of huggingface_hub, but not with its hf_hub_download: since its release 1.0 that
-writes to a name that is new at every call and deletes it on failure, so an interrupted download starts over, and it does
-not compare SHA-256. hf_xet (its default for large files) is not used for the same two reasons: it fills a file in no order
-that can be resumed after a kill. A plain GET reaches the same bytes; the hub has such an address for every file up to 50 GB.
+Files of the Hugging Face hub are transferred by huggingface_hub, with its retries, its address
+(HF_ENDPOINT), its token (HF_TOKEN) and its offline switch (HF_HUB_OFFLINE); a file at a plain URL
+by one GET of its session. Neither compares SHA-256, so that is done here. On each fault:
+
+    connection breaks, no answer    retried by huggingface_hub, then DownloadFailed
+    429, 500 and above              retried, as long as the server asks for; then DownloadFailed
+    401, 403, 404                   DownloadFailed immediately
+    size or SHA-256 is wrong        deleted and downloaded once more, then DownloadFailed
+    disk full                       DownloadFailed; with too little room before the first request
+    process killed                  the part is deleted by the next attempt, which starts over
 
 Everything is written under base_dir()/"hub":
-    <repo>/<name>.<fingerprint>.<suffix>   complete and verified, or not there
-    <repo>/... .incomplete                 the first part of a file; the next attempt, in any process, goes on from its end
-    <repo>/... .lock                       held by the process that downloads
-    listings/, client/                     cached listings; README and configuration files that datasets reads"""
+    <repo>/<name>.<fingerprint>.<suffix>   complete and verified, or absent
+    <repo>/... .incomplete                 folder of a download that is under way, or was killed
+    <repo>/... .lock                       held by the process that downloads"""
 
 import contextlib
 import email.utils
@@ -22,8 +26,10 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO, TypeVar
 from urllib.parse import urlsplit
 
 from nanochat.common import (
@@ -40,36 +46,33 @@ from nanochat.common import (
 from nanochat.data import clients
 from nanochat.data.text import text_suffix
 
-ATTEMPTS = 6  # requests in a row that bring less than PROGRESS_BYTES, before giving up
+# requests for one thing, the first included
+ATTEMPTS = 6
+# downloads of a file of the hub, within which huggingface_hub has retried already
+HUB_ATTEMPTS = 2
+# pause before the second attempt, doubled for each further one
+BACKOFF_S = 1.0
+BACKOFF_MAX_S = 30.0
+# longest pause that a server may ask for (Retry-After): beyond it the request fails immediately
+WAIT_MAX_S = 300.0
+# how often a long download reports how far it is
+REPORT_S = 30.0
 
-
-PROGRESS_BYTES = (
-    1 << 20
-)  # a request that brought this much before it broke does not count as a failure
-
-
-BACKOFF_S, BACKOFF_MAX_S = (
-    1.0,
-    30.0,
-)  # pause before the second attempt, doubled for each further one
-
-
-WAIT_MAX_S = 300.0  # longest wait that a server may ask for (Retry-After); above it the download fails at once
-
-
-REPORT_S = 30.0  # how often a long download says how far it is
+Report = Callable[[str], None]
+T = TypeVar("T")
 
 
 class DownloadFailed(Unavailable):
-    """A listing or file could not be had. The message is for the user: what, why, what is on disk now, what to do."""
+    """A listing or a file is unavailable. The message says what, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a dataset (or, by repo_type, a "model") at a fixed revision (a commit), or, with repo and revision "", at a URL.
+    """One file of a repository at a fixed commit, or, where repo and revision are "", at a URL.
 
-    n_bytes: its size as the hub lists it. sha256: of its content where the hub states one, else "". etag: the hub's name
-    for the content (of small files git's blob SHA-1)."""
+    path: in the repository, or the URL. n_bytes: size as the hub lists it. sha256: of the content
+    where the hub states it, else "". etag: the hub's name for the content (of small files git's
+    blob SHA-1). repo_type: "dataset" or "model"."""
 
     repo: str
     revision: str
@@ -80,268 +83,326 @@ class RemoteFile:
     repo_type: str = "dataset"
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The file's own name, without folders."""
-        return (self.path if self.repo else urlsplit(self.path).path).rpartition("/")[2]
+        path = self.path if self.repo else urlsplit(self.path).path
+        return path.rpartition("/")[2]
 
     @property
-    def fingerprint(self):
-        """SHA-256 of what identifies the content. The revision does not enter: other files' commits change nothing here."""
-        return sha256_hex(
-            json.dumps([self.repo, self.path, self.n_bytes, self.sha256 or self.etag])
-        )
+    def origin(self) -> str:
+        """The repository or the server that the file comes from."""
+        return self.repo or urlsplit(self.path).netloc
 
-    def local_path(self):
-        """Where the file is or will be. Names of other versions of it differ. Reads nothing."""
-        folder = self.repo or urlsplit(self.path).netloc
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what identifies the content.
+
+        The revision does not enter, so commits that change other files change nothing here."""
+        identity = [self.repo, self.path, self.n_bytes, self.sha256 or self.etag]
+        return sha256_hex(json.dumps(identity))
+
+    def local_path(self) -> Path:
+        """Where the file is or will be; other versions of it have other names. Reads nothing."""
         suffix = text_suffix(self.name) or Path(self.name).suffix
         stem = self.name.removesuffix(suffix)[:100]
-        name = re.sub(r"[^\w.-]", "_", f"{stem}.{self.fingerprint[:12]}{suffix}", flags=re.ASCII)
-        return (
-            base_dir()
-            / "hub"
-            / re.sub(r"[^\w.-]", "_", folder.replace("/", "--"), flags=re.ASCII)
-            / name
-        )
+        folder = _safe_name(self.origin.replace("/", "--"))
+        return base_dir() / "hub" / folder / _safe_name(f"{stem}.{self.fingerprint[:12]}{suffix}")
 
-    def is_local(self):
-        """Whether the file is complete on disk (it gets its name only after its content was verified)."""
+    def is_local(self) -> bool:
+        """Whether the file is complete on disk: it gets its name after its content is verified."""
         path = self.local_path()
         return path.is_file() and path.stat().st_size == self.n_bytes
 
-    def fetch(self, report=print):
-        """Download what is missing, verify size and SHA-256, return the path. `report` takes one line on each surprise, and
-        one every REPORT_S seconds.
+    def fetch(self, report: Report = print) -> Path:
+        """Download the file unless it is on disk, verify size and SHA-256, and return its path.
 
-        Only one process downloads, others wait for it. Raises DownloadFailed."""
+        report: gets one line on each fault, and one every REPORT_S seconds. One process downloads,
+        others wait for it. Raises DownloadFailed."""
         path = self.local_path()
         if self.is_local():
             return path
         lock_path = path.with_name(path.name + ".lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(lock_path, "w")
+            lock = lock_path.open("w")
         except OSError as error:
-            raise _failed(
-                self, Problem("disk", f"{path.parent} cannot be written ({error.strerror})")
-            ) from None
+            problem = Problem("disk", f"{path.parent} cannot be written ({error.strerror})")
+            raise _failed(self, problem) from None
         with lock:
             wait_for(lock, self.name, path.parent, report)
             if not self.is_local():
                 _download(self, path, report)
-            lock_path.unlink(
-                missing_ok=True
-            )  # whoever waits for it finds the file complete, so a second lock does no harm
+            # whoever waits for it finds the file complete, so a second lock does no harm
+            lock_path.unlink(missing_ok=True)
         return path
 
 
-def wait_for(lock, name, folder, report):
-    """Take the lock (an open file in `folder`) of a download; a line is reported if another process has it."""
+def _safe_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text, flags=re.ASCII)
+
+
+def wait_for(lock: TextIO, name: str, folder: Path, report: Report) -> None:
+    """Take the lock (an open file in `folder`) of the download of `name`.
+
+    Reports a line if another process holds it, or if the file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         report(f"data: another process is downloading {name}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # some network file systems have no locks; a file that two processes wrote would fail its check
+    except OSError:
+        # some network file systems: a file that two processes wrote would fail its check
         report(f"data: no file locks in {folder}; only one process at a time should download there")
 
 
-def _download(file, path, report):
-    """Bring a file to its final name, from what an earlier attempt left. The caller holds its lock."""
-    partial = path.with_name(path.name + ".incomplete")
+def _download(file: RemoteFile, path: Path, report: Report) -> None:
+    """Bring a file to its final name. The caller holds its lock. Raises DownloadFailed."""
+    folder = path.with_name(path.name + ".incomplete")
     try:
-        fetched_again = False
-        while True:
-            try:
-                patiently(
-                    lambda: _get_rest(file, partial, report),
-                    file.name,
-                    report,
-                    lambda: _size(partial),
-                )
-                _verify(file, partial)
-                break
-            except Problem as problem:
-                if problem.kind != "content":
-                    raise
-                partial.unlink(missing_ok=True)
-                if fetched_again:
-                    raise
-                report(f"data: {file.name}: {problem.reason}; deleted, fetching it once more")
-                fetched_again = True
-        os.replace(partial, path)
+        try:
+            content = _verified(file, folder, report)
+        except Problem as problem:
+            if problem.kind != "content":
+                raise
+            report(f"data: {file.name}: {problem.reason}; deleted, downloading it once more")
+            content = _verified(file, folder, report)
+        with content.open("rb") as f:
+            os.fsync(f.fileno())
+        content.replace(path)
         fsync_dir(path.parent)
     except Problem as problem:
         raise _failed(file, problem) from None
     except OSError as error:
         raise _failed(file, problem_of(error)) from None
+    finally:
+        _delete(folder)
 
 
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def _get_rest(file, partial, report):
-    """Ask once for the bytes of a file that `partial` lacks and append them. Returns when all are there, else raises."""
-    start = _size(partial)
-    if start > file.n_bytes:
-        partial.unlink()
-        start = 0
-    if start == file.n_bytes and start:
-        return
-    free = shutil.disk_usage(partial.parent).free
-    if free < file.n_bytes - start:
-        raise Problem(
-            "disk",
-            f"{human_bytes(file.n_bytes - start)} are missing and {human_bytes(free)} are free in {partial.parent}",
+def _verified(file: RemoteFile, folder: Path, report: Report) -> Path:
+    """Path, in a folder that is emptied first, of a downloaded and verified file."""
+    _delete(folder)
+    folder.mkdir()
+    free = shutil.disk_usage(folder).free
+    if free < file.n_bytes:
+        reason = (
+            f"{human_bytes(file.n_bytes)} are missing and {human_bytes(free)} are free "
+            f"in {folder.parent}"
         )
-    hub = clients.load_huggingface_hub()
-    url, headers = file.path, {}
+        raise Problem("disk", reason)
     if file.repo:
-        url = hub.hf_hub_url(file.repo, file.path, repo_type=file.repo_type, revision=file.revision)
-        headers = (
-            hub.utils.build_hf_headers()
-        )  # with the token, if there is one; the session drops it when the CDN is another host
-    headers["Accept-Encoding"] = (
-        "identity"  # ranges count bytes of the file, not of a compressed answer
-    )
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    with hub.get_session().stream(
-        "GET", url, headers=headers, timeout=clients.TIMEOUT_S, follow_redirects=True
-    ) as response:
-        total = _total_bytes(response)
-        if response.status_code in (200, 206, 416) and total is not None and total != file.n_bytes:
-            raise Problem(
-                "content",
-                f"the server's file has {total:,} bytes where {file.n_bytes:,} are listed",
+        patiently(lambda: _ask_hub(file), file.name, report)
+        content = patiently(
+            lambda: _from_hub(file, folder, report),
+            file.name,
+            report,
+            attempts=HUB_ATTEMPTS,
+            retried=("busy",),
+        )
+    else:
+        content = patiently(lambda: _from_url(file, folder, report), file.name, report)
+    _verify(file, content)
+    return content
+
+
+def _delete(path: Path) -> None:
+    """Delete what a download has left: a folder, or the file that earlier versions kept."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Progress:
+    """Bytes received of a file; reports them every REPORT_S seconds."""
+
+    def __init__(self, file: RemoteFile, report: Report) -> None:
+        self.file = file
+        self.report = report
+        self.received = 0
+        self.reported_at = time.monotonic()
+
+    def set(self, received: int) -> None:
+        self.received = max(self.received, received)
+        if time.monotonic() - self.reported_at > REPORT_S:
+            self.reported_at = time.monotonic()
+            of_all = f"{human_bytes(self.received)} of {human_bytes(self.file.n_bytes)}"
+            self.report(f"data: {self.file.name}: {of_all}")
+
+
+def _hidden_bar(progress: _Progress) -> type:
+    """A class of progress bars, as huggingface_hub takes it, that draws nothing.
+
+    A transfer may have two bars, of bytes received and of bytes written."""
+    from tqdm import tqdm
+
+    class HiddenBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+            self.counted = self.n or 0
+
+        def update(self, n: float = 1) -> None:
+            # tqdm itself counts nothing while it is disabled
+            self.counted += n
+            progress.set(int(self.counted))
+
+    return HiddenBar
+
+
+def _ask_hub(file: RemoteFile) -> None:
+    """Ask the hub for a file's headers. Raises Problem, or what problem_of() knows.
+
+    huggingface_hub asks for them too, but would wait as long as the server likes."""
+    hub = clients.load_huggingface_hub()
+    url = hub.hf_hub_url(file.repo, file.path, repo_type=file.repo_type, revision=file.revision)
+    found = hub.get_hf_file_metadata(url, timeout=clients.TIMEOUT_S)
+    if found.size not in (None, file.n_bytes):
+        raise _wrong_size(file, found.size)
+
+
+def _from_hub(file: RemoteFile, folder: Path, report: Report) -> Path:
+    """Path of a file of the hub, transferred by huggingface_hub into a folder. Raises as above."""
+    hub = clients.load_huggingface_hub()
+    with clients.warnings_reported(file.name, report):
+        try:
+            path = hub.hf_hub_download(
+                file.repo,
+                file.path,
+                repo_type=file.repo_type,
+                revision=file.revision,
+                local_dir=folder,
+                cache_dir=clients.client_folder(),
+                tqdm_class=_hidden_bar(_Progress(file, report)),
             )
-        elsewhere = response.status_code == 206 and not response.headers.get(
-            "Content-Range", ""
-        ).startswith(f"bytes {start}-")
-        if response.status_code == 416 or elsewhere:
-            partial.unlink(missing_ok=True)
-            raise Problem("network", "the server refuses to go on from what is on disk")
+        except RuntimeError as error:
+            # how hf_xet, its transfer of large files, reports any fault of the network
+            raise Problem("busy", f"the transfer failed ({in_a_line(error)})") from None
+    return Path(path)
+
+
+def _from_url(file: RemoteFile, folder: Path, report: Report) -> Path:
+    """Path of the file at a URL, requested once, in a folder. Raises as _from_hub()."""
+    session = clients.load_huggingface_hub().get_session()
+    path = folder / "content"
+    progress = _Progress(file, report)
+    # without compression, so that Content-Length counts bytes of the file
+    with session.stream(
+        "GET",
+        file.path,
+        headers={"Accept-Encoding": "identity"},
+        timeout=clients.TIMEOUT_S,
+        follow_redirects=True,
+    ) as response:
         problem = status_problem(response)
         if problem:
             raise problem
-        if response.status_code != 206:
-            start = 0  # the server does not do ranges and sends the file from its beginning
-        with open(partial, "r+b" if start else "wb") as f:
-            f.seek(start)
-            told = time.monotonic()
+        received = 0
+        with path.open("wb") as f:
             for piece in response.iter_bytes():
-                start += len(piece)
-                if start > file.n_bytes:
-                    raise Problem(
-                        "content",
-                        f"the server sends more than the {file.n_bytes:,} bytes that are listed",
-                    )
+                received += len(piece)
+                if received > file.n_bytes:
+                    raise _wrong_size(file, received)
                 f.write(piece)
-                if time.monotonic() - told > REPORT_S:
-                    told = time.monotonic()
-                    report(
-                        f"data: {file.name}: {human_bytes(start)} of {human_bytes(file.n_bytes)}"
-                    )
-            f.flush()
-            os.fsync(f.fileno())
-    if start < file.n_bytes:
-        raise Problem("network", f"the answer ended after {start:,} of {file.n_bytes:,} bytes")
+                progress.set(received)
+    return path
 
 
-def content_length(url, report=print):
+def content_length(url: str, report: Report = print) -> int:
     """Bytes of the file at a URL outside the hub, as its server says. Raises DownloadFailed."""
-    name = urlsplit(url).path.rpartition("/")[2]
 
-    def ask():
-        response = (
-            clients.load_huggingface_hub()
-            .get_session()
-            .head(
-                url,
-                headers={"Accept-Encoding": "identity"},
-                timeout=clients.TIMEOUT_S,
-                follow_redirects=True,
-            )
+    def ask() -> int:
+        session = clients.load_huggingface_hub().get_session()
+        response = session.head(
+            url,
+            headers={"Accept-Encoding": "identity"},
+            timeout=clients.TIMEOUT_S,
+            follow_redirects=True,
         )
-        if problem := status_problem(response):
+        problem = status_problem(response)
+        if problem:
             raise problem
-        if not response.headers.get("Content-Length", "").isdigit():
+        length = response.headers.get("Content-Length", "")
+        if not length.isdigit():
             raise Problem("missing", "the server does not say how large it is")
-        return int(response.headers["Content-Length"])
+        return int(length)
 
+    parts = urlsplit(url)
+    name = parts.path.rpartition("/")[2]
     try:
         return patiently(ask, name, report)
     except Problem as problem:
         raise DownloadFailed(
-            f"{name} of {urlsplit(url).netloc} was not downloaded: {problem.reason}. {remedy(problem, '')}"
+            f"{name} of {parts.netloc} was not downloaded: {problem.reason}. {remedy(problem, '')}"
         ) from None
 
 
-def _total_bytes(response):
-    """Size of the whole file by the headers of an answer, or None."""
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        return None  # lengths are then those of the compressed answer
-    if "Content-Range" in response.headers:
-        total = response.headers["Content-Range"].rpartition("/")[2]
-    else:
-        total = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
-    return int(total) if total.isdigit() else None
-
-
-def _verify(file, path):
-    """Compare content with what the hub states. Raises Problem of kind "content"."""
+def _verify(file: RemoteFile, path: Path) -> None:
+    """Compare a file's size and content with the listed ones. Raises Problem "content"."""
+    if path.stat().st_size != file.n_bytes:
+        raise _wrong_size(file, path.stat().st_size)
     if file.sha256:
-        found, stated = sha256_file(path), file.sha256
+        found = sha256_file(path)
+        stated = file.sha256
     elif re.fullmatch("[0-9a-f]{40}", file.etag):
-        content = path.read_bytes()  # files without a SHA-256 are plain git blobs, at most 19 MB
-        found, stated = (
-            hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest(),
-            file.etag,
-        )
+        # files without a SHA-256 are plain git blobs, at most 19 MB
+        content = path.read_bytes()
+        blob = b"blob %d\0" % len(content) + content
+        found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+        stated = file.etag
     else:
         return
     if found != stated:
-        raise Problem(
-            "content",
-            f"its content is damaged (checksum {found[:12]}, the hub states {stated[:12]})",
-        )
+        checksums = f"checksum {found[:12]}, the hub states {stated[:12]}"
+        raise Problem("content", f"its content is damaged ({checksums})")
+
+
+def _wrong_size(file: RemoteFile, n_bytes: int) -> "Problem":
+    return Problem(
+        "content", f"the server's file has {n_bytes:,} bytes where {file.n_bytes:,} are listed"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# faults
 
 
 class Problem(Exception):
-    """Why a request failed. kind: network, busy (both worth another attempt), offline, denied, missing, content, disk.
+    """Why a request failed.
 
-    wait_s: how long the server asks to wait, or None."""
+    kind: network or busy (another attempt may help), offline, denied, missing, content or disk.
+    wait_s: seconds that the server asks to wait, or None."""
 
-    def __init__(self, kind, reason, wait_s=None):
+    def __init__(self, kind: str, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
-        self.kind, self.reason, self.wait_s = kind, reason, wait_s
+        self.kind = kind
+        self.reason = reason
+        self.wait_s = wait_s
 
 
-def status_problem(response):
-    """The Problem that an answer's status means, or None."""
+def status_problem(response: Any) -> Problem | None:
+    """The Problem that the status of an answer means, or None."""
     code = response.status_code
-    said = response.headers.get("X-Error-Code", "")
-    wait_s = _retry_after_s(response.headers)
+    hub_code = response.headers.get("X-Error-Code", "")
     if code < 300:
         return None
     if code == 429:
-        return Problem("busy", "the hub asks for fewer requests (429)", wait_s)
+        reason = "the hub asks for fewer requests (429)"
+        return Problem("busy", reason, _retry_after_s(response.headers))
     if code == 408 or code >= 500:
-        return Problem("busy", f"the server answers {code}", wait_s)
+        return Problem("busy", f"the server answers {code}", _retry_after_s(response.headers))
     if code in (401, 403):
-        return Problem("denied", f"access is refused ({code}{', ' + said if said else ''})")
+        codes = f"{code}, {hub_code}" if hub_code else str(code)
+        return Problem("denied", f"access is refused ({codes})")
     if code == 404:
         missing = {
             "RepoNotFound": "there is no such dataset",
             "RevisionNotFound": "the dataset has no such revision",
             "EntryNotFound": "the dataset has no such file at this revision",
         }
-        return Problem("missing", f"{missing.get(said, 'not found')} (404)")
+        return Problem("missing", f"{missing.get(hub_code, 'not found')} (404)")
     return Problem("missing", f"the server answers {code}")
 
 
-def _retry_after_s(headers):
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds until the time that Retry-After names (a number or a date), or None."""
     value = headers.get("Retry-After", "").strip()
     if value.isdigit():
@@ -352,103 +413,133 @@ def _retry_after_s(headers):
         return None
 
 
-def problem_of(error):
-    """The Problem behind an exception of the clients or of the disk; other exceptions are raised again."""
+def problem_of(error: Exception) -> Problem:
+    """The Problem behind an exception of the clients or of the disk; raises any other again."""
     if isinstance(error, UsageError):
         raise error
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
-    transport_error = HfHubHTTPError.__bases__[
-        0
-    ]  # HTTPError of the HTTP library that this huggingface_hub is built on
+    # "not on disk either", which hides why the hub could not be asked
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, Problem):
         return error
     if isinstance(error, OfflineModeIsEnabled):
         return Problem("offline", "HF_HUB_OFFLINE is set")
     if isinstance(error, HfHubHTTPError):
         return status_problem(error.response) or Problem("network", in_a_line(error))
+    # HTTPError of the HTTP library that this huggingface_hub is built on
+    transport_error = HfHubHTTPError.__bases__[0]
     if isinstance(error, (transport_error, ConnectionError, TimeoutError)):
-        if "Timeout" in type(error).__name__:
-            return Problem("network", f"no answer within {human_time(clients.TIMEOUT_S)}")
-        refused = "Connect" in type(error).__name__
-        return Problem(
-            "network", f"no connection ({in_a_line(error)})" if refused else "the connection broke"
-        )
+        return _connection_problem(error)
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return Problem(
-            "disk",
-            "the disk is full"
-            if full
-            else f"the disk refuses ({error.strerror or in_a_line(error)})",
-        )
+        return _os_problem(error)
     raise error
 
 
-def patiently(request, what, report, progress=lambda: 0, attempts=None):
-    """request()'s result. Failures that may pass are tried again, after a pause; each kind of them is reported once.
+def _connection_problem(error: Exception) -> Problem:
+    kind = type(error).__name__
+    if "Timeout" in kind:
+        return Problem("network", "the server did not answer in time")
+    if "Connect" in kind:
+        return Problem("network", f"no connection ({in_a_line(error)})")
+    return Problem("network", "the connection broke")
 
-    progress: bytes had so far. Raises Problem when attempts run out or another one cannot help."""
-    failures, told = 0, set()
+
+def _os_problem(error: OSError) -> Problem:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Problem("disk", "the disk is full")
+    if error.errno is None:
+        # not of the operating system: huggingface_hub found a size or an answer that is wrong,
+        # and says in brackets at which address
+        return Problem("content", in_a_line(error).partition(" (")[0])
+    return Problem("disk", f"the disk refuses ({error.strerror or in_a_line(error)})")
+
+
+def patiently(
+    request: Callable[[], T],
+    what: str,
+    report: Report,
+    *,
+    attempts: int | None = None,
+    retried: tuple[str, ...] = ("network", "busy"),
+) -> T:
+    """request()'s result; faults that may pass are retried after a pause.
+
+    what: names the request in the lines that are reported, one for each kind of fault. attempts:
+    ATTEMPTS by default. retried: kinds of Problem for which another attempt may help.
+    Raises Problem when attempts run out or another one cannot help."""
+    attempts = attempts or ATTEMPTS
+    failures = 0
+    reported: set[str] = set()
     while True:
-        had = progress()
         try:
             return request()
-        except Exception as error:  # problem_of raises again what it does not know
+        except Exception as error:
+            # raises again what it does not know
             problem = problem_of(error)
-        failures = 1 if progress() - had >= PROGRESS_BYTES else failures + 1
-        if problem.kind not in ("network", "busy"):
+        failures += 1
+        if problem.kind not in retried:
             raise problem
-        if failures >= (attempts or ATTEMPTS):
-            raise Problem(
-                problem.kind,
-                f"{problem.reason}, {failures} times in a row" if failures > 1 else problem.reason,
-            )
-        if (problem.wait_s or 0) > WAIT_MAX_S:
-            raise Problem(
-                problem.kind, f"{problem.reason} and to wait for {human_time(problem.wait_s)}"
-            )
-        pause_s = (
-            min(BACKOFF_MAX_S, BACKOFF_S * 2 ** (failures - 1))
-            if problem.wait_s is None
-            else problem.wait_s
-        )
-        if problem.kind not in told:
-            told.add(problem.kind)
-            kept = f" ({human_bytes(progress())} are kept)" if progress() else ""
-            report(f"data: {what}: {problem.reason}{kept}; trying again in {human_time(pause_s)}")
+        if failures >= attempts:
+            times = f", {failures} times in a row" if failures > 1 else ""
+            raise Problem(problem.kind, f"{problem.reason}{times}")
+        pause_s = problem.wait_s
+        if pause_s is None:
+            pause_s = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** (failures - 1))
+        if pause_s > WAIT_MAX_S:
+            wait = human_time(pause_s)
+            raise Problem(problem.kind, f"{problem.reason} and to wait for {wait}")
+        if problem.kind not in reported:
+            reported.add(problem.kind)
+            report(f"data: {what}: {problem.reason}; trying again in {human_time(pause_s)}")
         time.sleep(pause_s)
 
 
-def _failed(file, problem):
-    """The DownloadFailed for a file: what happened, what is on disk, what helps."""
-    kept = _size(file.local_path().with_name(file.local_path().name + ".incomplete"))
-    whole = human_bytes(file.n_bytes)
-    on_disk = f"{human_bytes(kept)} of {whole} are kept; the next attempt goes on from there"
+def _failed(file: RemoteFile, problem: Problem) -> DownloadFailed:
+    """The DownloadFailed for a file: what happened, and what helps."""
     return DownloadFailed(
-        f"{file.name} of {file.repo or urlsplit(file.path).netloc} was not downloaded: {problem.reason}. "
-        f"{on_disk if kept else f'Nothing of its {whole} is on disk'}. {remedy(problem, file.repo)}"
+        f"{file.name} of {file.origin} ({human_bytes(file.n_bytes)}) was not downloaded: "
+        f"{problem.reason}. {remedy(problem, file.repo)}"
     )
 
 
-def remedy(problem, repo):
-    """What the user can do about a problem, as a sentence."""
+def remedy(problem: Problem, repo: str) -> str:
+    """What the user can do about a problem, as a sentence. repo: "" for a plain URL."""
     endpoint = "huggingface.co"
     with contextlib.suppress(ImportError):
         import huggingface_hub.constants
 
         endpoint = huggingface_hub.constants.ENDPOINT
-    token = f"set HF_TOKEN to a token that may read it (accept its terms at {endpoint}/datasets/{repo} first, where it has any)"
-    network = f"Check the network and HF_ENDPOINT (now {endpoint})" if repo else "Check the network"
     damaged = "The server's copy, or a proxy on the way, is damaged: start again later"
-    return {
-        "network": f"{network}, then start again.",
-        "busy": "Start again later" + ("; HF_TOKEN raises the hub's limits." if repo else "."),
-        "offline": "Unset HF_HUB_OFFLINE, or run once with it unset while there is a network.",
-        "denied": f"If the dataset is private or gated, {token}.",
-        "missing": "Check the name and the revision: the dataset may have changed or moved."
-        if repo
-        else "The file may have moved: fetch it by hand, and give its path instead.",
-        "content": damaged + (", or name another server in HF_ENDPOINT." if repo else "."),
-        "disk": f"Make room and see that {base_dir()} can be written, or set NANOCHAT_BASE_DIR to a folder on a larger disk.",
-    }[problem.kind]
+    if repo:
+        terms = f"{endpoint}/datasets/{repo}"
+        sentences = {
+            "network": f"Check the network and HF_ENDPOINT (now {endpoint}), then start again.",
+            "busy": "Start again later; HF_TOKEN raises the hub's limits.",
+            "missing": "Check the name and the revision: the dataset may have changed or moved.",
+            "content": f"{damaged}, or name another server in HF_ENDPOINT.",
+            "denied": f"If the dataset is private or gated, set HF_TOKEN to a token that may read "
+            f"it (accept its terms at {terms} first, where it has any).",
+        }
+    else:
+        by_hand = "download it by hand, and give its path instead"
+        sentences = {
+            "network": "Check the network, then start again.",
+            "busy": "Start again later.",
+            "missing": f"The file may have moved: {by_hand}.",
+            "content": f"{damaged}.",
+            "denied": f"The server wants a login: {by_hand}.",
+        }
+    sentences["offline"] = (
+        "Unset HF_HUB_OFFLINE, or run once with it unset while there is a network."
+    )
+    sentences["disk"] = (
+        f"Make room and see that {base_dir()} can be written, or set NANOCHAT_BASE_DIR to a folder "
+        f"on a larger disk."
+    )
+    return sentences[problem.kind]

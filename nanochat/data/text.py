@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from nanochat.common import UsageError, in_a_line, install_hint, valid_unicode
-from nanochat.data.clients import datasets_at_home
+from nanochat.data.clients import quiet_datasets
 
 FORMATS = (".parquet", ".jsonl", ".json", ".txt", ".csv")
 
@@ -158,7 +158,7 @@ def _read_through_datasets(path, kind, column):
 
 def _tables(path, kind):
     """Arrow tables of a file, as the datasets library streams it; nothing is written or asked of the network."""
-    with datasets_at_home(f"--data: reading {path}") as datasets:
+    with quiet_datasets(f"--data: reading {path}") as datasets:
         import fsspec  # with datasets, which opens files with it
 
         if text_format(path.name)[1] == ".zst" and "zstd" not in fsspec.available_compressions():
