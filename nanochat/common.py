@@ -1,4 +1,4 @@
-"""What every layer uses: errors, exit codes, paths, seeds, atomic files, formatted numbers. Imports no torch."""
+"""What every layer uses: errors, exit codes, seeds, files, formatted numbers. Imports no torch."""
 
 import contextlib
 import errno
@@ -9,117 +9,152 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-EXIT_COMPLETED, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
+EXIT_COMPLETED = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+# EX_TEMPFAIL of sysexits.h: stopped before the end; the same command with --resume continues.
+EXIT_STOPPED = 75
 
 
 class UsageError(Exception):
-    """A request that cannot be honoured: bad flag, missing or unusable input. Shown without a traceback, exit code 2."""
+    """A request that cannot be honoured: a bad flag, a missing or unusable input.
+
+    Shown without a traceback; exit code 2."""
 
 
 class Unavailable(Exception):
-    """Something outside this program that cannot be had now: a download, disk space. Shown without a traceback, exit code 1;
-    trying again later may help."""
+    """Something outside this program that is not available now: a download, disk space.
+
+    Shown without a traceback; exit code 1. Trying again later may help."""
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on; the message says why and what is left. Shown without a traceback, exit code 1."""
+    """Training cannot continue; the message says why and what is left.
+
+    Shown without a traceback; exit code 1."""
 
 
-def install_hint(package, purpose):
+def install_hint(package: str, purpose: str) -> UsageError:
     """The UsageError to raise when an optional package is missing."""
     return UsageError(
         f"{purpose} needs the package '{package}', which is not installed: pip install {package}"
     )
 
 
-def valid_unicode(text):
-    """The text with lone surrogates replaced: JSON may spell them, and undecodable bytes of a command line become some; UTF-8 has none."""
+# ---- text ----
+
+
+def valid_unicode(text: str) -> str:
+    """The text with lone surrogates replaced by "?".
+
+    JSON can spell them, and undecodable bytes of a command line become some; UTF-8 has none."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def printable(text):
-    """The text as a terminal may get it: valid_unicode(), and control characters replaced but for line ends and tabs. Names of folders
-    and what is written in them may be another's, and could move the cursor or clear the screen."""
+def printable(text: str) -> str:
+    """The text as it may be shown in a terminal.
+
+    valid_unicode(), with control characters other than line ends and tabs replaced: folder names
+    and file contents may come from someone else, and could move the cursor or clear the screen."""
     return re.sub(
         r"[^\n\t\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", valid_unicode(text)
     )
 
 
-def in_a_line(error):
-    """What an exception says, in one line of at most 200 characters; its type where it says nothing."""
+def in_a_line(error: BaseException) -> str:
+    """An exception's message on one line of at most 200 characters; its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def base_dir(make=True):
-    """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Made here if it is missing, unless make is False.
+# ---- seeds and hashes ----
 
-    UsageError if it is no folder or cannot be made. One that can be read and not written passes: what it holds is of use."""
+
+def stream_seed(seed: int, *names: int | str) -> int:
+    """A 63-bit seed for one named random stream, so that streams of one run never share numbers.
+
+    Example: stream_seed(42, "rows", epoch, shard)."""
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def sha256_hex(data: str | bytes) -> str:
+    """Hex SHA-256 of bytes or of the UTF-8 form of a string."""
+    if isinstance(data, str):
+        # surrogatepass: file names may hold lone surrogates, and must still be told apart
+        data = data.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    """Hex SHA-256 of a file's content, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# ---- files ----
+
+
+def base_dir(make: bool = True) -> Path:
+    """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat.
+
+    Created if it is missing, unless make is False. UsageError if it is not a folder or cannot be
+    created. A read-only folder is accepted: what it holds can still be used."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
     try:
         path = Path(given) if given else Path.home() / ".cache" / "nanochat"
         if make:
             path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
-        named = f"NANOCHAT_BASE_DIR={given}" if given else "the folder of caches, ~/.cache/nanochat"
-        reason = (
-            "not a folder"
-            if isinstance(error, FileExistsError)
-            else getattr(error, "strerror", None) or in_a_line(error)
-        )
-        raise UsageError(
-            f"{named}: cannot be made or used ({reason}); "
-            f"{'name' if given else 'set NANOCHAT_BASE_DIR to'} a folder that can hold caches"
-        ) from None
+    except (OSError, RuntimeError) as error:
+        # Path.home() raises RuntimeError where no home folder is known
+        if isinstance(error, FileExistsError):
+            reason = "not a folder"
+        else:
+            reason = getattr(error, "strerror", None) or in_a_line(error)
+        if given:
+            named = f"NANOCHAT_BASE_DIR={given}"
+            remedy = "name a folder that can hold caches"
+        else:
+            named = "the folder of caches, ~/.cache/nanochat"
+            remedy = "set NANOCHAT_BASE_DIR to a folder that can hold caches"
+        raise UsageError(f"{named}: cannot be created or used ({reason}); {remedy}") from None
     return path
 
 
-def stream_seed(seed, *names):
-    """A 63-bit seed for one named random stream, so that streams of one run never share numbers.
-
-    `names` are ints or strings, for example stream_seed(42, "rows", epoch, shard)."""
-    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def sha256_hex(data):
-    """Hex SHA-256 of bytes or of the UTF-8 form of a string."""
-    return hashlib.sha256(
-        data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
-    ).hexdigest()
-
-
-def sha256_file(path):
-    """Hex SHA-256 of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def fsync_dir(path):
-    """Make renames and new names inside a folder durable. A no-op where folders cannot be opened (Windows)."""
+def fsync_dir(path: str | os.PathLike) -> None:
+    """Make renames and new names inside a folder durable. A no-op on Windows, where folders cannot
+    be opened."""
     if os.name == "nt":
         return
-    fd = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
-def write_atomic(path, content):
-    """Write a file, text or bytes, so that a reader, or a crash at any moment, sees the old content or the new, never a part."""
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old content or the new,
+    never a part. Text is written as UTF-8."""
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if isinstance(content, str):
+        content = content.encode("utf-8")
+    # In the same folder: a rename is atomic only within one file system.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(content.encode("utf-8") if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            # Before the rename: otherwise a crash could leave the new name on an empty file.
+            os.fsync(file.fileno())
+        # mkstemp() makes files private
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -130,12 +165,13 @@ def write_atomic(path, content):
 
 
 @contextlib.contextmanager
-def new_folder(out):
-    """A temporary folder beside `out` that gets its name when the `with` ends well, and is deleted when it does not.
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder next to `out` that takes its name when the `with` block succeeds, and is
+    deleted when it fails.
 
-    UsageError if `out` is there and not an empty folder, cannot be made, or is being made by another process; Unavailable if
-    it cannot be written later. Other errors of the body, such as of files that it reads, pass. What a killed process left is
-    deleted."""
+    UsageError if `out` exists and is not an empty folder, cannot be created, or is being written by
+    another process; Unavailable if it cannot be written later. Other errors of the block, such as
+    those of files that it reads, pass through. What a killed process left behind is deleted."""
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -147,26 +183,21 @@ def new_folder(out):
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UsageError(
-            f"{out} cannot be made ({error.strerror}); name a folder that can be written"
+            f"{out} cannot be created ({error.strerror}); name a folder that can be written"
         ) from None
     try:
+        # The system drops the lock when the process dies, so a killed one does not block the next.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{out} is being written by another process") from None
         in_body = False
         try:
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _empty(folder)
             in_body = True
             yield folder
             in_body = False
-            for path in folder.rglob("*"):
-                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private
-                if path.is_file():
-                    with open(path, "rb") as f:
-                        os.fsync(f.fileno())
-            fsync_dir(folder)
+            _make_durable(folder)
             folder.rename(out)
             fsync_dir(out.parent)
         except OSError as error:
@@ -181,8 +212,28 @@ def new_folder(out):
         os.close(lock)
 
 
-def _is_of_writing(error, folder):
-    """Whether an OSError is about a file inside a folder, or names no file and is of a disk that takes no more."""
+def _empty(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _make_durable(folder: Path) -> None:
+    """Flush all files of a folder to the disk, and make them readable by everyone."""
+    for path in folder.rglob("*"):
+        # safetensors makes its files private
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    fsync_dir(folder)
+
+
+def _is_of_writing(error: OSError, folder: Path) -> bool:
+    """Whether an error is about a file in the folder, or names no file and is that of a disk that
+    accepts no more data."""
     names = [
         name
         for name in (error.filename, error.filename2)
@@ -193,13 +244,14 @@ def _is_of_writing(error, folder):
     return any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)
 
 
-def write_json(path, value):
-    """write_atomic() of a value as indented JSON. NaN and infinities are refused: a failed number is null."""
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """write_atomic() of a value as indented JSON. ValueError for NaN and infinities: a number that
+    could not be computed is null."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path, what):
-    """Parse a JSON file; `what` names it in the UsageError raised when it is missing or is not JSON."""
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """Parse a JSON file. UsageError, with `what` naming the file, if it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -208,18 +260,25 @@ def read_json(path, what):
         raise UsageError(f"{what}: {path} cannot be read as JSON ({error})") from None
 
 
-def number_or_auto(text):
-    """argparse type of a whole number for which "auto" may stand."""
+# ---- argument types ----
+
+
+def number_or_auto(text: str) -> int | str:
+    """argparse type: a whole number, or "auto". ValueError otherwise."""
     return text if text == "auto" else int(text)
 
 
-def step_argument(text):
-    """argparse type of --step: a whole number, or "best"."""
+def step_argument(text: str) -> int | str:
+    """argparse type of --step: a whole number, or "best". ValueError otherwise."""
     return text if text == "best" else int(text)
+
+
+# ---- numbers ----
 
 
 def ceil_div(value: int, divisor: int) -> int:
     """`value / divisor`, rounded up."""
+    # // rounds down: negating twice rounds up, exactly for integers of any size
     return -(-value // divisor)
 
 
@@ -228,16 +287,19 @@ def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
 
 
-def human_bytes(n):
+def human_bytes(n: float) -> str:
     """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(n) < 1024 or unit == "TiB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+    if abs(n) < 1024:
+        return f"{n:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         n /= 1024
+        if abs(n) < 1024:
+            return f"{n:.1f} {unit}"
+    return f"{n / 1024:.1f} TiB"
 
 
-def human_time(seconds):
-    """3725 -> '1h02m'; 65 -> '1m05s'; 4.2 -> '4.2s'."""
+def human_time(seconds: float) -> str:
+    """4.2 -> '4.2s'; 65 -> '1m05s'; 3725 -> '1h02m'; 90000 -> '1d01h'."""
     if seconds < 60:
         return f"{seconds:.1f}s"
     minutes, seconds = divmod(int(seconds), 60)
@@ -245,4 +307,6 @@ def human_time(seconds):
     days, hours = divmod(hours, 24)
     if days:
         return f"{days}d{hours:02d}h"
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s"

@@ -1,5 +1,8 @@
-"""The machine: device and dtype choice, deterministic set-up, compiler check, peak FLOP/s, memory. Probes only when called."""
+"""The machine: choice of device and dtype, deterministic set-up, compiler check, speed, memory.
 
+Nothing is probed at import. `device_type` is "cuda", "mps" or "cpu" throughout."""
+
+import ctypes
 import itertools
 import os
 import platform
@@ -7,22 +10,27 @@ import re
 import shutil
 import sysconfig
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from nanochat.common import UsageError, base_dir
 
 
-class Gpu(NamedTuple):
-    """A GPU as its data sheet has it. peak_flops: dense, in bf16; in fp16 (sums in fp32) where there is no bf16, before SM80."""
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its data sheet describes it.
+
+    peak_flops: dense, per second, in bf16; before SM80, which has no bf16, in fp16 with fp32 sums.
+    capability: (major, minor); (7, 5) is SM75."""
 
     peak_flops: float
     memory_bytes: float
-    capability: tuple  # (major, minor): (7, 5) is SM75
+    capability: tuple[int, int]
 
 
-# By name, as a whole word of what CUDA reports. Source: NVIDIA data sheets.
+# Keys are whole words of the name that CUDA reports. Source: NVIDIA data sheets.
 GPUS = {
     "B200": Gpu(2250e12, 180e9, (10, 0)),
     "H200": Gpu(989e12, 141e9, (9, 0)),
@@ -48,65 +56,71 @@ GPUS = {
     "T4": Gpu(65e12, 16e9, (7, 5)),
     "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5)),
 }
-PEAK_SIZES = (2048, 4096)  # rows of the products whose best speed is a device's peak
+# Rows of the square products whose best speed counts as a device's peak.
+PEAK_SIZES = (2048, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FP16_ON_CPU = False  # for tests: CPUs multiply fp16 a thousand times slower than bf16 (runs/LOG.md)
+# For tests: CPUs multiply fp16 a thousand times slower than bf16 (runs/LOG.md).
+FP16_ON_CPU = False
 
 
-def listed_gpu(name):
-    """The Gpu whose longest listed name stands in `name` as whole words, or None."""
+# ---- choices ----
+
+
+def listed_gpu(name: str) -> Gpu | None:
+    """The Gpu whose listed name occurs in `name` as whole words, the longest if several do."""
     found = [key for key in GPUS if re.search(rf"\b{re.escape(key)}\b", name, re.IGNORECASE)]
     return GPUS[max(found, key=len)] if found else None
 
 
-def pick_device_type(requested):
-    """'cuda', 'mps' or 'cpu': the requested one, or the first that is present. Raises UsageError if it is absent."""
+def pick_device_type(requested: str) -> str:
+    """The requested device type, or if it is "" the first that exists of cuda, mps and cpu.
+
+    Raises UsageError if the requested one does not exist."""
     present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    available = [name for name in present if present[name]]
     if not requested:
-        return next(name for name in ("cuda", "mps", "cpu") if present[name])
+        return available[0]
     if not present[requested]:
-        have = ", ".join(name for name in present if present[name])
         raise UsageError(
-            f"--device-type={requested}: this machine or build of torch {torch.__version__} has none "
-            f"(here: {have}); leave the flag out to autodetect"
+            f"--device-type={requested}: this machine, or this build of torch {torch.__version__}, "
+            f"does not have it (available: {', '.join(available)}); leave the flag out"
         )
     return requested
 
 
-def cpu_multiplies_bf16():
-    """True when this CPU has bf16 matrix or dot-product instructions (AMX, AVX512-BF16) and this torch uses them."""
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 matrix or dot-product instructions (AMX, AVX512-BF16) and this
+    torch uses them."""
+    # Private functions of torch, which a later version may rename: then the answer is no.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     avx512_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return bool((amx or avx512_bf16) and torch.backends.mkldnn.is_available())
 
 
-def pick_dtype(requested, device_type, training=False, capability=None):
-    """(compute dtype, reason): bf16 where the hardware multiplies it fast. Where that is true of fp16 alone (SM70 to SM75), training,
-    which can scale its loss, is in fp16; weights that may have been trained in bf16 could exceed its range, so all else is in fp32.
+def pick_dtype(
+    requested: str,
+    device_type: str,
+    training: bool = False,
+    capability: tuple[int, int] | None = None,
+) -> tuple[torch.dtype, str]:
+    """(compute dtype, reason) for --dtype; "auto" is bf16 where the hardware multiplies it fast.
 
-    capability: (major, minor) of the GPU, if not that of this machine's. Raises UsageError for float16 without CUDA."""
+    SM70 to SM75 multiply only fp16 fast. There, training, which can scale its loss, runs in fp16;
+    everything else runs in fp32, because weights that were trained in bf16 may exceed fp16's range.
+
+    capability: of the GPU that is planned for; None is this machine's. Raises UsageError for
+    float16 on anything but CUDA."""
     if requested == "float16" and device_type != "cuda" and not FP16_ON_CPU:
         raise UsageError(
-            f"--dtype=float16: for CUDA devices (this is {device_type}, which multiplies it slowly or not at all); use "
-            f"bfloat16 or float32"
+            f"--dtype=float16: needs a CUDA device (this is {device_type}, which multiplies fp16 "
+            f"slowly or not at all); use bfloat16 or float32"
         )
     if device_type == "cuda":
-        major, minor = capability or torch.cuda.get_device_capability()
-        no_bf16 = f"SM{major}{minor} has no bf16 matrix instructions"
-        if requested == "auto" and major >= 8:
-            return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
-        if requested == "auto":
-            return (
-                (torch.float16, f"{no_bf16} and multiplies fp16")
-                if training and major == 7
-                else (torch.float32, no_bf16)
-            )
-        if requested == "bfloat16" and major < 8:
-            return torch.bfloat16, f"as requested, though {no_bf16}"
+        return _pick_cuda_dtype(requested, training, capability or _capability())
     if requested != "auto":
         return DTYPES[requested], "as requested"
     if device_type == "cpu" and cpu_multiplies_bf16():
@@ -114,67 +128,103 @@ def pick_dtype(requested, device_type, training=False, capability=None):
     return torch.float32, f"no fast bf16 on this {device_type}"
 
 
-def set_determinism(device_type):
-    """Same seed, same bits: deterministic algorithms on, without the cost of filling fresh memory."""
-    if device_type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+def _pick_cuda_dtype(
+    requested: str, training: bool, capability: tuple[int, int]
+) -> tuple[torch.dtype, str]:
+    major, minor = capability
+    no_bf16 = f"SM{major}{minor} has no bf16 matrix instructions"
+    if requested == "bfloat16" and major < 8:
+        return torch.bfloat16, f"as requested, though {no_bf16}"
+    if requested != "auto":
+        return DTYPES[requested], "as requested"
+    if major >= 8:
+        return torch.bfloat16, f"SM{major}{minor} multiplies bf16"
+    if training and major == 7:
+        return torch.float16, f"{no_bf16} and multiplies fp16"
+    return torch.float32, no_bf16
 
 
-def compiler_missing(device_type):
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def compiler_missing(device_type: str) -> str | None:
     """Why torch.compile cannot be used here, or None. Checks the tools, compiles nothing."""
     if device_type == "mps":
         return "torch.compile is not reliable on mps"
     if device_type == "cuda":
         try:
-            import triton  # noqa: F401  (inductor's CUDA back end)
+            # inductor's CUDA back end
+            import triton  # noqa: F401
         except ImportError:
             return "triton is not installed (pip install triton)"
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = _capability()
         if major < 7:
-            return f"SM{major}{minor} is older than what triton compiles for (SM70)"
-    language, variable, usual, other = (
-        ("C++", "CXX", "g++", "clang++") if device_type == "cpu" else ("C", "CC", "gcc", "clang")
-    )
+            return f"SM{major}{minor} is too old for triton, which needs SM70 or later"
+    # inductor's kernels for CPUs are C++; triton compiles its launchers, which are C
+    if device_type == "cpu":
+        language, variable, usual, other = "C++", "CXX", "g++", "clang++"
+    else:
+        language, variable, usual, other = "C", "CC", "gcc", "clang"
     compiler = os.environ.get(variable) or usual
     if not (shutil.which(compiler) or shutil.which(other)):
         return f"no {language} compiler ({compiler}) on PATH"
-    header = os.path.join(
-        sysconfig.get_paths()["include"], "Python.h"
-    )  # triton compiles what launches its kernels with it
-    return None if os.path.exists(header) else "Python.h is missing (the python3-dev package)"
+    # Both kinds of code include it.
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not os.path.exists(header):
+        return "Python.h is missing (the python3-dev package)"
+    return None
 
 
-def prepare(device_type):
-    """Set this process up for training: kernel cache, determinism, memory. To be called before the first tensor is made."""
-    # under the base dir, so that a second start is warm; before set_determinism(), which loads inductor, which would choose a place
+# ---- set-up ----
+
+
+def set_determinism(device_type: str) -> None:
+    """Same seed, same bits: deterministic algorithms, without the cost of filling fresh memory."""
+    if device_type == "cuda":
+        # cuBLAS is deterministic only with a workspace of fixed size (its documentation).
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def prepare(device_type: str) -> None:
+    """Set this process up for training: kernel cache, determinism, memory.
+
+    Call it before the first tensor is created."""
+    # Under the base dir, so that a second start is warm. Before set_determinism(): that loads
+    # inductor, which would choose a place of its own.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compile"))
     set_determinism(device_type)
     if device_type == "cpu":
         keep_freed_memory()
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler, which counts memory, would say when it starts and stops
-    # blocks of several kinds share one function; the limit of 8 versions would leave some of them uncompiled without a word
+    # The profiler, which counts memory, would log when it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # Blocks of several kinds share one function; the limit of 8 versions would silently leave some
+    # of them uncompiled.
     torch._dynamo.config.recompile_limit = 64
 
 
-def keep_freed_memory():
-    """Let the C library keep what is freed instead of giving it back to the system. True where that is possible (glibc).
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory instead of returning it to the system. True where that is
+    possible (glibc).
 
-    By default each tensor of 32 MiB and more is fresh memory, whose pages the kernel must clear and map on first use, every
-    step: writing 32 MiB takes 17 ms so and 2 ms otherwise (runs/LOG.md). The process stays as large as it once was."""
+    By default each tensor of 32 MiB and more is fresh memory, whose pages the kernel must clear and
+    map on first use, every step: writing 32 MiB then takes 17 ms instead of 2 ms (runs/LOG.md). The
+    process stays as large as its peak."""
     if platform.libc_ver()[0] != "glibc":
         return False
-    import ctypes
-
     mallopt = ctypes.CDLL(None).mallopt
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    # malloc.h
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_MAX = -4
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
-def synchronize(device_type):
+# ---- speed ----
+
+
+def synchronize(device_type: str) -> None:
     """Wait for the device, so that a clock read afterwards covers the work before it."""
     if device_type == "cuda":
         torch.cuda.synchronize()
@@ -182,12 +232,14 @@ def synchronize(device_type):
         torch.mps.synchronize()
 
 
-def matmul_flops(device, dtype, n, repeats):
+def matmul_flops(device: torch.device, dtype: torch.dtype, n: int, repeats: int) -> float:
     """Best measured FLOP/s of an n x n x n product in `dtype`."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    a = torch.randn(n, n, generator=generator).to(device, dtype)
+    b = torch.randn(n, n, generator=generator).to(device, dtype)
     best = float("inf")
-    for _ in range(repeats + 1):  # the first run warms up; taking the minimum discards it
+    # One more than asked for: the first warms up, and taking the minimum discards it.
+    for _ in range(repeats + 1):
         synchronize(device.type)
         start = time.perf_counter()
         a @ b
@@ -196,46 +248,62 @@ def matmul_flops(device, dtype, n, repeats):
     return 2 * n**3 / best
 
 
-def peak_label(gpu, name):
-    """What the peak of a listed Gpu is called."""
-    return f"listed {'bf16' if gpu.capability >= (8, 0) else 'fp16'} peak of {name}"
+def peak_label(gpu: Gpu, name: str) -> str:
+    """Describes a listed Gpu's peak_flops, for reports."""
+    dtype = "bf16" if gpu.capability >= (8, 0) else "fp16"
+    return f"listed {dtype} peak of {name}"
 
 
-def measured_peak(device, dtype):
-    """FLOP/s of the fastest of square products of PEAK_SIZES; of the small one where products are so slow that it takes a second."""
-    slow = device.type == "cpu" and dtype != torch.bfloat16
-    return max(
-        matmul_flops(device, dtype, n, repeats=2) for n in (PEAK_SIZES[:1] if slow else PEAK_SIZES)
-    )
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of the square products of PEAK_SIZES."""
+    sizes = PEAK_SIZES
+    # Only the small one where the large one would take a second.
+    if device.type == "cpu" and dtype != torch.bfloat16:
+        sizes = PEAK_SIZES[:1]
+    return max(matmul_flops(device, dtype, n, repeats=2) for n in sizes)
 
 
-def peak_flops(device):
-    """(FLOP/s, label): the listed dense bf16 peak of a known GPU, otherwise a measured one (best of n = 2048 and 4096).
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, label): the listed dense bf16 peak of a known GPU, otherwise a measured one.
 
-    Where bf16 has no matrix instructions it is that of fp16 or fp32, in which training runs there, and the label says so."""
+    On hardware without bf16 matrix instructions it is the peak of the dtype that training uses
+    there, fp16 or fp32; the label says which."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        if (known := listed_gpu(name)) is not None:
+        known = listed_gpu(name)
+        if known is not None:
             return known.peak_flops, peak_label(known, name)
     dtype, _ = pick_dtype("auto", device.type, training=True)
     return measured_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} peak"
 
 
-def free_memory(device):
-    """Bytes that could be allocated now on the device (CPU: MemAvailable, or the physical size where that is unknown)."""
+def compilations() -> int:
+    """Graphs that torch.compile has compiled in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# ---- memory ----
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now on the device.
+
+    CPU: MemAvailable, or the physical size where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as f:
-            return next(
-                int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def allocated_peak(function, device):
-    """Bytes of tensors that function() had at most beyond those that were there before; None where that is not known (mps)."""
+def allocated_peak(function: Callable[[], object], device: torch.device) -> int | None:
+    """Peak bytes of tensors during function(), beyond those that existed before; None on mps, where
+    torch cannot count them."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -245,6 +313,7 @@ def allocated_peak(function, device):
         return torch.cuda.max_memory_allocated() - before
     if device.type != "cpu":
         return None
+    # The CPU's allocator keeps no statistics, but the profiler sees every allocation.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -254,39 +323,30 @@ def allocated_peak(function, device):
         for event in profile.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
-    return max(itertools.accumulate((n for _, n in changes), initial=0))
+    return max(itertools.accumulate((n_bytes for _, n_bytes in changes), initial=0))
 
 
-def compilations():
-    """Graphs that torch.compile has made in this process so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def peak_memory_bytes(device):
-    """Peak bytes so far: allocator peak on CUDA, resident set of this process elsewhere."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes so far: of the allocator on CUDA, elsewhere the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS reports bytes, Linux KiB.
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def is_out_of_memory(error):
-    """True for the exceptions with which torch reports that an allocation failed, on any device."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch raised this exception because an allocation failed, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error)
-        for text in (
-            "can't allocate memory",
-            "MPS backend out of memory",
-            "CUBLAS_STATUS_ALLOC_FAILED",
-        )
-    )
+    # Not all devices have an exception type for it.
+    texts = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def describe(device):
+def describe(device: torch.device) -> dict[str, object]:
     """What runs here, for config.json: names, counts, versions. No host names or paths."""
     facts = {
         "device_type": device.type,

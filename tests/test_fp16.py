@@ -19,7 +19,7 @@ from nanochat.model.gpt import GPT
 from nanochat.model.loss import linear_cross_entropy
 from nanochat.optim import loss_scaler as fp16
 from nanochat.run import checkpoint
-from nanochat.run import log as runlog
+from nanochat.run.metrics import Record
 
 CPU = torch.device("cpu")
 FLAGS = ("--dtype=float16", "--device-batch-size=8", "--sample-every=-1")
@@ -224,7 +224,7 @@ def test_resuming_goes_on_with_the_same_scale(on_cpu, tmp_path, monkeypatch):
     assert [scales(tmp_path, "whole")[step] for step in range(12)] == [
         2.0 ** (10 + step // 3) for step in range(12)
     ]
-    write = runlog.Metrics.write
+    write = Record.write
 
     def write_and_stop(self, **values):
         write(self, **values)
@@ -232,7 +232,7 @@ def test_resuming_goes_on_with_the_same_scale(on_cpu, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.Metrics, "write", write_and_stop)
+        patch.setattr(Record, "write", write_and_stop)
         assert small.run(tmp_path, *FLAGS, tag="broken") == 75
     step = checkpoint.steps_of(tmp_path / "broken")[-1]
     assert step in (7, 8) and checkpoint.read_state(tmp_path / "broken", step)["loss_scaler"] == [
@@ -353,7 +353,7 @@ def test_requested_dtypes():
     for device_type in ("cpu", "mps"):
         with pytest.raises(
             UsageError,
-            match=f"--dtype=float16: for CUDA devices .this is {device_type}.*use bfloat16 or float32",
+            match=f"--dtype=float16: needs a CUDA device .this is {device_type}.*use bfloat16 or float32",
         ):
             hardware.pick_dtype("float16", device_type)
 
@@ -391,5 +391,5 @@ def test_the_plan_for_a_t4(capsys):
 
 def test_refused_on_a_cpu(tmp_path, capsys):
     assert small.run(tmp_path, *FLAGS) == 2
-    assert "--dtype=float16: for CUDA devices (this is cpu" in capsys.readouterr().err
+    assert "--dtype=float16: needs a CUDA device (this is cpu" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -397,13 +397,13 @@ def test_no_home_for_caches(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     with pytest.raises(
-        UsageError, match="~/.cache/nanochat: cannot be made.*set NANOCHAT_BASE_DIR"
+        UsageError, match="~/.cache/nanochat: cannot be created.*set NANOCHAT_BASE_DIR"
     ):
         base_dir()
 
 
 def test_a_folder_that_another_process_trains_in(started, tmp_path, capsys):
-    from nanochat.run.log import RunFolder
+    from nanochat.run.folder import RunFolder
 
     holder = RunFolder(tmp_path / "run")
     holder.claim()
