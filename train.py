@@ -1,15 +1,24 @@
 """Train a GPT. One script, one dial:
 
-    python train.py --depth=4                                   # on a laptop
-    torchrun --nproc_per_node=8 train.py --depth=24             # on a node
+    python train.py --depth=4                                            # on a laptop
+    torchrun --standalone --nproc_per_node=8 -- train.py --depth=24      # on a node
 
-The flags, then the loop (save / evaluate / sample / stop? / step / log), top to bottom."""
+Read it from the bottom of main(): open the run and its text, derive the plan from the dial, build
+the parts, train. The loop in train() is save / evaluate / CORE / sample / agree / step / log. The
+flags are described in nanochat/run/flags.py. Modules that need torch are imported by the functions
+that use them, so that --help and a wrong flag answer immediately."""
 
-import argparse
+from __future__ import annotations
+
+import contextlib
 import math
 import os
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nanochat import signals
 from nanochat.common import (
@@ -21,1184 +30,892 @@ from nanochat.common import (
     Unavailable,
     UsageError,
     human_time,
-    number_or_auto,
     stream_seed,
 )
 from nanochat.optim import schedules
+from nanochat.run import flags
 
-
-def parse_args(argv=None):
-    """The flags as a Namespace; `given` on it is the set of names that were on the command line. -1: off or automatic."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a GPT sized by --depth.",
-        allow_abbrev=False,
-        usage="train.py --depth=N [options]; --help lists them all",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    group = parser.add_argument_group("logging")
-    group.add_argument("--run", default="dummy", help="Weights & Biases run name; dummy: off")
-    group.add_argument("--out-dir", default="out", help="folder of run folders")
-    group.add_argument("--model-tag", default="", help="name of the run folder; empty: d{depth}")
-    group.add_argument(
-        "--tensorboard", action="store_true", help="log to TensorBoard, in the run folder"
-    )
-    group.add_argument(
-        "--config", default="", help="a run's config.json or a JSON of flags; the command line wins"
-    )
-    group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--device-type",
-        default="",
-        choices=["", "cuda", "mps", "cpu"],
-        help="empty: the first of cuda, mps, cpu",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="of products; weights stay fp32. auto: what the hardware multiplies fast. float16: with a scaled loss",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile blocks with torch.compile",
-    )
-    group.add_argument(
-        "--seed", type=int, default=42, help="of weights, data order, dropout and samples"
-    )
-    group.add_argument(
-        "--attention", default="auto", help="auto, blocked, sdpa, flex, triton, fa3 or fa4"
-    )
-    group.add_argument(
-        "--activation-checkpointing",
-        action="store_true",
-        help="make a block's inner tensors again in the backward pass instead of keeping them",
-    )
-    group.add_argument(
-        "--shard", action="store_true", help="shard the model with FSDP2 (not available yet)"
-    )
-    group = parser.add_argument_group("fp8")
-    group.add_argument(
-        "--fp8", action="store_true", help="train large layers in fp8 (SM89 and later)"
-    )
-    group.add_argument(
-        "--fp8-recipe",
-        default="tensorwise",
-        choices=["tensorwise", "rowwise"],
-        help="one scale a tensor, or a row",
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument("--depth", type=int, default=20, help="layers; the one dial")
-    group.add_argument(
-        "--aspect-ratio",
-        type=int,
-        default=64,
-        help="width / depth, width rounded up to whole heads",
-    )
-    group.add_argument("--head-dim", type=int, default=128, help="channels of an attention head")
-    group.add_argument(
-        "--n-kv-head", type=int, default=-1, help="key/value heads; -1: as many as query heads"
-    )
-    group.add_argument("--max-seq-len", type=int, default=2048, help="context, tokens")
-    group.add_argument(
-        "--window-pattern",
-        default="SSSL",
-        help="per layer, tiled: L full context, S short window; last layer always L",
-    )
-    group.add_argument(
-        "--short-window", type=int, default=-1, help="tokens an S layer sees; -1: half the context"
-    )
-    group.add_argument(
-        "--arch",
-        default="speedrun",
-        choices=["speedrun", "llama"],
-        help="llama: the plain decoder that others read",
-    )
-    group.add_argument(
-        "--tie-embeddings", action="store_true", help="share embedding and head (llama)"
-    )
-    group.add_argument(
-        "--dropout", type=float, default=0.0, help="share of residual updates dropped; 0: off"
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        default="climbmix",
-        help="climbmix, fineweb-edu, tinystories, shakespeare or "
-        "hf:<dataset>[:<config>[:<split>[:<column>]]] (fetched as needed), python (source code on this machine), or a "
-        "path, glob or folder of .txt, .jsonl, .parquet",
-    )
-    group.add_argument(
-        "--val-data",
-        default="",
-        help="path, glob or folder to validate on; empty: hold out a part of --data",
-    )
-    group.add_argument(
-        "--tokenizer", default="bpe", help="bpe, char, byte, gpt2, or a folder with a saved one"
-    )
-    group.add_argument(
-        "--vocab-size", type=int, default=-1, help="of bpe; -1: from the data size, at most 32768"
-    )
-    group.add_argument(
-        "--init-from",
-        default="",
-        help="run whose weights to start from, and shape, context, tokenizer; the rest is new",
-    )
-    group = parser.add_argument_group("horizon (the first given wins, in this order)")
-    group.add_argument("--num-iterations", type=int, default=-1, help="steps")
-    group.add_argument("--target-flops", type=float, default=-1, help="training FLOPs")
-    group.add_argument("--target-tokens", type=float, default=-1, help="training tokens")
-    group.add_argument("--target-epochs", type=float, default=-1, help="passes over the data")
-    group.add_argument(
-        "--target-minutes",
-        type=float,
-        default=-1,
-        help="training time; evaluation and compilation not counted",
-    )
-    group.add_argument(
-        "--target-param-data-ratio",
-        type=float,
-        default=schedules.DEFAULT_PARAM_DATA_RATIO,
-        help="tokens per parameter of matrices and head; Chinchilla: 20",
-    )
-    group = parser.add_argument_group("early end")
-    group.add_argument(
-        "--stop-at-bpb", type=float, default=-1, help="stop at these validation bits per byte"
-    )
-    group.add_argument(
-        "--patience",
-        type=int,
-        default=-1,
-        help="stop after so many evaluations without improvement",
-    )
-    group = parser.add_argument_group(
-        "optimization (rates are those of the reference batch and width)"
-    )
-    group.add_argument(
-        "--device-batch-size",
-        type=int,
-        default=-1,
-        help="rows a device takes at once; -1: what fits",
-    )
-    group.add_argument(
-        "--total-batch-size", type=int, default=-1, help="tokens a step; -1: from the horizon"
-    )
-    group.add_argument(
-        "--optimizer",
-        default="muon",
-        choices=["muon", "adamw"],
-        help="of the matrices; the rest is always AdamW",
-    )
-    group.add_argument(
-        "--embedding-lr",
-        type=float,
-        default=-1,
-        help=f"AdamW, tables; -1: by --arch, {schedules.EMBEDDING_LR}",
-    )
-    group.add_argument(
-        "--unembedding-lr",
-        type=float,
-        default=-1,
-        help=f"AdamW, head; -1: by --arch, {schedules.UNEMBEDDING_LR}",
-    )
-    group.add_argument(
-        "--weight-decay", type=float, default=schedules.WEIGHT_DECAY, help="of the matrices"
-    )
-    group.add_argument(
-        "--matrix-lr", type=float, default=-1, help=f"-1: by optimizer, {schedules.MATRIX_LR}"
-    )
-    group.add_argument(
-        "--scalar-lr", type=float, default=schedules.SCALAR_LR, help="AdamW, lambdas and gates"
-    )
-    group.add_argument(
-        "--adam-beta1", type=float, default=schedules.ADAM_BETA1, help="of every AdamW group"
-    )
-    group.add_argument(
-        "--adam-beta2", type=float, default=schedules.ADAM_BETA2, help="of every AdamW group"
-    )
-    group.add_argument(
-        "--lr-schedule",
-        default="trapezoid",
-        choices=["trapezoid", "cosine"],
-        help="cosine cannot be extended",
-    )
-    group.add_argument(
-        "--warmup-ratio", type=float, default=schedules.WARMUP_RATIO, help="share of the steps"
-    )
-    group.add_argument("--warmup-steps", type=int, default=-1, help="-1: by --warmup-ratio")
-    group.add_argument(
-        "--warmdown-ratio", type=float, default=schedules.WARMDOWN_RATIO, help="share of the steps"
-    )
-    group.add_argument(
-        "--final-lr-frac",
-        type=float,
-        default=schedules.FINAL_LR_FRAC,
-        help="learning rate at the end / its peak",
-    )
-    group.add_argument("--grad-clip", type=float, default=0.0, help="largest gradient norm; 0: off")
-    group = parser.add_argument_group("resume")
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest intact checkpoint; start fresh if there is none; "
-        "with a longer horizon: extend the run from before its warm-down",
-    )
-    group.add_argument(
-        "--resume-from-step", type=int, default=-1, help="go on from this checkpoint"
-    )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="delete the run that the folder holds (with --resume-from-step: "
-        "set its later checkpoints aside)",
-    )
-    group = parser.add_argument_group("evaluation (every: steps; -1: never, at the end neither)")
-    group.add_argument(
-        "--eval-every", type=int, default=250, help="validation bits per byte; also at the end"
-    )
-    group.add_argument(
-        "--eval-tokens",
-        type=int,
-        default=40 * 524288,
-        help="held-out tokens, capped by the validation set; -1: all",
-    )
-    group.add_argument(
-        "--core-metric-every",
-        type=number_or_auto,
-        default="auto",
-        help="CORE metric; also at the end; auto: 2000 on CUDA, -1 elsewhere",
-    )
-    group.add_argument(
-        "--core-metric-max-per-task",
-        type=number_or_auto,
-        default="auto",
-        help="examples of a CORE task; -1: all; auto: 500 on CUDA, 50 elsewhere",
-    )
-    group.add_argument(
-        "--core-bundle",
-        default="",
-        help="folder of the CORE bundle; empty: the cached one, downloaded once",
-    )
-    group.add_argument(
-        "--sample-every", type=int, default=2000, help="text samples; also at the end"
-    )
-    group.add_argument(
-        "--sample-prompts",
-        default="",
-        help="file with one prompt a line; empty: beginnings of held-out documents",
-    )
-    group = parser.add_argument_group("saving")
-    group.add_argument(
-        "--save-every",
-        type=int,
-        default=-1,
-        help="steps between permanent checkpoints; -1: only at the end and "
-        "where the warm-down begins",
-    )
-    group.add_argument(
-        "--save-every-minutes", type=float, default=10, help="a rolling checkpoint; -1: none"
-    )
-    group.add_argument(
-        "--keep-last", type=int, default=-1, help="permanent checkpoints to keep; -1: all"
-    )
-    group.add_argument("--no-save", action="store_true", help="write no checkpoint at all")
-    group = parser.add_argument_group("faults")
-    group.add_argument(
-        "--max-skipped",
-        type=int,
-        default=10,
-        help="steps in a row that may be skipped for non-finite numbers",
-    )
-    group.add_argument(
-        "--debug-nans",
-        action="store_true",
-        help="at the first such step: find the module that made it, and stop",
-    )
-    group.add_argument(
-        "--profile",
-        action="store_true",
-        help="trace a few steps into the run folder, and say where time goes",
-    )
-    group = parser.add_argument_group("planning")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and exit")
-    group.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
-    group.add_argument("--gpus", type=int, default=1, help="with --dry-run: devices to plan for")
-    group.add_argument("--gpu", default="", help="with --dry-run: GPU to plan for, such as H100")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    if args.config:
-        from nanochat.run.resume import config_flags
-
-        argv = config_flags(args.config, {action.dest: action for action in parser._actions}) + argv
-        args = parser.parse_args(argv)
-    # parsed again with a marker for every default: what differs from it was given
-    marker = object()
-    parser.set_defaults(**dict.fromkeys(vars(args), marker))
-    args.given = {
-        name for name, value in vars(parser.parse_args(argv)).items() if value is not marker
-    }
-    return args
-
-
-def main(args, stop):
-    """Train. stop: the StopSignals of this process. Returns the exit code: 0 completed, 75 stopped early on request and
-    resumable, 1 ended with everything saved for want of data or disk. Raises UsageError, TrainingFailed, Stopped."""
-    if args.profile:  # torch's allocator warns of every block that is older than the trace
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+if TYPE_CHECKING:
     import torch
 
-    from nanochat import hardware, ranks
-    from nanochat.data.prefetch import Ahead, Prefetcher
-    from nanochat.data.rows import Rows, check_disk, describe_tokens, held_out_pieces
-    from nanochat.data.sources import compressed_bits_per_byte, describe_corpus, open_corpus
-    from nanochat.data.token_cache import DataFailed, TokenCache, load_tokenizer
-    from nanochat.eval import bpb as evaluate
-    from nanochat.eval import core as core_metric
-    from nanochat.eval import generation as engine
-    from nanochat.model import fp8
-    from nanochat.model.build import build
+    from nanochat.data.prefetch import Prefetcher
+    from nanochat.eval.core import Core
     from nanochat.model.config import GPTConfig
-    from nanochat.optim import loss_scaler as fp16
-    from nanochat.optim import optimizer as optim
-    from nanochat.ranks import print0
-    from nanochat.run import checkpoint, faults
+    from nanochat.model.decoder import Decoder
+    from nanochat.optim.loss_scaler import LossScaler
+    from nanochat.optim.optimizer import Optimizer
+    from nanochat.ranks import Agreed
+    from nanochat.run.clock import Clock
+    from nanochat.run.faults import Watchdog
+    from nanochat.run.keeper import Keeper
+    from nanochat.run.log import RunLog
+    from nanochat.run.plan import Machine, Plan
+    from nanochat.run.plan_text import PlannedRun
+    from nanochat.run.profiler import Profiler
+    from nanochat.run.resume import OpenedRun
     from nanochat.run.saver import Saver
-    from nanochat.run import (
-        log as runlog,
+    from nanochat.run.state import TrainState
+    from nanochat.run.training_text import TrainingText
+
+EXIT_CODES = {"completed": EXIT_COMPLETED, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags of nanochat/run/flags.py as a Namespace; `given` on it is the set of names that
+    were on the command line. -1: off or automatic."""
+    return flags.parse(argv)
+
+
+# ----- the dial
+
+
+def derive_plan(
+    args: Namespace, config: GPTConfig, tokens_per_epoch: float, machine: Machine
+) -> Plan:
+    """Everything that follows from the model's size, in four steps; runs/LOG.md has the evidence.
+
+    args: checked flags. tokens_per_epoch: training tokens of one pass. machine: for time budgets.
+    UsageError for a warm-up that is longer than the run."""
+    from nanochat.run.plan import Horizon, Plan, size_of
+
+    size = size_of(config, args.aspect_ratio)
+    T = config.max_seq_len
+
+    # 1. Horizon: D tokens, from the first horizon given, by default a fixed ratio to the N
+    #    parameters of matrices and head (Chinchilla, arXiv 2203.15556: 20; ours is lower).
+    horizon = Horizon.from_flags(args)
+    tokens = horizon.tokens(size, machine, tokens_per_epoch, args.total_batch_size)
+
+    # 2. Batch: grows as D^0.383 (arXiv 2505.13738), and leaves small budgets enough steps. After
+    #    this, D is a whole number of steps.
+    device_rows = max(1, args.device_batch_size) * machine.devices
+    rows = args.total_batch_size // T
+    if args.total_batch_size == -1:
+        rows = schedules.derive_rows(tokens, size.reference_tokens, T, device_rows)
+    batch_tokens = rows * T
+    steps = horizon.steps(tokens, batch_tokens)
+    tokens = steps * batch_tokens
+
+    # 3. Learning rates: those of the reference batch x sqrt(B / B_ref).
+    lr_factor = schedules.lr_factor(batch_tokens)
+
+    # 4. Weight decay: the share of a weight that is renewed over a run stays the same (constant
+    #    T_epoch, arXiv 2405.13698).
+    decay_factor = schedules.decay_factor(batch_tokens, tokens, size.reference_tokens)
+
+    base = schedules.BaseRates.from_flags(args)
+    plan = Plan(
+        horizon=horizon.name,
+        horizon_value=horizon.value,
+        parameters=size.parameters,
+        scaling_parameters=size.scaling_parameters,
+        flops_per_token=size.flops_per_token,
+        rows_per_step=rows,
+        total_batch_tokens=batch_tokens,
+        num_iterations=steps,
+        tokens=tokens,
+        warmup_steps=0,
+        warmdown_steps=0,
+        groups=schedules.group_settings(base, lr_factor, decay_factor, config.width),
+        schedule=schedules.Schedule.from_flags(args),
     )
-    from nanochat.run import memory as fit
-    from nanochat.run import (
-        plan as plans,
+    plan.fix_steps(steps)
+    if args.warmup_steps != -1 and plan.warmup_steps + plan.warmdown_steps > steps:
+        raise UsageError(
+            f"--warmup-steps={args.warmup_steps}: with {plan.warmdown_steps} steps of warm-down "
+            f"more than the run's {steps} steps; give at most {steps - plan.warmdown_steps}"
+        )
+    if plan.budget_seconds is not None:
+        # the number of steps is fixed once the speed has been measured
+        plan.num_iterations = None
+    return plan
+
+
+# ----- a run that is about to train
+
+
+@dataclass
+class Prepared:
+    """What is decided before the run folder changes. core: None where CORE cannot be measured, for
+    the reason no_core ("" if it is not wanted). prompts: of the samples."""
+
+    run: OpenedRun
+    text: TrainingText
+    planned: PlannedRun
+    device: torch.device
+    core: Core | None
+    no_core: str
+    prompts: list[str]
+
+
+@dataclass
+class Session:
+    """A run with all its parts, ready to train. device_batch: rows that a device takes per pass."""
+
+    run: OpenedRun
+    text: TrainingText
+    plan: Plan
+    device: torch.device
+    device_batch: int
+    core: Core | None
+    no_core: str
+    prompts: list[str]
+    model: Decoder
+    optimizer: Optimizer
+    scaler: LossScaler
+    state: TrainState
+    clock: Clock
+    log: RunLog
+    keeper: Keeper
+    batches: Prefetcher
+    profiler: Profiler
+    stop: signals.StopSignals
+
+    @property
+    def args(self) -> Namespace:
+        """The flags of the run."""
+        return self.run.args
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that a device takes per pass, also in evaluations."""
+        return self.device_batch * self.args.max_seq_len
+
+    def asked_to_stop(self) -> bool:
+        """Asked between the passes of an evaluation, which is a sign of progress."""
+        self.clock.begin(f"the evaluation of step {self.state.step}")
+        return self.stop.requested
+
+    def dropout_seed(self, micro: int) -> int | None:
+        """Seed of a micro-batch's dropout on this rank, so that resuming needs no generator
+        state."""
+        from nanochat.ranks import rank
+
+        if not self.args.dropout:
+            return None
+        return stream_seed(self.args.seed, "dropout", self.state.step, micro, rank())
+
+
+# ----- the loop
+
+
+def train(session: Session) -> str:
+    """The loop. It comes round once more than there are updates, so that the last save and
+    evaluation need no second copy.
+
+    Returns why the run ended before its horizon, or "". Stopped, DataFailed and TrainingFailed are
+    raised on every rank at the same step."""
+    from nanochat.optim.step import accumulate
+    from nanochat.run import faults
+    from nanochat.run.log import StepResult
+    from nanochat.run.plan import due
+
+    args, plan, state = session.args, session.plan, session.state
+    model, optimizer, scaler = session.model, session.optimizer, session.scaler
+    log, clock, keeper = session.log, session.clock, session.keeper
+    rolling_due = False
+    ended_early = ""
+
+    while True:
+        last = plan.is_last(state.step)
+
+        # save: before everything that might fail
+        kind = plan.checkpoint_due(state.step, last, args.save_every)
+        if kind or rolling_due:
+            keeper.save(kind or "rolling", state, hold=state.skipped_in_a_row > 0 and not last)
+
+        # evaluate: all ranks; an evaluation that fails is a result without a number
+        if due(args.eval_every, state.step, last):
+            ended_early = evaluate(session)
+            if ended_early and not last:
+                log.message(f"step {state.step}: ending here, {ended_early}")
+                keeper.save("final", state)
+                last = True
+
+        # CORE: all ranks
+        if due(args.core_metric_every, state.step, last):
+            evaluate_core(session)
+
+        # sample: rank 0, the others wait for it
+        if due(args.sample_every, state.step, last):
+            sample(session)
+
+        if last:
+            return ended_early
+
+        # agree: one exchange, so that all ranks hear the same and leave at the same step
+        micro_batches, agreed = agree(session)
+        rolling_due = agreed.save
+        if agreed.steps:
+            plan.fix_steps(agreed.steps, done=state.step)
+            log.steps_fixed(clock)
+
+        # step: forward and backward over the micro-batches, average, clip, update
+        session.profiler.step(state.step)
+        lr_multiplier = plan.lr_multiplier(state.step)
+        with clock.step(state.step):
+            optimizer.zero_grad()
+            mean_loss = accumulate(
+                model, optimizer, scaler, micro_batches, session.device, session.dropout_seed
+            )
+            loss, grad_norm = optimizer.reduce(mean_loss, scaler)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            if finite:
+                optimizer.clip(grad_norm, args.grad_clip)
+                optimizer.step(lr_multiplier, schedules.muon_momentum(state.step))
+            else:
+                optimizer.drop_gradients()
+
+        # log: the line of the state before the update, with the loss of the update
+        spike = faults.spike(loss, state.recent_losses, finite)
+        result = StepResult(loss, grad_norm, finite, lr_multiplier, clock.step_seconds, spike)
+        log.step(result, scaler, clock)
+
+        # count: an fp16 loss scale that was too large is no fault, a bad loss has other causes
+        overflowed = math.isfinite(loss) and scaler.update(finite)
+        state.advance(clock.step_seconds, finite, overflowed, scaler.state())
+        keeper.after_step(finite)
+        if not finite:
+            log.skipped(result, overflowed, scaler)
+            if faults.gives_up(state, overflowed, args.max_skipped, args.debug_nans):
+                raise TrainingFailed(locate_fault(session, micro_batches))
+
+
+def evaluate(session: Session) -> str:
+    """Validation bits per byte. Returns why the run ends early because of them, or ""."""
+    from nanochat.eval.bpb import bits_per_byte
+    from nanochat.eval.unison import EvaluationFailed
+    from nanochat.run.plan import early_end
+
+    args, text, log, scores = session.args, session.text, session.log, session.log.scores
+    step = session.state.step
+    try:
+        result = bits_per_byte(
+            session.model,
+            text.held_out,
+            text.byte_counts,
+            session.batch_tokens,
+            session.device,
+            session.asked_to_stop,
+        )
+    except EvaluationFailed as error:
+        scores.add_bpb(None)
+        log.message(f"step {step}: the evaluation failed, training continues ({error})")
+        log.line(**{"val/bpb": None, "val/loss": None, "reason": str(error)})
+        log.summarize("running")
+        return ""
+    better = scores.add_bpb(result.bpb)
+    reason = early_end(args.stop_at_bpb, args.patience, result.bpb, scores.stale_evaluations)
+    # the model that these rules are there for
+    if better and (args.patience != -1 or reason):
+        session.keeper.save("rolling", session.state)
+    log.line(**{"val/bpb": result.bpb, "val/loss": result.loss})
+    log.message(
+        f"step {step}: val/bpb {result.bpb:.4f}, val/loss {result.loss:.4f} nats a token "
+        f"({result.tokens:,} tokens, {result.bytes:,} bytes)"
     )
-    from nanochat.run import (
-        profiler as profiling,
+    session.keeper.mark_best(step, result.bpb)
+    log.summarize("running")
+    return reason
+
+
+def evaluate_core(session: Session) -> None:
+    """The CORE metric; where it fails, a result without a number."""
+    from nanochat.eval.core import as_metrics, in_words, measure, write_lines
+
+    log, step = session.log, session.state.step
+
+    def show(share: float, task: str, seconds_left: float) -> None:
+        log.meanwhile(f"step {step}: CORE {share:.0%}, {task} | eta {human_time(seconds_left)}")
+
+    result = measure(
+        session.core,
+        session.no_core,
+        session.model,
+        batch_tokens=session.batch_tokens,
+        device=session.device,
+        interrupted=session.asked_to_stop,
+        progress=show,
     )
-    from nanochat.run import (
-        resume as start,
+    log.scores.add_core(result.core_metric, result.n)
+    log.line(**as_metrics(result))
+    if log.writes:
+        write_lines(log.core, step, result)
+    log.message(f"step {step}: {in_words(result)}")
+    log.summarize("running")
+
+
+def sample(session: Session) -> None:
+    """Text samples on rank 0, while the others wait. Raises Stopped on all ranks if rank 0 was
+    asked to stop meanwhile; a resumed run then samples here again."""
+    from nanochat.eval.generation import draw_samples
+    from nanochat.ranks import from_rank0
+
+    log, step = session.log, session.state.step
+    session.clock.begin(f"the samples of step {step}")
+    for drawn in draw_samples(
+        session.model,
+        session.text.tokenizer,
+        session.prompts if log.writes else [],
+        session.args.seed,
+        step,
+        session.stop,
+    ):
+        log.sample(drawn.prompt, drawn.text, drawn.problem)
+    if from_rank0(session.stop.requested):
+        raise signals.Stopped
+
+
+def agree(session: Session) -> tuple[list, Agreed]:
+    """The micro-batches of the next step, and what all ranks agree on before it. Raises Stopped or
+    DataFailed on every rank if any was asked to stop or has no data."""
+    from nanochat import ranks
+    from nanochat.data.token_cache import DataFailed
+
+    state, clock, budget = session.state, session.clock, session.plan.open_budget_seconds
+    micro_batches, no_data = [], ""
+    try:
+        micro_batches = next(session.batches)
+    except (DataFailed, UsageError) as error:
+        # the other ranks have data: tell them, and leave together
+        no_data = str(error)
+    agreed = ranks.agree(
+        session.device,
+        stop=session.stop.requested,
+        no_data=no_data,
+        save=session.keeper.rolling_due(),
+        steps=clock.steps_in_budget(budget, state.step, state.training_seconds),
     )
-    from nanochat.run import (
-        trackers as track,
+    if agreed.no_data:
+        raise DataFailed(agreed.no_data)
+    return micro_batches, agreed
+
+
+def locate_fault(session: Session, micro_batches: list) -> str:
+    """The message of a run that ends because of non-finite numbers: where the first one came from
+    in the step before, and what is saved. All ranks."""
+    from nanochat.optim.step import forward_backward
+    from nanochat.run import faults
+
+    state, n = session.state, len(micro_batches)
+    session.optimizer.zero_grad()
+
+    def repeat() -> list[torch.Tensor]:
+        state.step -= 1
+        losses = [
+            forward_backward(
+                session.model,
+                session.scaler,
+                batch,
+                n,
+                session.device,
+                session.dropout_seed(micro),
+            )
+            for micro, batch in enumerate(micro_batches)
+        ]
+        state.step += 1
+        return losses
+
+    located = faults.locate(session.model, repeat)
+    session.keeper.wait()
+    rows_per_step = session.plan.rows_per_step
+    return faults.conclude(
+        located, state, session.run.folder.path, session.text.rows, rows_per_step
     )
 
-    if problems := plans.check_flags(args):
+
+# ----- from flags to a run
+
+
+def main(args: Namespace, stop: signals.StopSignals) -> int:
+    """Train. stop: of this process. Returns the exit code: 0 completed, 75 stopped on request and
+    resumable, 1 ended with everything saved for want of data or disk.
+
+    Raises UsageError, TrainingFailed, Stopped."""
+    # torch's allocator warns of every block that is older than the trace
+    if args.profile:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from nanochat import hardware, ranks
+    from nanochat.run.checks import check_flags
+    from nanochat.run.resume import open_run
+
+    if problems := check_flags(args):
         raise UsageError("\n".join(problems))
     if args.dry_run:
-        source = start.source_of_weights(args) if args.init_from else None
-        vars(args).update(source.flags if source else {})
-        return plans.dry_run(args, source and source.model)
-
-    # ----- the machine
+        return dry_run(args)
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
     device = ranks.setup(device_type)
-    rank, world_size = ranks.rank(), ranks.world_size()
-    main_rank = rank == 0
-
-    # ----- the run folder: new, resumed, or refused
-    args.model_tag = args.model_tag or ranks.from_rank0_or_raise(lambda: start.default_tag(args))
-    folder = runlog.RunFolder(os.path.join(args.out_dir, args.model_tag))
-    start_step, config = ranks.from_rank0_or_raise(lambda: start.open_run(args, folder))
-    changed, extending = [], False
-    if config:
-        args, changed, extending = start.merge_with_run(args, config)
-        if (over := start.is_over(args, config, folder, start_step)) and not extending:
-            print0(over)
-            ranks.close()
-            return EXIT_COMPLETED
-        changed += start.fit_to_machine(args, config, world_size)
-    elif args.resume:
-        print0(f"{folder.path} holds no run yet: starting a new one")
-    start_step = start_step or 0
-    source = None
-    if args.init_from and not start_step:
-        source = ranks.from_rank0_or_raise(
-            lambda: start.source_of_weights(args, folder, config and config["init_from"]["step"])
-        )
-    vars(args).update(source.flags if source else {})
-    args.core_metric_every, args.core_metric_max_per_task = plans.core_metric_flags(
-        args, device_type
-    )
-    runtime = plans.pick_runtime(args, device_type)
-    dtype, backend, no_compiler = runtime.dtype, runtime.attention, runtime.no_compiler
-    peak, peak_label = ranks.from_rank0_or_raise(
-        lambda: hardware.peak_flops(device)
-    )  # measured on CPUs
-
-    # ----- data and tokenizer (made on rank 0; the others then find them in the cache)
-    corpus = ranks.from_rank0_or_raise(
-        lambda: open_corpus(
-            args.data, args.val_data, config["data"].get("revision", "") if config else "", print0
-        )
-    )
-    if config and corpus.fingerprint != config["data"]["fingerprint"]:
-        raise UsageError(
-            f"--data={args.data}: the text is not what this run was started with (fingerprint {corpus.fingerprint[:16]} "
-            f"instead of {config['data']['fingerprint'][:16]}); restore it, or start another run with --model-tag"
-        )
-    print0("\n".join(describe_corpus(corpus)))
-    tokenizer = load_tokenizer(
-        args.tokenizer,
-        args.vocab_size,
-        corpus,
-        of_run=config and folder.path / "tokenizer",
-        of_source=source and source.tokenizer,
-        chosen="tokenizer" in args.given,
-    )
-    if config and tokenizer.fingerprint != config["tokenizer"]["fingerprint"]:
-        raise UsageError(
-            f"{folder.path}/tokenizer is not the tokenizer of this run; restore the original file"
-        )
-    saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
-    T = args.max_seq_len
-    cache = TokenCache(tokenizer, torch.get_num_threads(), saved_state.get("shard_tokens"))
-    rows = Rows(corpus, cache, T, args.seed)
-    ranks.from_rank0_or_raise(
-        lambda: cache.prepare(
-            [*corpus.val, *rows.first_shards()],
-            lambda shards: runlog.bar(shards, "tokenizing", "shard"),
-        )
-    )
-    tokens_per_epoch = config["data"]["tokens_per_epoch"] if config else rows.tokens_per_epoch()
-    pieces = held_out_pieces(
-        corpus.val, cache, T, args.eval_tokens if args.eval_tokens != -1 else sys.maxsize
-    )
-    if not pieces and args.eval_every != -1:
-        raise UsageError(
-            f"--data={args.data}: no text is left to validate on; give more text, or --val-data, or --eval-every=-1"
-        )
-    prompts = ranks.from_rank0_or_raise(lambda: engine.sample_prompts(args, tokenizer, corpus))
-    print0(describe_tokens(rows, tokens_per_epoch, pieces))
-
-    # ----- the plan: derived at the first start, read back afterwards
-    model_config = (
-        GPTConfig(**config["model"])
-        if config
-        else source.model
-        if source
-        else plans.model_config(args, tokenizer.vocab_size)
-    )
-    plan = (
-        plans.Plan(**config["plan"])
-        if config
-        else plans.make_plan(args, model_config, tokens_per_epoch, peak, world_size)
-    )
-    if extending:
-        was = plan.num_iterations
-        start_step = start.extend(
-            args, plan, model_config, tokens_per_epoch, peak, world_size, folder, start_step
-        )
-        saved_state = checkpoint.read_state(folder.path, start_step) if start_step else {}
-        changed.append(
-            f"extended from {was} to {plan.num_iterations} steps"
-            if plan.num_iterations
-            else f"{was} steps to as many as fit into --target-minutes={args.target_minutes}"
-        )
-    if config:
-        print0(
-            f"resuming {folder.path} "
-            + (
-                f"from step {start_step}"
-                if start_step
-                else "from the start (it has no checkpoint yet)"
-            )
-            + (f"; changed: {', '.join(changed)}" if changed else "")
-        )
-    ranks.from_rank0_or_raise(lambda: check_disk(rows, plan.tokens, tokens_per_epoch))
-    memory = fit.memory_of(
-        args, model_config, plan.parameters, dtype, backend, not no_compiler, device_type
-    )
-    device_batch = ranks.from_rank0_or_raise(
-        lambda: fit.pick_device_batch(
-            args, plan, memory, fit.free_memory(device, world_size), world_size, device_type
-        )
-    )
-    accumulation = plan.rows_per_step // (device_batch * world_size)
-    print0(
-        plans.format_plan(
-            plans.describe(
-                args,
-                model_config,
-                plan,
-                device_batch,
-                peak,
-                peak_label,
-                world_size,
-                memory,
-                tokens_per_epoch,
-            )
-        )
-    )
-    if advice := plans.long_run_advice(
-        args, plan, plans.estimated_seconds(plan, args, peak, world_size)
-    ):
-        print0(advice)
-    print0(plans.runtime_in_words(runtime, model_config, device_type, world_size))
-
-    compressed = (
-        config["data"]["compressed_bpb"]
-        if config
-        else ranks.from_rank0_or_raise(lambda: compressed_bits_per_byte(corpus.val))
-    )
-    print0(
-        "held-out text compressed:",
-        ", ".join(f"{name} {bits} bits per byte" for name, bits in compressed.items()),
-    )
-
-    core, no_core = core_metric.open_for_training(
-        args,
-        tokenizer,
-        model_config,
-        plan.flops_per_token,
-        plans.ASSUMED_MFU * peak * world_size,
-        torch.get_num_threads(),
-    )
-
-    # ----- from here on the disk changes: a signal waits until that is done
-    stop.at_once = False
-    ranks.from_rank0_or_raise(lambda: start.take_folder(folder, start_step))
-    progress = runlog.Progress(start_step, plan.num_iterations, quiet=not main_rank)
-    records = metrics, samples, answers = runlog.records(folder.path, progress.message)
-    if main_rank:
-        if config is None:
-            if args.overwrite:
-                folder.clear()
-            tokenizer.save(folder.path / "tokenizer")
-            config = start.first_config(
-                args, plan, model_config, corpus, tokens_per_epoch, compressed, tokenizer, source
-            )
-            config |= {
-                "hardware": hardware.describe(device),
-                "runtime": {
-                    "dtype": str(dtype),
-                    "attention": backend,
-                    "compiled": not no_compiler,
-                    "world_size": world_size,
-                    "device_batch_size": device_batch,
-                    "peak_flops": peak,
-                    "peak": peak_label,
-                },
-            }
-        # before the new plan of an extended run, which they are no part of
-        aside = checkpoint.set_aside_after(folder.path, start_step, print0)
-        best_bpb = metrics.value_at(
-            checkpoint.best_step(folder.path), "val/bpb"
-        )  # of a line that may be cut below
-        start.renew_config(
-            config,
-            args,
-            plan,
-            start_step,
-            was if extending else None,
-            aside and args.resume_from_step != -1,
-        )
-        folder.write_config(config)
-        for record in records:
-            record.keep_before(start_step)
-
-    # ----- the state of the loop: all that must survive a restart besides tensors
-    step = start_step
-    state = {
-        "training_seconds": 0.0,
-        "skipped_steps": 0,
-        "val_bpb": None,
-        "min_val_bpb": None,
-        "stale_evaluations": 0,
-        "core_metric": None,
-        "core_metric_n": None,
-        "recent_losses": [],
-        "shard_tokens": {},
-        "tokenizer": tokenizer.fingerprint,
-    }
-    state |= {name: value for name, value in saved_state.items() if name in state}
-
-    def position(at):
-        """What every line of metrics begins with."""
-        tokens = at * plan.total_batch_tokens
-        return {
-            "step": at,
-            "tokens": tokens,
-            "total_training_flops": tokens * plan.flops_per_token,
-            "total_training_time": state["training_seconds"],
-        }
-
-    def summarize(status, reason=""):
-        seconds = state["training_seconds"]
-        speed = step * plan.total_batch_tokens / seconds if seconds else None
-        summary = dict(
-            status=status,
-            reason=reason,
-            **position(step),
-            val_bpb=state["val_bpb"],
-            min_val_bpb=state["min_val_bpb"],
-            core_metric=state["core_metric"],
-            core_metric_n=state["core_metric_n"],
-            tok_per_sec=speed,
-            mfu=speed and 100 * speed * plan.flops_per_token / (peak * world_size),
-            peak_memory_bytes=hardware.peak_memory_bytes(device),
-            skipped_steps=state["skipped_steps"],
-        )
-        try:
-            folder.write_config(
-                config
-            )  # again: a full disk may have refused it when the steps were fixed
-            runlog.write_summary(folder.path, **summary)
-        except OSError as error:
-            progress.message(f"config.json and summary.json cannot be written ({error})")
-        return summary
-
-    def log(**values):
-        metrics.write(**values)
-        trackers.log(values)
-
-    def save(kind, loop_state, hold=False):
-        optimizer_state = optimizer.state()  # all ranks: it gathers
-        if main_rank:
-            saver.save(
-                step,
-                kind,
-                model,
-                optimizer_state,
-                {
-                    **loop_state,
-                    "recent_losses": list(loop_state["recent_losses"]),
-                    "shard_tokens": dict(rows.cache.lengths),
-                    "loss_scaler": scaler and scaler.state(),
-                },
-                hold,
-            )
-
-    def asked_meanwhile():
-        watchdog.move(f"the evaluation of step {step}")
-        return stop.requested
-
-    def batches_of_steps(at):
-        while plan.num_iterations is None or at < plan.num_iterations:
-            yield [
-                rows.batch(at, plan.rows_per_step, micro, device_batch, rank, world_size)
-                for micro in range(accumulation)
-            ]
-            at += 1
-
-    def forward_backward(batch, at, micro):
-        """Backward pass of one micro-batch; returns its mean loss in nats, detached."""
-        if model_config.dropout:  # seeded by step, so that resuming needs no generator state
-            torch.manual_seed(stream_seed(args.seed, "dropout", at, micro, rank))
-        inputs, targets = (torch.from_numpy(ids).to(device, non_blocking=True) for ids in batch)
-        if scaler:
-            return scaler.backward(model, inputs, targets, accumulation)
-        loss = model(inputs, targets, reduction="mean")
-        (loss / accumulation).backward()
-        return loss.detach()
-
-    def trial(n):
-        """A pass of n rows that changes nothing but the gradients; it compiles what training runs."""
-        forward_backward(
-            rows.batch(start_step, plan.rows_per_step, 0, n, rank, world_size), start_step, 0
-        )
-
-    batches = ahead = trackers = saver = watchdog = profiler = None
-    failure = (
-        ""  # what ends the run with exit code 1 after all that can be saved is: no data, no disk
-    )
-    cache.report = progress.message
-    finished, stopping, rolling_due, skipped_in_a_row, last_save = (
-        False,
-        False,
-        False,
-        0,
-        time.monotonic(),
-    )
-    measured_seconds, measured_steps, smooth_loss, byte_counts = (
-        0.0,
-        0,
-        None,
-        tokenizer.byte_counts(),
-    )
-    evaluated, scored, before, reason = (
-        None,
-        None,
-        None,
-        "",
-    )  # last step with bpb, with CORE; the state before; why the run ends early
-    if main_rank:
-        summarize("running")
-    try:
-        if main_rank:
-            saver = Saver(
-                folder.path, args.keep_last, progress.message, records, best_bpb
-            )
-            trackers = track.Trackers(
-                folder.path,
-                args.run,
-                args.tensorboard,
-                config,
-                config["wandb_id"],
-                start_step,
-                progress.message,
-                runlog.read_lines(metrics.path) if args.tensorboard or args.run != "dummy" else (),
-            )
-        stop.at_once = True
-        stop.check()
-        # ----- model and optimizer, then one pass that changes nothing: it compiles, so that step 0 starts on a warm machine
-        model = build(
-            model_config, device, dtype, backend, seed=stream_seed(args.seed, "model")
-        )
-        model.checkpointing = args.activation_checkpointing
-        scaler = fp16.LossScaler(saved_state.get("loss_scaler")) if dtype == torch.float16 else None
-        optimizer = optim.Optimizer(
-            model.parameter_groups(), plan.groups, torch.float32 if scaler else dtype
-        )
-        if start_step:
-            checkpoint.load_model(folder.path, start_step, model)
-            optimizer.load(checkpoint.load_optimizer(folder.path, start_step))
-        elif source:
-            checkpoint.load_model(args.init_from, source.step, model)
-        model.train()
-        if runtime.fp8_recipe:
-            fp8.convert(model, runtime.fp8_recipe)
-        if not no_compiler:
-            model.compile_parts()
-        started = time.monotonic()
-        key = [
-            vars(model_config),
-            *map(str, runtime),
-            args.activation_checkpointing,
-            hardware.describe(device),
-        ]
-        device_batch = fit.settle(
-            trial, device_batch, args.device_batch_size != -1, plan, key, device, progress.message
-        )
-        optimizer.zero_grad()
-        accumulation = plan.rows_per_step // (device_batch * world_size)
-        if main_rank:
-            config["runtime"] |= {"device_batch_size": device_batch, "world_size": world_size}
-            summarize(
-                "running"
-            )  # writes it down: a resumed run takes as many rows at once, to the same last bit
-        hardware.synchronize(device_type)
-        progress.message(
-            f"{'warmed up' if no_compiler else 'compiled'} in {human_time(time.monotonic() - started)}"
-        )
-        stop.at_once = False
-        watchdog = faults.Watchdog(
-            lambda text: print(
-                f"rank {rank}: {text}" if world_size > 1 else text, file=sys.stderr, flush=True
-            )
-        )
-        batches = Prefetcher(batches_of_steps(start_step), interrupted=lambda: stop.requested)
-        profiler = profiling.Profiler(
-            folder.path / "profile", device, args.profile and main_rank, progress.message
-        )
-        if (
-            not corpus.eager and int(os.environ.get("LOCAL_RANK", 0)) == 0
-        ):  # one process a machine reads ahead
-            ahead = Ahead(rows, start_step * plan.rows_per_step, plan.last_row, progress.message)
-
-        # ----- the loop; it runs once more than there are updates, so that the last save and evaluation need no second copy
-        while True:
-            finished = (
-                bool(reason)
-                and not stopping
-                or plan.num_iterations is not None
-                and step >= plan.num_iterations
-            )
-
-            # save: before everything that might fail
-            kind = None
-            if finished:
-                kind = "final"
-            elif (
-                plan.num_iterations is not None
-                and plan.warmdown_steps
-                and step == plan.num_iterations - plan.warmdown_steps
-            ):
-                kind = "before_warmdown"
-            elif args.save_every != -1 and step > 0 and step % args.save_every == 0:
-                kind = "permanent"
-            elif rolling_due or stopping:
-                kind = "rolling"
-            if kind and not args.no_save and (step > start_step or kind == "final"):
-                # what follows a step with bad numbers may be no good either: it is not written before a step was good again
-                save(
-                    kind,
-                    before if step in (evaluated, scored) else state,
-                    hold=bool(skipped_in_a_row) and not (finished or stopping),
-                )
-                last_save = time.monotonic()
-
-            # evaluate: all ranks
-            evaluation_due = (
-                args.eval_every != -1 and step > 0 and (finished or step % args.eval_every == 0)
-            )
-            if evaluation_due and evaluated != step and not stopping:
-                before = dict(
-                    state
-                )  # for the checkpoint of this step: a resumed run repeats the evaluation
-                try:
-                    result = evaluate.bits_per_byte(
-                        model,
-                        pieces,
-                        byte_counts,
-                        device_batch * T,
-                        device,
-                        interrupted=asked_meanwhile,
-                    )
-                except evaluate.EvaluationFailed as error:
-                    progress.message(
-                        f"step {step}: the evaluation failed, training goes on ({error})"
-                    )
-                    state["val_bpb"] = None
-                    if main_rank:
-                        log(
-                            **position(step),
-                            **{"val/bpb": None, "val/loss": None, "reason": str(error)},
-                        )
-                else:
-                    if (
-                        result is None
-                    ):  # told to stop in the middle: once more round, to save and leave
-                        stopping = True
-                        continue
-                    state["val_bpb"] = result["bpb"]
-                    better = result["bpb"] < (state["min_val_bpb"] or math.inf)
-                    state["min_val_bpb"] = min(result["bpb"], state["min_val_bpb"] or math.inf)
-                    state["stale_evaluations"] = 0 if better else state["stale_evaluations"] + 1
-                    reason = plans.early_end(args, result["bpb"], state["stale_evaluations"])
-                    if (
-                        better and (args.patience != -1 or reason) and not args.no_save
-                    ):  # the model that the rule is there for
-                        save("rolling", before)
-                    if main_rank:
-                        log(
-                            **position(step),
-                            **{"val/bpb": result["bpb"], "val/loss": result["loss"]},
-                        )
-                        progress.message(
-                            f"step {step}: val/bpb {result['bpb']:.4f}, val/loss {result['loss']:.4f} nats a token "
-                            f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)"
-                        )
-                        saver.mark_best(step, result["bpb"])
-                evaluated = step
-                if main_rank:
-                    summarize("running")
-                if reason and not finished:  # once more round, to save and leave
-                    progress.message(f"step {step}: ending here, {reason}")
-                    continue
-
-            # CORE: all ranks
-            core_due = (
-                args.core_metric_every != -1
-                and step > 0
-                and (finished or step % args.core_metric_every == 0)
-            )
-            if core_due and scored != step and not stopping:
-                before = before if evaluated == step else dict(state)
-                result = core_metric.measure(
-                    core,
-                    no_core,
-                    model,
-                    device_batch * T,
-                    device,
-                    asked_meanwhile,
-                    lambda share, task, left: progress.meanwhile(
-                        f"step {step}: CORE {share:.0%}, {task} | eta {human_time(left)}"
-                    ),
-                )
-                if result is None:  # told to stop
-                    stopping = True
-                    continue
-                scored, state["core_metric"], state["core_metric_n"] = (
-                    step,
-                    result["core_metric"],
-                    result["n"],
-                )
-                if main_rank:
-                    log(**position(step), **core_metric.as_metrics(result))
-                    core_metric.write_lines(answers, step, result)
-                    progress.message(f"step {step}: {core_metric.in_words(result)}")
-                    summarize("running")
-
-            # sample: rank 0; the others wait for its word whether it was told to stop meanwhile
-            if (
-                args.sample_every != -1
-                and step > 0
-                and (finished or step % args.sample_every == 0)
-                and not stopping
-            ):
-                watchdog.move(f"the samples of step {step}")
-                for prompt, text, problem in engine.draw_samples(
-                    model, tokenizer, prompts if main_rank else [], args.seed, step, stop
-                ):
-                    samples.write(
-                        step=step,
-                        prompt=prompt,
-                        text=text,
-                        **({"reason": problem} if problem else {}),
-                    )
-                    if problem:
-                        progress.message(
-                            f"step {step}: sampling failed, training goes on ({problem})"
-                        )
-                    else:
-                        trackers.text(step, prompt, text)
-                        progress.message(
-                            f"--- sample at step {step}, prompt {prompt!r}\n{prompt}{text}"
-                        )
-
-                if ranks.from_rank0(
-                    stop.requested
-                ):  # once more round, to save and leave; a resumed run samples here again
-                    stopping = True
-                    continue
-
-            # stop?
-            if finished or stopping:
-                break
-
-            # step: zero grad, batch, forward, loss, backward, clip, set lr, update, count
-            profiler.step(step)
-            hardware.synchronize(device_type)
-            step_started = time.monotonic()
-            optimizer.zero_grad()
-            loss = torch.zeros((), device=device)
-            try:
-                micro_batches = next(batches)
-                for micro, batch in enumerate(micro_batches):
-                    optimizer.early = (
-                        micro == accumulation - 1 and not scaler
-                    )  # gradients travel while others are being made
-                    loss += forward_backward(batch, step, micro) / accumulation
-            except (
-                DataFailed,
-                UsageError,
-            ) as error:  # the other ranks are in this step: take part, then save and leave
-                failure = str(error)
-                optimizer.zero_grad(to_zeros=True)
-            if scaler:
-                scaler.unscale(optimizer.parameters)
-            grad_norm = optimizer.reduce()
-            # one more exchange: mean loss, was any rank told to stop, has one no data; from rank 0, whose clock counts: is a
-            # rolling checkpoint due, is the time budget measured
-            measured = (
-                main_rank
-                and plan.num_iterations is None
-                and measured_steps >= 5
-                and measured_seconds >= 6 * args.target_minutes
-            )
-            due = (
-                main_rank
-                and args.save_every_minutes != -1
-                and not args.no_save
-                and not saver.busy()
-                and not saver.can_retry()
-                and time.monotonic() - last_save > 60 * args.save_every_minutes
-            )
-            votes = ranks.sum_over_ranks(
-                torch.stack(
-                    [
-                        loss / world_size,
-                        *loss.new_tensor([stop.requested, due, measured, bool(failure)]),
-                    ]
-                )
-            )
-            loss, stopping, rolling_due, measured, no_data, grad_norm = torch.cat(
-                (votes, grad_norm[None])
-            ).tolist()
-            stopping = stopping > 0
-            if no_data:  # told to stop while waiting for it, or it cannot be had
-                failure = "" if stopping else next(filter(None, ranks.from_all(failure)))
-                stopping = True
-                optimizer.drop_gradients()
-                continue
-            finite = math.isfinite(loss) and math.isfinite(grad_norm)
-            if finite and args.grad_clip:
-                optimizer.clip(grad_norm, args.grad_clip)
-            multiplier = plan.lr_multiplier(step, args)
-            if finite:
-                optimizer.step(multiplier, schedules.muon_momentum(step))
-            else:
-                optimizer.drop_gradients()
-            hardware.synchronize(device_type)
-            dt = time.monotonic() - step_started
-            step += 1
-
-            # log: the line of the state before the update, with the loss of the update
-            z = faults.spike(loss, state["recent_losses"]) if finite else None
-            speed = plan.total_batch_tokens / dt
-            mfu = 100 * speed * plan.flops_per_token / (peak * world_size)
-            if main_rank:
-                log(
-                    **position(step - 1),
-                    **{
-                        "train/loss": loss,
-                        "train/lr": plan.groups["matrices"]["lr"] * multiplier,
-                        "train/lrm": multiplier,
-                        "train/grad_norm": grad_norm,
-                        "train/dt": dt,
-                        "train/tok_per_sec": speed,
-                        "train/mfu": mfu,
-                        "train/epoch": (step - 1) * plan.total_batch_tokens / tokens_per_epoch,
-                    },
-                    **({} if z is None else {"spike": z}),
-                    **({"train/loss_scale": scaler.scale} if scaler else {}),
-                    **(
-                        {}
-                        if finite
-                        else {
-                            "skipped": "non-finite loss"
-                            if not math.isfinite(loss)
-                            else "non-finite gradient"
-                        }
-                    ),
-                )
-            state["training_seconds"] += dt
-            measured_seconds, measured_steps = measured_seconds + dt, measured_steps + 1
-            for remark in faults.remarks(
-                step, loss, z, state["recent_losses"], None if source else tokenizer.vocab_size
-            ):
-                progress.message(remark)
-            # a scale that is too large for the gradients is no fault; a loss that is not finite has nothing to do with it
-            lowered = scaler and math.isfinite(loss) and scaler.update(finite)
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + (not lowered)
-            if finite and main_rank:
-                saver.release()
-                saver.retry()
-            if not finite:
-                state["skipped_steps"] += 1
-                progress.message(
-                    f"step {step - 1}: loss {loss}, gradient norm {grad_norm}: not finite, so the weights were left alone"
-                    + (
-                        f"; fp16 overflowed, the loss is scaled by {scaler.scale:g} from here on"
-                        if lowered
-                        else ""
-                    )
-                )
-                if not lowered and (args.debug_nans or skipped_in_a_row >= args.max_skipped):
-                    optimizer.zero_grad()
-                    located = faults.locate(
-                        model,
-                        lambda: [
-                            forward_backward(batch, step - 1, micro)
-                            for micro, batch in enumerate(micro_batches)
-                        ],
-                    )
-                    raise TrainingFailed(
-                        faults.conclude(
-                            located,
-                            skipped_in_a_row,
-                            folder.path,
-                            rows,
-                            step - 1,
-                            plan.rows_per_step,
-                            saver,
-                        )
-                    )
-            if measured:
-                left = 60 * args.target_minutes - state["training_seconds"]
-                plan.fix_steps(
-                    ranks.from_rank0(
-                        step + max(1, round(left * measured_steps / measured_seconds))
-                    ),
-                    args,
-                    done=step,
-                )
-                if main_rank:
-                    config["plan"] = plan.as_dict()
-                    summarize("running")
-                    trackers.update_config(config)
-                    progress.message(
-                        f"time budget: {plan.num_iterations} steps at {1000 * measured_seconds / measured_steps:.0f} ms, "
-                        f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}"
-                    )
-            watchdog.step(step, dt)
-            smooth_loss = (
-                loss if smooth_loss is None or not finite else 0.95 * smooth_loss + 0.05 * loss
-            )
-            left = (
-                (plan.num_iterations - step) * measured_seconds / measured_steps
-                if plan.num_iterations is not None
-                else None
-            )
-            progress.update(
-                step,
-                plan.num_iterations,
-                f"loss {smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%",
-                left,
-            )
-
-        # ----- the end
-        failure = "; ".join(
-            filter(None, (failure, ranks.from_rank0(saver.finish() if main_rank else "")))
-        )
-        completed = finished and not stopping and not failure
-        code = EXIT_FAILED if failure else EXIT_COMPLETED if completed else EXIT_STOPPED
-        if main_rank:
-            status = "failed" if failure else "completed" if completed else "stopped"
-            summary = summarize(
-                status, failure or reason or ("" if completed else "asked to stop by a signal")
-            )
-    except BaseException as error:
-        error = faults.cause(error, device_batch, stop, watchdog.usual() if watchdog else 0.0)
-        stopped = isinstance(error, (KeyboardInterrupt, signals.Stopped))
-        if main_rank:
-            why = "asked to stop by a signal" if stopped else f"{type(error).__name__}: {error}"
-            summary = summarize(
-                "stopped" if stopped else "failed", why
-            )  # first of all: Ctrl-C may end what is waited for below
-            if saver is not None and not isinstance(
-                error, KeyboardInterrupt
-            ):  # who interrupts twice waits for nothing
-                saver.wait()
-            if trackers:
-                trackers.finish(summary, EXIT_STOPPED if stopped else EXIT_FAILED)
-        raise error
-    finally:
-        for worker in filter(None, (batches, ahead, watchdog, saver, profiler, *records)):
-            worker.close()
-        progress.close()
-
-    if main_rank:
-        trackers.finish(summary, code)
-        print0(
-            start.last_words(
-                args, folder, step, state, completed, failure, hardware.peak_memory_bytes(device)
-            )
-        )
+    run = open_run(args, device_type)
+    if run.over:
+        ranks.print0(run.over)
+    else:
+        prepared = prepare(run, device)
+        code = train_to_its_end(prepared, stop)
     ranks.close()
+    return EXIT_COMPLETED if run.over else code
+
+
+def dry_run(args: Namespace) -> int:
+    """Print the plan without reading data or building weights. Returns the exit code."""
+    import json
+
+    import torch
+
+    from nanochat import hardware
+    from nanochat.data.sources import estimated_bytes
+    from nanochat.data.tokenizer import EXPECTED_BYTES_PER_TOKEN, expected_vocab_size
+    from nanochat.run.memory import free_memory
+    from nanochat.run.plan import Machine, model_config
+    from nanochat.run.plan_text import as_json, fit_plan, format_plan, long_run_advice
+    from nanochat.run.resume import source_of_weights
+    from nanochat.run.runtime import pick_runtime, runtime_in_words
+
+    source = source_of_weights(args) if args.init_from else None
+    if source:
+        vars(args).update(source.flags)
+    gpu = hardware.listed_gpu(args.gpu) if args.gpu else None
+    if gpu:
+        device_type = "cuda"
+        free_bytes = gpu.memory_bytes
+        peak = gpu.peak_flops, hardware.peak_label(gpu, args.gpu)
+    else:
+        device_type = hardware.pick_device_type(args.device_type)
+        device = torch.device(device_type)
+        free_bytes = free_memory(device, args.gpus)
+        peak = hardware.peak_flops(device)
+    machine = Machine(device_type, args.gpus, *peak)
+    runtime = pick_runtime(args, device_type, gpu)
+    n_bytes = estimated_bytes(args.data)
+    tokens_per_epoch = n_bytes / EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
+    if source:
+        config = source.model
+    else:
+        vocab_size = expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
+        config = model_config(args, vocab_size)
+    plan = derive_plan(args, config, tokens_per_epoch, machine)
+    planned = fit_plan(args, plan, config, machine, runtime, tokens_per_epoch, free_bytes)
+    if args.json:
+        print(json.dumps(as_json(planned), indent=2))
+        return EXIT_COMPLETED
+    print(format_plan(planned))
+    print(runtime_in_words(runtime, config, device_type, args.gpus))
+    if advice := long_run_advice(planned):
+        print(advice)
+    return EXIT_COMPLETED
+
+
+def prepare(run: OpenedRun, device: torch.device) -> Prepared:
+    """Open the text, derive the plan or read it back, and print both; every rank. Nothing in the
+    run folder changes."""
+    import torch
+
+    from nanochat import hardware
+    from nanochat.data.rows import check_disk
+    from nanochat.eval.core import open_for_training
+    from nanochat.eval.generation import sample_prompts
+    from nanochat.ranks import from_rank0_or_raise, print0, world_size
+    from nanochat.run.memory import free_memory
+    from nanochat.run.plan import Machine
+    from nanochat.run.plan_text import fit_plan, format_plan, long_run_advice
+    from nanochat.run.runtime import pick_runtime, runtime_in_words
+    from nanochat.run.training_text import open_text
+
+    args = run.args
+    runtime = pick_runtime(args, device.type)
+    # on CPUs the peak is measured, so all ranks take rank 0's
+    peak = from_rank0_or_raise(lambda: hardware.peak_flops(device))
+    machine = Machine(device.type, world_size(), *peak)
+    text = open_text(run)
+    config, plan = open_plan(run, text, machine)
+    if run.config:
+        print0(resumed_in_words(run))
+    from_rank0_or_raise(lambda: check_disk(text.rows, plan.tokens, text.tokens_per_epoch))
+    free_bytes = free_memory(device, machine.devices)
+    planned = from_rank0_or_raise(
+        lambda: fit_plan(args, plan, config, machine, runtime, text.tokens_per_epoch, free_bytes)
+    )
+    print0(format_plan(planned))
+    if advice := long_run_advice(planned):
+        print0(advice)
+    print0(runtime_in_words(runtime, config, device.type, machine.devices))
+    prompts = []
+    if args.sample_every != -1:
+        prompts = from_rank0_or_raise(
+            lambda: sample_prompts(args.sample_prompts, text.tokenizer, text.corpus)
+        )
+    core, no_core = open_for_training(
+        every=args.core_metric_every,
+        max_per_task=args.core_metric_max_per_task,
+        bundle=args.core_bundle,
+        tokenizer=text.tokenizer,
+        config=config,
+        flops_per_token=plan.flops_per_token,
+        flops=machine.assumed_flops,
+        threads=torch.get_num_threads(),
+    )
+    return Prepared(run, text, planned, device, core, no_core, prompts)
+
+
+def open_plan(run: OpenedRun, text: TrainingText, machine: Machine) -> tuple[GPTConfig, Plan]:
+    """The model and the plan: derived when a run first starts, read back afterwards, and changed
+    only where a longer horizon extends the run."""
+    from nanochat.model.config import GPTConfig
+    from nanochat.run.plan import Plan, model_config
+    from nanochat.run.resume import extend
+
+    args = run.args
+    if run.config is None:
+        config = model_config(args, text.tokenizer.vocab_size)
+        if run.source:
+            config = run.source.model
+        return config, derive_plan(args, config, text.tokens_per_epoch, machine)
+    config = GPTConfig(**run.config["model"])
+    plan = Plan.from_config(run.config)
+    if run.extending:
+        at_this_batch = {**vars(args), "total_batch_size": plan.total_batch_tokens}
+        fresh = derive_plan(Namespace(**at_this_batch), config, text.tokens_per_epoch, machine)
+        extend(run, plan, fresh)
+    return config, plan
+
+
+def resumed_in_words(run: OpenedRun) -> str:
+    """The line on where a run resumes, and on what is different now."""
+    where = f"from step {run.step}" if run.step else "from the start (it has no checkpoint yet)"
+    changed = f"; changed: {', '.join(run.changed)}" if run.changed else ""
+    return f"resuming {run.folder.path} {where}{changed}"
+
+
+def train_to_its_end(prepared: Prepared, stop: signals.StopSignals) -> int:
+    """Take the run folder, build the parts, train, and save whatever ends it. Returns the exit
+    code; raises what cannot be saved or continued from."""
+    from nanochat.ranks import print0
+    from nanochat.run import checkpoint
+
+    # from here on the disk changes: a signal waits until that is done
+    stop.at_once = False
+    log, saver, clock = take_run_folder(prepared)
+    with contextlib.ExitStack() as workers:
+        workers.callback(log.close)
+        if saver:
+            workers.callback(saver.close)
+        try:
+            session = build_session(prepared, log, saver, clock, stop, workers)
+            status, reason = train_and_save(session)
+            code = EXIT_CODES[status]
+            log.end(status, reason, code)
+        except BaseException as error:
+            raise unsaved_end(error, prepared, log, saver, clock, stop) from None
+    completed = status == "completed"
+    saved = checkpoint.newest_in_words(log.folder.path)
+    failure = reason if status == "failed" else ""
+    no_save = prepared.run.args.no_save
+    print0(log.last_words(completed=completed, failure=failure, saved=saved, no_save=no_save))
     return code
 
 
-def run(argv=None):
-    """parse_args() and main() with errors as messages and exit codes."""
+def train_and_save(session: Session) -> tuple[str, str]:
+    """train(), and the save on the way out. Returns (status, reason) of the summary; every way to
+    leave whose state is saved ends here."""
+    from nanochat.data.token_cache import DataFailed
+
+    status, reason = "completed", ""
+    try:
+        reason = train(session)
+    except signals.Stopped:
+        status, reason = "stopped", "asked to stop by a signal"
+    except DataFailed as error:
+        status, reason = "failed", str(error)
+    if status != "completed":
+        session.keeper.save("rolling", session.state)
+    if failure := session.keeper.finish():
+        reason = f"{reason}; {failure}" if status == "failed" else failure
+        status = "failed"
+    return status, reason
+
+
+def unsaved_end(
+    error: BaseException,
+    prepared: Prepared,
+    log: RunLog,
+    saver: Saver | None,
+    clock: Clock,
+    stop: signals.StopSignals,
+) -> BaseException:
+    """Write down that an exception ends the run; returns the exception to raise."""
+    from nanochat.run import faults
+
+    device_batch = prepared.planned.device_batch
+    error = faults.cause(error, device_batch, stop, clock.usual_seconds())
+    status, why = "failed", f"{type(error).__name__}: {error}"
+    if isinstance(error, (KeyboardInterrupt, signals.Stopped)):
+        status, why = "stopped", "asked to stop by a signal"
+    # first of all: Ctrl-C may end what is waited for below
+    log.summarize(status, why)
+    # who interrupts twice waits for nothing
+    if saver and not isinstance(error, KeyboardInterrupt):
+        saver.wait()
+    log.end(status, why, EXIT_CODES[status])
+    return error
+
+
+def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
+    """Claim the run folder, write its config.json, and open what is written into it."""
+    from nanochat import hardware
+    from nanochat.ranks import from_rank0, from_rank0_or_raise, rank
+    from nanochat.run.clock import Clock
+    from nanochat.run.log import RunLog
+    from nanochat.run.resume import prepare_folder, saved_scores, saved_train_state, take_folder
+    from nanochat.run.saver import Saver
+
+    run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
+    args, runtime = run.args, planned.runtime
+    from_rank0_or_raise(lambda: take_folder(run.folder, run.step))
+    clock = Clock(
+        save_minutes=args.save_every_minutes,
+        synchronize=lambda: hardware.synchronize(device.type),
+    )
+    log = RunLog(
+        run.folder,
+        writes=rank() == 0,
+        plan=planned.plan,
+        machine=planned.machine,
+        device=device,
+        state=saved_train_state(run, text.tokenizer),
+        scores=from_rank0(saved_scores(run) if rank() == 0 else None),
+        tokens_per_epoch=text.tokens_per_epoch,
+        untrained_vocabulary=None if run.source else text.tokenizer.vocab_size,
+    )
+    text.rows.cache.report = log.message
+    if not log.writes:
+        return log, None, clock
+
+    def machine_facts() -> dict:
+        return {
+            "hardware": hardware.describe(device),
+            "runtime": {
+                "dtype": str(runtime.dtype),
+                "attention": runtime.attention,
+                "compiled": runtime.compiled,
+                "world_size": planned.machine.devices,
+                "device_batch_size": planned.device_batch,
+                "peak_flops": planned.machine.peak_flops,
+                "peak": planned.machine.peak,
+            },
+        }
+
+    best_bpb = prepare_folder(
+        run,
+        plan=planned.plan,
+        model_config=planned.config,
+        corpus=text.corpus,
+        tokens_per_epoch=text.tokens_per_epoch,
+        compressed_bpb=text.compressed_bpb,
+        tokenizer=text.tokenizer,
+        machine=machine_facts,
+        records=log.records,
+    )
+    log.config = run.config
+    log.summarize("running")
+    saver = Saver(run.folder.path, args.keep_last, log.message, log.records, best_bpb)
+    return log, saver, clock
+
+
+def build_session(
+    prepared: Prepared,
+    log: RunLog,
+    saver: Saver | None,
+    clock: Clock,
+    stop: signals.StopSignals,
+    workers: contextlib.ExitStack,
+) -> Session:
+    """Build model and optimizer, load what they resume from, compile, and start what works ahead.
+
+    workers: gets what has to be closed at the end."""
+    from nanochat.data.prefetch import Ahead, Prefetcher
+    from nanochat.ranks import local_rank
+    from nanochat.run.keeper import Keeper
+    from nanochat.run.profiler import Profiler
+
+    run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
+    args, plan, state = run.args, planned.plan, log.state
+    if log.writes:
+        log.open_trackers(run.config, args.run, args.tensorboard)
+    stop.at_once = True
+    stop.check()
+    model, optimizer, scaler = build_parts(prepared)
+    device_batch = warm_up(prepared, log, model, optimizer, scaler)
+    stop.at_once = False
+    workers.callback(watch(clock).close)
+    profiler = Profiler(
+        run.folder.path / "profile", device, args.profile and log.writes, log.message
+    )
+    workers.callback(profiler.close)
+    batches = Prefetcher(
+        batches_of_steps(prepared, state.step, device_batch), interrupted=lambda: stop.requested
+    )
+    workers.callback(batches.close)
+    # one process of a machine reads ahead
+    if not text.corpus.eager and local_rank() == 0:
+        first_row = state.step * plan.rows_per_step
+        workers.callback(Ahead(text.rows, first_row, plan.last_row, log.message).close)
+    keeper = Keeper(
+        saver,
+        model=model,
+        optimizer=optimizer,
+        cache=text.rows.cache,
+        clock=clock,
+        first_step=state.step,
+        enabled=not args.no_save,
+    )
+    return Session(
+        run=run,
+        text=text,
+        plan=plan,
+        device=device,
+        device_batch=device_batch,
+        core=prepared.core,
+        no_core=prepared.no_core,
+        prompts=prepared.prompts,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        state=state,
+        clock=clock,
+        log=log,
+        keeper=keeper,
+        batches=batches,
+        profiler=profiler,
+        stop=stop,
+    )
+
+
+def build_parts(prepared: Prepared) -> tuple[Decoder, Optimizer, LossScaler]:
+    """Model, optimizer and loss scaler of a run, in the state that it starts or resumes from."""
+    import torch
+
+    from nanochat.model import fp8
+    from nanochat.model.build import build
+    from nanochat.optim.loss_scaler import LossScaler
+    from nanochat.optim.optimizer import Optimizer
+    from nanochat.run import checkpoint
+
+    run, planned = prepared.run, prepared.planned
+    args, runtime = run.args, planned.runtime
+    seed = stream_seed(args.seed, "model")
+    model = build(planned.config, prepared.device, runtime.dtype, runtime.attention, seed=seed)
+    model.checkpointing = args.activation_checkpointing
+    scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
+    # orthogonalisation would overflow in fp16
+    products = torch.float32 if scaler.enabled else runtime.dtype
+    optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products)
+    if run.step:
+        checkpoint.load_model(run.folder.path, run.step, model)
+        optimizer.load(checkpoint.load_optimizer(run.folder.path, run.step))
+    elif run.source:
+        checkpoint.load_model(args.init_from, run.source.step, model)
+    model.train()
+    if runtime.fp8_recipe:
+        fp8.convert(model, runtime.fp8_recipe)
+    if runtime.compiled:
+        model.compile_parts()
+    return model, optimizer, scaler
+
+
+def warm_up(
+    prepared: Prepared, log: RunLog, model: Decoder, optimizer: Optimizer, scaler: LossScaler
+) -> int:
+    """One pass that changes nothing: it compiles what training runs, so that step 0 starts on a
+    warm machine, and finds the rows that a device takes per pass, which are returned."""
+    from nanochat import hardware
+    from nanochat.optim.step import forward_backward
+    from nanochat.ranks import rank, world_size
+    from nanochat.run import memory
+
+    run, planned, device = prepared.run, prepared.planned, prepared.device
+    args, plan = run.args, planned.plan
+    started = time.monotonic()
+
+    def trial(n: int) -> None:
+        """A pass of n rows, which adds to the gradients."""
+        rows = prepared.text.rows
+        batch = rows.batch(run.step, plan.rows_per_step, 0, n, rank(), world_size())
+        accumulation = plan.rows_per_step // (n * world_size())
+        seed = stream_seed(args.seed, "warm-up") if args.dropout else None
+        forward_backward(model, scaler, batch, accumulation, device, seed)
+
+    facts = hardware.describe(device)
+    key = [vars(planned.config), *map(str, planned.runtime), args.activation_checkpointing, facts]
+    is_given = args.device_batch_size != -1
+    device_batch = memory.settle(
+        trial, planned.device_batch, is_given, plan, key, device, log.message
+    )
+    optimizer.zero_grad()
+    if log.writes:
+        # a resumed run takes as many rows per pass, to the same last bit
+        log.config["runtime"] |= {"device_batch_size": device_batch, "world_size": world_size()}
+        log.summarize("running")
+    hardware.synchronize(device.type)
+    done = "compiled" if planned.runtime.compiled else "warmed up"
+    log.message(f"{done} in {human_time(time.monotonic() - started)}")
+    return device_batch
+
+
+def watch(clock: Clock) -> Watchdog:
+    """Start to report stalls of the loop."""
+    from nanochat.ranks import rank, world_size
+    from nanochat.run.faults import Watchdog
+
+    sender = f"rank {rank()}: " if world_size() > 1 else ""
+
+    def report(text: str) -> None:
+        print(f"{sender}{text}", file=sys.stderr, flush=True)
+
+    return Watchdog(report, clock)
+
+
+def batches_of_steps(prepared: Prepared, step: int, device_batch: int) -> Iterator[list]:
+    """The micro-batches of this rank for each step, from `step` to the end of the run."""
+    from nanochat.ranks import rank, world_size
+
+    plan, rows = prepared.planned.plan, prepared.text.rows
+    accumulation = plan.rows_per_step // (device_batch * world_size())
+    while not plan.is_last(step):
+        yield [
+            rows.batch(step, plan.rows_per_step, micro, device_batch, rank(), world_size())
+            for micro in range(accumulation)
+        ]
+        step += 1
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """parse_args() and main(), with errors as messages and exit codes."""
     stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
         return main(parse_args(argv), stop)
     except UsageError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return ended_with(f"error: {error}", EXIT_USAGE)
     except signals.Stopped:
-        print("train.py: stopped, as asked, before a step was done", file=sys.stderr)
-        return EXIT_STOPPED
+        return ended_with("stopped, as requested, before a step was done", EXIT_STOPPED)
     except (TrainingFailed, Unavailable) as error:
-        print(f"train.py: training failed: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return ended_with(f"training failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        return EXIT_STOPPED
+        return ended_with("interrupted", EXIT_STOPPED)
     except RuntimeError as error:
         from nanochat.ranks import is_lost_exchange
 
         if not (stop.requested and is_lost_exchange(error)):
             raise
-        print(
-            "train.py: stopped, as asked, during the set-up: the other ranks were told as well",
-            file=sys.stderr,
-        )
-        return EXIT_STOPPED
+        text = "stopped, as requested, during the set-up: the other ranks were asked as well"
+        return ended_with(text, EXIT_STOPPED)
     finally:
         stop.restore()
+
+
+def ended_with(text: str, code: int) -> int:
+    """Print why the program ends; returns the exit code."""
+    print(f"train.py: {text}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

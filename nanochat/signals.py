@@ -1,79 +1,95 @@
-"""SIGTERM, SIGINT and SIGHUP: finish the step, save, leave. Imports no torch, so that a signal is heard from the first second on."""
+"""SIGTERM, SIGINT and SIGHUP: finish the step, save, leave. Imports no torch, so that a signal is
+heard from the first second on."""
 
 import contextlib
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from types import FrameType
 
 
 class Stopped(BaseException):
-    """Asked to stop where there is no step to finish and nothing to save. Exit code 75."""
+    """The run was asked to stop. Exit code 75.
+
+    Raised where nothing has to be finished first, and in unison on all ranks by evaluations and
+    before a step."""
 
 
 class StopSignals:
-    """SIGTERM, SIGHUP (a closed terminal) and the first SIGINT set `requested`, which the loop reads once a step; a second
-    SIGINT interrupts at once.
+    """SIGTERM, SIGHUP (a closed terminal) and the first SIGINT set `requested`, which the loop
+    reads before each step; a second SIGINT interrupts immediately.
 
-    at_once: while there is no step to finish (data, tokenizer, compilation) the first one raises Stopped where it comes."""
+    at_once: while there is no step to finish (data, tokenizer, compilation) the first signal raises
+    Stopped wherever it arrives."""
 
-    def __init__(self, speaks):
-        self.requested, self.at_once, self.speaks = False, True, speaks
+    def __init__(self, speaks: bool) -> None:
+        """speaks: whether this process (rank 0) confirms on the screen that it will stop."""
+        self.requested = False
+        self.at_once = True
+        self.speaks = speaks
         self.previous = {
             number: signal.signal(number, self._note)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            # nohup, for example, leaves SIGHUP ignored
             if signal.getsignal(number) != signal.SIG_IGN
-        }  # as nohup leaves SIGHUP
+        }
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.requested:
             return
         self.requested = True
-        if (
-            number == signal.SIGHUP
-        ):  # nobody is there to read, and writing to a closed terminal is an error
+        # nobody is there to read, and writing to a closed terminal is an error
+        if number == signal.SIGHUP:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if (
-            self.speaks and not self.at_once
-        ):  # os.write: print() is not safe inside a signal handler
-            again = (
-                b"; Ctrl-C again leaves at once without saving"
-                if signal.SIGINT in self.previous
-                else b""
-            )  # ignored in the background
-            os.write(2, b"\nstopping after this step, saving first" + again + b"\n")
+        if self.speaks and not self.at_once:
+            text = b"\nstopping after this step, saving first"
+            # SIGINT is ignored in the background of a shell
+            if signal.SIGINT in self.previous:
+                text += b"; Ctrl-C again leaves immediately without saving"
+            # print() is not safe inside a signal handler
+            os.write(2, text + b"\n")
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raise Stopped if that was asked for and nothing has to be finished first."""
         if self.requested and self.at_once:
             raise Stopped
 
-    def restore(self):
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
-def exit_with(run):
+def exit_with(run: Callable[[], int]) -> None:
     """Call run() and end this process with the exit code that it returns, whatever comes after.
 
-    By then all is written and said. Signals are heard by run()'s StopSignals and count for nothing before and after it:
-    torchrun ends all ranks by SIGTERM when the first is done, and a late Ctrl-C is none that could stop anything. The
-    interpreter's clean-up is left out: it would end threads in the middle of C++ code, which aborts."""
+    By then everything is written and printed. Signals are heard by run()'s StopSignals and ignored
+    before and after it: torchrun ends all ranks by SIGTERM when the first is done, and a late
+    Ctrl-C has nothing left to stop. The interpreter's clean-up is skipped: it would end threads in
+    the middle of C++ code, which aborts."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, _ignore)
     try:
         code = run()
-    except SystemExit:  # of argparse, before anything began
+    # argparse raises it before anything has begun
+    except SystemExit:
         raise
     except BaseException:
         traceback.print_exc()
         code = 1
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        # nobody may be reading it any more
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass

@@ -1,44 +1,67 @@
-"""Training in fp16: loss scaling (arXiv 1710.03740)."""
+"""Loss scaling for training in fp16 (arXiv 1710.03740)."""
+
+from collections.abc import Iterable
 
 import torch
 
-INITIAL_SCALE, MIN_SCALE = 2.0**16, 1.0
-GROWTH_STEPS = 2000  # in a row without overflow, after which the scale is doubled
+INITIAL_SCALE = 2.0**16
+MIN_SCALE = 1.0
+GROWTH_STEPS = 2000  # consecutive steps without overflow, after which the scale is doubled
 
 
 class LossScaler:
-    """The factor on the loss that keeps its gradients within the range of fp16, below which most of them would be zero.
+    """The factor on the loss that keeps its gradients within the range of fp16, below which most of
+    them would be zero. Switched off, it changes nothing.
 
-    It is halved when they overflow and doubled when they have not for a long time. A power of two, so that multiplying and
-    dividing by it rounds nothing. Its state changes alike on all ranks, since what it is told is the same on all."""
+    The scale is halved when gradients overflow and doubled when they have not for a long time. It
+    is a power of two, so that multiplying and dividing by it rounds nothing. All ranks pass the
+    same verdict to update(), so the state stays the same on all of them."""
 
-    def __init__(self, state=None):
-        """state: what state() returned when the run was saved; None at its start."""
+    def __init__(self, enabled: bool, state: list[float] | None = None) -> None:
+        """state: what state() returned when the run was saved; None when a run begins."""
+        self.enabled = enabled
         self.scale, self.good_steps = state or (INITIAL_SCALE, 0)
 
-    def state(self):
-        """[scale, steps since it changed], for the checkpoint."""
-        return [self.scale, self.good_steps]
+    def state(self) -> list[float] | None:
+        """[scale, steps since it changed], for the checkpoint; None if switched off."""
+        return [self.scale, self.good_steps] if self.enabled else None
 
-    def backward(self, model, inputs, targets, accumulation):
-        """Backward pass of a micro-batch, one of `accumulation`; gradients come out scaled. Returns its mean loss in nats, not scaled,
-        detached."""
+    def backward(
+        self,
+        model: torch.nn.Module,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        accumulation: int,
+    ) -> torch.Tensor:
+        """Forward and backward pass of one of `accumulation` micro-batches, int64 (rows, tokens).
+
+        Adds to the gradients, which come out scaled. Returns the micro-batch's mean loss in nats,
+        not scaled, detached."""
+        if not self.enabled:
+            loss = model(inputs, targets, reduction="mean")
+            (loss / accumulation).backward()
+            return loss.detach()
         factor = self.scale / accumulation
         loss = model(inputs, targets, reduction="mean", upstream=factor)
         (loss * factor).backward()
         return loss.detach()
 
     @torch.no_grad()
-    def unscale(self, parameters):
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Divide the gradients, which are fp32, by the scale; what overflowed stays infinite."""
-        torch._foreach_mul_([parameter.grad for parameter in parameters], 1 / self.scale)
+        if self.enabled:
+            torch._foreach_mul_([parameter.grad for parameter in parameters], 1 / self.scale)
 
-    def update(self, finite):
-        """Adapt to a step whose gradients were finite on all ranks, or not. True if the scale was lowered, which may mend that."""
+    def update(self, finite: bool) -> bool:
+        """Adapt to a step whose gradients were finite on all ranks, or not. Returns True if the
+        scale was lowered, which may mend that."""
+        if not self.enabled:
+            return False
         self.good_steps = self.good_steps + 1 if finite else 0
         lowered = not finite and self.scale > MIN_SCALE
         if lowered:
             self.scale /= 2
         if self.good_steps == GROWTH_STEPS:
-            self.scale, self.good_steps = 2 * self.scale, 0
+            self.scale *= 2
+            self.good_steps = 0
         return lowered

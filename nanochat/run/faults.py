@@ -1,192 +1,213 @@
-"""Finding what went wrong: the module that made the first bad number, the batch it came from, a loss that jumps, a loop that hangs."""
+"""What went wrong: the module that made the first bad number, the batch it came from, a loss that
+jumps, a loop that stalls."""
 
 import math
 import statistics
 import sys
 import threading
-import time
 import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from nanochat import hardware, ranks, signals
+from nanochat import hardware, ranks
 from nanochat.common import TrainingFailed, Unavailable, human_time, write_json
+from nanochat.data.rows import Rows
 from nanochat.run import checkpoint
+from nanochat.run.clock import Clock
+from nanochat.run.state import TrainState
+from nanochat.signals import Stopped, StopSignals
 
 EXPLODING = 1e4  # activations and gradients of a healthy model stay far below
-SPIKE_WINDOW, SPIKE_LEAST, SPIKE_Z = (
-    64,
-    32,
-    6.0,
-)  # losses compared with, how many there must be, standard deviations
-STALL_FACTOR, STALL_FLOOR_SECONDS, STALL_PATIENCE_SECONDS = (
-    20,
-    60.0,
-    1800.0,
-)  # x the usual step; at least; where nothing is usual
+# A loss is compared with the last SPIKE_WINDOW ones, once there are SPIKE_LEAST; it is remarkable
+# SPIKE_Z standard deviations above them.
+SPIKE_WINDOW = 64
+SPIKE_LEAST = 32
+SPIKE_Z = 6.0
+FIRST_LOSS_TOLERANCE = 0.5  # nats from ln(vocabulary) at step 0
 
 
 class _Trace:
-    """Hooks on every module and parameter that note the first non-finite and the first exploding value.
+    """Hooks on every module and parameter that note the first non-finite and the first exploding
+    value.
 
-    What a module was given and what it gave are looked at, in both passes. Hooks of inner modules run first, so that the first
-    to give something bad made it; a module that is given something bad and is the first to see it was given it by the code
-    around it."""
+    What a module receives and what it returns are looked at, in both passes. Hooks of inner modules
+    run first, so the first module that returns a bad value caused it; a bad value that a module
+    receives before any module returned one comes from the code around that module."""
 
-    def __init__(self, model):
-        self.first = {}  # "non-finite" or "exploding" -> where it was seen first
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.first: dict[str, str] = {}  # "non-finite" or "exploding" -> where it was seen first
         self.handles = []
         for name, module in model.named_modules():
-            if name:  # the model itself is what calls all others
-                self.handles += [
-                    module.register_forward_pre_hook(self._entered(name)),
-                    module.register_forward_hook(self._left(name)),
-                    module.register_full_backward_pre_hook(self._came_back(name)),
-                    module.register_full_backward_hook(self._passed_back(name)),
-                ]
+            # the model itself, whose name is empty, is what calls all others
+            if name:
+                self._watch(name, module)
         for name, parameter in model.named_parameters():
-            self.handles.append(
-                parameter.register_post_accumulate_grad_hook(self._gradient_of(name))
-            )
+            self._watch_gradient(name, parameter)
 
-    def look(self, values, where):
-        """Note `where` for each kind of badness that no tensor before had."""
+    def _watch(self, name: str, module: torch.nn.Module) -> None:
+        """Look at what a module receives and returns, in both passes."""
+        caller = _caller_of(name)
+        itself = f"{name} ({type(module).__name__})"
+
+        def entered(module: torch.nn.Module, inputs: Any) -> None:
+            self.look(inputs, f"{caller}, before {name}, in the forward pass")
+
+        def left(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+            self.look(outputs, f"{itself}, in the forward pass")
+
+        def came_back(module: torch.nn.Module, of_outputs: Any) -> None:
+            self.look(of_outputs, f"{caller}, after {name}, in the backward pass")
+
+        def passed_back(module: torch.nn.Module, to_inputs: Any, of_outputs: Any) -> None:
+            self.look(to_inputs, f"{itself}, in the backward pass")
+
+        self.handles += [
+            module.register_forward_pre_hook(entered),
+            module.register_forward_hook(left),
+            module.register_full_backward_pre_hook(came_back),
+            module.register_full_backward_hook(passed_back),
+        ]
+
+    def _watch_gradient(self, name: str, parameter: torch.nn.Parameter) -> None:
+        def made(parameter: torch.nn.Parameter) -> None:
+            self.look(parameter.grad, f"the gradient of {name}, in the backward pass")
+
+        self.handles.append(parameter.register_post_accumulate_grad_hook(made))
+
+    def look(self, values: Any, where: str) -> None:
+        """Note `where` for each kind of bad value that no earlier tensor had."""
         for value in values if isinstance(values, (tuple, list)) else [values]:
             if isinstance(value, (tuple, list)):
                 self.look(value, where)
-            elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-                largest = value.detach().abs().max().item()  # NaN if there is one
-                if not math.isfinite(largest):
-                    self.first.setdefault(
-                        "non-finite", f"{where} ({'NaN' if math.isnan(largest) else 'inf'})"
-                    )
-                elif largest > EXPLODING:
-                    self.first.setdefault("exploding", f"{where} ({largest:.3g})")
+            elif isinstance(value, torch.Tensor):
+                self._look_at(value, where)
 
-    def _entered(self, name):
-        return lambda module, inputs: self.look(
-            inputs, f"{_around(name)}, before {name}, in the forward pass"
-        )
+    def _look_at(self, tensor: torch.Tensor, where: str) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        largest = tensor.detach().abs().max().item()  # NaN if there is one
+        if not math.isfinite(largest):
+            kind = "NaN" if math.isnan(largest) else "inf"
+            self.first.setdefault("non-finite", f"{where} ({kind})")
+        elif largest > EXPLODING:
+            self.first.setdefault("exploding", f"{where} ({largest:.3g})")
 
-    def _left(self, name):
-        return lambda module, inputs, outputs: self.look(
-            outputs, f"{name} ({type(module).__name__}), in the forward pass"
-        )
-
-    def _came_back(self, name):
-        return lambda module, of_outputs: self.look(
-            of_outputs, f"{_around(name)}, after {name}, in the backward pass"
-        )
-
-    def _passed_back(self, name):
-        return lambda module, to_inputs, _: self.look(
-            to_inputs, f"{name} ({type(module).__name__}), in the backward pass"
-        )
-
-    def _gradient_of(self, name):
-        return lambda parameter: self.look(
-            parameter.grad, f"the gradient of {name}, in the backward pass"
-        )
-
-    def close(self):
+    def close(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
 
-def _around(name):
+def _caller_of(name: str) -> str:
     """The module whose code calls the module of that name."""
     parent = name.rpartition(".")[0]
-    return parent if "." in parent else "the model's own code"  # lists of blocks have no code
+    # lists of blocks have no code of their own
+    return parent if "." in parent else "the model's own code"
 
 
-def locate(model, rerun):
-    """A sentence on where the first non-finite value comes from, and on the first exploding one; "" if there is
-    none. rerun(): the forward and backward pass of the step, which is made again with hooks on all modules, uncompiled."""
+def locate(model: torch.nn.Module, rerun: Callable[[], Any]) -> str:
+    """A sentence on where the first non-finite value comes from, and the first exploding one; "" if
+    there is none.
+
+    rerun(): the forward and backward pass of the step, which is repeated with hooks on all modules,
+    uncompiled."""
     for name, parameter in model.named_parameters():
         bad = (~parameter.detach().isfinite()).nonzero()
         if len(bad):
             where = ", ".join(map(str, bad[0].tolist()))
-            return f"the weights {name} hold {len(bad)} non-finite number{'s' * (len(bad) > 1)}, the first at [{where}]"
+            numbers = "number" if len(bad) == 1 else "numbers"
+            return (
+                f"the weights {name} hold {len(bad)} non-finite {numbers}, the first at [{where}]"
+            )
     trace = _Trace(model)
     try:
         with torch.compiler.set_stance("force_eager"):
             trace.look(rerun(), "the loss itself")
-    except RuntimeError as error:  # out of memory without the compiler's fusions
-        return f"the step could not be made again to find out ({error})"
+    # out of memory without the compiler's fusions
+    except RuntimeError as error:
+        return f"the step could not be repeated to locate the fault ({error})"
     finally:
         trace.close()
-    found = [
-        f"the first {kind} value: {where}"
-        for kind, where in sorted(trace.first.items(), reverse=True)
-    ]
-    return "; ".join(found)
+    kinds = sorted(trace.first.items(), reverse=True)
+    return "; ".join(f"the first {kind} value: {where}" for kind, where in kinds)
 
 
-def cause(error, device_batch, stop, step_seconds):
-    """The exception to end a run with, given the one that was raised: of a lack of memory, a rank that is gone, or a signal
-    that also ended what was being waited for. Leaves word of it for the other ranks: of one that dies before training begins, or after
-    it has ended, they do not hear, and torchrun alone names it.
+def cause(
+    error: BaseException, device_batch: int, stop: StopSignals, step_seconds: float
+) -> BaseException:
+    """The exception to end a run with, given the one that was raised: lack of memory, a rank that
+    is gone, or a signal that also ended what this rank waited for.
 
-    stop: this process's StopSignals. step_seconds: what a step usually takes, 0 if that is not known."""
+    Notifies the other ranks: they do not hear of a rank that dies before training begins or after
+    it has ended, and torchrun alone names it. stop: this process's. step_seconds: what a step
+    usually takes, 0 if that is not known."""
     lost = ranks.is_lost_exchange(error)
     error = _cause(error, lost, device_batch, stop, step_seconds)
-    # what this rank heard of another it does not pass on as its own
-    ranks.last_word(
-        ranks.LOST
-        if lost or not isinstance(error, Exception)
-        else f"{type(error).__name__}: {error}"
-    )
+    # what this rank learned about another it does not pass on as its own
+    is_own = isinstance(error, Exception) and not lost
+    ranks.last_word(f"{type(error).__name__}: {error}" if is_own else ranks.LOST)
     return error
 
 
-def _cause(error, lost, device_batch, stop, step_seconds):
+def _cause(
+    error: BaseException, lost: bool, device_batch: int, stop: StopSignals, step_seconds: float
+) -> BaseException:
     if hardware.is_out_of_memory(error):
-        fits = max((n for n in range(1, device_batch) if device_batch % n == 0), default=None)
-        smaller = (
-            f"--device-batch-size={fits} would likely fit"
-            if fits
-            else "lower --max-seq-len or --depth"
-        )
+        divisors = [n for n in range(1, device_batch) if device_batch % n == 0]
+        remedy = "lower --max-seq-len or --depth"
+        if divisors:
+            remedy = f"--device-batch-size={divisors[-1]} would likely fit"
         return TrainingFailed(
-            f"out of memory with --device-batch-size={device_batch}; {smaller} ({error})"
+            f"out of memory with --device-batch-size={device_batch}; {remedy} ({error})"
         )
     if lost and (gone := ranks.who_is_gone(step_seconds)):
         return TrainingFailed(
-            f"{gone}; the other ranks end too. --resume goes on from the newest checkpoint"
+            f"{gone}; the other ranks end too. --resume continues from the newest checkpoint"
         )
-    if (
-        stop.requested and isinstance(error, Exception) and (lost or stop.at_once)
-    ):  # Ctrl-C ends the compiler's processes too
-        return signals.Stopped()
+    # Ctrl-C ends the compiler's processes too
+    if stop.requested and isinstance(error, Exception) and (lost or stop.at_once):
+        return Stopped()
     return error
 
 
-def conclude(located, times, folder, rows, step, n_rows, saver):
-    """What to say of the fault that ends a run; every rank calls it. located: this rank's locate(); times: skipped steps in a row.
+def gives_up(state: TrainState, overflowed: bool, max_skipped: int, debug_nans: bool) -> bool:
+    """Whether the run ends after a step that was skipped. overflowed: lowering the fp16 loss scale
+    may mend it. max_skipped, debug_nans: the flags."""
+    return not overflowed and (debug_nans or state.skipped_in_a_row >= max_skipped)
 
-    Rank 0 writes fault_step_000123.json into the run folder: where the fault is, and the rows (data.Rows) of the step with
-    their numbers and decoded text. saver: rank 0's Saver, for the last good checkpoint."""
-    several = ranks.world_size() > 1
-    located = "; ".join(
-        f"rank {i}: {where}" if several else where
-        for i, where in enumerate(ranks.from_all(located))
+
+def conclude(located: str, state: TrainState, folder: Path, rows: Rows, rows_per_step: int) -> str:
+    """The message about the fault that ends a run after a skipped step; every rank calls it.
+
+    located: what locate() found on this rank. Rank 0 writes fault_step_000123.json into the run
+    folder: where the fault is, and the rows of the step with their numbers and decoded text."""
+    found = [
+        f"rank {rank}: {where}" if ranks.world_size() > 1 else where
+        for rank, where in enumerate(ranks.from_all(located))
         if where
+    ]
+    located = "; ".join(found) or (
+        "recomputing the step gives finite numbers, so its arithmetic is not at fault; suspect "
+        "memory errors or communication between ranks"
     )
-    located = (
-        located
-        or "made again, the step is finite: the fault is not in its arithmetic (memory? the exchange between ranks?)"
-    )
-    text = f"{times} step{'s' * (times > 1)} in a row had a non-finite loss or gradient; {located}"
-    if saver is None:
+    times = state.skipped_in_a_row
+    steps = "1 step" if times == 1 else f"{times} steps"
+    text = f"{steps} in a row had a non-finite loss or gradient; {located}"
+    if ranks.rank() != 0:
         return text
-    saver.wait()
     good = checkpoint.newest_finite(folder)
-    text += f"; the last good checkpoint is {'none' if good is None else f'step {good}'}"
-    path, decode = folder / f"fault_step_{step:06d}.json", rows.cache.tokenizer.decode
+    newest = "none" if good is None else f"step {good}"
+    text += f"; the last good checkpoint is {newest}"
+    step = state.step - 1
+    path = folder / f"fault_step_{step:06d}.json"
+    decode = rows.cache.tokenizer.decode
     try:
         batch = [
-            {"row": row, "text": decode(rows.row(row)[1:].tolist())}
-            for row in range(step * n_rows, (step + 1) * n_rows)
+            {"row": number, "text": decode(rows.row(number)[1:].tolist())}
+            for number in range(step * rows_per_step, (step + 1) * rows_per_step)
         ]
         write_json(path, {"step": step, "located": located, "rows": batch})
     except (OSError, Unavailable) as error:
@@ -194,75 +215,79 @@ def conclude(located, times, folder, rows, step, n_rows, saver):
     return f"{text}; its text is in {path}"
 
 
-def spike(loss, recent):
-    """Standard deviations by which a loss lies above the recent ones if that is remarkable, else None. `recent` is a list of
-    the last SPIKE_WINDOW losses, to which this one is added."""
+def spike(loss: float, recent: list[float], finite: bool = True) -> float | None:
+    """Standard deviations by which a loss lies above the recent ones, if that is remarkable, else
+    None. recent: the last SPIKE_WINDOW losses of good steps, to which this one is added.
+
+    finite: False for a step that was skipped, whose loss says nothing."""
     z = None
+    if not finite:
+        return z
     if len(recent) >= SPIKE_LEAST:
-        spread = max(
-            statistics.pstdev(recent), 1e-3 * abs(statistics.fmean(recent))
-        )  # losses that hardly move are no measure
-        z = (loss - statistics.fmean(recent)) / spread
+        mean = statistics.fmean(recent)
+        # losses that hardly move are no measure
+        spread = max(statistics.pstdev(recent), 1e-3 * abs(mean))
+        z = (loss - mean) / spread
     recent.append(loss)
     del recent[:-SPIKE_WINDOW]
     return z if z is not None and z > SPIKE_Z else None
 
 
-def remarks(step, loss, z, recent, vocab_size):
-    """Yields what is remarkable about the loss of the step before `step`. z, recent: of spike(); vocab_size: of an untrained model."""
-    if step == 1 and vocab_size and abs(loss - math.log(vocab_size)) > 0.5:
+def remarks(
+    step: int, loss: float, z: float | None, recent: list[float], vocab_size: int | None
+) -> Iterator[str]:
+    """Sentences on what is remarkable about the loss of a step. z, recent: from spike().
+    vocab_size: of a model that begins untrained, else None."""
+    if step == 0 and vocab_size and abs(loss - math.log(vocab_size)) > FIRST_LOSS_TOLERANCE:
+        expected = math.log(vocab_size)
         yield (
-            f"warning: the loss at step 0 is {loss:.3f}, and ln(vocabulary) = {math.log(vocab_size):.3f} is what an untrained model "
-            f"should have"
+            f"warning: the loss at step 0 is {loss:.3f}, and an untrained model should have "
+            f"ln(vocabulary) = {expected:.3f}"
         )
     if z is not None:
-        yield f"step {step - 1}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the last {len(recent) - 1}"
+        yield (
+            f"step {step}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the "
+            f"last {len(recent) - 1}"
+        )
 
 
 class Watchdog:
-    """Reports a loop that has not moved for STALL_FACTOR times its usual step, with the stacks of all threads; then again
-    after twice that time. Only says it: what hangs may be a debugger, a disk that wakes up, or a rank that is gone."""
+    """A thread that reports a loop that has stalled, with the stacks of all threads. It only
+    reports: what hangs may be a debugger, a disk that wakes up, or a rank that is gone."""
 
-    def __init__(self, report, clock=time.monotonic):
-        self.report, self.clock, self.stopped = report, clock, threading.Event()
-        self.recent, self.where = [], "the first step"
-        self.moved_at, self.limit = clock(), STALL_PATIENCE_SECONDS
-        self.thread = threading.Thread(target=self._run, daemon=True)
+    def __init__(self, report: Callable[[str], None], clock: Clock) -> None:
+        """clock: the loop's, which knows what is being done and how long that may take."""
+        self.report = report
+        self.clock = clock
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self.thread.start()
 
-    def step(self, number, seconds):
-        """A step was done, in so many seconds."""
-        self.recent = [*self.recent[-31:], seconds]
-        self.move(f"step {number}", max(STALL_FLOOR_SECONDS, STALL_FACTOR * self.usual()))
-
-    def usual(self):
-        """Seconds that a step usually takes, 0 before the first."""
-        return statistics.median(self.recent) if self.recent else 0.0
-
-    def move(self, where, limit=STALL_PATIENCE_SECONDS):
-        """Something else begins, or went on, that may take `limit` seconds."""
-        self.where, self.moved_at, self.limit = where, self.clock(), limit
-
-    def check(self):
-        """Report if the loop has not moved for too long."""
-        silent = self.clock() - self.moved_at
-        if silent <= self.limit:
+    def check(self) -> None:
+        """Report if nothing has moved for too long."""
+        silent = self.clock.stalled_seconds()
+        if silent is None:
             return
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stacks = "\n".join(
-            f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
-            for ident, frame in sys._current_frames().items()
-            if ident != self.thread.ident
-        )
-        usual = f" (usually {human_time(self.usual())})" if self.recent else ""
-        self.limit *= 2
+        usual = self.clock.usual_seconds()
+        compared = f" (usually {human_time(usual)})" if usual else ""
         self.report(
-            f"warning: nothing has moved for {human_time(silent)} at {self.where}{usual}; what every thread is doing:\n{stacks}"
+            f"warning: nothing has moved for {human_time(silent)} at {self.clock.doing}{compared}; "
+            f"what every thread is doing:\n{self._stacks()}"
         )
 
-    def _run(self):
+    def _stacks(self) -> str:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = []
+        for ident, frame in sys._current_frames().items():
+            if ident != self.thread.ident:
+                stack = "".join(traceback.format_stack(frame)).rstrip()
+                stacks.append(f"thread {names.get(ident, ident)}:\n{stack}")
+        return "\n".join(stacks)
+
+    def _run(self) -> None:
         while not self.stopped.wait(1.0):
             self.check()
 
-    def close(self):
+    def close(self) -> None:
+        """End the thread."""
         self.stopped.set()

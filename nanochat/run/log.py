@@ -1,319 +1,268 @@
-"""The run folder's records: config.json, metrics.jsonl, summary.json, samples.jsonl; and the lines on the screen."""
+"""Everything that a run writes down while it trains, in one place: metrics, samples, CORE results,
+trackers, summary, screen.
 
-import contextlib
-import errno
-import fcntl
-import json
+Every rank has a RunLog and calls it alike; only rank 0's writes anything."""
+
 import math
-import os
-import shutil
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from nanochat.common import UsageError, human_time, read_json, write_json
+import torch
 
-FORMAT = 1
+from nanochat import hardware
+from nanochat.common import human_bytes, human_time
+from nanochat.optim.loss_scaler import LossScaler
+from nanochat.run import faults
+from nanochat.run.clock import Clock
+from nanochat.run.folder import RunFolder, write_summary
+from nanochat.run.metrics import Record, read_lines
+from nanochat.run.plan import Machine, Plan
+from nanochat.run.screen import Progress
+from nanochat.run.state import Scores, TrainState
+from nanochat.run.trackers import Trackers
+
+SMOOTHING = 0.95  # of the loss on the screen: share of the value before
 
 
-class RunFolder:
-    """<out-dir>/<model-tag>/ of one run, written by rank 0 only."""
+@dataclass(frozen=True)
+class StepResult:
+    """One training step. loss: mean nats per token over micro-batches and ranks. grad_norm: of the
+    averaged gradient, before clipping. finite: both are, so the update was applied. lr_multiplier:
+    learning rate / its peak. seconds: of the step. spike: from faults.spike()."""
 
-    def __init__(self, path):
-        self.path = Path(path)
-        self.lock = None
+    loss: float
+    grad_norm: float
+    finite: bool
+    lr_multiplier: float
+    seconds: float
+    spike: float | None = None
+
+
+class RunLog:
+    """The record of one start of a run. state and scores are followed, not copied."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        writes: bool,
+        plan: Plan,
+        machine: Machine,
+        device: torch.device,
+        state: TrainState,
+        scores: Scores,
+        tokens_per_epoch: float,
+        untrained_vocabulary: int | None,
+    ) -> None:
+        """writes: True on rank 0; elsewhere nothing is written or shown. untrained_vocabulary: its
+        size for a model that begins untrained, else None."""
+        self.folder = folder
+        self.writes = writes
+        self.plan = plan
+        self.machine = machine
+        self.device = device
+        self.state = state
+        self.scores = scores
+        self.tokens_per_epoch = tokens_per_epoch
+        self.untrained_vocabulary = untrained_vocabulary
+        self.progress = Progress(state.step, plan.num_iterations, quiet=not writes)
+        self.metrics, self.samples, self.core = (
+            Record(folder.path / f"{name}.jsonl", self.message)
+            for name in ("metrics", "samples", "core")
+        )
+        self.config: dict[str, Any] = {}
+        self.trackers: Trackers | None = None
+        self.smooth_loss: float | None = None
 
     @property
-    def config_path(self):
-        return self.path / "config.json"
+    def records(self) -> tuple[Record, Record, Record]:
+        """The .jsonl files."""
+        return self.metrics, self.samples, self.core
 
-    def holds_run(self):
-        """True if there is a run's config.json. UsageError if there is another program's."""
-        if not self.config_path.exists():
-            return False
-        config = read_json(self.config_path, "run folder")
-        if not isinstance(config, dict) or not {"format", "args"} <= set(config):
-            raise UsageError(
-                f"run folder: {self.config_path} is not of this program; give another --model-tag or --out-dir"
-            )
-        return True
+    def open_trackers(self, config: dict[str, Any], run_name: str, tensorboard: bool) -> None:
+        """Start Weights & Biases and TensorBoard, as far as they are asked for (--run,
+        --tensorboard). config: that of config.json, which is followed."""
+        self.config = config
+        if not self.writes:
+            return
+        wanted = tensorboard or run_name != "dummy"
+        self.trackers = Trackers(
+            self.folder.path,
+            run_name,
+            tensorboard,
+            config,
+            config["wandb_id"],
+            self.state.step,
+            self.message,
+            read_lines(self.metrics.path) if wanted else (),
+        )
 
-    def remains(self):
-        """Names of a run's files that are there, config.json left out: what is left of a damaged run."""
-        names = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
-        return [name for name in names if (self.path / name).exists()]
+    def message(self, text: str) -> None:
+        """A line on the screen."""
+        self.progress.message(text)
 
-    def claim(self):
-        """Make the folder and hold it until the process ends. UsageError if it is not writable or another run has it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise UsageError(
-                f"--out-dir: the run folder {self.path} cannot be written ({error.strerror}); "
-                f"give another --out-dir"
-            ) from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"--model-tag: {self.path} is in use by a training process that is still running; wait for it, "
-                f"stop it, or give another --model-tag"
-            ) from None
+    def meanwhile(self, text: str) -> None:
+        """What is being done between two steps, on the live line."""
+        self.progress.meanwhile(text)
 
-    def read_config(self):
-        """config.json of the run that is there. UsageError if it was written by a newer version or is damaged."""
-        config = read_json(self.config_path, "run folder")
-        if config.get("format") != FORMAT:
-            raise UsageError(
-                f"run folder: {self.config_path} has format {config.get('format')}; this version reads "
-                f"format {FORMAT}: use the version of nanochat that wrote it"
-            )
-        return config
+    def position(self) -> dict[str, Any]:
+        """What every line of metrics begins with: the state after `step` updates."""
+        tokens = self.state.step * self.plan.total_batch_tokens
+        return {
+            "step": self.state.step,
+            "tokens": tokens,
+            "total_training_flops": tokens * self.plan.flops_per_token,
+            "total_training_time": self.state.training_seconds,
+        }
 
-    def write_config(self, config):
-        write_json(self.config_path, {**config, "format": FORMAT})
+    def line(self, **values: Any) -> None:
+        """A line of metrics at the present step, also for the trackers. Names that are no
+        identifiers come as **{"val/bpb": ...}."""
+        if self.writes:
+            line = {**self.position(), **values}
+            self.metrics.write(**line)
+            self.trackers.log(line)
 
-    def clear(self):
-        """Delete the run that the folder holds (--overwrite), config.json first; files that no run writes stay."""
-        for name in (
-            "config.json",
-            "metrics.jsonl",
-            "samples.jsonl",
-            "core.jsonl",
-            "summary.json",
-            "loss.png",
-            "report.html",
+    def step(self, result: StepResult, scaler: LossScaler, clock: Clock) -> None:
+        """A training step: the line of the state before the update, with the loss of the update,
+        the live line, and what is remarkable. Called before the state counts it."""
+        state = self.state
+        speed = self.plan.total_batch_tokens / result.seconds
+        mfu = self._mfu(speed)
+        values = {
+            "train/loss": result.loss,
+            "train/lr": self.plan.groups["matrices"]["lr"] * result.lr_multiplier,
+            "train/lrm": result.lr_multiplier,
+            "train/grad_norm": result.grad_norm,
+            "train/dt": result.seconds,
+            "train/tok_per_sec": speed,
+            "train/mfu": mfu,
+            "train/epoch": state.step * self.plan.total_batch_tokens / self.tokens_per_epoch,
+        }
+        if result.spike is not None:
+            values["spike"] = result.spike
+        if scaler.enabled:
+            values["train/loss_scale"] = scaler.scale
+        if not result.finite:
+            culprit = "gradient" if math.isfinite(result.loss) else "loss"
+            values["skipped"] = f"non-finite {culprit}"
+        self.line(**values)
+        for remark in faults.remarks(
+            state.step, result.loss, result.spike, state.recent_losses, self.untrained_vocabulary
         ):
-            (self.path / name).unlink(missing_ok=True)
-        for path in self.path.glob("fault_step_*.json"):
-            path.unlink()
-        for name in ("checkpoints", "tokenizer", "wandb", "tensorboard", "profile"):
-            if (self.path / name).is_dir():
-                shutil.rmtree(self.path / name)
+            self.message(remark)
+        self._show(result, speed, mfu, clock)
 
+    def skipped(self, result: StepResult, overflowed: bool, scaler: LossScaler) -> None:
+        """The step before was skipped. overflowed: its fp16 loss scale was too large and has been
+        lowered."""
+        text = (
+            f"step {self.state.step - 1}: loss {result.loss}, gradient norm {result.grad_norm}: "
+            "not finite, so the weights were left unchanged"
+        )
+        if overflowed:
+            text += f"; fp16 overflowed, the loss is scaled by {scaler.scale:g} from here on"
+        self.message(text)
 
-def write_summary(path, **values):
-    """Replace summary.json and return its content. Numbers that do not exist (yet) are null."""
-    summary = {"format": FORMAT, **finite_or_null(values)}
-    write_json(Path(path) / "summary.json", summary)
-    return summary
-
-
-def status_of(path):
-    """`status` of a run folder's summary.json, or None if there is none or it is damaged: it is written anew when the run goes on."""
-    try:
-        return read_json(Path(path) / "summary.json", "run folder").get("status")
-    except (UsageError, AttributeError):
-        return None
-
-
-def provenance():
-    """Git commit and library versions, for config.json. The commit is null outside a checkout."""
-    import importlib.metadata
-
-    root = Path(__file__).resolve().parent.parent
-    git = (
-        subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-        if shutil.which("git")
-        else None
-    )
-    versions = {}
-    for package in ("torch", "numpy", "tiktoken", "safetensors", "rustbpe"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "git_commit": git.stdout.strip() if git and git.returncode == 0 else None,
-        "versions": versions,
-    }
-
-
-def finite_or_null(values):
-    """A copy of a dict whose NaN and infinite numbers are None: JSON has no word for them, and 0 would be a lie."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
-
-
-class Metrics:
-    """metrics.jsonl and its like: JSON objects, one a line, appended and flushed."""
-
-    def __init__(self, path, report=print):
-        self.path, self.report, self.file = Path(path), report, None
-        self.size, self.kept, self.refused = (
-            0,
-            [],
-            False,
-        )  # bytes written, lines not written yet, whether that was said
-        self.lock = threading.Lock()  # the thread that saves checkpoints calls sync()
-
-    def keep_before(self, step):
-        """Cut the lines of this step and later ones, and a torn last line; the file is replaced atomically.
-
-        Run on resume from `step`: what follows is written again, so that each step stands once."""
-        if not self.path.exists():
-            return
-        kept = [
-            line for line in lines_of(self.path) if (value := parsed(line)) and value["step"] < step
-        ]
-        temporary = self.path.with_suffix(".partial")
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write("".join(line + "\n" for line in kept))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path)
-
-    def write(self, **values):
-        """Append a line. If the disk refuses it is kept, and written with a later one; report() is told once."""
-        try:
-            with self.lock:
-                self.kept.append(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
-                self._write_kept()
-        except OSError as error:
-            if not self.refused:
-                self.report(
-                    f"{self.path.name} cannot be written ({error}); its lines are kept in memory, training goes on"
-                )
-            self.refused = True
-
-    def _write_kept(self):
-        """Write the lines that are not written yet, all or none. Raises OSError."""
-        content = "".join(self.kept).encode()
-        if not content:
-            return
-        if self.file is None:
-            self.file = open(self.path, "ab", buffering=0)
-            self.size = self.file.seek(0, os.SEEK_END)
-        try:
-            if (written := self.file.write(content)) < len(content):
-                raise OSError(errno.ENOSPC, f"only {written} of {len(content)} bytes were taken")
-        except OSError:
-            with contextlib.suppress(OSError):  # what was torn
-                self.file.truncate(self.size)
-            raise
-        if self.refused:
-            self.report(f"{self.path.name}: all lines are written now")
-        self.size, self.refused, self.kept = self.size + len(content), False, []
-
-    def value_at(self, step, name):
-        """The value of that name that was written last for a step, or None."""
-        found = [
-            line[name]
-            for line in read_lines(self.path)
-            if line["step"] == step and line.get(name) is not None
-        ]
-        return found[-1] if found else None
-
-    def sync(self):
-        """Bring all lines to the disk. Raises OSError."""
-        with self.lock:
-            self._write_kept()
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-    def close(self):
-        """Write what is left, if the disk takes it now."""
-        with self.lock, contextlib.suppress(OSError):
-            self._write_kept()
-        if self.file is not None:
-            self.file.close()
-
-
-def records(folder, report):
-    """The Metrics of a run folder's metrics.jsonl, samples.jsonl and core.jsonl."""
-    return [
-        Metrics(Path(folder) / f"{name}.jsonl", report) for name in ("metrics", "samples", "core")
-    ]
-
-
-def lines_of(path):
-    """Its lines; what is no UTF-8 (a disk's doing) spoils its own line only."""
-    return Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-
-
-def parsed(line):
-    """The object in a metrics line; None for a torn or foreign one."""
-    try:
-        value = json.loads(line)
-        return value if isinstance(value["step"], int) else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def read_lines(path):
-    """The objects of a .jsonl file as a list, a torn last line left out; [] if there is no file."""
-    if not Path(path).exists():
-        return []
-    return [value for line in lines_of(path) if (value := parsed(line)) is not None]
-
-
-def bar(items, text, unit):
-    """tqdm over a list on a terminal; the list itself in a file or pipe, after one line if there is anything to do."""
-    if not items:
-        return items
-    if not sys.stdout.isatty():
-        print(f"{text}: {len(items)} {unit}s", flush=True)
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=text, unit=unit, file=sys.stdout)
-
-
-class Progress:
-    """One live line on a terminal (tqdm's), plain lines now and then in a file or pipe."""
-
-    PLAIN_SECONDS = 10
-
-    def __init__(self, first_step, steps, quiet):
-        self.quiet, self.bar, self.last = quiet, None, -math.inf
-        self.live = sys.stdout.isatty() and not quiet
-        if self.live:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                initial=first_step,
-                total=steps,
-                unit="step",
-                file=sys.stdout,
-                dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar:12}| {desc}",
-            )
-
-    def update(self, step, steps, text, seconds_left):
-        """Show the state after update `step` (1 is the first). seconds_left may be None."""
-        if self.quiet:
-            return
-        eta = f"eta {human_time(seconds_left)}" if seconds_left is not None else "eta ?"
-        if self.live:
-            self.bar.total = steps
-            self.bar.set_description_str(f"{text} | {eta}", refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif step <= 3 or step == steps or time.monotonic() - self.last >= self.PLAIN_SECONDS:
-            self.last = time.monotonic()
-            of = f"{step}/{steps}" if steps else f"{step}"
-            print(f"step {of} | {text} | {eta}", flush=True)
-
-    def meanwhile(self, text):
-        """Show what goes on between two updates."""
-        if self.live:
-            self.bar.set_description_str(text)
-        elif not self.quiet and time.monotonic() - self.last >= self.PLAIN_SECONDS:
-            self.last = time.monotonic()
-            print(text, flush=True)
-
-    def message(self, text):
-        """A line of its own above the live one."""
-        if self.quiet:
-            return
-        if self.live:
-            self.bar.write(text, file=sys.stdout)
+    def _show(self, result: StepResult, speed: float, mfu: float, clock: Clock) -> None:
+        """The live line after a step."""
+        if self.smooth_loss is None or not result.finite:
+            self.smooth_loss = result.loss
         else:
-            print(text, flush=True)
+            self.smooth_loss = SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * result.loss
+        done = self.state.step + 1
+        steps = self.plan.num_iterations
+        left = None if steps is None else clock.seconds_for(steps - done)
+        text = f"loss {self.smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%"
+        self.progress.update(done, steps, text, left)
 
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+    def _mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilisation, in percent."""
+        peak = self.machine.peak_flops * self.machine.devices
+        return 100 * tokens_per_second * self.plan.flops_per_token / peak
+
+    def sample(self, prompt: str, text: str | None, problem: str) -> None:
+        """A text sample, or why it could not be drawn."""
+        reason = {"reason": problem} if problem else {}
+        self.samples.write(step=self.state.step, prompt=prompt, text=text, **reason)
+        if problem:
+            self.message(f"step {self.state.step}: sampling failed, training continues ({problem})")
+            return
+        self.trackers.text(self.state.step, prompt, text)
+        self.message(f"--- sample at step {self.state.step}, prompt {prompt!r}\n{prompt}{text}")
+
+    def steps_fixed(self, clock: Clock) -> None:
+        """The number of steps of a time budget has just been fixed in the plan."""
+        if not self.writes:
+            return
+        plan = self.plan
+        self.config["plan"] = plan.as_dict()
+        self.summarize("running")
+        self.trackers.update_config(self.config)
+        milliseconds = 1000 * clock.seconds / clock.steps
+        self.message(
+            f"time budget: {plan.num_iterations} steps at {milliseconds:.0f} ms, "
+            f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}"
+        )
+
+    def summarize(self, status: str, reason: str = "") -> dict[str, Any]:
+        """Write config.json and summary.json; returns the summary. A full disk is only reported."""
+        if not self.writes:
+            return {}
+        state = self.state
+        scores = self.scores
+        speed = None
+        if state.training_seconds:
+            speed = state.step * self.plan.total_batch_tokens / state.training_seconds
+        summary = {
+            "status": status,
+            "reason": reason,
+            **self.position(),
+            "val_bpb": scores.val_bpb,
+            "min_val_bpb": scores.min_val_bpb,
+            "core_metric": scores.core_metric,
+            "core_metric_n": scores.core_metric_n,
+            "tok_per_sec": speed,
+            "mfu": None if speed is None else self._mfu(speed),
+            "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
+            "skipped_steps": state.skipped_steps,
+        }
+        try:
+            # again: a full disk may have refused it when the steps were fixed
+            self.folder.write_config(self.config)
+            write_summary(self.folder.path, **summary)
+        except OSError as error:
+            self.message(f"config.json and summary.json cannot be written ({error})")
+        return summary
+
+    def end(self, status: str, reason: str, exit_code: int) -> None:
+        """The last word: the summary's final status, and the trackers' end."""
+        summary = self.summarize(status, reason)
+        if self.trackers is not None:
+            self.trackers.finish(summary, exit_code)
+
+    def close(self) -> None:
+        """Close the files and the live line."""
+        for record in self.records:
+            record.close()
+        self.progress.close()
+
+    def last_words(self, *, completed: bool, failure: str, saved: str, no_save: bool) -> str:
+        """What became of the run and what is saved where, for its last line.
+
+        saved: the newest checkpoint in words, "" if there is none. no_save: --no-save."""
+        state = self.state
+        newest = saved or f"nothing was saved{' (--no-save)' if no_save else ' yet'}"
+        if not completed:
+            reason = failure.rstrip(".") or "as requested"
+            resume = f"; add --resume to continue: {self.folder.path}" if saved else ""
+            return f"stopped at step {state.step}: {reason}; {newest}{resume}"
+        words = (
+            f"completed {state.step} steps in {human_time(state.training_seconds)} of training: "
+        )
+        if self.scores.val_bpb is not None:
+            words += f"val_bpb {self.scores.val_bpb:.4f}, "
+        if self.scores.core_metric is not None:
+            words += f"CORE {self.scores.core_metric:.4f}, "
+        memory = human_bytes(hardware.peak_memory_bytes(self.device))
+        return f"{words}peak memory {memory}; {newest}; run folder: {self.folder.path}"

@@ -1,0 +1,310 @@
+"""Everything that is wrong with a command line of train.py, found before any work is done."""
+
+import argparse
+import glob
+import math
+import os
+
+from nanochat import hardware, ranks
+from nanochat.common import UsageError
+from nanochat.data.hub import KNOWN
+from nanochat.data.sources import is_remote
+from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_KINDS
+from nanochat.model import fp8
+from nanochat.model.attention import BACKENDS
+from nanochat.model.config import width_for
+from nanochat.run import trackers
+from nanochat.run.flags import flag, range_problems
+
+USUAL_HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_DEPTH = 1000
+MAX_WIDTH = 2**17
+
+
+class _Problems(list):
+    """Sentences that name flag, value, reason and remedy."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.args = args
+
+    def require(self, name: str, holds: object, reason: str, remedy: str) -> None:
+        """Note a problem with the flag of that name unless `holds` is true."""
+        value = getattr(self.args, name)
+        not_finite = isinstance(value, float) and not math.isfinite(value)
+        # range_problems() has said that already
+        if holds or not_finite:
+            return
+        shown = flag(name) if value is True else f"{flag(name)}={value}"
+        self.append(f"{shown}: {reason}; {remedy}")
+
+
+def check_flags(args: argparse.Namespace) -> list[str]:
+    """Every problem with the flags, as sentences; an empty list if there is none.
+
+    args: from flags.parse()."""
+    problems = _Problems(args)
+    problems += range_problems(args)
+    _check_paths(args, problems)
+    _check_model(args, problems)
+    _check_head_dim(args, problems)
+    _check_tokenizer(args, problems)
+    _check_batch(args, problems)
+    _check_runtime(args, problems)
+    _check_combinations(args, problems)
+    _check_planning(args, problems)
+    return list(problems) + trackers.problems(args.run, args.tensorboard)
+
+
+def _exists(path: str) -> bool:
+    """True for a file, a folder, or a pattern that matches some."""
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
+
+
+def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
+    is_name = os.path.basename(args.model_tag) == args.model_tag
+    problems.require(
+        "model_tag",
+        is_name and args.model_tag not in (".", ".."),
+        "a path, not a name",
+        "give a plain name, and the folder of run folders as --out-dir",
+    )
+    for name in ("sample_prompts", "val_data", "init_from", "core_bundle"):
+        value = getattr(args, name)
+        problems.require(
+            name, not value or _exists(value), "no such file or folder", "check the path"
+        )
+    problems.require(
+        "data",
+        args.data == "python" or is_remote(args.data) or _exists(args.data),
+        "no such file or folder, no file matches it as a pattern, and it names no dataset",
+        f"give a path, python, {', '.join(KNOWN)}, or hf:<dataset>",
+    )
+    problems.require("out_dir", args.out_dir, "empty", "name a folder, or leave the flag out")
+    parent = os.path.abspath(args.out_dir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    problems.require(
+        "out_dir",
+        os.path.isdir(parent) and os.access(parent, os.W_OK),
+        f"cannot be written ({parent} is not a folder that you may write to)",
+        "give another folder",
+    )
+
+
+def _check_model(args: argparse.Namespace, problems: _Problems) -> None:
+    problems.require(
+        "depth",
+        args.depth <= MAX_DEPTH,
+        "deeper than any model this program can hold",
+        f"give at most {MAX_DEPTH}",
+    )
+    problems.require(
+        "aspect_ratio",
+        args.depth * args.aspect_ratio <= MAX_WIDTH,
+        "wider than any model this program can hold",
+        "give less",
+    )
+    is_llama = args.arch == "llama"
+    problems.require(
+        "tie_embeddings",
+        is_llama or not args.tie_embeddings,
+        "needs --arch=llama",
+        "add that, or leave it out",
+    )
+    for name in ("window_pattern", "short_window"):
+        problems.require(
+            name,
+            not is_llama or name not in args.given or getattr(args, name) in ("L", -1),
+            "--arch=llama sees the full context in every layer",
+            "leave the flag out",
+        )
+    problems.require(
+        "window_pattern",
+        args.window_pattern and set(args.window_pattern) <= {"S", "L"},
+        "holds letters other than S (short window) and L (full context)",
+        "write for example SSSL",
+    )
+    problems.require(
+        "short_window",
+        args.short_window <= args.max_seq_len,
+        f"longer than --max-seq-len={args.max_seq_len}",
+        "give at most that, or -1 for half of it",
+    )
+
+
+def _check_head_dim(args: argparse.Namespace, problems: _Problems) -> None:
+    problems.require(
+        "head_dim",
+        args.head_dim % 2 == 0,
+        "must be even (rotary embeddings turn pairs)",
+        "choose an even number",
+    )
+    # what follows divides by these
+    if min(args.depth, args.aspect_ratio, args.head_dim) < 1:
+        return
+    nominal = args.depth * args.aspect_ratio
+    fitting = [dim for dim in USUAL_HEAD_DIMS if dim <= nominal] or [nominal]
+    nearest = " or ".join(map(str, fitting[-2:]))
+    depth = math.ceil(args.head_dim / args.aspect_ratio)
+    problems.require(
+        "head_dim",
+        args.head_dim <= nominal,
+        f"larger than depth x aspect ratio = {args.depth} x {args.aspect_ratio} = {nominal}",
+        f"choose a head dim of {nearest}, or a depth of {depth}",
+    )
+    heads = width_for(args.depth, args.aspect_ratio, args.head_dim) // args.head_dim
+    divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    problems.require(
+        "n_kv_head",
+        args.n_kv_head < 1 or heads % args.n_kv_head == 0,
+        f"does not divide the {heads} query heads",
+        f"choose one of {divisors}",
+    )
+
+
+def _check_tokenizer(args: argparse.Namespace, problems: _Problems) -> None:
+    problems.require(
+        "tokenizer",
+        args.tokenizer in (*TOKENIZER_KINDS, "gpt2") or os.path.isdir(args.tokenizer),
+        "neither a kind of tokenizer nor a folder",
+        f"choose {', '.join(TOKENIZER_KINDS)}, gpt2, a folder with a saved one, or a run folder",
+    )
+    if args.tokenizer == "bpe":
+        problems.require(
+            "vocab_size",
+            args.vocab_size == -1 or args.vocab_size >= MIN_BPE_VOCAB,
+            "too small: BPE starts from 256 bytes and one special token",
+            f"give at least {MIN_BPE_VOCAB}",
+        )
+    else:
+        problems.require(
+            "vocab_size",
+            args.vocab_size == -1,
+            f"--tokenizer={args.tokenizer} has a vocabulary of its own",
+            "leave it out",
+        )
+
+
+def _check_batch(args: argparse.Namespace, problems: _Problems) -> None:
+    devices = args.gpus if args.dry_run else ranks.world_size()
+    unit = args.max_seq_len * max(1, args.device_batch_size) * devices
+    if unit <= 0 or args.total_batch_size <= 0:
+        return
+    below = args.total_batch_size // unit * unit
+    nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+    problems.require(
+        "total_batch_size",
+        args.total_batch_size % unit == 0,
+        f"not a multiple of one micro-batch of all ranks, {unit} tokens "
+        "(--max-seq-len x --device-batch-size x ranks)",
+        f"use {nearest}",
+    )
+
+
+def _check_runtime(args: argparse.Namespace, problems: _Problems) -> None:
+    problems.require(
+        "shard",
+        not args.shard,
+        "sharding the model (FSDP2) is not available in this version",
+        "leave the flag out",
+    )
+    problems.require(
+        "attention",
+        args.attention in ("auto", *BACKENDS),
+        "unknown backend",
+        f"choose auto, {' or '.join(BACKENDS)}",
+    )
+    problems.require(
+        "fp8_recipe",
+        args.fp8 or "fp8_recipe" not in args.given,
+        "needs --fp8",
+        "add that, or leave it out",
+    )
+    problems.require(
+        "dtype",
+        not args.fp8 or args.dtype in ("auto", "bfloat16"),
+        "layers that --fp8 does not convert compute in bfloat16",
+        "leave it out",
+    )
+    problems.require(
+        "fp8",
+        not args.fp8 or args.compile or fp8.EMULATE,
+        "slower than bfloat16 unless it is compiled",
+        "leave --no-compile out",
+    )
+
+
+def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
+    problems.require(
+        "init_from",
+        not args.init_from or args.resume_from_step == -1,
+        "contradicts --resume-from-step",
+        "give one of the two",
+    )
+    for name in ("stop_at_bpb", "patience"):
+        problems.require(
+            name,
+            args.eval_every != -1 or getattr(args, name) == -1,
+            "needs evaluations, and --eval-every is -1",
+            "give --eval-every",
+        )
+    problems.require(
+        "warmup_ratio",
+        args.lr_schedule == "cosine" or not args.warmup_ratio + args.warmdown_ratio > 1,
+        f"together with --warmdown-ratio={args.warmdown_ratio} longer than the run",
+        "lower one of them",
+    )
+    problems.require(
+        "no_save",
+        not (args.no_save and args.save_every != -1),
+        "contradicts --save-every",
+        "give one of the two",
+    )
+    problems.require(
+        "overwrite",
+        not (args.overwrite and args.resume),
+        "contradicts --resume",
+        "give one of the two",
+    )
+
+
+def _check_planning(args: argparse.Namespace, problems: _Problems) -> None:
+    for name in ("gpus", "gpu", "json"):
+        problems.require(
+            name,
+            args.dry_run or name not in args.given,
+            "needs --dry-run",
+            "add --dry-run or leave it out",
+        )
+    problems.require(
+        "gpu",
+        not args.gpu or hardware.listed_gpu(args.gpu),
+        "not in the table of GPUs",
+        f"choose one of {', '.join(hardware.GPUS)}",
+    )
+    problems.require(
+        "gpu",
+        not args.gpu or (args.dtype != "float32" and args.device_type in ("", "cuda")),
+        "plans for CUDA in 16 bits, the only peak that the table of GPUs lists",
+        "leave --dtype and --device-type out",
+    )
+
+
+def core_metric_flags(args: argparse.Namespace, device_type: str) -> tuple[int, int]:
+    """(--core-metric-every, --core-metric-max-per-task), where "auto" is what suits the device.
+
+    UsageError for a bundle that nothing would read."""
+    on_cuda = device_type == "cuda"
+    every = args.core_metric_every
+    if every == "auto":
+        every = 2000 if on_cuda else -1
+    most = args.core_metric_max_per_task
+    if most == "auto":
+        most = 500 if on_cuda else 50
+    if every == -1 and "core_bundle" in args.given and args.core_bundle:
+        raise UsageError(
+            f"--core-bundle={args.core_bundle}: CORE is not measured in this run; add "
+            "--core-metric-every, or leave it out"
+        )
+    return every, most

@@ -1,0 +1,114 @@
+"""Everything about time in a run: the duration of steps, the rate, rolling saves, the time budget,
+and stalls. Tested with an injected clock."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+LEAST_MEASURED_STEPS = 5  # before the number of steps of a time budget is fixed
+MEASURED_SHARE = 0.1  # of the budget that is measured first
+RECENT_STEPS = 32  # of which the median is what a step usually takes
+# A step counts as stalled after so many times its usual duration, and at least so many seconds;
+# other work, whose usual duration is unknown, after STALL_PATIENCE_SECONDS.
+STALL_FACTOR = 20
+STALL_FLOOR_SECONDS = 60.0
+STALL_PATIENCE_SECONDS = 1800.0
+
+
+class Clock:
+    """Measures the steps of one start of a run. now() is in seconds; synchronize() waits until the
+    device has done what it was given."""
+
+    def __init__(
+        self,
+        *,
+        save_minutes: float = -1,
+        synchronize: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """save_minutes: --save-every-minutes, -1 for no rolling saves."""
+        self.now = now
+        self.synchronize = synchronize
+        self.save_seconds = None if save_minutes == -1 else 60 * save_minutes
+        self.saved_at = now()
+        # the steps of this start: how many, how long in all, the latest, the recent ones
+        self.steps = 0
+        self.seconds = 0.0
+        self.step_seconds = 0.0
+        self.recent: list[float] = []
+        self.steps_before = 0
+        self.seconds_before = 0.0
+        # for stalls: what is being done, since when, and how long it may take
+        self.doing = "the first step"
+        self.moved_at = now()
+        self.limit = STALL_PATIENCE_SECONDS
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Times the body as step `number`."""
+        self.steps_before = self.steps
+        self.seconds_before = self.seconds
+        self.synchronize()
+        started = self.now()
+        yield
+        self.synchronize()
+        self.step_seconds = self.now() - started
+        self.steps += 1
+        self.seconds += self.step_seconds
+        self.recent = [*self.recent[-(RECENT_STEPS - 1) :], self.step_seconds]
+        usual = max(STALL_FLOOR_SECONDS, STALL_FACTOR * self.usual_seconds())
+        self.begin(f"step {number + 1}", usual)
+
+    def usual_seconds(self) -> float:
+        """What a step usually takes, 0 before the first."""
+        return statistics.median(self.recent) if self.recent else 0.0
+
+    def seconds_for(self, steps: int) -> float | None:
+        """How long so many steps take at the rate so far; None before the first step."""
+        return steps * self.seconds / self.steps if self.steps else None
+
+    # ----- rolling saves
+
+    def save_due(self) -> bool:
+        """Whether the last save is long enough ago for a rolling one."""
+        return self.save_seconds is not None and self.now() - self.saved_at > self.save_seconds
+
+    def note_save(self) -> None:
+        """A save begins now."""
+        self.saved_at = self.now()
+
+    # ----- the time budget
+
+    def steps_in_budget(
+        self, budget_seconds: float | None, steps_done: int, seconds_done: float
+    ) -> int | None:
+        """The number of steps, those done included, that a time budget allows at the rate so far.
+
+        None without a budget and until a tenth of it has been measured. seconds_done: training
+        time so far, earlier starts included."""
+        if budget_seconds is None:
+            return None
+        # looked at before the latest step, whose time is then part of the rate
+        too_few = self.steps_before < LEAST_MEASURED_STEPS
+        if too_few or self.seconds_before < MEASURED_SHARE * budget_seconds:
+            return None
+        left = budget_seconds - seconds_done
+        return steps_done + max(1, round(left * self.steps / self.seconds))
+
+    # ----- stalls
+
+    def begin(self, doing: str, limit_seconds: float = STALL_PATIENCE_SECONDS) -> None:
+        """Something begins, or is still making progress, that may take so many seconds."""
+        self.doing = doing
+        self.moved_at = self.now()
+        self.limit = limit_seconds
+
+    def stalled_seconds(self) -> float | None:
+        """For how long nothing has moved, once that is too long; then again after twice that
+        time."""
+        silent = self.now() - self.moved_at
+        if silent <= self.limit:
+            return None
+        self.limit *= 2
+        return silent

@@ -1,0 +1,593 @@
+"""The flags of train.py, each described once, as data.
+
+A row says what a flag sets, its type, default and range, whether a resumed run may change it,
+whether it shapes the model, and whether two runs that differ in it are different experiments.
+The parser, the checks, resume, comparison, sweeps and bench all read this table. Imports no torch,
+so that `--help` is instant."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.common import UsageError, number_or_auto, read_json
+from nanochat.optim import schedules
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a flag takes: a test, the reason it refuses others, and the remedy."""
+
+    holds: Callable[[Any], bool]
+    reason: str
+    remedy: str
+
+
+def _off(value: Any) -> bool:
+    return value in (-1, "auto")
+
+
+AT_LEAST_1 = Range(lambda v: v >= 1, "must be at least 1", "give a positive number")
+POSITIVE_OR_OFF = Range(
+    lambda v: _off(v) or v > 0, "must be positive, or -1 for off or automatic", "give one of these"
+)
+FROM_0_OR_OFF = Range(
+    lambda v: v >= -1, "must be at least 0, or -1 for off or automatic", "give one of these"
+)
+RATE_OR_AUTO = Range(lambda v: v >= 0 or v == -1, "must not be negative", "give 0 or more, or -1")
+NOT_NEGATIVE = Range(lambda v: v >= 0, "must not be negative", "give 0 or more")
+BELOW_1 = Range(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "give such a number")
+FRACTION = Range(lambda v: 0 <= v <= 1, "must be between 0 and 1", "give a fraction")
+SEED = Range(lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", "choose another seed")
+RATIO = Range(
+    lambda v: v > 0,
+    "there is no horizon left to train to",
+    "give a positive ratio, or another horizon such as --num-iterations",
+)
+
+# What --resume does with a flag that is given again with another value.
+FIXED = "fixed"  # refused: it decides what the model becomes
+FREE = "free"  # taken, and printed
+HORIZON = "horizon"  # a longer one extends the run
+START = "start"  # belongs to one start of the program, not to the run; never taken from a config
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. name: as parsed (`eval_every`); default also decides how it is parsed, unless type
+    is given; a default of True or False makes it a switch. decides: whether two runs that differ
+    in it are different experiments (None: yes unless a resumed run may change it)."""
+
+    name: str
+    default: Any
+    help: str
+    type: Callable[[str], Any] | None = None
+    choices: tuple[str, ...] | None = None
+    range: Range | None = None
+    on_resume: str = FIXED
+    shapes_model: bool = False
+    decides: bool | None = None
+
+    @property
+    def bookkeeping(self) -> bool:
+        """True if runs that differ only in this flag are the same experiment."""
+        if self.decides is not None:
+            return not self.decides
+        return self.on_resume in (FREE, START)
+
+    def add_to(self, group: Any) -> None:
+        """Declare the flag to an argparse group. Only flags that are given are stored."""
+        text = f"{self.help} (default: {self.default})".replace("%", "%%")
+        if self.name == "compile":
+            action: Any = argparse.BooleanOptionalAction
+            group.add_argument("--compile", action=action, help=text)
+        elif isinstance(self.default, bool):
+            group.add_argument(flag(self.name), action="store_true", help=text)
+        else:
+            group.add_argument(
+                flag(self.name),
+                type=self.type or type(self.default),
+                choices=self.choices,
+                help=text,
+            )
+
+
+EVERY = POSITIVE_OR_OFF
+GROUPS: dict[str, list[Flag]] = {
+    "logging": [
+        Flag("run", "dummy", "Weights & Biases run name; dummy: off", on_resume=FREE),
+        Flag("out_dir", "out", "folder of run folders", on_resume=START),
+        Flag("model_tag", "", "name of the run folder; empty: d{depth}", on_resume=START),
+        Flag("tensorboard", False, "log to TensorBoard, in the run folder", on_resume=FREE),
+        Flag(
+            "config",
+            "",
+            "a run's config.json or a JSON file of flags; the command line wins",
+            on_resume=START,
+        ),
+    ],
+    "runtime": [
+        Flag(
+            "device_type",
+            "",
+            "empty: the first of cuda, mps, cpu that is present",
+            choices=("", "cuda", "mps", "cpu"),
+            on_resume=FREE,
+        ),
+        Flag(
+            "dtype",
+            "auto",
+            "compute dtype (weights stay fp32); auto: what the hardware multiplies fast; "
+            "float16: with loss scaling",
+            choices=("auto", "bfloat16", "float16", "float32"),
+            on_resume=FREE,
+        ),
+        Flag("compile", True, "compile the model's blocks with torch.compile", on_resume=FREE),
+        Flag(
+            "seed",
+            42,
+            "seed of weights, data order, dropout and samples",
+            range=SEED,
+            decides=False,
+        ),
+        Flag(
+            "attention",
+            "auto",
+            "attention backend: auto, blocked, sdpa, flex, triton, fa3 or fa4",
+            on_resume=FREE,
+        ),
+        Flag(
+            "activation_checkpointing",
+            False,
+            "recompute activations in the backward pass instead of storing them",
+            on_resume=FREE,
+        ),
+        Flag("shard", False, "shard the model with FSDP2 (not available yet)", on_resume=FREE),
+    ],
+    "fp8": [
+        Flag("fp8", False, "train large layers in fp8 (SM89 and later)"),
+        Flag(
+            "fp8_recipe",
+            "tensorwise",
+            "one scale for each tensor, or for each row",
+            choices=("tensorwise", "rowwise"),
+        ),
+    ],
+    "model": [
+        Flag("depth", 20, "number of layers; the one dial", range=AT_LEAST_1, shapes_model=True),
+        Flag(
+            "aspect_ratio",
+            64,
+            "width / depth; the width is rounded up to whole heads",
+            range=AT_LEAST_1,
+            shapes_model=True,
+        ),
+        Flag("head_dim", 128, "channels of an attention head", range=AT_LEAST_1, shapes_model=True),
+        Flag(
+            "n_kv_head",
+            -1,
+            "key/value heads; -1: as many as query heads",
+            range=POSITIVE_OR_OFF,
+            shapes_model=True,
+        ),
+        Flag("max_seq_len", 2048, "context in tokens", range=AT_LEAST_1),
+        Flag(
+            "window_pattern",
+            "SSSL",
+            "window of each layer, tiled: L full context, S short window; the last layer is "
+            "always L",
+            shapes_model=True,
+        ),
+        Flag(
+            "short_window",
+            -1,
+            "tokens that an S layer sees; -1: half the context",
+            range=POSITIVE_OR_OFF,
+        ),
+        Flag(
+            "arch",
+            "speedrun",
+            "llama: the plain decoder that other programs load",
+            choices=("speedrun", "llama"),
+            shapes_model=True,
+        ),
+        Flag(
+            "tie_embeddings",
+            False,
+            "share the weights of embedding and head (llama)",
+            shapes_model=True,
+        ),
+        Flag("dropout", 0.0, "share of residual updates that are dropped; 0: off", range=BELOW_1),
+    ],
+    "data": [
+        Flag(
+            "data",
+            "climbmix",
+            "climbmix, fineweb-edu, tinystories, shakespeare or "
+            "hf:<dataset>[:<config>[:<split>[:<column>]]] (downloaded as needed), python (source "
+            "code on this machine), or a path, glob or folder of .txt, .jsonl, .parquet",
+            on_resume=FREE,
+        ),
+        Flag(
+            "val_data",
+            "",
+            "path, glob or folder to validate on; empty: hold out a part of --data",
+            on_resume=FREE,
+        ),
+        Flag(
+            "tokenizer",
+            "bpe",
+            "bpe, char, byte, gpt2, or a folder with a saved tokenizer",
+            decides=False,
+        ),
+        Flag(
+            "vocab_size",
+            -1,
+            "vocabulary of a bpe tokenizer; -1: from the data size, at most 32768",
+            range=POSITIVE_OR_OFF,
+        ),
+        Flag(
+            "init_from",
+            "",
+            "run folder to take the initial weights, shape, context and tokenizer from; the "
+            "optimizer and horizon are new",
+            decides=False,
+        ),
+    ],
+    "horizon (the first one given wins, in this order)": [
+        Flag("num_iterations", -1, "training steps", range=POSITIVE_OR_OFF, on_resume=HORIZON),
+        Flag(
+            "target_flops",
+            -1,
+            "training FLOPs",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=HORIZON,
+        ),
+        Flag(
+            "target_tokens",
+            -1,
+            "training tokens",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=HORIZON,
+        ),
+        Flag(
+            "target_epochs",
+            -1,
+            "passes over the data",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=HORIZON,
+        ),
+        Flag(
+            "target_minutes",
+            -1,
+            "training time in minutes; evaluation and compilation do not count",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=HORIZON,
+        ),
+        Flag(
+            "target_param_data_ratio",
+            schedules.DEFAULT_PARAM_DATA_RATIO,
+            "training tokens per parameter of matrices and head; Chinchilla: 20",
+            range=RATIO,
+            on_resume=HORIZON,
+        ),
+    ],
+    "early end": [
+        Flag(
+            "stop_at_bpb",
+            -1,
+            "stop once validation reaches this many bits per byte; -1: off",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+            decides=True,
+        ),
+        Flag(
+            "patience",
+            -1,
+            "stop after this many evaluations without improvement; -1: off",
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+            decides=True,
+        ),
+    ],
+    "optimization (learning rates are those of the reference batch and width)": [
+        Flag(
+            "device_batch_size",
+            -1,
+            "rows that a device takes per pass; -1: the largest number that fits",
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+        ),
+        Flag(
+            "total_batch_size",
+            -1,
+            "tokens per step; -1: derived from the horizon",
+            range=POSITIVE_OR_OFF,
+        ),
+        Flag(
+            "optimizer",
+            "muon",
+            "optimizer of the matrices; all other parameters use AdamW",
+            choices=("muon", "adamw"),
+        ),
+        Flag(
+            "embedding_lr",
+            -1,
+            f"AdamW learning rate of tables; -1: by --arch, {schedules.EMBEDDING_LR}",
+            type=float,
+            range=RATE_OR_AUTO,
+        ),
+        Flag(
+            "unembedding_lr",
+            -1,
+            f"AdamW learning rate of the head; -1: by --arch, {schedules.UNEMBEDDING_LR}",
+            type=float,
+            range=RATE_OR_AUTO,
+        ),
+        Flag(
+            "weight_decay",
+            schedules.WEIGHT_DECAY,
+            "weight decay of the matrices",
+            range=NOT_NEGATIVE,
+        ),
+        Flag(
+            "matrix_lr",
+            -1,
+            f"learning rate of the matrices; -1: by --optimizer, {schedules.MATRIX_LR}",
+            type=float,
+            range=POSITIVE_OR_OFF,
+        ),
+        Flag(
+            "scalar_lr",
+            schedules.SCALAR_LR,
+            "AdamW learning rate of lambdas and gates",
+            range=NOT_NEGATIVE,
+        ),
+        Flag("adam_beta1", schedules.ADAM_BETA1, "beta1 of every AdamW group", range=BELOW_1),
+        Flag("adam_beta2", schedules.ADAM_BETA2, "beta2 of every AdamW group", range=BELOW_1),
+        Flag(
+            "lr_schedule",
+            "trapezoid",
+            "shape of the learning rate over the run; a cosine run cannot be extended",
+            choices=("trapezoid", "cosine"),
+        ),
+        Flag("warmup_ratio", schedules.WARMUP_RATIO, "warm-up / steps", range=FRACTION),
+        Flag("warmup_steps", -1, "warm-up in steps; -1: by --warmup-ratio", range=FROM_0_OR_OFF),
+        Flag("warmdown_ratio", schedules.WARMDOWN_RATIO, "warm-down / steps", range=FRACTION),
+        Flag(
+            "final_lr_frac",
+            schedules.FINAL_LR_FRAC,
+            "learning rate at the end / its peak",
+            range=FRACTION,
+        ),
+        Flag("grad_clip", 0.0, "largest gradient norm; 0: off", range=NOT_NEGATIVE),
+    ],
+    "resume": [
+        Flag(
+            "resume",
+            False,
+            "resume from the newest intact checkpoint, or start fresh if there is none; with a "
+            "longer horizon: extend the run from before its warm-down",
+            on_resume=START,
+        ),
+        Flag(
+            "resume_from_step",
+            -1,
+            "resume from the checkpoint of this step; -1: off",
+            range=FROM_0_OR_OFF,
+            on_resume=START,
+        ),
+        Flag(
+            "overwrite",
+            False,
+            "delete the run that the folder holds (with --resume-from-step: set its later "
+            "checkpoints aside)",
+            on_resume=START,
+        ),
+    ],
+    "evaluation (every: steps; -1: never, not even at the end)": [
+        Flag(
+            "eval_every",
+            250,
+            "steps between evaluations of validation bits per byte; also at the end",
+            range=EVERY,
+            on_resume=FREE,
+        ),
+        Flag(
+            "eval_tokens",
+            40 * 524288,
+            "held-out tokens to evaluate on, capped by the validation set; -1: all",
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+            decides=True,
+        ),
+        Flag(
+            "core_metric_every",
+            "auto",
+            "steps between CORE evaluations; also at the end; auto: 2000 on CUDA, -1 elsewhere",
+            type=number_or_auto,
+            range=EVERY,
+            on_resume=FREE,
+        ),
+        Flag(
+            "core_metric_max_per_task",
+            "auto",
+            "examples of each CORE task; -1: all; auto: 500 on CUDA, 50 elsewhere",
+            type=number_or_auto,
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+        ),
+        Flag(
+            "core_bundle",
+            "",
+            "folder of the CORE bundle; empty: the cached one, downloaded once",
+            on_resume=FREE,
+        ),
+        Flag(
+            "sample_every",
+            2000,
+            "steps between text samples; also at the end",
+            range=EVERY,
+            on_resume=FREE,
+        ),
+        Flag(
+            "sample_prompts",
+            "",
+            "file with one prompt a line; empty: beginnings of held-out documents",
+            on_resume=FREE,
+        ),
+    ],
+    "saving": [
+        Flag(
+            "save_every",
+            -1,
+            "steps between permanent checkpoints; -1: only at the end and where the warm-down "
+            "begins",
+            range=EVERY,
+            on_resume=FREE,
+        ),
+        Flag(
+            "save_every_minutes",
+            10,
+            "minutes between rolling checkpoints, each replacing the one before; -1: none",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+        ),
+        Flag(
+            "keep_last",
+            -1,
+            "permanent checkpoints to keep; -1: all",
+            range=POSITIVE_OR_OFF,
+            on_resume=FREE,
+        ),
+        Flag("no_save", False, "write no checkpoint at all", on_resume=FREE),
+    ],
+    "faults": [
+        Flag(
+            "max_skipped",
+            10,
+            "consecutive steps that may be skipped because of non-finite numbers",
+            range=AT_LEAST_1,
+            on_resume=FREE,
+        ),
+        Flag(
+            "debug_nans",
+            False,
+            "at the first such step: find the module that caused it, and stop",
+            on_resume=FREE,
+        ),
+        Flag(
+            "profile",
+            False,
+            "trace a few steps into the run folder, and report where the time goes",
+            on_resume=FREE,
+        ),
+    ],
+    "planning": [
+        Flag("dry_run", False, "print the plan and exit", on_resume=START),
+        Flag("json", False, "with --dry-run: print the plan as JSON", on_resume=START),
+        Flag("gpus", 1, "with --dry-run: devices to plan for", range=AT_LEAST_1, on_resume=START),
+        Flag("gpu", "", "with --dry-run: GPU to plan for, such as H100", on_resume=START),
+    ],
+}
+FLAGS = {row.name: row for rows in GROUPS.values() for row in rows}
+HORIZONS = tuple(name for name, row in FLAGS.items() if row.on_resume == HORIZON)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a parsed name: `eval_every` -> `--eval-every`."""
+    return "--" + name.replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of train.py. It stores only the flags that are given."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a GPT sized by --depth.",
+        usage="train.py --depth=N [options]; --help lists them all",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for title, rows in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            row.add_to(group)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """All flags as a Namespace; `given` on it is the set of names that were on the command line or,
+    with another value than the default, in --config.
+
+    Ends the process with exit code 2 for what argparse refuses. UsageError for an unusable
+    --config."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default="")
+    config = finder.parse_known_args(argv)[0].config
+    # a value that comes later wins, so the config's flags stand before those of the command line
+    words = [*config_words(config), *argv] if config else argv
+    args = build_parser().parse_args(words)
+    given = set(vars(args))
+    for name, row in FLAGS.items():
+        if name not in given:
+            setattr(args, name, row.default)
+    args.given = given
+    return args
+
+
+def config_words(path: str) -> list[str]:
+    """The command line that a JSON file stands for: a run's config.json (or its folder), or an
+    object of flag names and values.
+
+    Values equal to the default are left out. UsageError for anything else."""
+    if os.path.isfile(os.path.join(path, "config.json")):
+        path = os.path.join(path, "config.json")
+    content = read_json(path, "--config")
+    is_run = isinstance(content, dict) and "args" in content
+    values = content["args"] if is_run else content
+    if not isinstance(values, dict):
+        raise UsageError(f"--config={path}: neither a run's config.json nor an object of flags")
+    values = {name.removeprefix("--").replace("-", "_"): value for name, value in values.items()}
+    of_one_start = {name for name, row in FLAGS.items() if row.on_resume == START}
+    if is_run:
+        values = {name: value for name, value in values.items() if name not in of_one_start}
+    if unknown := [name for name in values if name not in FLAGS or name == "config"]:
+        raise UsageError(f"--config={path}: no such flag: {', '.join(map(flag, unknown))}")
+    return [
+        _word(path, name, value) for name, value in values.items() if value != FLAGS[name].default
+    ]
+
+
+def _word(path: str, name: str, value: Any) -> str:
+    """The command-line word that sets a flag to a JSON value."""
+    if isinstance(FLAGS[name].default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"--config={path}: {flag(name)} is {value!r}; give true or false")
+        return flag(name) if value else f"--no-{name.replace('_', '-')}"
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        shown = json.dumps(value)
+        raise UsageError(f"--config={path}: {flag(name)} is {shown}; give a number or a string")
+    return f"{flag(name)}={value}"
+
+
+def range_problems(args: argparse.Namespace) -> list[str]:
+    """A sentence for each flag whose value, by itself, is out of its range."""
+    problems = []
+    for name, row in FLAGS.items():
+        value = getattr(args, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{flag(name)}={value}: not a finite number; give a number")
+        elif row.range and not row.range.holds(value):
+            problems.append(f"{flag(name)}={value}: {row.range.reason}; {row.range.remedy}")
+    return problems

@@ -1,0 +1,140 @@
+"""The run folder <out-dir>/<model-tag>/: its config.json and summary.json, and who may write to
+it."""
+
+import fcntl
+import importlib.metadata
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UsageError, read_json, write_json
+from nanochat.run.metrics import finite_or_null
+
+FORMAT = 1
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "core.jsonl",
+    "summary.json",
+    "loss.png",
+    "report.html",
+)
+FOLDERS = ("checkpoints", "tokenizer", "wandb", "tensorboard", "profile")
+RECORDED_PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "rustbpe")
+
+
+class RunFolder:
+    """The folder of one run, written by rank 0 only."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.lock = None
+
+    @property
+    def config_path(self) -> Path:
+        """Where config.json is."""
+        return self.path / "config.json"
+
+    def holds_run(self) -> bool:
+        """True if a run's config.json exists. UsageError if it is another program's."""
+        if not self.config_path.exists():
+            return False
+        config = read_json(self.config_path, "run folder")
+        if not isinstance(config, dict) or not {"format", "args"} <= set(config):
+            raise UsageError(
+                f"run folder: {self.config_path} was not written by nanochat; give another "
+                "--model-tag or --out-dir"
+            )
+        return True
+
+    def remains(self) -> list[str]:
+        """Names of the files of a run that exist, config.json left out: what a damaged run left."""
+        names = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints")
+        return [name for name in names if (self.path / name).exists()]
+
+    def claim(self) -> None:
+        """Create the folder and hold it until the process ends. UsageError if it cannot be written
+        or another process holds it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until the end)
+        except OSError as error:
+            raise UsageError(
+                f"--out-dir: the run folder {self.path} cannot be written ({error.strerror}); "
+                "give another --out-dir"
+            ) from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"--model-tag: {self.path} is in use by a training process that is still running; "
+                "wait for it, stop it, or give another --model-tag"
+            ) from None
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json of the run. UsageError if a newer version wrote it or it is damaged."""
+        config = read_json(self.config_path, "run folder")
+        if config.get("format") != FORMAT:
+            raise UsageError(
+                f"run folder: {self.config_path} has format {config.get('format')}; this version "
+                f"reads format {FORMAT}: use the version of nanochat that wrote it"
+            )
+        return config
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Replace config.json."""
+        write_json(self.config_path, {**config, "format": FORMAT})
+
+    def clear(self) -> None:
+        """Delete the run that the folder holds (--overwrite), config.json first; files that no run
+        writes stay."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob("fault_step_*.json"):
+            path.unlink()
+        for name in FOLDERS:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+
+
+def write_summary(path: Path | str, **values: Any) -> dict[str, Any]:
+    """Replace a run folder's summary.json and return its content. Numbers that do not exist (yet)
+    are null."""
+    summary = {"format": FORMAT, **finite_or_null(values)}
+    write_json(Path(path) / "summary.json", summary)
+    return summary
+
+
+def status_of(path: Path | str) -> str | None:
+    """`status` in a run folder's summary.json; None if that is missing or damaged: it is rewritten
+    when the run continues."""
+    try:
+        return read_json(Path(path) / "summary.json", "run folder").get("status")
+    except (UsageError, AttributeError):
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit and library versions, for config.json. The commit is null outside a checkout."""
+    return {
+        "git_commit": _git_commit(),
+        "versions": {package: _version(package) for package in RECORDED_PACKAGES},
+    }
+
+
+def _git_commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    root = Path(__file__).resolve().parent.parent.parent
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True)
+    return git.stdout.strip() if git.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

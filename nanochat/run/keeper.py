@@ -1,0 +1,86 @@
+"""When the state of a run is saved, on which rank, and what happens to saves that failed."""
+
+from dataclasses import asdict
+
+from nanochat.data.token_cache import TokenCache
+from nanochat.model.decoder import Decoder
+from nanochat.optim.optimizer import Optimizer
+from nanochat.ranks import from_rank0
+from nanochat.run.clock import Clock
+from nanochat.run.saver import Saver
+from nanochat.run.state import TrainState
+
+
+class Keeper:
+    """Saves the parts of a run as checkpoints. Every rank calls it alike; rank 0's Saver writes."""
+
+    def __init__(
+        self,
+        saver: Saver | None,
+        *,
+        model: Decoder,
+        optimizer: Optimizer,
+        cache: TokenCache,
+        clock: Clock,
+        first_step: int,
+        enabled: bool,
+    ) -> None:
+        """saver: rank 0's, None elsewhere. first_step: where this start of the run begins, whose
+        state is saved already. enabled: False with --no-save."""
+        self.saver = saver
+        self.model = model
+        self.optimizer = optimizer
+        self.cache = cache
+        self.clock = clock
+        self.first_step = first_step
+        self.enabled = enabled
+        # step and kind of the newest save, and whether it waits for a good step
+        self.newest: tuple[int, str, bool] = (-1, "", False)
+
+    def save(self, kind: str, state: TrainState, hold: bool = False) -> None:
+        """Save the state as a checkpoint of a kind; every rank takes part, since that gathers.
+
+        hold: the step before was skipped, so what follows it may be no good either: the state is
+        written only after a good step."""
+        if not self.enabled or (state.step == self.first_step and kind != "final"):
+            return
+        if kind == "rolling" and self.newest[0] == state.step and not self.newest[2]:
+            return
+        self.newest = (state.step, kind, hold)
+        optimizer_state = self.optimizer.state()
+        if self.saver:
+            state.shard_tokens = dict(self.cache.lengths)
+            self.saver.save(state.step, kind, self.model, optimizer_state, asdict(state), hold)
+        self.clock.note_save()
+
+    def rolling_due(self) -> bool:
+        """Whether a rolling checkpoint is due by rank 0's clock; a save in progress, or one that
+        will be retried, comes first."""
+        if not self.saver or not self.enabled or self.saver.busy() or self.saver.can_retry():
+            return False
+        return self.clock.save_due()
+
+    def mark_best(self, step: int, bpb: float) -> None:
+        """Let checkpoints/best name the checkpoint of a step if its bpb is the lowest so far."""
+        if self.saver:
+            self.saver.mark_best(step, bpb)
+
+    def after_step(self, finite: bool) -> None:
+        """After a good step, write what was held and retry what failed."""
+        if self.saver and finite:
+            self.saver.release()
+            self.saver.retry()
+
+    def wait(self) -> None:
+        """Return when no save is in progress."""
+        if self.saver:
+            self.saver.wait()
+
+    def finish(self) -> str:
+        """Wait for the last save. Returns why it failed, or "", on every rank."""
+        return from_rank0(self.saver.finish() if self.saver else "")
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        if self.saver:
+            self.saver.close()

@@ -1,0 +1,232 @@
+"""A plan as people and programs read it: the block printed before step 0, and --json."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.common import human_bytes, human_time
+from nanochat.model import fp8
+from nanochat.model.build import meta_model
+from nanochat.model.config import GPTConfig
+from nanochat.run import memory
+from nanochat.run.flags import flag
+from nanochat.run.plan import ASSUMED_MFU, Machine, Plan
+from nanochat.run.runtime import Runtime
+
+LONG_RUN_SECONDS = 2 * 86400
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A plan together with what it was made for.
+
+    device_batch: rows that a device takes per pass. step_memory(rows): estimated peak bytes of a
+    device. depth, aspect_ratio, optimizer: the flags."""
+
+    plan: Plan
+    config: GPTConfig
+    machine: Machine
+    runtime: Runtime
+    device_batch: int
+    tokens_per_epoch: float
+    step_memory: Callable[[int], int]
+    depth: int
+    aspect_ratio: int
+    optimizer: str
+
+    @property
+    def accumulation(self) -> int:
+        """Passes of every device in a step."""
+        return self.plan.rows_per_step // (self.device_batch * self.machine.devices)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Estimated size of a checkpoint."""
+        return memory.state_bytes(self.plan.parameters, self.optimizer)
+
+
+def fit_plan(
+    args: argparse.Namespace,
+    plan: Plan,
+    config: GPTConfig,
+    machine: Machine,
+    runtime: Runtime,
+    tokens_per_epoch: float,
+    free_bytes: float,
+) -> PlannedRun:
+    """Choose the rows that a device takes per pass. free_bytes: of one device.
+
+    UsageError if a given number does not fit the batch or the memory, or if no row fits."""
+    step_memory = memory.StepMemory(
+        config=config,
+        parameters=plan.parameters,
+        compute_dtype=runtime.dtype,
+        backend=runtime.attention,
+        optimizer=args.optimizer,
+        compiled=runtime.compiled,
+        activation_checkpointing=args.activation_checkpointing,
+        device_type=machine.device_type,
+        saves=not args.no_save,
+    )
+    device_batch = memory.pick_device_batch(
+        step_memory.process_bytes,
+        device_batch_size=args.device_batch_size,
+        rows_per_step=plan.rows_per_step,
+        max_seq_len=args.max_seq_len,
+        free_bytes=free_bytes,
+        world_size=machine.devices,
+        device_type=machine.device_type,
+    )
+    return PlannedRun(
+        plan=plan,
+        config=config,
+        machine=machine,
+        runtime=runtime,
+        device_batch=device_batch,
+        tokens_per_epoch=tokens_per_epoch,
+        step_memory=step_memory.process_bytes,
+        depth=args.depth,
+        aspect_ratio=args.aspect_ratio,
+        optimizer=args.optimizer,
+    )
+
+
+def as_json(run: PlannedRun) -> dict[str, Any]:
+    """The plan as numbers, for --json."""
+    converted = fp8.large_layers(meta_model(run.config)) if run.runtime.fp8_recipe else {}
+    return {
+        "model": dataclasses.asdict(run.config),
+        "plan": run.plan.as_dict(),
+        "flops": run.plan.flops,
+        "devices": run.machine.devices,
+        "device_batch_size": run.device_batch,
+        "accumulation": run.accumulation,
+        "dtype": run.runtime.dtype_name,
+        "fp8_layers": list(converted),
+        "peak_flops": run.machine.peak_flops,
+        "peak": run.machine.peak,
+        "estimates": {
+            "seconds": run.plan.estimated_seconds(run.machine),
+            "assumed_mfu": ASSUMED_MFU,
+            "memory_bytes": run.step_memory(run.device_batch),
+            "checkpoint_bytes": run.checkpoint_bytes,
+        },
+    }
+
+
+def format_plan(run: PlannedRun) -> str:
+    """The plan as an aligned block of lines."""
+    sections = {
+        "model": _model_lines(run),
+        "parameters": _parameter_lines(run.plan),
+        "horizon": _horizon_lines(run),
+        "batch": _batch_lines(run),
+        "optimizer": _optimizer_lines(run.plan),
+        "estimates": _estimate_lines(run),
+    }
+    lines = ["plan:"]
+    for section, entries in sections.items():
+        title = section
+        for name, value in entries.items():
+            lines.append(f"  {title:<11} {name:<26} {value}")
+            title = ""
+    return "\n".join(lines)
+
+
+Lines = dict[str, Any]
+
+
+def _model_lines(run: PlannedRun) -> Lines:
+    config = run.config
+    derivation = f"{run.depth} x {run.aspect_ratio}, rounded up to heads of {config.head_dim}"
+    windows = [str(min(window, config.max_seq_len)) for window in config.windows()]
+    return {
+        "arch": config.arch,
+        "depth": config.depth,
+        "width": f"{config.width} ({derivation})",
+        "heads": f"{config.n_head} query, {config.n_kv_head} key/value",
+        "context": config.max_seq_len,
+        "windows": " ".join(windows),
+        "vocabulary": config.vocab_size,
+    }
+
+
+def _parameter_lines(plan: Plan) -> Lines:
+    lines: Lines = {group: f"{count:,}" for group, count in plan.parameters.items() if count}
+    lines["scaling (matrices + head)"] = f"{plan.scaling_parameters:,}"
+    return lines
+
+
+def _horizon_lines(run: PlannedRun) -> Lines:
+    plan = run.plan
+    tokens = f"{plan.tokens:,.0f}"
+    steps = plan.num_iterations
+    if steps is None:
+        steps = "fixed once the speed is measured"
+        tokens += " (estimate)"
+    epochs = f"{plan.tokens / run.tokens_per_epoch:.2f}"
+    if plan.tokens > run.tokens_per_epoch:
+        epochs += ": the data repeats"
+    return {
+        "decided by": f"{flag(plan.horizon)}={plan.horizon_value}",
+        "steps": steps,
+        "tokens": tokens,
+        "epochs": epochs,
+        "tokens per parameter": f"{plan.tokens / plan.scaling_parameters:.2f}",
+        "FLOPs": f"{plan.flops:.3e} ({plan.flops_per_token:,} a token)",
+    }
+
+
+def _batch_lines(run: PlannedRun) -> Lines:
+    plan = run.plan
+    rows = plan.rows_per_step
+    return {
+        "tokens a step": f"{rows} x {run.config.max_seq_len} = {plan.total_batch_tokens:,}",
+        "rows": f"{run.device_batch} a device x {run.machine.devices} devices x "
+        f"{run.accumulation} accumulated = {rows}",
+    }
+
+
+def _optimizer_lines(plan: Plan) -> Lines:
+    lines: Lines = {}
+    for name, group in plan.groups.items():
+        if plan.parameters[name]:
+            lines[name] = ", ".join(f"{key} {value:.4g}" for key, value in group.items())
+    schedule = plan.schedule
+    warmdown = str(plan.warmdown_steps)
+    if plan.num_iterations is None:
+        warmdown = f"{schedule.warmdown_ratio:.0%}"
+    lines["schedule"] = (
+        f"{schedule.shape}, warm-up {plan.warmup_steps} steps, warm-down {warmdown} to "
+        f"{schedule.final_lr_frac:g}"
+    )
+    return lines
+
+
+def _estimate_lines(run: PlannedRun) -> Lines:
+    machine = run.machine
+    seconds = human_time(run.plan.estimated_seconds(machine))
+    peak = f"{machine.peak_flops / 1e12:.3g} TFLOP/s ({machine.peak})"
+    return {
+        "time": f"{seconds} at {ASSUMED_MFU:.0%} of {machine.devices} x {peak}",
+        "memory a device": human_bytes(run.step_memory(run.device_batch)),
+        "a checkpoint": human_bytes(run.checkpoint_bytes),
+    }
+
+
+def long_run_advice(run: PlannedRun) -> str:
+    """For a run of more than two days, a sentence on what would fit this machine; else ""."""
+    seconds = run.plan.estimated_seconds(run.machine)
+    if seconds <= LONG_RUN_SECONDS:
+        return ""
+    budget = "a time budget such as --target-minutes=600"
+    advice = f"this run is estimated to take {human_time(seconds)}; for this machine try "
+    # with these horizons a smaller model would take as long
+    if run.plan.horizon in ("target_minutes", "target_flops"):
+        return advice + budget
+    # time grows with the parameters, about depth^3, and at a fixed ratio so do the tokens
+    power = 6 if run.plan.horizon == "target_param_data_ratio" else 3
+    depth = int(run.depth * (LONG_RUN_SECONDS / seconds) ** (1 / power))
+    return f"{advice}--depth={max(1, min(run.depth - 1, depth))}, or {budget}"

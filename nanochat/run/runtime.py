@@ -1,0 +1,79 @@
+"""What computes how on this machine: compute dtype, attention, compiler, fp8, loss."""
+
+import argparse
+from typing import NamedTuple
+
+import torch
+
+from nanochat import hardware
+from nanochat.hardware import Gpu
+from nanochat.model import fp8
+from nanochat.model.attention import pick_backend
+from nanochat.model.build import meta_model
+from nanochat.model.config import GPTConfig
+from nanochat.model.loss import pick_loss
+from nanochat.run.plan import model_config
+
+
+class Runtime(NamedTuple):
+    """no_compiler: why torch.compile is not used, or None. fp8_recipe: of layers that are trained
+    in fp8, or None."""
+
+    dtype: torch.dtype
+    dtype_reason: str
+    attention: str
+    attention_reason: str
+    no_compiler: str | None
+    fp8_recipe: str | None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.no_compiler is None
+
+    @property
+    def dtype_name(self) -> str:
+        """The compute dtype as --dtype spells it."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = None) -> Runtime:
+    """The Runtime that the flags ask for on this machine, or on a listed GPU.
+
+    UsageError for what cannot be had there."""
+    capability = gpu.capability if gpu else None
+    dtype, dtype_reason = hardware.pick_dtype(
+        args.dtype, device_type, training=True, capability=capability
+    )
+    no_compiler = None
+    if not args.compile:
+        no_compiler = "--no-compile"
+    elif gpu is None:
+        no_compiler = hardware.compiler_missing(device_type)
+    backend, backend_reason = pick_backend(
+        args.attention, device_type, dtype, args.head_dim, capability, no_compiler
+    )
+    fp8_recipe = None
+    if args.fp8:
+        fp8_recipe = args.fp8_recipe
+        # the vocabulary plays no part: the head is never converted
+        model = meta_model(model_config(args, vocab_size=1))
+        fp8.require(model, device_type, dtype, no_compiler, capability)
+    return Runtime(dtype, dtype_reason, backend, backend_reason, no_compiler, fp8_recipe)
+
+
+def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devices: int) -> str:
+    """The line that says what computes how, and why."""
+    loss, loss_reason = pick_loss(device_type, runtime.compiled)
+    numbers = f"{runtime.dtype_name} ({runtime.dtype_reason})"
+    if runtime.dtype == torch.float16:
+        numbers += " with loss scaling"
+    if runtime.fp8_recipe:
+        numbers += f", {fp8.in_words(meta_model(config), runtime.fp8_recipe)}"
+    compiled = "compiled per block" if runtime.compiled else f"eager ({runtime.no_compiler})"
+    return (
+        f"runtime: {device_type} x {devices}, {numbers}; "
+        f"attention: {runtime.attention} ({runtime.attention_reason}); {compiled}; "
+        f"loss: {loss} ({loss_reason}), cross-entropy in fp32; "
+        "fp32 products in full precision; deterministic algorithms on"
+    )

@@ -1,0 +1,110 @@
+"""The text of a run, opened: corpus, tokenizer, training rows, held-out pieces."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochat.common import UsageError
+from nanochat.data.rows import Rows, describe_tokens, held_out_pieces
+from nanochat.data.sources import Corpus, compressed_bits_per_byte, describe_corpus, open_corpus
+from nanochat.data.token_cache import TokenCache, load_tokenizer
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.ranks import from_rank0_or_raise, print0
+from nanochat.run.resume import OpenedRun
+from nanochat.run.screen import bar
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """tokens_per_epoch: of training; an estimate for a large corpus. held_out: validation pieces.
+    byte_counts: int64 (V,), bytes of each token id. compressed_bpb: bits per byte of general
+    compressors on the held-out text."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    rows: Rows
+    tokens_per_epoch: float
+    held_out: list[np.ndarray]
+    byte_counts: np.ndarray
+    compressed_bpb: dict[str, float]
+
+
+def open_text(run: OpenedRun) -> TrainingText:
+    """Open the text of a run; every rank calls it. Rank 0 fetches, fits and tokenizes first, the
+    others then find the results in the cache.
+
+    UsageError for text that is not the one that a resumed run was started with, for unusable text,
+    and if nothing is left to validate on."""
+    args = run.args
+    corpus = _open_corpus(run)
+    print0("\n".join(describe_corpus(corpus)))
+    tokenizer = _open_tokenizer(run, corpus)
+    lengths = run.saved_state.get("shard_tokens")
+    cache = TokenCache(tokenizer, torch.get_num_threads(), lengths)
+    rows = Rows(corpus, cache, args.max_seq_len, args.seed)
+
+    def tokenize() -> None:
+        wanted = [*corpus.val, *rows.first_shards()]
+        cache.prepare(wanted, lambda shards: bar(shards, "tokenizing", "shard"))
+
+    from_rank0_or_raise(tokenize)
+    if run.config:
+        tokens_per_epoch = run.config["data"]["tokens_per_epoch"]
+        compressed = run.config["data"]["compressed_bpb"]
+    else:
+        tokens_per_epoch = rows.tokens_per_epoch()
+        compressed = from_rank0_or_raise(lambda: compressed_bits_per_byte(corpus.val))
+    most = args.eval_tokens if args.eval_tokens != -1 else sys.maxsize
+    pieces = held_out_pieces(corpus.val, cache, args.max_seq_len, most)
+    if not pieces and args.eval_every != -1:
+        raise UsageError(
+            f"--data={args.data}: no text is left to validate on; give more text, or --val-data, "
+            "or --eval-every=-1"
+        )
+    print0(describe_tokens(rows, tokens_per_epoch, pieces))
+    words = [f"{name} {bits} bits per byte" for name, bits in compressed.items()]
+    print0("held-out text compressed:", ", ".join(words))
+    return TrainingText(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        rows=rows,
+        tokens_per_epoch=tokens_per_epoch,
+        held_out=pieces,
+        byte_counts=tokenizer.byte_counts(),
+        compressed_bpb=compressed,
+    )
+
+
+def _open_corpus(run: OpenedRun) -> Corpus:
+    """The corpus of --data, which has to be that of a resumed run."""
+    args = run.args
+    was = run.config["data"] if run.config else {}
+    revision = was.get("revision", "")
+    corpus = from_rank0_or_raise(lambda: open_corpus(args.data, args.val_data, revision, print0))
+    if run.config and corpus.fingerprint != was["fingerprint"]:
+        raise UsageError(
+            f"--data={args.data}: the text is not the one that this run was started with "
+            f"(fingerprint {corpus.fingerprint[:16]} instead of {was['fingerprint'][:16]}); "
+            "restore it, or start another run with --model-tag"
+        )
+    return corpus
+
+
+def _open_tokenizer(run: OpenedRun, corpus: Corpus) -> Tokenizer:
+    """The tokenizer of the flags, of the resumed run or of --init-from."""
+    args = run.args
+    own: Path | None = run.folder.path / "tokenizer" if run.config else None
+    tokenizer = load_tokenizer(
+        args.tokenizer,
+        args.vocab_size,
+        corpus,
+        of_run=own,
+        of_source=run.source.tokenizer if run.source else None,
+        chosen="tokenizer" in args.given,
+    )
+    if run.config and tokenizer.fingerprint != run.config["tokenizer"]["fingerprint"]:
+        raise UsageError(f"{own} is not the tokenizer of this run; restore the original file")
+    return tokenizer
