@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# The standard table: how long each part of training takes on this machine. Writes bench/<model>.json; compare two machines or two
-# versions with `nanochat bench --compare bench/d4.json`.
+# The standard table: how long each part of training takes on this machine. Writes
+# bench/<model>.json; compare two machines or two versions with
+# `nanochat bench --compare bench/d4.json`.
 #   CPU    depth 4 and 6, context 512, vocabulary 4,096, 16 rows; about 10 minutes on 2 cores
 #   CUDA   depth 12, 20 and 24, context 2,048, vocabulary 32,768, 16, 8 and 8 rows
-# Nothing else should run beside it. Arguments go to every `nanochat bench`, such as --repeats=15 or --only=step.
+# Run nothing else meanwhile. Arguments go to every `nanochat bench`, such as --repeats=15 or
+# --only=step.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 mkdir -p bench
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    nanochat bench --depth=12 --max-seq-len=2048 --vocab-size=32768 --device-batch-size=16 --out=bench/d12.json "$@"
-    nanochat bench --depth=20 --max-seq-len=2048 --vocab-size=32768 --device-batch-size=8 --out=bench/d20.json "$@"
-    nanochat bench --depth=24 --max-seq-len=2048 --vocab-size=32768 --device-batch-size=8 --out=bench/d24.json "$@"
+    shape="--max-seq-len=2048 --vocab-size=32768"
+    nanochat bench --depth=12 $shape --device-batch-size=16 --out=bench/d12.json "$@"
+    nanochat bench --depth=20 $shape --device-batch-size=8 --out=bench/d20.json "$@"
+    nanochat bench --depth=24 $shape --device-batch-size=8 --out=bench/d24.json "$@"
 else
-    nanochat bench --depth=4 --max-seq-len=512 --vocab-size=4096 --device-batch-size=16 --out=bench/d4.json "$@"
-    nanochat bench --depth=6 --max-seq-len=512 --vocab-size=4096 --device-batch-size=16 --out=bench/d6.json "$@"
+    shape="--max-seq-len=512 --vocab-size=4096 --device-batch-size=16"
+    nanochat bench --depth=4 $shape --out=bench/d4.json "$@"
+    nanochat bench --depth=6 $shape --out=bench/d6.json "$@"
 fi
-python - bench/*.json <<'EOF'
+python - bench/*.json <<'PYTHON'
 import json, sys
-tables = {path: {entry["name"]: entry for entry in json.load(open(path))["results"]} for path in sys.argv[1:]}
-print("RESULT", *(f"{path}:{table['step']['tokens_per_sec']:.0f}tok/s={table['step']['share_of_peak']:.1%}" for path, table in tables.items() if "step" in table))
-EOF
+
+words = []
+for path in sys.argv[1:]:
+    for entry in json.load(open(path))["results"]:
+        if entry["name"] == "step":
+            speed, share = entry["tokens_per_sec"], entry["share_of_peak"]
+            words.append(f"{path}:{speed:.0f}tok/s={share:.1%}")
+print("RESULT", *words)
+PYTHON

@@ -1,5 +1,6 @@
-"""nanochat doctor: on this machine, on worse ones (simulated), and without the packages it could do without."""
+"""`nanochat doctor`: on this machine, on worse ones (simulated), and without optional packages."""
 
+import dataclasses
 import http.server
 import json
 import re
@@ -13,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from nanochat import hardware
+from nanochat.__main__ import main
 from nanochat.apps import doctor
+from nanochat.apps.doctor import advice, machine, packages, surroundings
+from nanochat.apps.doctor.facts import Facts
+from nanochat.apps.doctor.machine import GpuFacts, Machine
+from nanochat.apps.doctor.surroundings import Hub, Place
+from nanochat.apps.doctor.text import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +55,7 @@ def examined(capsys, *flags):
 
 
 def remarks(facts):
-    return " | ".join(" ".join(entry.values()) for entry in facts["slow"])
+    return " | ".join(" ".join(remark) for remark in advice.slow(facts))
 
 
 def test_this_machine(capsys, tmp_path):
@@ -65,10 +72,43 @@ def test_this_machine(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+def test_keys_of_the_json(capsys):
+    """In this order; without a working torch those of the machine are left out."""
+    _, facts = examined(capsys)
+    assert list(facts) == [
+        "python",
+        "system",
+        "packages",
+        "torch_error",
+        "device",
+        "missing",
+        "gpus",
+        "dtype",
+        "dtype_reason",
+        "cpu",
+        "cores",
+        "threads",
+        "bf16_cpu",
+        "free_memory_bytes",
+        "cuda_build",
+        "rows_that_fit",
+        "matmul_flops",
+        "compiler_problem",
+        "disk",
+        "dataset_hub",
+        "wandb",
+        "needed",
+        "slow",
+    ]
+    assert list(facts["disk"]["runs"]) == ["path", "free_bytes", "problem"]
+    assert list(facts["dataset_hub"]) == ["address", "problem"]
+    assert all(list(remark) == ["what", "why", "remedy"] for remark in facts["slow"])
+
+
 def test_text_and_a_real_compilation():
     """In a process of its own, as a user starts it; imports of the module alone are light."""
     code = (
-        "import sys\nfrom nanochat import doctor\nassert 'torch' not in sys.modules\n"
+        "import sys\nfrom nanochat.apps import doctor\nassert 'torch' not in sys.modules\n"
         "sys.exit(doctor.main(sys.argv[1:]))"
     )
     done = subprocess.run(
@@ -82,52 +122,49 @@ def test_text_and_a_real_compilation():
     assert "TFLOP/s" in found["matrix products"] and "cores" in found["cpu"]
     if hardware.compiler_missing("cpu") is None:
         assert found["torch.compile"] == "works"
-    assert (
-        "what training needs is here" in done.stdout
-        and "what will be slow here and why:" in done.stdout
+    assert "everything that training needs is here" in done.stdout
+    assert "what will be slow here and why:" in done.stdout
+
+
+GPU = GpuFacts("NVIDIA H100 80GB HBM3", 80e9, 79e9, "9.0")
+GOOD_MACHINE = Machine(
+    device="cuda",
+    gpus=[GPU],
+    dtype="bfloat16",
+    dtype_reason="SM90",
+    cpu="a CPU",
+    cores=32,
+    threads=32,
+    bf16_cpu=True,
+    free_memory_bytes=79e9,
+    cuda_build="13.0",
+    compiler_problem=None,
+    rows_that_fit={4: 512, 32: 4},
+    matmul_flops={"float32": 5e13, "bfloat16": None},
+)
+
+
+def good_facts(has_nvidia_gpu=False, **changes):
+    """Facts of a machine with one modern GPU, but for the changes."""
+    place = Place("/data", 10**12, None)
+    return Facts(
+        python="3.12.1",
+        system="Linux x86_64",
+        packages={"torch": "2.13.0"},
+        missing=[],
+        torch_error=None,
+        machine=dataclasses.replace(GOOD_MACHINE, **changes),
+        disk={"caches": place, "runs": place},
+        dataset_hub=Hub("x", None),
+        wandb="WANDB_API_KEY",
+        has_nvidia_gpu=has_nvidia_gpu,
     )
 
 
-def test_nothing_is_slow_on_a_good_machine(capsys, monkeypatch):
-    facts = good_gpu()
-    assert doctor.slow(facts) == [] and doctor.needed(facts) == []
-    assert doctor.as_text({**facts, "slow": [], "needed": []}).endswith(
-        "what will be slow here and why: nothing"
-    )
-
-
-def good_gpu(**changes):
-    """Facts of a machine with one modern GPU."""
-    gpu = {
-        "name": "NVIDIA H100 80GB HBM3",
-        "memory_bytes": 80e9,
-        "free_memory_bytes": 79e9,
-        "capability": "9.0",
-    }
-    place = {"path": "/data", "free_bytes": 10**12, "problem": None}
-    return {
-        "python": "3.12.1",
-        "system": "Linux x86_64",
-        "packages": {"torch": "2.13.0"},
-        "missing": [],
-        "torch_error": None,
-        "device": "cuda",
-        "gpus": [gpu],
-        "dtype": "bfloat16",
-        "dtype_reason": "SM90",
-        "cpu": "a CPU",
-        "cores": 32,
-        "threads": 32,
-        "bf16_cpu": True,
-        "free_memory_bytes": 79e9,
-        "cuda_build": "13.0",
-        "compiler_problem": None,
-        "rows_that_fit": {4: 512, 32: 4},
-        "matmul_flops": {"float32": 5e13, "bfloat16": None},
-        "disk": {"caches": place, "runs": place},
-        "dataset_hub": {"address": "x", "problem": None},
-        "wandb": "WANDB_API_KEY",
-    } | changes
+def test_nothing_is_slow_on_a_good_machine():
+    facts = good_facts(has_nvidia_gpu=True)
+    assert advice.slow(facts) == [] and advice.needed(facts) == []
+    assert as_text(facts).endswith("what will be slow here and why: nothing")
 
 
 @pytest.mark.parametrize(
@@ -136,11 +173,11 @@ def good_gpu(**changes):
         ({"dtype": "float32"}, ["no bf16 matrix instructions", "they run in fp32", "Ampere"]),
         (
             {"dtype": "float16"},
-            ["no bf16 matrix instructions", "fp16 in training, whose loss is scaled", "Ampere"],
+            ["no bf16 matrix instructions", "fp16 in training, with loss scaling", "Ampere"],
         ),
         (
             {"rows_that_fit": {4: 128, 20: 0, 24: 0}, "free_memory_bytes": 15.8e9},
-            ["of --depth=20", "not even one row", "14.7 GiB", "--max-seq-len"],
+            ["at --depth=20", "not even one row", "14.7 GiB", "--max-seq-len"],
         ),
         (
             {"compiler_problem": "triton is not installed"},
@@ -148,21 +185,8 @@ def good_gpu(**changes):
         ),
         ({"free_memory_bytes": 3e9}, ["2.8 GiB of memory are free", "--depth"]),
         (
-            {
-                "gpus": [
-                    {
-                        "name": "G",
-                        "memory_bytes": 80e9,
-                        "free_memory_bytes": 20e9,
-                        "capability": "9.0",
-                    }
-                ]
-            },
+            {"gpus": [GpuFacts("G", 80e9, 20e9, "9.0")]},
             ["other programs hold", "nvidia-smi"],
-        ),
-        (
-            {"disk": {"caches": {"path": "/c", "free_bytes": 10**9, "problem": None}}},
-            ["free at /c", "NANOCHAT_BASE_DIR"],
         ),
         (
             {"device": "cpu", "gpus": [], "bf16_cpu": False},
@@ -182,10 +206,16 @@ def good_gpu(**changes):
         ),
     ],
 )
-def test_what_will_be_slow(monkeypatch, changes, words):
-    monkeypatch.setattr(doctor, "nvidia_gpu_present", lambda: False)
-    found = remarks({"slow": doctor.slow(good_gpu(**changes))})
+def test_what_will_be_slow(changes, words):
+    found = remarks(good_facts(**changes))
     assert all(word in found for word in words), found
+
+
+def test_little_disk():
+    facts = good_facts()
+    facts.disk["caches"] = Place("/c", 10**9, None)
+    found = remarks(facts)
+    assert "free at /c" in found and "NANOCHAT_BASE_DIR" in found
 
 
 def test_a_t4(monkeypatch):
@@ -204,30 +234,23 @@ def test_a_t4(monkeypatch):
     monkeypatch.setattr(hardware, "pick_device_type", lambda requested: gpu.type)
     monkeypatch.setattr(hardware, "matmul_flops", lambda device, dtype, n, repeats: 1e12)
     monkeypatch.setattr(hardware, "compiler_missing", lambda device_type: None)
-    facts = good_gpu(**doctor.machine(quick=True))
-    assert facts["dtype"] == "float16" and set(facts["matmul_flops"]) == {
-        "float32",
-        "bfloat16",
-        "float16",
-    }
-    rows = facts["rows_that_fit"]
+    facts = good_facts()
+    facts.machine = machine.examine_machine(quick=True)
+    assert facts.machine.dtype == "float16"
+    assert set(facts.machine.matmul_flops) == {"float32", "bfloat16", "float16"}
+    rows = facts.machine.rows_that_fit
     assert rows[4] > rows[12] >= 1 and rows[24] == 0
-    facts |= {"slow": doctor.slow(facts), "needed": []}
-    shown = doctor.as_text(facts)
-    assert (
-        f"{rows[4]} at depth 4" in shown
-        and "at depth 24" not in shown
-        and "cuda in float16 (SM75 has no bf16" in shown
-    )
+    facts.slow = advice.slow(facts)
+    shown = as_text(facts)
+    assert f"{rows[4]} at depth 4" in shown and "at depth 24" not in shown
+    assert "cuda in float16 (SM75 has no bf16" in shown
     assert "Tesla T4 has no bf16 matrix instructions" in shown and "not even one row" in shown
 
 
-def test_an_idle_gpu(monkeypatch):
-    monkeypatch.setattr(doctor, "nvidia_gpu_present", lambda: True)
-    assert "build for CPUs" in remarks(
-        {"slow": doctor.slow(good_gpu(device="cpu", gpus=[], cuda_build=None))}
-    )
-    assert "driver" in remarks({"slow": doctor.slow(good_gpu(device="cpu", gpus=[]))})
+def test_an_idle_gpu():
+    changes = {"has_nvidia_gpu": True, "device": "cpu", "gpus": []}
+    assert "build for CPUs" in remarks(good_facts(**changes, cuda_build=None))
+    assert "driver" in remarks(good_facts(**changes))
 
 
 def hide(monkeypatch, *names):
@@ -251,31 +274,28 @@ def hide(monkeypatch, *names):
 
 
 def test_optional_packages_are_named_with_their_pip_line(capsys, monkeypatch):
-    hide(monkeypatch, *doctor.OPTIONAL)
-    monkeypatch.setattr(doctor, "nvidia_gpu_present", lambda: False)
+    hide(monkeypatch, *packages.OPTIONAL)
     assert doctor.main(["--quick"]) == 0
     shown = capsys.readouterr().out
-    for name in set(doctor.OPTIONAL) - {"triton"}:
-        assert re.search(
-            rf"^not installed +{name} \(.*\): pip install '{name}", shown, re.MULTILINE
-        )
-    assert "triton" not in shown
+    for name in set(packages.OPTIONAL) - {"triton"}:
+        line = rf"^not installed +{name} \(.*\): pip install '{name}"
+        assert re.search(line, shown, re.MULTILINE)
+
+
+def test_triton_is_missing_where_there_is_a_gpu():
+    versions = {"torch": "2.13.0", "triton": None, "wandb": None}
+    assert packages.missing(versions, has_nvidia_gpu=False) == ["wandb"]
+    assert packages.missing(versions, has_nvidia_gpu=True) == ["triton", "wandb"]
 
 
 def test_needed_packages(capsys, monkeypatch):
     hide(monkeypatch, "torch", "tiktoken")
     code, facts = examined(capsys)
-    assert (
-        code == 1
-        and len(facts["needed"]) == 2
-        and "pip install 'torch==" in facts["needed"][0]
-        and facts["device"] is None
-    )
+    assert code == 1 and len(facts["needed"]) == 2 and "pip install 'torch==" in facts["needed"][0]
+    assert facts["device"] is None and "cpu" not in facts
     assert doctor.main(["--quick"]) == 1
-    assert (
-        "what training needs and is missing here:\n  the package 'torch' is missing"
-        in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "training needs these, and they are missing here:\n  the package 'torch'" in shown
 
 
 def test_a_broken_torch(capsys, monkeypatch):
@@ -284,11 +304,9 @@ def test_a_broken_torch(capsys, monkeypatch):
 
     monkeypatch.setattr(hardware, "pick_device_type", broken)
     code, facts = examined(capsys)
-    assert (
-        code == 1
-        and "torch does not work here (libcudart.so.13: cannot open shared object file)"
-        in facts["needed"][0]
-    )
+    assert code == 1
+    problem = "torch does not work here (libcudart.so.13: cannot open shared object file)"
+    assert problem in facts["needed"][0]
 
 
 def test_folders_that_cannot_be_written(capsys, monkeypatch, tmp_path):
@@ -308,15 +326,11 @@ def test_a_full_disk(capsys, monkeypatch):
     assert code == 1 and "only 976.6 KiB free" in facts["needed"][0]
 
 
-def test_a_failing_compiler(monkeypatch):
-    monkeypatch.setattr(doctor, "COMPILE_TEST", "raise RuntimeError('g++ is not what it was')")
-    assert (
-        doctor.trial_compilation("cpu")
-        == "compiling a small function failed: RuntimeError: g++ is not what it was"
-    )
-    monkeypatch.setattr(doctor, "COMPILE_TEST", "import time; time.sleep(60)")
-    monkeypatch.setattr(doctor, "COMPILE_SECONDS", 1)
-    assert "not compiled within 1 s" in doctor.trial_compilation("cpu")
+def test_a_failing_compiler():
+    problem = machine.trial_compilation("cpu", "raise RuntimeError('g++ is not what it was')")
+    assert problem == "compiling a small function failed: RuntimeError: g++ is not what it was"
+    problem = machine.trial_compilation("cpu", "import time; time.sleep(60)", seconds=1)
+    assert problem == "a small function did not compile within 1 s"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -336,42 +350,39 @@ def test_the_hub_answers(monkeypatch, code, problem):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         here = f"http://127.0.0.1:{server.server_address[1]}"
         monkeypatch.setenv("HF_ENDPOINT", here)
-        assert doctor.ask_hub()() == {"address": here, "problem": problem}
-        monkeypatch.setenv(
-            "HF_ENDPOINT", "http://hub.example"
-        )  # through a proxy, which looks the name up
+        assert surroundings.ask_hub()() == Hub(here, problem)
+        # through a proxy, which looks the name up
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
         monkeypatch.setenv("http_proxy", here)
-        assert doctor.ask_hub()()["problem"] == problem and server.asked[-1].startswith(
-            "http://hub.example"
-        )
+        assert surroundings.ask_hub()().problem == problem
+        assert server.asked[-1].startswith("http://hub.example")
         server.shutdown()
 
 
 def test_the_hub_that_never_answers(monkeypatch):
-    monkeypatch.setattr(doctor, "NETWORK_SECONDS", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(1)
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        problem = doctor.ask_hub()()["problem"]
+        problem = surroundings.ask_hub(seconds=1)().problem
         assert ("no answer" in problem or "timed out" in problem) and time.monotonic() - started < 3
 
 
 def test_the_hub_switched_off_or_misspelt(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "huggingface")
-    assert "unknown url type" in doctor.ask_hub()()["problem"]
+    assert "unknown url type" in surroundings.ask_hub()().problem
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert doctor.ask_hub()()["problem"] == "HF_HUB_OFFLINE is set"
+    assert surroundings.ask_hub()().problem == "HF_HUB_OFFLINE is set"
 
 
 def test_wandb_keys_are_found_and_never_shown(capsys, monkeypatch, tmp_path):
     key = "k" * 40
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {key}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert doctor.wandb_account() == "~/.netrc"
+    assert surroundings.wandb_account() == "~/.netrc"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080")
-    assert doctor.wandb_account() is None
+    assert surroundings.wandb_account() is None
     monkeypatch.setenv("WANDB_API_KEY", key)
     assert doctor.main(["--quick"]) == 0
     shown = capsys.readouterr().out
@@ -386,5 +397,21 @@ def test_packages_are_those_of_pyproject():
         *(package for extra in project["optional-dependencies"].values() for package in extra),
     ]
     assert {package.split(";")[0] for package in declared} == {
-        pip for pip, _ in (doctor.NEEDED | doctor.OPTIONAL).values()
+        package.requirement for package in (packages.NEEDED | packages.OPTIONAL).values()
     }
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--only=loss"], "--only: has no effect without --gpu; add --gpu, or leave it out"),
+        (["--minutes=2"], "--minutes: has no effect without --gpu"),
+        (["--out=x.json"], "--out: has no effect without --gpu"),
+        (["--gpu", "--quick"], "--quick: has no effect with --gpu; leave one of them out"),
+        (["--gpu", "--json"], "--json: has no effect with --gpu"),
+        (["--gpu", "--out-dir=x"], "--out-dir: has no effect with --gpu"),
+    ],
+)
+def test_flags_of_the_other_use_are_refused(flags, message, capsys):
+    assert main(["doctor", *flags]) == 2
+    assert message in capsys.readouterr().err

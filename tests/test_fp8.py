@@ -13,14 +13,14 @@ import torch
 
 import train
 from nanochat import hardware
-from nanochat.apps import doctor
+from nanochat.apps.doctor import packages
 from nanochat.common import UsageError
 from nanochat.model import fp8
 from nanochat.model.build import build, meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.model.layers import Linear
 from nanochat.run import loading
-from nanochat.run import log as runlog
+from nanochat.run.metrics import Record
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(
@@ -286,14 +286,14 @@ FLAGS = (
 
 def stop_at(monkeypatch, step):
     """SIGTERM to this process while it writes the metrics line of a step."""
-    write = runlog.Metrics.write
+    write = Record.write
 
     def write_and_stop(self, **values):
         write(self, **values)
         if values.get("step") == step and "train/loss" in values:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(runlog.Metrics, "write", write_and_stop)
+    monkeypatch.setattr(Record, "write", write_and_stop)
 
 
 def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
@@ -394,7 +394,7 @@ def test_what_is_in_the_way_is_told_at_once():
 def test_without_torchao(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lines = refused(config_of(24))
-    assert len(lines) == 1 and f"pip install {doctor.OPTIONAL['torchao'][0]}" in lines[0]
+    assert len(lines) == 1 and f"pip install {packages.OPTIONAL['torchao'].requirement}" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""The parts that `nanochat bench` times. Each yields entries as they are measured."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanochat.apps.bench.core_prompts import time_core
+from nanochat.apps.bench.saving import time_saving
+from nanochat.apps.bench.text import python_text, temporary_base_dir
+from nanochat.common import UsageError
+from nanochat.data.rows import Rows
+from nanochat.data.sources import open_corpus
+from nanochat.data.token_cache import TokenCache, fit_tokenizer
+from nanochat.eval.generation import generate_ids
+from nanochat.run.timing import Entry, measured
+from nanochat.run.workload import (
+    Setup,
+    TrainingStep,
+    chosen_loss,
+    time_attention,
+    time_loss,
+    ways_of_attention,
+    windows_of,
+)
+
+DECODE_ROWS = (1, 8)
+DECODE_TOKENS = 32
+START_UP_SECONDS = 900
+# The smallest vocabulary that the data part trains a tokenizer for.
+LEAST_VOCAB = 300
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts work on. training: None if no part that was asked for needs a model.
+    core_bundle: None leaves CORE out. train_words: a command line of train.py with the same shape.
+    """
+
+    setup: Setup
+    repeats: int
+    training: TrainingStep | None
+    core_bundle: Path | None
+    train_words: list[str]
+    saving_steps: int
+    save_every: int
+
+
+def entries_of(part: str, bench: Bench) -> Iterator[Entry]:
+    """The entries of one part, as they are measured."""
+    return PARTS[part](bench)
+
+
+def _step(bench: Bench) -> Iterator[Entry]:
+    yield bench.training.time_step(bench.repeats)
+
+
+def _forward(bench: Bench) -> Iterator[Entry]:
+    yield bench.training.time_forward(bench.repeats)
+
+
+def _backward(bench: Bench) -> Iterator[Entry]:
+    yield bench.training.time_backward(bench.repeats)
+
+
+def _optimizer(bench: Bench) -> Iterator[Entry]:
+    yield bench.training.time_update(bench.repeats)
+
+
+def _attention(bench: Bench) -> Iterator[Entry]:
+    for window in windows_of(bench.setup.config):
+        for name, function in ways_of_attention(bench.setup).items():
+            yield time_attention(bench.setup, name, window, function, bench.repeats)
+
+
+def _loss(bench: Bench) -> Iterator[Entry]:
+    yield time_loss(bench.setup, "loss", chosen_loss(bench.setup), bench.repeats)
+    yield time_loss(bench.setup, "loss, plain PyTorch", None, bench.repeats)
+
+
+def _data(bench: Bench) -> Iterator[Entry]:
+    """Text to token ids in the cache, and cached ids to batches."""
+    setup, threads = bench.setup, os.cpu_count()
+    rows, row_tokens = setup.shape.device_batch_size, setup.config.max_seq_len
+    with temporary_base_dir() as folder:
+        corpus = open_corpus(str(python_text(folder)))
+        tokenizer = fit_tokenizer(corpus, "bpe", max(setup.config.vocab_size, LEAST_VOCAB))
+        shard = corpus.train[0]
+        seconds, n_tokens = [], 0
+        for _ in range(bench.repeats):
+            cache = TokenCache(tokenizer, threads)
+            started = time.perf_counter()
+            n_tokens = cache.length(shard)
+            seconds.append(time.perf_counter() - started)
+            cache.path(shard).unlink()
+        yield Entry("tokenize", seconds, n_tokens, note="and write to the cache")
+
+        reader = Rows(corpus, TokenCache(tokenizer, threads), row_tokens, seed=1)
+        steps = itertools.count()
+
+        def batch() -> None:
+            reader.batch(next(steps), rows, 0, rows, 0, 1)
+
+        entry = measured("rows", batch, setup.device, bench.repeats, tokens=setup.tokens)
+        # Measured on the training device, where no batch is yet.
+        yield replace(entry, memory_bytes=None)
+
+
+def _decode(bench: Bench) -> Iterator[Entry]:
+    """Sampling with a cache of keys and values, after a prompt of half the context."""
+    model, setup = bench.training.model, bench.setup
+    prompt = bench.training.inputs[0, : setup.config.max_seq_len // 2].tolist()
+
+    def decode(rows: int) -> None:
+        for _ in generate_ids(model, prompt, DECODE_TOKENS, num_samples=rows):
+            pass
+
+    model.eval()
+    for rows in DECODE_ROWS:
+        yield measured(
+            f"decode, {rows} samples",
+            lambda rows=rows: decode(rows),
+            setup.device,
+            bench.repeats,
+            tokens=rows * DECODE_TOKENS,
+            note=f"after a prompt of {len(prompt)} tokens",
+        )
+    model.train()
+
+
+def _core(bench: Bench) -> Iterator[Entry]:
+    if bench.core_bundle is not None:
+        yield from time_core(bench.training.model, bench.core_bundle, bench.repeats)
+
+
+def _start_up(bench: Bench) -> Iterator[Entry]:
+    """`train.py --help`, and train.py from the command to the end of its first step, with an empty
+    and then with a filled cache of kernels."""
+    with temporary_base_dir() as folder:
+        text = python_text(folder)
+        help_seconds = [_seconds_of_train(["--help"], folder) for _ in range(3)]
+        yield Entry("start-up, --help", help_seconds)
+        words = [
+            f"--data={text}",
+            f"--out-dir={folder}",
+            f"--device-type={bench.setup.device.type}",
+            *bench.train_words,
+            "--num-iterations=1",
+            "--eval-every=-1",
+            "--sample-every=-1",
+            "--no-save",
+            "--overwrite",
+        ]
+        for name, n in (("start-up, first step, cold", 1), ("start-up, first step, warm", 2)):
+            seconds = [_seconds_of_train(words, folder) for _ in range(n)]
+            yield Entry(name, seconds, note="from the command to the end of step 1")
+
+
+def _seconds_of_train(words: list[str], folder: Path) -> float:
+    """Seconds that a process of train.py takes. Raises UsageError if it fails."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
+    started = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, "-m", "train", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=START_UP_SECONDS,
+    )
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UsageError(
+            f"start-up: train.py ended with exit code {process.returncode}: {last}; leave this "
+            f"part out with --only"
+        )
+    return time.perf_counter() - started
+
+
+def _saving(bench: Bench) -> Iterator[Entry]:
+    yield from time_saving(bench.training, bench.saving_steps, bench.save_every)
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
+    "step": _step,
+    "forward": _forward,
+    "backward": _backward,
+    "optimizer": _optimizer,
+    "attention": _attention,
+    "loss": _loss,
+    "data": _data,
+    "decode": _decode,
+    "core": _core,
+    "start-up": _start_up,
+    "saving": _saving,
+}

@@ -1,0 +1,557 @@
+"""The checks of `nanochat doctor --gpu`. Each yields rows, in a process of its own:
+`python -m nanochat.apps.doctor.gpu_checks NAME` prints them as lines of JSON."""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanochat import hardware
+from nanochat.apps.doctor.gpu import CHECKS, ROOT
+from nanochat.apps.doctor.gpu_table import ROWS, TOY_LENGTH, GpuMachine, Row, attempt, is_toy
+from nanochat.model import loss
+from nanochat.model.attention import attention
+from nanochat.run.metrics import read_lines
+from nanochat.run.timing import Entry, timed
+from nanochat.run.workload import (
+    Setup,
+    Shape,
+    TrainingStep,
+    open_setup,
+    time_attention,
+    time_loss,
+    ways_of_attention,
+    windows_of,
+)
+
+# Tokens of the step that speeds of training are given for.
+BATCH_TOKENS = 2**19
+# Tokens of a pass of attention, whatever the length of a row.
+ATTENTION_TOKENS = 32768
+# Memory that ROWS are meant for.
+ROWS_BYTES = 75e9
+# Time that pytest needs to report what has passed when it is interrupted.
+REPORT_SECONDS = 25
+# Of losses on two ranks against one: their sums round differently.
+MOST_NATS = 1e-3
+COMMON_TRAINING = (
+    "--data=python",
+    "--tokenizer=byte",
+    "--sample-every=-1",
+    "--core-metric-every=-1",
+    "--seed=1",
+)
+IN_FP8 = ("--fp8", "--depth=16", "--num-iterations=40", "--save-every=20", "--eval-every=20")
+# What a kind of training changes in the shape; "triton" is attention by our kernel, in bf16.
+KINDS = {
+    "bf16": {},
+    "fp8": {"fp8": True},
+    "rowwise": {"fp8": True, "fp8_recipe": "rowwise"},
+    "triton": {},
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is. product_sizes: n of the matrix products. loss_chunks: logits at
+    once. training: flags of train.py for the runs that are resumed."""
+
+    device_type: str
+    compile: bool
+    repeats: int
+    aspect_ratio: int
+    head_dim: int
+    vocab_size: int
+    most_depth: int
+    most_rows: int
+    most_tokens_per_row: int
+    product_sizes: Mapping[torch.dtype, int]
+    copy_bytes: int
+    loss_chunks: Sequence[int]
+    loss_backends: Sequence[str]
+    training: Sequence[str]
+    rank_steps: int
+
+    def setup(
+        self, depth: int, rows: int, *, T: int = 2048, attention: str = "auto", **changes: object
+    ) -> Setup:
+        """The Setup of a depth with rows of T tokens, cut to these sizes. changes: of the Shape."""
+        shape = {
+            "arch": "speedrun",
+            "depth": min(depth, self.most_depth),
+            "aspect_ratio": self.aspect_ratio,
+            "head_dim": self.head_dim,
+            "n_kv_head": -1,
+            "max_seq_len": min(T, self.most_tokens_per_row),
+            "window_pattern": "SSSL",
+            "short_window": -1,
+            "vocab_size": self.vocab_size,
+            "device_batch_size": min(rows, self.most_rows),
+        }
+        return open_setup(
+            Shape(**(shape | changes)),
+            device_type=self.device_type,
+            compile=self.compile,
+            attention=attention,
+        )
+
+
+FULL = Sizes(
+    device_type="cuda",
+    compile=True,
+    repeats=5,
+    aspect_ratio=64,
+    head_dim=128,
+    vocab_size=32768,
+    most_depth=24,
+    most_rows=64,
+    most_tokens_per_row=8192,
+    product_sizes={torch.bfloat16: 8192, torch.float16: 8192, torch.float32: 4096},
+    copy_bytes=2**30,
+    loss_chunks=(2**24, 2**26, 2**28, 2**30),
+    loss_backends=loss.BACKENDS,
+    training=(
+        "--device-type=cuda",
+        "--depth=8",
+        "--max-seq-len=1024",
+        "--total-batch-size=131072",
+        "--num-iterations=300",
+        "--save-every=150",
+        "--eval-every=150",
+        "--eval-tokens=1000000",
+    ),
+    rank_steps=50,
+)
+TOY = Sizes(
+    device_type="cpu",
+    compile=False,
+    repeats=1,
+    aspect_ratio=16,
+    head_dim=16,
+    vocab_size=300,
+    most_depth=2,
+    most_rows=2,
+    most_tokens_per_row=TOY_LENGTH,
+    product_sizes={torch.bfloat16: 64, torch.float32: 64},
+    copy_bytes=2**20,
+    loss_chunks=(2**12,),
+    loss_backends=loss.BACKENDS[:1],
+    training=(
+        "--device-type=cpu",
+        "--no-compile",
+        "--dtype=float32",
+        "--depth=1",
+        "--aspect-ratio=16",
+        "--head-dim=16",
+        "--max-seq-len=32",
+        "--total-batch-size=64",
+        "--num-iterations=8",
+        "--save-every=4",
+        "--eval-every=4",
+        "--eval-tokens=1000",
+    ),
+    rank_steps=8,
+)
+
+
+def check_machine(sizes: Sizes) -> Iterator[Row]:
+    """What the GPU is, and what it reaches: matrix products and copies."""
+    device = torch.device(sizes.device_type)
+    modules = ("triton", "torchao", "pytest", "xdist")
+    on_gpu = device.type == "cuda"
+    machine = GpuMachine(
+        described=hardware.describe(device),
+        **{name: importlib.util.find_spec(name) is not None for name in modules},
+        gpus=torch.cuda.device_count(),
+        memory_bytes=torch.cuda.get_device_properties(device).total_memory if on_gpu else 0,
+    )
+    facts = machine.as_json()
+    listed = hardware.listed_gpu(facts["gpu"]) if on_gpu else None
+    note = ", ".join(f"{name} {value}" for name, value in facts.items())
+    yield Row("machine", None, note=note, facts=facts, peak=listed and listed.peak_flops)
+    if problem := hardware.compiler_missing(device.type):
+        yield Row("compiler", None, note=f"nothing is compiled: {problem}", wrong=True)
+    for dtype, n in sizes.product_sizes.items():
+        yield Row(
+            f"products in {str(dtype).removeprefix('torch.')}",
+            hardware.matmul_flops(device, dtype, n, 5) / 1e12,
+            "TFLOP/s",
+            f"best of 5, n = {n}",
+        )
+    source = torch.zeros(sizes.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = statistics.median(timed(lambda: target.copy_(source), device, 5))
+    yield Row("copies", 2 * source.nbytes / seconds / 1e9, "GB/s", "reading and writing")
+
+
+def check_kernels() -> Iterator[Row]:
+    """The tests that need a GPU: three-way errors of all kernels, same bits, strides, compiled
+    blocks, fp8."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{name}.py" for name in ("kernels", "flash_attention", "fp8")]
+    if importlib.util.find_spec("xdist"):
+        # Most of the time is the compiler's, so processes share it well.
+        command += ["-n", "8"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        limit = CHECKS["kernels"] - REPORT_SECONDS
+        yield row_of_pytest(process.communicate(timeout=limit)[0])
+        return
+    # Interrupted, pytest reports what has passed so far.
+    process.send_signal(signal.SIGINT)
+    yield row_of_pytest(process.communicate()[0])
+    yield Row("tests of kernels", None, note="cut off: the last of them have not run")
+
+
+def row_of_pytest(text: str) -> Row:
+    """The row of what pytest printed."""
+    lines = text.strip().splitlines() or ["no output"]
+    counts = re.compile(r"\d+ (passed|failed|skipped|error|deselected)")
+    last = next((line for line in reversed(lines) if counts.search(line)), lines[-1])
+    count = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    passed = count.get("passed", 0)
+    return Row(
+        "tests of kernels passed",
+        passed,
+        note="; ".join([last, *failed[:5]]),
+        wrong=bool(failed or count.get("failed") or count.get("error") or not passed),
+    )
+
+
+def rows_at_once(depth: int, memory_bytes: float) -> int:
+    """Rows per pass of a depth on a GPU with so much memory."""
+    rows = ROWS[depth]
+    while rows > 1 and memory_bytes < ROWS_BYTES * rows / ROWS[depth]:
+        rows //= 2
+    return rows
+
+
+def check_training(
+    depth: int, kind: str, peak: float, memory_bytes: float, sizes: Sizes
+) -> Iterator[Row]:
+    """Speed and memory of training a depth with BATCH_TOKENS a step. kind: of KINDS. peak: listed
+    FLOP/s of the GPU; 0: measure it."""
+    setup = sizes.setup(
+        depth,
+        rows_at_once(depth, memory_bytes),
+        attention="triton" if kind == "triton" else "auto",
+        **KINDS[kind],
+    )
+    label = "listed dense bf16"
+    if not peak:
+        peak, label = hardware.measured_peak(setup.device, setup.dtype), "measured"
+    if sizes.compile and not setup.compiled:
+        yield Row(f"d{depth} {kind}", None, note="not compiled", wrong=True)
+    yield from rows_of_training(TrainingStep(setup), f"d{depth} {kind}", peak, label, sizes.repeats)
+
+
+def rows_of_training(
+    training: TrainingStep, name: str, peak: float, label: str, repeats: int
+) -> Iterator[Row]:
+    """Speed, MFU, peak memory and the optimizer's share of a step of BATCH_TOKENS.
+
+    name: of the rows, "d12 bf16" for example. peak: in FLOP/s; label: what it is."""
+    setup = training.setup
+    micro = training.time_accumulation(repeats)
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    training.step()
+    # The peak is reached with gradients of an earlier micro-batch in place.
+    training.forward_backward()
+    memory = hardware.peak_memory_bytes(setup.device)
+    # From here on, gradients are held for the timings of the update.
+    update = training.time_update(repeats)
+    n = max(1, BATCH_TOKENS // setup.tokens)
+    seconds = n * micro.median + update.median
+    speed = n * setup.tokens / seconds
+    milliseconds = [
+        1000 * value for value in (micro.median, min(micro.seconds), max(micro.seconds))
+    ]
+    yield Row(
+        f"{name} speed",
+        speed,
+        "tokens/s",
+        f"{setup.shape.device_batch_size} rows of {setup.config.max_seq_len} per pass, "
+        f"{setup.attention} attention; {n} times {milliseconds[0]:.1f} ms "
+        f"({milliseconds[1]:.1f} to {milliseconds[2]:.1f}, n = {len(micro.seconds)})",
+    )
+    mfu = 100 * speed * setup.flops_per_token / peak
+    yield Row(f"{name} MFU", mfu, "%", f"of the {label} peak, {peak / 1e12:.4g} TFLOP/s")
+    yield Row(f"{name} memory", memory / 2**30, "GiB", "peak of the whole process")
+    if name.endswith(" bf16"):
+        flops = update.flops / update.median / 1e12
+        note = f"of the step; {1000 * update.median:.2f} ms, {flops:.0f} TFLOP/s of its products"
+        share = 100 * update.median / seconds
+        yield Row(f"{name.removesuffix(' bf16')} optimizer share", share, "%", note)
+
+
+def check_attention(T: int, sizes: Sizes) -> Iterator[Row]:
+    """Every backend over ATTENTION_TOKENS, six heads of 128 channels, forward and backward, with a
+    short window and with full context."""
+    length = min(T, sizes.most_tokens_per_row)
+    setup = sizes.setup(
+        12, ATTENTION_TOKENS // T, T=T, window_pattern="SL", short_window=length // 2
+    )
+
+    def row(name: str, window: int, function: Callable[..., torch.Tensor]) -> Row:
+        entry = time_attention(setup, name, window, function, sizes.repeats)
+        note = "the window counted for every token"
+        return row_of_time(f"{entry.name}, T = {T}", entry, note)
+
+    for window in windows_of(setup.config):
+        for name, function in ways_of_attention(setup).items():
+            yield from attempt(name, partial(row, name, window, function))
+        if window == length and setup.device.type == "cuda":
+            # What deterministic algorithms, which are always on, keep away.
+            torch.use_deterministic_algorithms(False)
+            for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+                short = backend.name.split("_")[0].lower()
+                name = f"attention sdpa_{short}, not deterministic"
+                function = partial(_sdpa_with, backend)
+                yield from attempt(name, partial(row, name, window, function))
+            torch.use_deterministic_algorithms(True)
+
+
+def _sdpa_with(
+    backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return attention(q, k, v, window, "sdpa")
+
+
+def row_of_time(what: str, entry: Entry, note: str) -> Row:
+    """An entry as a row in milliseconds."""
+    speed = entry.flops / entry.median / 1e12
+    memory = (entry.memory_bytes or 0) / 2**20
+    note = f"{speed:.1f} TFLOP/s, {memory:.0f} MiB; {note}"
+    return Row(what, 1000 * entry.median, "ms", note)
+
+
+def check_loss(sizes: Sizes) -> Iterator[Row]:
+    """Time and memory of the head's loss with its gradients: as plain PyTorch, and by backend and
+    size of chunks."""
+    setup = sizes.setup(12, 16)
+
+    def row(name: str, backend: str | None) -> Row:
+        entry = time_loss(setup, name, backend, sizes.repeats)
+        return row_of_time(name, entry, "memory beyond the gradients")
+
+    yield from attempt("loss, plain PyTorch", partial(row, "loss, plain PyTorch", None))
+    for chunk in sizes.loss_chunks:
+        loss.CHUNK_LOGITS = {"cpu": chunk, "cuda": chunk}
+        for backend in sizes.loss_backends:
+            name = f"loss {backend}, chunks of 2^{chunk.bit_length() - 1}"
+            yield from attempt(name, partial(row, name, backend))
+
+
+def check_determinism(sizes: Sizes) -> Iterator[Row]:
+    """What deterministic algorithms, which are always on, cost a training step."""
+    training = TrainingStep(sizes.setup(12, 16))
+    entries = {}
+    for on in (True, False):
+        # Whatever is compiled for the other setting is compiled anew, in the call that warms up.
+        torch.use_deterministic_algorithms(on)
+        entries[on] = training.time_step(sizes.repeats)
+    with_them, without = (1000 * entries[on].median for on in (True, False))
+    yield Row(
+        "deterministic algorithms",
+        100 * (with_them / without - 1),
+        "%",
+        f"longer step at d12, n = {len(entries[True].seconds)}: {with_them:.1f} ms against "
+        f"{without:.1f} ms",
+    )
+
+
+def train(folder: str, sizes: Sizes, *flags: str, ranks: int = 1) -> None:
+    """Run train.py in a process of its own, or in `ranks` of them under torchrun. Raises
+    RuntimeError with its last lines if it fails."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
+    words = [str(ROOT / "train.py"), *COMMON_TRAINING, *sizes.training, f"--out-dir={folder}"]
+    done = subprocess.run([*start, *words, *flags], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = " ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
+        raise RuntimeError(f"train.py ended with exit code {done.returncode}: {last}")
+
+
+def losses(path: Path) -> dict[int, float]:
+    """{step: training loss} of a run folder."""
+    lines = read_lines(path / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def check_resume(sizes: Sizes, *flags: str) -> Iterator[Row]:
+    """A real training to bits per byte, and its second half again from the checkpoint: the same
+    losses and weights with ==."""
+    kind = " in fp8" if "--fp8" in flags else ""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, again = Path(folder) / "whole", Path(folder) / "again"
+        train(folder, sizes, "--model-tag=whole", *flags)
+        summary = json.loads((whole / "summary.json").read_text())
+        last, bpb = summary["step"], summary["val_bpb"]
+        half = last // 2
+        # Well above what such a run reaches; a toy's number means nothing.
+        most_bpb = 4 if flags else 2
+        yield Row(
+            f"real training{kind}, bits per byte",
+            bpb,
+            "",
+            f"{summary['tokens']:,} bytes of source code, {summary['total_training_time']:.0f} s, "
+            f"{summary['tok_per_sec']:,.0f} tokens/s, MFU {summary['mfu']:.1f}%",
+            wrong=not bpb or (sizes is not TOY and bpb > most_bpb),
+        )
+        shutil.copytree(whole, again, symlinks=True)
+        # Nothing of the second half stays but its lines in the logs, which resuming cuts.
+        for checkpoint in (again / "checkpoints").glob("step_*"):
+            if int(checkpoint.name.removeprefix("step_")) > half:
+                shutil.rmtree(checkpoint)
+        train(folder, sizes, "--model-tag=again", "--resume", *flags)
+        name = f"checkpoints/step_{last:06d}/model.safetensors"
+        yield same_again(
+            f"resumed, losses equal with =={kind}",
+            losses(whole),
+            losses(again),
+            load_file(whole / name),
+            load_file(again / name),
+            half,
+        )
+
+
+def same_again(
+    what: str,
+    whole: Mapping[int, float],
+    again: Mapping[int, float],
+    weights: Mapping[str, torch.Tensor],
+    weights_again: Mapping[str, torch.Tensor],
+    half: int,
+) -> Row:
+    """The row of a run against the same one resumed at step `half`: losses by step, weights by
+    name."""
+    steps = [step for step in whole if step >= half]
+    same = sum(whole[step] == again.get(step) for step in steps)
+    equal = sum(bool((weights[name] == weights_again[name]).all()) for name in weights)
+    return Row(
+        what,
+        same,
+        f"of {len(steps)}",
+        f"from step {half}; weights: {equal} of {len(weights)} tensors equal",
+        wrong=same < len(steps) or equal < len(weights),
+    )
+
+
+def check_ranks(sizes: Sizes) -> Iterator[Row]:
+    """Two ranks against one: losses of fp32 steps with the same batches."""
+    flags = ("--no-save", "--eval-every=-1", "--save-every=-1", "--dtype=float32", "--no-compile")
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2):
+            steps = f"--num-iterations={sizes.rank_steps}"
+            train(folder, sizes, f"--model-tag=on{ranks}", *flags, steps, ranks=ranks)
+        one, two = losses(Path(folder) / "on1"), losses(Path(folder) / "on2")
+    difference = max(abs(one[step] - two[step]) for step in one)
+    yield Row(
+        "two ranks, largest difference of losses",
+        difference,
+        "nats",
+        f"{len(one)} steps in fp32",
+        wrong=difference > MOST_NATS,
+    )
+
+
+def check_tiles() -> Iterator[Row]:
+    """The tiles of the attention kernel that are in use, and faster ones as they are found."""
+    from nanochat.model.kernels import flash_attention
+
+    capability = torch.cuda.get_device_capability()
+    for D, T, window in ((128, 2048, 2048), (128, 2048, 1024), (64, 2048, 2048)):
+        generator = torch.Generator().manual_seed(1)
+        q, k, v, upstream = (
+            torch.randn(16, T, 768 // D, D, generator=generator).to("cuda", torch.bfloat16)
+            for _ in range(4)
+        )
+        out, lse = flash_attention.forward(q, k, v, window)
+        forward = partial(flash_attention.forward, q, k, v, window)
+        backward = partial(flash_attention.backward, upstream, q, k, v, out, lse, window)
+        for which in flash_attention.PASSES:
+            calls = {}
+            for tile in flash_attention.candidates(which, D, 2, capability):
+                if which == "forward":
+                    calls[tile] = partial(forward, tile)
+                elif which == "backward of keys":
+                    calls[tile] = partial(backward, tile_of_keys=tile)
+                else:
+                    calls[tile] = partial(backward, tile_of_queries=tile)
+            both = "" if which == "forward" else " (both backward passes)"
+            yield from faster_tiles(f"tiles: {which}, D = {D}, window {window}", calls, both)
+
+
+def faster_tiles(what: str, calls: Mapping[tuple, Callable], both: str) -> Iterator[Row]:
+    """A row for the first tile and for each that is faster than all before it, as the time may end
+    at any moment. calls: {tile: what runs the kernel with it}, the tile in use first."""
+    best = used = None
+    for tile, call in calls.items():
+        try:
+            seconds = statistics.median(timed(call, torch.device("cuda"), 9))
+        except Exception:
+            # It does not compile, or does not fit: not a choice.
+            continue
+        used = used or seconds
+        if best is None or seconds < best:
+            best = seconds
+            speedup = f"{used / seconds:.2f} times as fast as the one in use"
+            yield Row(what, 1000 * seconds, "ms", f"{tuple(tile)}, {speedup}{both}")
+
+
+def rows_of(name: str, peak: float, memory_bytes: float, sizes: Sizes) -> Iterator[Row]:
+    """The rows of a check as they are found. peak, memory_bytes: of one GPU, for training."""
+    if match := re.fullmatch(r"d(\d+)-(\w+)", name):
+        return check_training(int(match[1]), match[2], peak, memory_bytes, sizes)
+    if match := re.fullmatch(r"attention-(\d+)", name):
+        return check_attention(int(match[1]), sizes)
+    if name == "resume-fp8":
+        return check_resume(sizes, *IN_FP8)
+    without_sizes = {"kernels": check_kernels, "tiles": check_tiles}
+    if name in without_sizes:
+        return without_sizes[name]()
+    checks = {
+        "machine": check_machine,
+        "loss": check_loss,
+        "determinism": check_determinism,
+        "resume": check_resume,
+        "ranks": check_ranks,
+    }
+    return checks[name](sizes)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the rows of one check as lines of JSON."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("name", choices=("machine", *CHECKS))
+    parser.add_argument("--peak", type=float, default=0, help="listed FLOP/s; 0: measure it")
+    parser.add_argument("--memory", type=float, default=0, help="bytes of one GPU")
+    args = parser.parse_args(argv)
+    sizes = TOY if is_toy() else FULL
+    # Whatever else prints goes to the other stream, which is kept for the last words of a failure.
+    with contextlib.redirect_stdout(sys.stderr):
+        for row in attempt(args.name, lambda: rows_of(args.name, args.peak, args.memory, sizes)):
+            print(json.dumps(row.as_json()), file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
