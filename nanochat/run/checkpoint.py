@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,7 @@ from nanochat.common import (
 if TYPE_CHECKING:
     from nanochat.model.config import GPTConfig
     from nanochat.model.decoder import Decoder
+    from nanochat.run.metrics import Record
 
 # Format 1 can still be read: its manifests carry no hash of their own.
 FORMAT = 2
@@ -53,13 +54,6 @@ TensorFiles = Mapping[str, Mapping[str, torch.Tensor]]
 
 class NotFinite(UsageError):
     """The state contains NaN or infinite numbers. It is not saved: training could not resume."""
-
-
-class Record(Protocol):
-    """A file of a run, such as metrics.jsonl, that must be on disk before a later checkpoint."""
-
-    def sync(self) -> None:
-        """Flush everything to disk. Raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +353,7 @@ def write(
     kind: str,
     tensors: TensorFiles,
     state: Mapping[str, Any],
-    records: Iterable[Record] = (),
+    records: Iterable["Record"] = (),
     free_bytes: Callable[[Path], int] = free_bytes,
 ) -> None:
     """Write the checkpoint of a step, whole or not at all.

@@ -1,15 +1,24 @@
-"""What the steps of a run cost: compilations after the first, and with --profile a trace of a few steps in the run folder and a
-table of where their time and memory go."""
+"""What the steps of a run cost.
+
+Compilations after the first step are always reported. With --profile, a few steps are traced into
+the run folder, with a table of where their time and memory go."""
 
 import re
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanochat import hardware
 from nanochat.common import human_bytes, write_atomic
 
-SKIPPED, TRACED = 3, 3  # steps after the start that are let pass, and that are traced
-# what an operator's own time counts as: the first pattern that its name fits
+# Steps after the start that are not traced: the first ones compile and fill caches.
+SKIPPED = 3
+# Steps that are traced after those. More only make the trace larger.
+TRACED = 3
+# What an operator's own time counts as: the first kind whose pattern its name matches.
 KINDS = (
     ("matrix products", r"^aten::(mm|bmm|addmm|baddbmm|_scaled_mm)$|gemm|cutlass|nvjet|cublas"),
     ("attention kernels", r"attention|flash|fmha"),
@@ -18,49 +27,75 @@ KINDS = (
     ("copies and casts", r"^aten::(copy_|_to_copy|clone|cat|_foreach_copy_|stack)$|Memcpy|memcpy"),
     ("compiled code's checks", r"Dynamo|AOTDispatcher|^CompiledFunction|Torch-Compiled"),
 )
+# Rows of the table of operators.
 ROWS = 25
 
 
 class Profiler:
-    """step() before every training step; close() at the end, which also ends a trace that a short run left open."""
+    """Watches training steps: step() before each, close() at the end.
 
-    def __init__(self, folder, device, tracing, report):
-        """folder: made for the files, if tracing. report(text) takes a line."""
-        self.folder, self.device, self.tracing, self.report = folder, device, tracing, report
-        self.profile, self.steps, self.graphs = None, 0, None
+    close() also ends a trace that a short run left open."""
 
-    def step(self, number):
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        tracing: bool,
+        report: Callable[[str], None],
+        compilations: Callable[[], int] = hardware.compilations,
+    ) -> None:
+        """folder: for the files of a trace, created if tracing. report(text) takes a line.
+
+        compilations(): graphs compiled in this process so far."""
+        self.folder = folder
+        self.device = device
+        self.tracing = tracing
+        self.report = report
+        self.compilations = compilations
+        self.profile = None
+        self.steps = 0
+        self.graphs = 0
+
+    def step(self, number: int) -> None:
         """number: of the step that is about to begin."""
-        graphs = hardware.compilations()
-        if (
-            self.steps > 1 and graphs > self.graphs
-        ):  # the first step may compile what the pass before it did not use
+        graphs = self.compilations()
+        # The first step may compile what the pass before it did not use.
+        if self.steps > 1 and graphs > self.graphs:
             self.report(
-                f"step {number - 1}: torch.compile made {graphs - self.graphs} more graphs, which took its time"
+                f"step {number - 1} took longer: torch.compile compiled "
+                f"{graphs - self.graphs} more graphs"
             )
         self.graphs = graphs
         if self.tracing and self.steps == SKIPPED:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if self.device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-                torch.cuda.memory._record_memory_history()
-            self.profile = torch.profiler.profile(
-                activities=activities, profile_memory=True, record_shapes=True
-            )
-            self.profile.start()
+            self._begin()
         elif self.steps == SKIPPED + TRACED:
             self._write()
         self.steps += 1
 
-    def close(self):
+    def close(self) -> None:
+        """End a trace that is still open, and report one that never began."""
         if self.tracing and self.steps <= SKIPPED:
             self.report(
-                f"--profile: the run ended before step {SKIPPED + 1} of this start, so that there is nothing to show"
+                f"--profile: the run ended before step {SKIPPED + 1} of this start, so no step was "
+                f"traced"
             )
         self._write()
 
-    def _write(self):
-        """End the trace: trace.json (for Perfetto), table.txt and, on CUDA, memory.pickle. A full disk is only reported."""
+    def _begin(self) -> None:
+        """Begin the trace."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history()
+        self.profile = torch.profiler.profile(
+            activities=activities, profile_memory=True, record_shapes=True
+        )
+        self.profile.start()
+
+    def _write(self) -> None:
+        """End the trace: trace.json (for Perfetto), table.txt and, on CUDA, memory.pickle.
+
+        A full disk is reported, not raised."""
         profile, self.profile = self.profile, None
         if profile is None:
             return
@@ -72,47 +107,51 @@ class Profiler:
             write_atomic(self.folder / "table.txt", f"{summary}\n\n{table}\n")
             if self.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+        # torch reports a file that it cannot write as a RuntimeError.
         except (OSError, RuntimeError) as error:
             self.report(f"--profile: the trace cannot be written ({error})")
             return
         finally:
             if self.device.type == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)
+        steps = min(self.steps - SKIPPED, TRACED)
         self.report(
-            f"{summary}\nprofile of {min(self.steps - SKIPPED, TRACED)} steps: {self.folder}/table.txt and trace.json, for "
-            f"ui.perfetto.dev"
+            f"{summary}\n"
+            f"profile of {steps} steps: {self.folder}/table.txt, and trace.json for ui.perfetto.dev"
         )
 
 
-def describe(averages, device_type):
-    """(share of each kind of work and the largest allocation, table of the operators), from profile.key_averages()."""
-    own = "self_device_time_total" if device_type == "cuda" else "self_cpu_time_total"
-    kinds = dict.fromkeys([name for name, _ in KINDS] + ["other"], 0)
+def describe(averages: Any, device_type: str) -> tuple[str, str]:
+    """(summary, table of the operators) of a trace, from profile.key_averages().
+
+    The summary has the share of each kind of work in the time, and the operator that allocates
+    most. Times are those of the device, an operator's own, without the operators that it calls."""
+    device = "device" if device_type == "cuda" else "cpu"
+    own_time = f"self_{device}_time_total"
+    own_memory = f"self_{device}_memory_usage"
+    times = dict.fromkeys([name for name, _ in KINDS] + ["other"], 0)
     for entry in averages:
-        # on CUDA an operator's row has the time of its kernels, which have rows of their own: one of the two counts
-        if (
-            entry.key.startswith("[memory]")
-            or device_type == "cuda"
-            and entry.device_type != torch.autograd.DeviceType.CPU
-        ):
-            continue
-        kind = next((name for name, pattern in KINDS if re.search(pattern, entry.key)), "other")
-        kinds[kind] += getattr(entry, own)
-    total = sum(kinds.values()) or 1
-    shares = sorted(kinds.items(), key=lambda pair: -pair[1])
-    lines = [
-        f"  {name:<30} {time / 1e3:>9.1f} ms  {time / total:>5.1%}" for name, time in shares if time
-    ]
-    largest = max(
-        averages,
-        key=lambda entry: (
-            entry.self_cpu_memory_usage if device_type != "cuda" else entry.self_device_memory_usage
-        ),
-    )
-    size = (
-        largest.self_device_memory_usage if device_type == "cuda" else largest.self_cpu_memory_usage
-    )
-    memory = f"  most memory is taken by {largest.key}: {human_bytes(max(0, size))} in all"
-    return "\n".join(["where the time of the traced steps goes:", *lines, memory]), averages.table(
-        sort_by=own, row_limit=ROWS
-    )
+        # On CUDA an operator's row has the time of its kernels, which also have rows of their own:
+        # only one of the two may count.
+        is_kernel = device_type == "cuda" and entry.device_type != torch.autograd.DeviceType.CPU
+        if not is_kernel and not entry.key.startswith("[memory]"):
+            times[_kind_of(entry.key)] += getattr(entry, own_time)
+    total = sum(times.values()) or 1
+    lines = ["where the time of the traced steps goes:"]
+    # Longest first; equal ones in the order of KINDS.
+    for name in sorted(times, key=times.get, reverse=True):
+        if times[name]:
+            share = times[name] / total
+            lines.append(f"  {name:<30} {times[name] / 1e3:>9.1f} ms  {share:>5.1%}")
+    largest = max(averages, key=attrgetter(own_memory))
+    allocated = human_bytes(max(0, getattr(largest, own_memory)))
+    lines.append(f"  most memory is allocated by {largest.key}: {allocated} in total")
+    return "\n".join(lines), averages.table(sort_by=own_time, row_limit=ROWS)
+
+
+def _kind_of(operator: str) -> str:
+    """The name in KINDS of what an operator does."""
+    for name, pattern in KINDS:
+        if re.search(pattern, operator):
+            return name
+    return "other"

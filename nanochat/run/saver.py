@@ -14,6 +14,7 @@ from nanochat.run import checkpoint
 
 if TYPE_CHECKING:
     from nanochat.model.decoder import Decoder
+    from nanochat.run.metrics import Record
 
 # Until a failed save is retried during training.
 RETRY_SECONDS = 60.0
@@ -44,7 +45,7 @@ class Saver:
         run_path: Path | str,
         keep_last: int,
         report: Callable[[str], None],
-        records: Sequence[checkpoint.Record],
+        records: Sequence["Record"],
         best_bpb: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[Path], int] = checkpoint.free_bytes,

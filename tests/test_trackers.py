@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.run import log as runlog
-from nanochat.run import trackers as track
+from nanochat.run.metrics import Record, read_lines
+from nanochat.run.trackers import FLUSH_SECONDS, POSITION_FILE, Trackers, problems
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -155,7 +155,7 @@ def tensorboard_scalars(folder):
 def jsonl_numbers(path):
     """{(step, name): number} of a metrics.jsonl, dicts flattened by hand."""
     found = {}
-    for line in runlog.read_lines(path):
+    for line in read_lines(path):
         for name, value in line.items():
             if name == "centered_results":
                 found |= {(line["step"], f"centered_results/{k}"): v for k, v in value.items()}
@@ -177,10 +177,10 @@ def log_run(
 ):
     """A start of a run as train.py does it; returns (trackers, printed lines)."""
     printed = []
-    log = runlog.Metrics(Path(folder) / "metrics.jsonl")
+    log = Record(Path(folder) / "metrics.jsonl")
     log.keep_before(first)
-    trackers = track.Trackers(
-        folder, "a name", True, config, run_id, first, printed.append, runlog.read_lines(log.path)
+    trackers = Trackers(
+        folder, "a name", True, config, run_id, first, printed.append, read_lines(log.path)
     )
     for line in metrics_lines(first, last):
         log.write(**line)
@@ -298,22 +298,22 @@ def test_resuming_after_a_kill(tmp_path):
     script = f"""
 import os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import test_track
-from nanochat.run import trackers as track
-trackers, _ = test_track.log_run({str(tmp_path)!r}, 0, 10, end=False)
-time.sleep(2 * track.FLUSH_SECONDS)
-trackers.log(list(test_track.metrics_lines(10, 11))[-1])
+import test_trackers
+from nanochat.run.trackers import FLUSH_SECONDS
+trackers, _ = test_trackers.log_run({str(tmp_path)!r}, 0, 10, end=False)
+time.sleep(2 * FLUSH_SECONDS)
+trackers.log(list(test_trackers.metrics_lines(10, 11))[-1])
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -signal.SIGKILL
-    noted = json.loads((tmp_path / "wandb" / track.POSITION_FILE).read_text())
+    noted = json.loads((tmp_path / "wandb" / POSITION_FILE).read_text())
     assert noted["step"] < 10  # what was given at the last look, not what was given since
     log_run(tmp_path, 4, 12)
     assert_all_agree(tmp_path, twice_from=0)
 
 
 def test_trackers_switched_on_later_get_the_whole_run(tmp_path):
-    log = runlog.Metrics(tmp_path / "metrics.jsonl")
+    log = Record(tmp_path / "metrics.jsonl")
     for line in metrics_lines(0, 9):
         log.write(**line)
     log.close()
@@ -343,14 +343,14 @@ def test_a_tracker_that_raises_is_switched_off(tmp_path, monkeypatch, method):
     def broken(self, *arguments):
         raise ConnectionError("no\nluck")
 
-    monkeypatch.setattr(track._Wandb, method, broken)
+    monkeypatch.setattr(f"nanochat.run.trackers._Wandb.{method}", broken)
     _, printed = log_run(tmp_path, 0, 3, end=False)
     trackers, printed = log_run(tmp_path, 0, 6, end=False)
     trackers.update_config(CONFIG)
     trackers.finish(SUMMARY, 0)
     failed = [line for line in printed if "switched off" in line]
     assert len(failed) == 1 and failed[0].startswith(
-        "W&B: switched off, training goes on (no luck)"
+        "W&B: switched off after an error, training continues (no luck)"
     )
     expected = jsonl_numbers(tmp_path / "metrics.jsonl")
     assert tensorboard_scalars(tmp_path)[0].keys() == expected.keys()
@@ -365,7 +365,7 @@ def test_who_will_not_wait_for_uploads(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb.Run, "finish", waits)
     _, printed = log_run(tmp_path, 0, 3)
     assert printed[-1].startswith(
-        "trackers: not waited for, as asked; to upload what is missing: wandb sync "
+        "trackers: interrupted before they finished; to upload the rest: wandb sync "
     )
 
 
@@ -375,7 +375,7 @@ def test_a_tracker_that_cannot_start(tmp_path):
     assert [
         line
         for line in printed
-        if line.startswith("TensorBoard: could not be started, training goes on without it")
+        if line.startswith("TensorBoard: cannot start, training continues without it")
     ]
     assert (2, "train/loss") in wandb_history(tmp_path)
 
@@ -383,21 +383,21 @@ def test_a_tracker_that_cannot_start(tmp_path):
 def test_disabled_and_off(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     printed = []
-    trackers = track.Trackers(tmp_path, "a name", False, CONFIG, "abc", 0, printed.append)
+    trackers = Trackers(tmp_path, "a name", False, CONFIG, "abc", 0, printed.append)
     trackers.log({"step": 0, "train/loss": 1.0})
     trackers.finish(SUMMARY, 0)
-    assert printed == ["W&B: off, as its settings say (WANDB_MODE=disabled)"]
-    trackers = track.Trackers(tmp_path, "dummy", False, CONFIG, "abc", 0, printed.append)
+    assert printed == ["W&B: disabled by its own settings (WANDB_MODE=disabled)"]
+    trackers = Trackers(tmp_path, "dummy", False, CONFIG, "abc", 0, printed.append)
     assert len(printed) == 1 and not trackers.active and not (tmp_path / "wandb").exists()
 
 
 def test_missing_packages_are_named_before_training(monkeypatch, tmp_path):
-    assert track.problems("a name", True) == track.problems("dummy", False) == []
+    assert problems("a name", True) == problems("dummy", False) == []
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for package in ("wandb", "tensorboard"):
         monkeypatch.delitem(sys.modules, package)
         (tmp_path / package).mkdir()  # as W&B leaves where it is used
-    found = track.problems("a name", True)
+    found = problems("a name", True)
     assert len(found) == 2 and all(
         part in text
         for text, parts in zip(
@@ -407,20 +407,20 @@ def test_missing_packages_are_named_before_training(monkeypatch, tmp_path):
         )
         for part in parts
     )
-    assert track.problems("dummy", False) == []
+    assert problems("dummy", False) == []
 
 
 # A start without the fixture's WANDB_MODE, on a terminal that would answer questions, with train.py's signal handlers.
 STARTER = """
 import json, os, signal, sys, time
 sys.path.insert(0, {root!r})
-from nanochat.run import trackers as track
-track.INIT_SECONDS = 2
+from nanochat.run import trackers as module
+module.INIT_SECONDS = 2
 from nanochat import signals
 stop = signals.StopSignals(speaks=False)
 stop.at_once = False
 started = time.monotonic()
-trackers = track.Trackers({folder!r}, "a name", False, {config!r}, "abc", 0, lambda text: print("LINE", text, flush=True))
+trackers = module.Trackers({folder!r}, "a name", False, {config!r}, "abc", 0, lambda text: print("LINE", text, flush=True))
 trackers.log({{"step": 0, "train/loss": 1.0}})
 took = time.monotonic() - started
 os.kill(os.getpid(), signal.SIGTERM)
