@@ -12,6 +12,7 @@ APPS = {
     "compare": "compare runs: tables, noise, plots",
     "report": "a run's summary, curves and samples on one page",
     "runs": "list the runs under a folder",
+    "sweep": "train and compare the runs of a sweep",
     "export": "turn a run into a Hugging Face folder, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
     "tokenizer": "train, compare and inspect tokenizers",

@@ -1,42 +1,84 @@
-"""Pictures of runs, drawn by matplotlib's Agg canvas: what `nanochat report` and `nanochat compare` share. Imports no torch.
+"""Pictures of runs, drawn by matplotlib's Agg canvas, for `nanochat report`, `compare` and `sweep`.
 
-A curve is a dict: x and y (arrays), sd (of y over seeds, or None), color, dash (a line style).
-Matplotlib is imported where a figure is made; its text is never read as formulas, since names of runs are the user's."""
+Matplotlib is imported where a figure is made, and never reads a text as a formula, since the names
+of runs are the user's. Imports no torch."""
 
 import io
-import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanochat.common import install_hint
+from nanochat.run.records import finite_number
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), which colour-blind people can tell apart, without yellow and black, whose
-# contrast with a white or a dark page is too low. Twelve curves: each colour as a solid line, then as a dashed one.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), which colour-blind people can tell apart,
+# without yellow and black, whose contrast with a white or a dark page is too low.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# twelve curves: each colour as a solid line, then as a dashed one
 DASHES = ("-", (0, (4, 1.6)))
-MARKERS, HATCHES = (
-    dict(zip(DASHES, "oD", strict=True)),
-    dict(zip(DASHES, (None, "////"), strict=True)),
-)  # of points and bars
+MARKERS = dict(zip(DASHES, "oD", strict=True))
+HATCHES = dict(zip(DASHES, (None, "////"), strict=True))
 DISTINCT = len(PALETTE) * len(DASHES)
-EARLY = 0.08  # share of a curve, at its start, that does not decide the range of the y axis
-SMOOTHING_STEPS, SMOOTHING_SHARE = (
-    40,
-    1 / 25,
-)  # steps that a smoothed curve is a mean of: the greater of a number and a share of all
-GRID_POINTS = 1000  # of a mean over seeds
-DPI = 110
-LARGEST = sys.float_info.max  # integers beyond it are no numbers to draw
-LONGEST_NAME = 60  # characters of a name below a picture
-GREY = "#8a8f98"  # of what is no run: readable on white and on dark
+# for what is not a run: readable on white and on dark
+GREY = "#8a8f98"
+# (page, text, frame) colours, by whether the page is dark
 INKS = {
     False: ("#ffffff", "#1d2530", "#8a94a3"),
     True: ("#161b22", "#e6e9ee", "#7d8795"),
-}  # dark: (page, text, lines of the frame)
+}
+DPI = 110
+# share of a curve, at its start, that does not decide the range of the y axis
+EARLY = 0.08
+# a smoothed value is the mean of so many steps, or of this share of all steps if that is more
+SMOOTHING_STEPS = 40
+SMOOTHING_SHARE = 1 / 25
+# points of a mean over seeds
+GRID_POINTS = 1000
+# characters of a name below a picture
+LONGEST_NAME = 60
 
 
-def png(draw, width, height, dark=False):
-    """The bytes of a PNG of width x height inches, filled by draw(figure)."""
+@dataclass(frozen=True)
+class Look:
+    """How a run is drawn: its colour, and the dash of its lines (one of DASHES)."""
+
+    color: Any
+    dash: Any
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """The meaning of colours where there are too many curves to tell apart: a value's name and
+    its range."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a picture: (n,) arrays x and y; sd: the standard deviation of y, or None."""
+
+    x: np.ndarray
+    y: np.ndarray
+    sd: np.ndarray | None
+    look: Look
+
+    def where(self, kept: np.ndarray) -> "Curve":
+        """The points that a (n,) array of bools keeps."""
+        sd = None if self.sd is None else self.sd[kept]
+        return Curve(self.x[kept], self.y[kept], sd, self.look)
+
+
+def png(draw: Callable[["Figure"], None], width: float, height: float, dark: bool = False) -> bytes:
+    """A PNG of width x height inches that draw(figure) fills. UsageError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,42 +118,45 @@ def png(draw, width, height, dark=False):
 # ---- numbers of a run's lines ----
 
 
-def number(value):
-    """A finite int or float as it is; None for anything else that a damaged file may hold."""
-    return (
-        value
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
-        else None
-    )
+def points(lines: Sequence[dict], name: str, axis: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) float64 arrays of the metrics lines that hold both, ordered by x.
 
-
-def points(lines, name, axis="step"):
-    """(x, y) arrays of the metrics lines that hold both, ordered by x, one y for an x (the last written)."""
+    Of several lines with the same x the last one counts."""
     found = {
         line[axis]: line[name]
         for line in lines
-        if number(line.get(axis)) is not None and number(line.get(name)) is not None
+        if finite_number(line.get(axis)) is not None and finite_number(line.get(name)) is not None
     }
     order = sorted(found)
     return np.array(order, dtype=np.float64), np.array([found[x] for x in order], dtype=np.float64)
 
 
-def smoothed(values):
-    """The mean of the steps around each: as many on both sides, so fewer at the start, where a loss falls fast; at the end, where it
-    hardly moves, those that there are."""
-    n, reach = len(values), max(SMOOTHING_STEPS, int(len(values) * SMOOTHING_SHARE)) // 2
-    sums, at = np.concatenate([[0.0], np.cumsum(values)]), np.arange(n)
-    reach = np.minimum(reach, at)
-    first, after = at - reach, np.minimum(at + reach + 1, n)
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of the steps around each step.
+
+    At the start, where a loss falls fast, only as many steps after it as there are before it; at
+    the end, where it hardly moves, whatever steps exist."""
+    n = len(values)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(n)
+    reach = np.minimum(max(SMOOTHING_STEPS, int(n * SMOOTHING_SHARE)) // 2, at)
+    first = at - reach
+    after = np.minimum(at + reach + 1, n)
     return (sums[after] - sums[first]) / (after - first)
 
 
-def mean_of(members):
-    """(x, mean, standard deviation) of curves [(x, y)] over the x that all of them reach, interpolated; of one curve: itself, None."""
+def mean_of(
+    members: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """(x, mean, standard deviation) of curves (x, y), interpolated over the x that all of them
+    reach. A single curve is returned as it is, without a deviation."""
     members = [(x, y) for x, y in members if len(x)]
-    if len(members) < 2:
-        return (*members[0], None) if members else (np.empty(0), np.empty(0), None)
-    low, high = max(x[0] for x, _ in members), min(x[-1] for x, _ in members)
+    if not members:
+        return np.empty(0), np.empty(0), None
+    if len(members) == 1:
+        return (*members[0], None)
+    low = max(x[0] for x, _ in members)
+    high = min(x[-1] for x, _ in members)
     grid = np.unique(np.concatenate([x for x, _ in members] + [[low, high]]))
     grid = grid[(grid >= low) & (grid <= high)]
     if len(grid) > GRID_POINTS:
@@ -123,102 +168,107 @@ def mean_of(members):
 # ---- colours ----
 
 
-def colors_of(depths):
-    """A list of {"color", "dash"} for curves of these depths, and the (name, low, high) of the colour map that was used, or None.
+def looks_of(depths: Sequence[int | None]) -> tuple[list[Look], ColorScale | None]:
+    """A Look for each curve of these depths, and the scale of their colours, if they are on one.
 
-    Up to DISTINCT curves are told apart; more are coloured by depth, or in their order where depths hardly tell them apart."""
+    Up to DISTINCT curves can be told apart. More are coloured by depth, or by their order if most
+    depths occur more than once."""
     if len(depths) <= DISTINCT:
-        return [
-            {"color": PALETTE[i % len(PALETTE)], "dash": DASHES[i // len(PALETTE)]}
-            for i in range(len(depths))
-        ], None
+        looks = [
+            Look(PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE)]) for i in range(len(depths))
+        ]
+        return looks, None
     from matplotlib import colormaps
 
     known = [depth for depth in depths if depth is not None]
-    by_depth = 2 * len(set(known)) > len(depths)
-    values = (
-        [min(known) if depth is None else depth for depth in depths]
-        if by_depth
-        else list(range(1, len(depths) + 1))
-    )
-    low, high = min(values), max(values)
+    if 2 * len(set(known)) > len(depths):
+        name = "depth"
+        values = [min(known) if depth is None else depth for depth in depths]
+    else:
+        name = "run, in the order of the table"
+        values = list(range(1, len(depths) + 1))
+    scale = ColorScale(name, min(values), max(values))
     shades = colormaps["viridis"]
-    # its last part is too pale on white
-    return [
-        {"color": shades(0.9 * (value - low) / (high - low)), "dash": "-"} for value in values
-    ], ("depth" if by_depth else "run, in the order of the table", low, high)
+    # the last part of the map is too pale on white
+    looks = [
+        Look(shades(0.9 * (value - scale.low) / (scale.high - scale.low)), "-") for value in values
+    ]
+    return looks, scale
 
 
-def add_key(figure, axes, entries, scale, kind="line"):
-    """Below all axes: names beside their colours, or the colour bar of colors_of(). entries: [(name, {"color", "dash"})].
+def add_key(
+    figure: "Figure",
+    axes: Sequence["Axes"],
+    entries: Sequence[tuple[str, Look]],
+    scale: ColorScale | None,
+    kind: str = "line",
+) -> None:
+    """Below all axes: the names beside their looks, or the bar of a colour scale.
 
     kind: what the picture is made of: "line", "point" (MARKERS) or "bar" (HATCHES)."""
     if scale:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import LinearSegmentedColormap, Normalize
-        from matplotlib.ticker import MaxNLocator
-
-        name, low, high = scale
-        shades = LinearSegmentedColormap.from_list(
-            "shades", colormaps["viridis"](np.linspace(0, 0.9, 64))
-        )
-        figure.colorbar(
-            ScalarMappable(Normalize(low, high), shades),
-            ax=axes,
-            location="bottom",
-            shrink=0.4,
-            aspect=50,
-            pad=0.02,
-            label=name,
-            ticks=MaxNLocator(integer=True),
-        )
+        _add_color_bar(figure, axes, scale)
     elif entries:
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
-
-        shapes = {
-            "line": lambda look: Line2D(
-                [], [], color=look["color"], linestyle=look["dash"], linewidth=2.5
-            ),
-            "point": lambda look: Line2D(
-                [],
-                [],
-                color=look["color"],
-                linestyle="",
-                marker=MARKERS[look["dash"]],
-                markersize=7,
-            ),
-            "bar": lambda look: Patch(
-                facecolor=look["color"], edgecolor="white", linewidth=0, hatch=HATCHES[look["dash"]]
-            ),
-        }
-        handles = [shapes[kind](look) for _, look in entries]
-        # a blank first: matplotlib leaves out what begins with "_"
-        shown = [
-            " "
-            + (
-                name
-                if len(name) <= LONGEST_NAME
-                else f"{name[: LONGEST_NAME // 2]}...{name[-LONGEST_NAME // 2 :]}"
-            )
-            for name, _ in entries
-        ]
-        inches = 1.1 + 0.1 * max(
-            map(len, shown)
-        )  # of an entry: its line, its name, and what lies between
+        handles = [_handle(look, kind) for _, look in entries]
+        # a blank first: matplotlib leaves out names that begin with "_"
+        shown = [f" {_cut(name)}" for name, _ in entries]
+        # an entry is its line, its name, and the space between
+        inches = 1.1 + 0.1 * max(map(len, shown))
         columns = max(1, min(len(entries), int(figure.get_figwidth() / inches)))
         figure.legend(handles, shown, loc="outside lower center", ncols=columns, handlelength=2.8)
+
+
+def _cut(name: str) -> str:
+    """A name with its middle left out if it is too long."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 2]}...{name[-LONGEST_NAME // 2 :]}"
+
+
+def _handle(look: Look, kind: str) -> Any:
+    """What stands before a name in the key."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    if kind == "line":
+        return Line2D([], [], color=look.color, linestyle=look.dash, linewidth=2.5)
+    if kind == "point":
+        marker = MARKERS[look.dash]
+        return Line2D([], [], color=look.color, linestyle="", marker=marker, markersize=7)
+    return Patch(facecolor=look.color, edgecolor="white", linewidth=0, hatch=HATCHES[look.dash])
+
+
+def _add_color_bar(figure: "Figure", axes: Sequence["Axes"], scale: ColorScale) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    shades = LinearSegmentedColormap.from_list(
+        "shades", colormaps["viridis"](np.linspace(0, 0.9, 64))
+    )
+    figure.colorbar(
+        ScalarMappable(Normalize(scale.low, scale.high), shades),
+        ax=axes,
+        location="bottom",
+        shrink=0.4,
+        aspect=50,
+        pad=0.02,
+        label=scale.name,
+        ticks=MaxNLocator(integer=True),
+    )
 
 
 # ---- axes ----
 
 
-def apart(values, gap, low=0.0, high=1.0):
-    """Places for labels at these values, in their order: at least `gap` apart and inside low..high, as far as there is room."""
+def apart(values: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Places for labels at these values, in their order: inside low..high and at least `gap` apart,
+    or closer if there is not enough room."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     gap = min(gap, (high - low) / max(1, len(values) - 1))
     places = [min(max(values[i], low), high) for i in order]
+    # upwards to make room, then downwards to bring back what was pushed out at the top
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + gap)
     for i in range(len(places) - 1, -1, -1):
@@ -229,101 +279,115 @@ def apart(values, gap, low=0.0, high=1.0):
     return out
 
 
-def range_of(curves):
-    """(low, high) of the y axis: all of the curves but their beginnings, which would dwarf the rest; None without any."""
-    parts = []
+def range_of(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """(low, high) of the y axis; None without any points.
+
+    It holds all of the curves but their beginnings, which would dwarf the rest."""
+    ends = []
     for curve in curves:
-        x, y, sd = curve["x"], curve["y"], curve["sd"]
-        if len(x):
-            late = x >= min(EARLY * x[-1], x[-1])
-            spread = 0 if sd is None else sd[late]
-            parts += [(y[late] - spread).min(), (y[late] + spread).max()]
-    if not parts:
+        if len(curve.x):
+            late = curve.x >= min(EARLY * curve.x[-1], curve.x[-1])
+            spread = 0 if curve.sd is None else curve.sd[late]
+            ends += [(curve.y[late] - spread).min(), (curve.y[late] + spread).max()]
+    if not ends:
         return None
-    low, high = min(parts), max(parts)
+    low = min(ends)
+    high = max(ends)
+    # a level curve has no range of its own
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.1
     return low - room, high + room
 
 
-def draw_curves(axes, curves, digits=3, marker="", labels=True):
+def draw_curves(
+    axes: "Axes",
+    curves: Sequence[Curve],
+    digits: int = 3,
+    marker: str = "",
+    labels: bool = True,
+) -> None:
     """Curves with their bands, the y axis fitted to them, and the last values at the right edge."""
     for curve in curves:
-        look = {"color": curve["color"]}
-        if curve["sd"] is not None:
+        if curve.sd is not None:
             axes.fill_between(
-                curve["x"],
-                curve["y"] - curve["sd"],
-                curve["y"] + curve["sd"],
+                curve.x,
+                curve.y - curve.sd,
+                curve.y + curve.sd,
                 alpha=0.2,
                 linewidth=0,
-                **look,
+                color=curve.look.color,
             )
-        marked = marker or ("o" if len(curve["x"]) == 1 else "")
+        # a line through one point cannot be seen
+        alone = "o" if len(curve.x) == 1 else ""
         axes.plot(
-            curve["x"],
-            curve["y"],
-            linestyle=curve["dash"],
+            curve.x,
+            curve.y,
+            linestyle=curve.look.dash,
             linewidth=1.7,
-            marker=marked,
+            marker=marker or alone,
             markersize=4,
-            **look,
+            color=curve.look.color,
         )
     limits = range_of(curves)
     if limits is None:
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center")
+        say(axes, "none")
         return
     axes.set_ylim(limits)
-    shown = [curve for curve in curves if len(curve["x"])]
+    shown = [curve for curve in curves if len(curve.x)]
     if labels and len(shown) <= DISTINCT:
-        heights = [(curve["y"][-1] - limits[0]) / (limits[1] - limits[0]) for curve in shown]
+        heights = [(curve.y[-1] - limits[0]) / (limits[1] - limits[0]) for curve in shown]
         for curve, place in zip(shown, apart(heights, 0.062), strict=True):
             axes.text(
                 1.015,
                 place,
-                f"{curve['y'][-1]:.{digits}f}",
+                f"{curve.y[-1]:.{digits}f}",
                 transform=axes.transAxes,
-                color=curve["color"],
+                color=curve.look.color,
                 va="center",
                 fontsize=10,
                 fontweight="bold",
             )
 
 
-def short_number(value):
+def say(axes: "Axes", text: str) -> None:
+    """A word in the middle of axes that have nothing to show."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
+
+
+def short_number(value: float) -> str:
     """A tick's number as text: 0.1, 50, 2e15."""
-    return (
-        f"{value:g}"
-        if 1e-4 < abs(value) < 1e5
-        else f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
-    )
+    if 1e-4 < abs(value) < 1e5:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-def log_scale(axes, direction, low, high, shown=short_number):
-    """Make the x or y axis (direction) logarithmic over low..high, with ticks that are there also where it spans less than a decade.
+def log_scale(
+    axes: "Axes",
+    direction: str,
+    low: float,
+    high: float,
+    shown: Callable[[float], str] = short_number,
+) -> None:
+    """Make the x or y axis (direction) logarithmic over low..high, with the ticks' texts `shown`.
 
-    shown: what stands at a tick, of its value."""
+    It has ticks even where it spans less than a decade, where matplotlib's own has none."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{direction}scale": "log", f"{direction}lim": (low, high)})
+    if high < 100 * low:
+        steps = (1, 2, 5)
+    elif high < 1000 * low:
+        steps = (1, 3)
+    else:
+        steps = (1,)
     axis = getattr(axes, f"{direction}axis")
-    axis.set_major_locator(
-        LogLocator(
-            10,
-            subs=(1, 2, 5) if high < 100 * low else (1, 3) if high < 1000 * low else (1,),
-            numticks=12,
-        )
-    )
+    axis.set_major_locator(LogLocator(10, subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def unit_of_time(seconds):
+def unit_of_time(seconds: float) -> tuple[str, int]:
     """(name, seconds of one) of the unit in which times up to this one read best."""
-    return next(
-        (
-            (name, size)
-            for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60))
-            if seconds >= 2 * size
-        ),
-        ("seconds", 1),
-    )
+    for name, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return name, size
+    return "seconds", 1

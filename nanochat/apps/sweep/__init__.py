@@ -1,0 +1,61 @@
+"""`nanochat sweep KIND FOLDER [flags] < lines`: train the runs of a sweep, then compare them."""
+
+import argparse
+import sys
+
+KINDS = ("miniseries", "scaling_laws", "seeds", "ablation")
+DESCRIPTION = """\
+Train the runs of a sweep one after another, then show their results. Standard input has a line
+NAME: FLAGS for each run, in the order of training; the flags after FOLDER (such as --depth=4) are
+those of train.py, for every run. NAME is the run's folder within FOLDER, such as d4 or 1e18/d4.
+
+kinds:
+  miniseries    compares the runs with `nanochat compare`
+  scaling_laws  fits the best model for each budget of FLOPs; runs are named BUDGET/dDEPTH
+  seeds         prints mean and standard deviation
+  ablation      compares variants with `baseline`, paired by seed; runs are named VARIANT/seedSEED
+"""
+EPILOG = """\
+Started again, it skips the runs that completed, resumes those that were interrupted, and leaves
+failed runs alone unless RETRY=1. Several processes may work on one FOLDER: each trains a run that
+no other holds. The console output of a run is in train.log in its folder.
+
+from the environment:
+  NPROC=N             processes of each run; above 1 it is started by torchrun
+  RETRY=1             train failed runs again
+  TOY=1               toy size, for a quick try
+  CORE_BUNDLE=FOLDER  measure CORE at the end of each run
+  PREDICT=D           scaling_laws: predict, then train, a depth (10) or a budget in FLOPs (2e13)
+
+FOLDER/results.json has all results as data. Exit codes: 0; 75 stopped (start it again to continue);
+2 wrong usage; 1 a run failed.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Train and compare the runs that standard input names. Returns the exit code.
+
+    UsageError for wrong flags, lines or settings, before anything is trained."""
+    parser = argparse.ArgumentParser(
+        prog="nanochat sweep",
+        allow_abbrev=False,
+        usage="nanochat sweep KIND FOLDER [flags of every train.py] < lines",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", metavar="KIND", choices=KINDS, help=" | ".join(KINDS))
+    parser.add_argument("folder", metavar="FOLDER", help="parent of the run folders")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of every train.py")
+    args = parser.parse_args(argv)
+    # train.py's flag checks import torch, which takes seconds and which --help does not need
+    import os
+
+    from nanochat.apps.sweep.command import sweep
+    from nanochat.apps.sweep.settings import Settings
+    from nanochat.apps.sweep.train_runs import Stop
+
+    stop = Stop()
+    stop.listen()
+    settings = Settings.read(args.kind, args.folder, args.flags, os.environ)
+    return sweep(settings, sys.stdin.read(), stop)

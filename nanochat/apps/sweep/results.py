@@ -1,268 +1,238 @@
-"""What came of the runs of a sweep: facts from their folders, tables, noise over seeds, differences to a baseline.
+"""Tables of a sweep's runs, their noise, and differences to a baseline.
 
-Reads config.json, summary.json and the notes of sweep.py; changes nothing. Only completed runs count in any mean or fit."""
+Only completed runs count in a mean or a fit."""
 
 import json
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from nanochat.apps.compare import CONFIDENCE, spread, student_quantile
-from nanochat.apps.runs import DAMAGES, aligned, describe, fixed, short
-from nanochat.common import human_time, read_json
-from nanochat.run.log import RunFolder
+from nanochat.apps.sweep.facts import Facts, read_facts
+from nanochat.apps.sweep.train_runs import Run
+from nanochat.common import human_time
+from nanochat.run.statistics import Spread, spread, two_sided_quantile
+from nanochat.run.tables import aligned, fixed, short
 
-FAILURE = "failed.json"  # sweep.py's note in the folder of a run that failed; it goes when the run is started again
-NUMBERS = (
-    "depth",
-    "seed",
-    "width",
-    "parameters",
-    "scaling_parameters",
-    "step",
-    "tokens",
-    "flops",
-    "epochs",
-    "seconds",
-    "tok_per_sec",
-    "val_bpb",
-    "min_val_bpb",
-    "core_metric",
-    "core_metric_n",
-    "git_commit",
-)
+BASELINE = "baseline"
 
 
-def facts(path):
-    """A run folder as a dict: status, reason, failed_at (seconds since 1970, null unless it failed) and NUMBERS, null where there is none.
+@dataclass(frozen=True)
+class Row:
+    """A run of the sweep and its facts. flags: those of this run alone."""
 
-    status: completed, failed, stopped, died (killed without a word), running (a process has it), or "not started". flops, tokens and
-    seconds are those trained; epochs is tokens over the tokens of one pass."""
-    found = {"status": "not started", "reason": "", "failed_at": None, **dict.fromkeys(NUMBERS)}
-    try:
-        if RunFolder(path).holds_run():
-            found |= _of_run(path)
-    except DAMAGES as error:
-        found |= {"status": "failed", "reason": f"damaged run folder ({error})", "failed_at": 0.0}
-    if found["status"] in ("completed", "running"):
-        return found
-    try:
-        note = json.loads((path / FAILURE).read_text(encoding="utf-8"))
-        return found | {
-            "status": "failed",
-            "reason": str(note["reason"]),
-            "failed_at": float(note["at"]),
-        }
-    except (
-        FileNotFoundError
-    ):  # the usual case; another process may also have taken it away just now
-        return found
-    except DAMAGES as error:
-        return found | {
-            "status": "failed",
-            "reason": f"damaged {FAILURE} ({error})",
-            "failed_at": 0.0,
-        }
+    name: str
+    path: str
+    flags: list[str]
+    facts: Facts
+
+    def as_json(self) -> dict[str, Any]:
+        """The run in results.json."""
+        return {"name": self.name, "path": self.path, "flags": self.flags, **asdict(self.facts)}
 
 
-def _of_run(path):
-    """facts() of a folder that holds a run. Raises one of DAMAGES."""
-    config, run, summary = RunFolder(path).read_config(), describe(path), {}
-    if (path / "summary.json").exists():
-        summary = read_json(path / "summary.json", "run folder")
-    tokens, plan = run["tokens"], config["plan"]
-    return {
-        **{name: run[name] for name in NUMBERS if name in run},
-        "status": run["status"],
-        "reason": run["reason"],
-        "failed_at": run["updated"] if run["status"] == "failed" else None,
-        "seed": config["seed"],
-        "width": config["model"]["width"],
-        "scaling_parameters": plan["scaling_parameters"],
-        "flops": tokens and tokens * plan["flops_per_token"],
-        "epochs": tokens and tokens / config["data"]["tokens_per_epoch"],
-        "seconds": run["total_training_time"],
-        "core_metric_n": summary.get("core_metric_n"),
-        "git_commit": config.get("git_commit"),
-    }
+def collect(runs: Iterable[Run]) -> list[Row]:
+    """The rows of runs, in their order."""
+    return [Row(run.name, str(run.path), run.flags, read_facts(run.path)) for run in runs]
 
 
-def collect(runs):
-    """[{name, path, flags, ...facts()}] of sweep.Run objects, in their order."""
-    return [
-        {"name": run.name, "path": str(run.path), "flags": run.flags, **facts(run.path)}
-        for run in runs
-    ]
+def completed(rows: Iterable[Row]) -> list[Row]:
+    """The rows of runs that completed."""
+    return [row for row in rows if row.facts.completed]
 
 
-def completed(rows):
-    return [row for row in rows if row["status"] == "completed"]
-
-
-def seconds_in_words(seconds):
+def _time(seconds: float | None) -> str | None:
     return None if seconds is None else human_time(seconds)
 
 
-def table(rows):
-    """collect()'s rows for reading: one line a run, then why those that are not complete are not."""
-    heading = (
-        "run",
-        "status",
-        "params",
-        "N",
-        "tokens",
-        "D/N",
-        "epochs",
-        "FLOPs",
-        "time",
-        "val_bpb",
-        "CORE",
-    )
+def table(rows: Sequence[Row]) -> str:
+    """Runs as aligned columns, then what a reader has to know of them."""
+    heading = ["run", "status", "params", "N", "tokens", "D/N", "epochs", "FLOPs", "time"]
+    heading += ["val_bpb", "CORE"]
+    return "\n".join([aligned([heading, *map(_cells, rows)]), *_remarks(rows)])
+
+
+def _cells(row: Row) -> list[str | None]:
+    """A row of the table; None where there is no value."""
+    facts = row.facts
+    ratio = flops = None
+    if facts.tokens:
+        ratio = fixed(facts.tokens / facts.scaling_parameters, 1)
+    if facts.flops:
+        flops = f"{facts.flops:.2e}"
+    return [
+        row.name,
+        facts.status,
+        short(facts.parameters),
+        short(facts.scaling_parameters),
+        short(facts.tokens),
+        ratio,
+        fixed(facts.epochs, 2),
+        flops,
+        _time(facts.seconds),
+        fixed(facts.val_bpb),
+        fixed(facts.core_metric),
+    ]
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """Why runs did not complete, which saw their data twice, and whether the code changed."""
     lines = [
-        (
-            row["name"],
-            row["status"],
-            short(row["parameters"]),
-            short(row["scaling_parameters"]),
-            short(row["tokens"]),
-            row["tokens"] and fixed(row["tokens"] / row["scaling_parameters"], 1),
-            fixed(row["epochs"], 2),
-            row["flops"] and f"{row['flops']:.2e}",
-            seconds_in_words(row["seconds"]),
-            fixed(row["val_bpb"]),
-            fixed(row["core_metric"]),
-        )
+        f"{row.name}: {row.facts.status}: {row.facts.reason}"
         for row in rows
+        if not row.facts.completed and row.facts.reason
     ]
-    reasons = [
-        f"{row['name']}: {row['status']}: {row['reason']}"
-        for row in rows
-        if row["status"] != "completed" and row["reason"]
-    ]
-    repeats = [row["name"] for row in rows if (row["epochs"] or 0) > 1]
-    if repeats:
-        reasons.append(f"more than one pass over the data: {', '.join(repeats)}")
-    by_commit = {}
+    if repeats := [row.name for row in rows if (row.facts.epochs or 0) > 1]:
+        lines.append(f"more than one pass over the data: {', '.join(repeats)}")
+    by_commit: dict[str, list[str]] = {}
     for row in rows:
-        if row["git_commit"]:
-            by_commit.setdefault(str(row["git_commit"])[:8], []).append(row["name"])
+        if row.facts.git_commit:
+            by_commit.setdefault(str(row.facts.git_commit)[:8], []).append(row.name)
     if len(by_commit) > 1:
-        reasons.append(
-            "warning: trained by different versions of the code: "
-            + "; ".join(f"{commit}: {', '.join(names)}" for commit, names in by_commit.items())
-        )
-    return "\n".join(
-        [aligned([heading, *[[cell or None for cell in line] for line in lines]]), *reasons]
-    )
+        commits = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in by_commit.items())
+        lines.append(f"warning: trained by different versions of the code: {commits}")
+    return lines
 
 
-def noise(rows):
-    """{val_bpb: spread(), core_metric: spread()} of the completed runs."""
+def noise(rows: Iterable[Row]) -> dict[str, Spread]:
+    """The spread of val_bpb and core_metric over the completed runs."""
+    done = completed(rows)
     return {
-        name: spread([row[name] for row in completed(rows) if row[name] is not None])
+        name: spread(_values(getattr(row.facts, name) for row in done))
         for name in ("val_bpb", "core_metric")
     }
 
 
-def ablation(rows):
-    """One dict a variant, in order: name, status, n and mean of val_bpb, and differences to the variant "baseline", paired by seed.
+def _values(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
-    rows: runs named VARIANT/seedS. difference, core_difference and seconds_difference are {mean, se, reach, n} over the seeds that both
-    have completed: variant - baseline, reach half a 95% interval (Student's t); both null below two pairs. status: completed, or how
-    many of its runs failed or are left."""
-    variants = {}
+
+# ---- ablation ----
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Variant minus baseline, a mean over the n seeds that both have completed.
+
+    se: its standard error. reach: half of a 95% interval by Student's t. Both are None below two
+    seeds, mean is None without any."""
+
+    mean: float | None
+    se: float | None
+    reach: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The runs of one variant, over its seeds. The differences are None for the baseline itself.
+
+    status: completed, or how many of its runs failed or are left."""
+
+    name: str
+    status: str
+    val_bpb: Spread
+    seconds: Spread
+    flops: Spread
+    difference: PairedDifference | None = None
+    core_difference: PairedDifference | None = None
+    seconds_difference: PairedDifference | None = None
+
+
+def ablation(rows: Iterable[Row]) -> list[Variant]:
+    """The variants of runs named VARIANT/seedSEED, in order, compared with "baseline" by seed.
+
+    Pairs of runs with the same seed see the same data in the same order, so that their difference
+    varies less than either of them."""
+    by_variant: dict[str, dict[str, Facts]] = {}
     for row in rows:
-        variant, seed = row["name"].split("/")
-        variants.setdefault(variant, {})[seed] = row
-    results = []
-    for name, of_seed in variants.items():
-        done = {seed: row for seed, row in of_seed.items() if row["status"] == "completed"}
-        left = [row["status"] for row in of_seed.values() if row["status"] != "completed"]
-        entry = {
-            "name": name,
-            "status": ", ".join(
-                f"{left.count(status)} of {len(of_seed)} {status}" for status in dict.fromkeys(left)
-            )
-            or "completed",
-        }
-        for what in ("val_bpb", "seconds", "flops"):
-            entry[what] = spread([row[what] for row in done.values() if row[what] is not None])
-        for difference, what in (
-            ("difference", "val_bpb"),
-            ("core_difference", "core_metric"),
-            ("seconds_difference", "seconds"),
-        ):
-            pairs = [
-                (row[what], variants["baseline"][seed][what])
-                for seed, row in done.items()
-                if seed in variants["baseline"]
-                and variants["baseline"][seed]["status"] == "completed"
-            ]
-            found = spread(
-                [mine - base for mine, base in pairs if mine is not None and base is not None]
-            )
-            se = None if found["sd"] is None else found["sd"] / math.sqrt(found["n"])
-            reach = (
-                None if se is None else se * student_quantile((1 + CONFIDENCE) / 2, found["n"] - 1)
-            )
-            entry[difference] = (
-                None
-                if name == "baseline"
-                else {"mean": found["mean"], "se": se, "reach": reach, "n": found["n"]}
-            )
-        results.append(entry)
-    return results
+        variant, seed = row.name.split("/")
+        by_variant.setdefault(variant, {})[seed] = row.facts
+    return [_variant(name, of_seed, by_variant[BASELINE]) for name, of_seed in by_variant.items()]
 
 
-def ablation_table(variants):
-    """ablation()'s result for reading."""
-
-    def with_reach(difference, digits, unit=1.0, suffix=""):
-        if difference is None or difference["mean"] is None:
-            return None
-        reach = "" if difference["reach"] is None else f" ± {difference['reach'] * unit:.{digits}f}"
-        return f"{difference['mean'] * unit:+.{digits}f}{reach}{suffix}"
-
-    lines = [
-        (
-            "variant",
-            "val_bpb",
-            "to baseline",
-            "pairs",
-            "CORE to baseline",
-            "FLOPs",
-            "time",
-            "to baseline",
-            "status",
-        )
+def _variant(name: str, of_seed: dict[str, Facts], baseline: dict[str, Facts]) -> Variant:
+    done = {seed: facts for seed, facts in of_seed.items() if facts.completed}
+    left = [facts.status for facts in of_seed.values() if not facts.completed]
+    counts = [f"{left.count(word)} of {len(of_seed)} {word}" for word in dict.fromkeys(left)]
+    spreads = {
+        what: spread(_values(getattr(facts, what) for facts in done.values()))
+        for what in ("val_bpb", "seconds", "flops")
+    }
+    variant = Variant(name, ", ".join(counts) or "completed", **spreads)
+    if name == BASELINE:
+        return variant
+    pairs = [
+        (facts, baseline[seed])
+        for seed, facts in done.items()
+        if seed in baseline and baseline[seed].completed
     ]
-    for entry in variants:
-        difference, seconds = entry["difference"], entry["seconds_difference"]
-        percent = (
-            0.0
-            if seconds is None or seconds["mean"] is None
-            else 100 / (entry["seconds"]["mean"] - seconds["mean"])
-        )
-        pairs = str(difference["n"]) if difference else None
-        lines.append(
+    return replace(
+        variant,
+        difference=_paired(pairs, "val_bpb"),
+        core_difference=_paired(pairs, "core_metric"),
+        seconds_difference=_paired(pairs, "seconds"),
+    )
+
+
+def _paired(pairs: Sequence[tuple[Facts, Facts]], what: str) -> PairedDifference:
+    """The mean of the first minus the second in some number."""
+    both = [(getattr(a, what), getattr(b, what)) for a, b in pairs]
+    found = spread([mine - base for mine, base in both if mine is not None and base is not None])
+    if found.sd is None:
+        return PairedDifference(found.mean, None, None, found.n)
+    se = found.sd / math.sqrt(found.n)
+    return PairedDifference(found.mean, se, se * two_sided_quantile(found.n - 1), found.n)
+
+
+def ablation_table(variants: Sequence[Variant]) -> str:
+    """The variants as aligned columns, the time as a share of the baseline's."""
+    heading = ("variant", "val_bpb", "to baseline", "pairs", "CORE to baseline", "FLOPs", "time")
+    rows = [(*heading, "to baseline", "status")]
+    for variant in variants:
+        difference = variant.difference
+        seconds = variant.seconds_difference
+        percent = 0.0
+        if seconds is not None and seconds.mean is not None:
+            percent = 100 / (variant.seconds.mean - seconds.mean)
+        rows.append(
             (
-                entry["name"],
-                fixed(entry["val_bpb"]["mean"]),
-                with_reach(difference, 4),
-                pairs,
-                with_reach(entry["core_difference"], 4),
-                entry["flops"]["mean"] and f"{entry['flops']['mean']:.3g}",
-                seconds_in_words(entry["seconds"]["mean"]),
-                with_reach(seconds, 1, percent, "%"),
-                entry["status"],
+                variant.name,
+                fixed(variant.val_bpb.mean),
+                _with_reach(difference, 4),
+                str(difference.n) if difference else None,
+                _with_reach(variant.core_difference, 4),
+                f"{variant.flops.mean:.3g}" if variant.flops.mean else None,
+                _time(variant.seconds.mean),
+                _with_reach(seconds, 1, percent, "%"),
+                variant.status,
             )
         )
-    note = "\n± is half of a 95% interval over the seeds, each variant by itself; without one the noise is unknown"
-    return aligned(lines) + note * (len(variants) > 1)
+    text = aligned(rows)
+    if len(variants) > 1:
+        text += (
+            "\n± is half of a 95% interval over the seeds, for each variant alone; without it the "
+            "noise is unknown"
+        )
+    return text
 
 
-def result_line(**values):
-    """The last line of a script: RESULT name=value ...; null as null, numbers with six digits."""
+def _with_reach(
+    difference: PairedDifference | None, digits: int, unit: float = 1.0, suffix: str = ""
+) -> str | None:
+    """+0.1234 ± 0.0012, times `unit`."""
+    if difference is None or difference.mean is None:
+        return None
+    reach = ""
+    if difference.reach is not None:
+        reach = f" ± {difference.reach * unit:.{digits}f}"
+    return f"{difference.mean * unit:+.{digits}f}{reach}{suffix}"
 
-    def shown(value):
-        return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
 
-    return "RESULT " + " ".join(f"{name}={shown(value)}" for name, value in values.items())
+def result_line(**values: Any) -> str:
+    """The last line of a script: RESULT name=value ...; None as null, numbers with six digits."""
+    words = [
+        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={json.dumps(value)}"
+        for name, value in values.items()
+    ]
+    return "RESULT " + " ".join(words)
