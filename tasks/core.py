@@ -1,12 +1,17 @@
-"""The CORE benchmark of DCLM (arXiv 2406.11794): its 22 tasks, read from a bundle, as prompts of token ids; and its statistics.
+"""The CORE benchmark of DCLM (arXiv 2406.11794): 22 tasks as prompts of token ids, and statistics.
 
-A bundle is a folder in the published layout: core.yaml (the tasks), eval_meta_data.csv (chance levels), eval_data/ (one JSON
-object a line). Nothing here knows a model; nanochat/eval/core.py answers the prompts.
+A bundle is a folder in the published layout: core.yaml (the tasks), eval_meta_data.csv (chance
+levels), eval_data/ (one JSON object a line). Nothing here knows a model; nanochat/eval/core.py lets
+one answer the prompts.
 
-A prompt is the example after its few-shot examples, each followed by a blank line; each of its rows of ids begins with BOS:
-multiple_choice   query + delimiter + choice, a row per choice; scored from where the rows begin to differ
-schema            context + delimiter + continuation, a row per context; scored where the rows end alike
-language_modeling context + delimiter + continuation, one row; scored from where it leaves the row without continuation"""
+A prompt is an example after its few-shot examples, each of which is followed by a blank line. Each
+of its rows of ids begins with BOS:
+multiple_choice    query + delimiter + choice, a row for each choice; scored from the first token
+                   that differs between rows
+schema             context + delimiter + continuation, a row for each context; scored where the
+                   ends of the rows are the same
+language_modeling  context + delimiter + continuation, one row; scored from the first token that
+                   differs from the row without the continuation"""
 
 import csv
 import json
@@ -23,16 +28,20 @@ import numpy as np
 from nanochat.common import UsageError, in_a_line, install_hint, sha256_hex
 
 KINDS = ("multiple_choice", "schema", "language_modeling")
-SHUFFLE_SEED, FEW_SHOT_SEED = 1337, 1234
+# the published seeds: of the order of a task's examples, and of the draw of few-shot examples
+SHUFFLE_SEED = 1337
+FEW_SHOT_SEED = 1234
 BASELINES = ("v1", "v2")
-# Chance levels that DCLM corrected in September 2025, in percent: the first published value and the corrected one.
+# Chance levels that DCLM corrected in September 2025, in percent: published, and corrected.
 CORRECTED = {
     "commonsense_qa": (20, 40.3),
     "agi_eval_lsat_ar": (20, 25),
     "bigbench_language_identification": (9.1, 25),
 }
-AT_ONCE = 256  # examples that are tokenized together: their texts and lists of ids are in memory
-RESAMPLES, BOOTSTRAP_SEED = 10_000, 1337
+# examples that are tokenized together: all of their texts and ids are in memory
+AT_ONCE = 256
+RESAMPLES = 10_000
+BOOTSTRAP_SEED = 1337
 
 # The published bundle: label, file, shots, kind, delimiter.
 _MC, _SCHEMA, _LM = KINDS
@@ -88,14 +97,12 @@ PUBLISHED = (
 LABELS = tuple(label for label, *_ in PUBLISHED)
 
 
-def label_problem(labels):
-    """What is wrong with labels that are not among the 22, for --tasks; "" if nothing is."""
+def label_problem(labels: Iterable[str]) -> str:
+    """The message about labels given to --tasks that are not among the 22; "" if all are."""
     unknown = [label for label in labels if label not in LABELS]
-    return (
-        f"--tasks={','.join(unknown)}: not among the CORE tasks; there are {', '.join(LABELS)}"
-        if unknown
-        else ""
-    )
+    if not unknown:
+        return ""
+    return f"--tasks={','.join(unknown)}: not among the CORE tasks, which are {', '.join(LABELS)}"
 
 
 # ---- the bundle ----
@@ -103,7 +110,8 @@ def label_problem(labels):
 
 @dataclass(frozen=True)
 class Task:
-    """One task. path: its file of examples; shots: few-shot examples before each; chance: accuracy of guessing, 0 to 1."""
+    """One task. path: its file of examples; kind: one of KINDS; shots: few-shot examples before
+    each; chance: accuracy of guessing, 0 to 1."""
 
     label: str
     path: Path
@@ -113,23 +121,19 @@ class Task:
     chance: float
 
 
-def published_yaml():
-    """The text of the published core.yaml, as far as it is read here (JSON is YAML)."""
-    return json.dumps(
+def published_yaml() -> str:
+    """The text of the published core.yaml, with the keys that are read here (JSON is YAML)."""
+    entries = [
         {
-            "icl_tasks": [
-                {
-                    "label": label,
-                    "dataset_uri": uri,
-                    "num_fewshot": [shots],
-                    "icl_task_type": kind,
-                    "continuation_delimiter": delimiter,
-                }
-                for label, uri, shots, kind, delimiter in PUBLISHED
-            ]
-        },
-        indent=1,
-    )
+            "label": label,
+            "dataset_uri": uri,
+            "num_fewshot": [shots],
+            "icl_task_type": kind,
+            "continuation_delimiter": delimiter,
+        }
+        for label, uri, shots, kind, delimiter in PUBLISHED
+    ]
+    return json.dumps({"icl_tasks": entries}, indent=1)
 
 
 class Bundle(NamedTuple):
@@ -152,7 +156,7 @@ def read_bundle(folder: str | Path, baselines: str = "v1") -> Bundle:
     entries = _read_tasks(folder / "core.yaml")
     chances = _read_chances(folder / "eval_meta_data.csv")
     bundle = Bundle({}, {}, [])
-    for label, uri, shots, kind, delimiter in PUBLISHED:
+    for label, _, shots, kind, delimiter in PUBLISHED:
         entry = entries.get(label)
         if entry is None:
             bundle.problems[label] = "core.yaml does not name it"
@@ -181,7 +185,7 @@ def read_bundle(folder: str | Path, baselines: str = "v1") -> Bundle:
     return bundle
 
 
-def _read_tasks(path):
+def _read_tasks(path: Path) -> dict[str, dict]:
     """{label: its entry} of core.yaml."""
     try:
         import yaml
@@ -192,8 +196,8 @@ def _read_tasks(path):
         return {entry["label"]: entry for entry in entries}
     except FileNotFoundError:
         raise UsageError(
-            f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, eval_meta_data.csv and "
-            f"eval_data/"
+            f"CORE bundle: {path.parent} has no core.yaml; name a folder with core.yaml, "
+            f"eval_meta_data.csv and eval_data/"
         ) from None
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
@@ -201,8 +205,8 @@ def _read_tasks(path):
         ) from None
 
 
-def _read_chances(path):
-    """{label: chance in percent, as text} of the table of tasks."""
+def _read_chances(path: Path) -> dict[str, str]:
+    """{label: chance in percent, as text} of the table of chance levels."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(f)}
@@ -212,16 +216,20 @@ def _read_chances(path):
         ) from None
 
 
-def _task(label, entry, folder, chances, baselines):
-    """The Task of an entry of core.yaml. Raises what wrong entries cause."""
+def _task(
+    label: str, entry: dict, folder: Path, chances: Mapping[str, str], baselines: str
+) -> Task:
+    """The Task of an entry of core.yaml. Raises whatever a malformed entry causes."""
     uri, shots, kind = entry["dataset_uri"], entry["num_fewshot"], entry["icl_task_type"]
     delimiter = entry.get("continuation_delimiter", " ")
-    shots = shots[0] if isinstance(shots, list) else shots
+    if isinstance(shots, list):
+        shots = shots[0]
     if kind not in KINDS or type(shots) is not int or shots < 0 or not isinstance(delimiter, str):
         raise ValueError(
             f"type {kind!r}, num_fewshot {shots!r}, continuation_delimiter {delimiter!r}"
         )
     path = folder / "eval_data" / uri
+    # a bundle from elsewhere must not read files outside its folder
     if os.path.isabs(uri) or os.path.normpath(uri).startswith(".."):
         raise ValueError(f"dataset_uri {uri!r} leads out of eval_data")
     percent = float(chances[label])
@@ -246,7 +254,7 @@ class Examples(NamedTuple):
 def read_examples(task: Task, limit: int = -1) -> Examples:
     """A task's examples, shuffled, then cut to `limit` unless it is -1.
 
-    Malformed lines are dropped; repeated ones stay. Raises OSError for a file that cannot be read."""
+    Malformed lines are dropped, repeated ones kept. Raises OSError if the file cannot be read."""
     examples = []
     malformed = 0
     with open(task.path, encoding="utf-8", errors="replace") as f:
@@ -266,30 +274,36 @@ def read_examples(task: Task, limit: int = -1) -> Examples:
     return Examples(examples, total, malformed)
 
 
-def _parsed(kind, line):
+def _parsed(kind: str, line: str) -> dict | None:
     """The example of a line, or None if it is not one of its kind."""
     try:
         example = json.loads(line)
-        if "\\ud" in line.lower():  # perhaps half of a character, which no text can hold
+        if "\\ud" in line.lower():
+            # perhaps half of a surrogate pair, which no text can hold: raises UnicodeEncodeError
             json.dumps(example, ensure_ascii=False).encode("utf-8")
         if kind == _LM:
-            texts, good = (
-                [example["context"], example["continuation"]],
-                bool(example["continuation"]),
-            )
+            usable = bool(example["continuation"])
+            texts = [example["context"], example["continuation"]]
         else:
-            options = example["choices" if kind == _MC else "context_options"]
+            options = example[_options_key(kind)]
             texts = [example["query" if kind == _MC else "continuation"], *options]
-            good = (
+            usable = (
                 isinstance(options, list)
                 and len(options) > 1
                 and type(example["gold"]) is int
                 and 0 <= example["gold"] < len(options)
-                and bool(kind == _MC or example["continuation"])
+                and (kind == _MC or example["continuation"] != "")
             )
-        return example if good and all(isinstance(text, str) for text in texts) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    if usable and all(isinstance(text, str) for text in texts):
+        return example
+    return None
+
+
+def _options_key(kind: str) -> str:
+    """The key of an example under which its choices are: of texts that end, or that begin it."""
+    return "choices" if kind == _MC else "context_options"
 
 
 # ---- prompts ----
@@ -299,43 +313,44 @@ def _parsed(kind, line):
 class Prompt:
     """One example as token ids.
 
-    index: place among the task's examples. gold: the right choice. rows: int32 arrays, each begins with BOS, no two alike;
-    starts: where the scored span of each begins (1 or later), its end is the row's. row_of: the row of each choice.
-    shared: leading ids that all rows have in common and that lie before every scored prediction. cropped: ids left out."""
+    index: its place among the task's examples. gold: the right choice. rows: int32 (T,) each, all
+    different; starts: where the scored span of each begins (1 or later); it ends with the row.
+    row_of: the row of each choice. shared: leading ids that all rows have in common and that lie
+    before every scored prediction. cropped: ids that were left out."""
 
     index: int
     gold: int
-    rows: list
-    starts: list
-    row_of: list
+    rows: list[np.ndarray]
+    starts: list[int]
+    row_of: list[int]
     shared: int
     cropped: int
 
 
-def shots_of(task, index, n):
-    """Places of the few-shot examples of example `index` of n: fewer than task.shots where there are not so many others."""
-    # the same draw as from the list of all others, which would take n^2 steps over a task
-    drawn = random.Random(FEW_SHOT_SEED + index).sample(range(n - 1), min(task.shots, n - 1))
-    return [i + (i >= index) for i in drawn]
+def shots_of(task: Task, index: int, n: int) -> list[int]:
+    """Places of the few-shot examples of example `index` of n: task.shots, or all others."""
+    # the same draw as from a list of all other places, which would take n^2 steps over a task
+    rng = random.Random(FEW_SHOT_SEED + index)
+    drawn = rng.sample(range(n - 1), min(task.shots, n - 1))
+    return [i + 1 if i >= index else i for i in drawn]
 
 
-def texts_of(task, examples, index):
-    """The texts of a prompt: one per choice, or for language modelling [without the continuation, with it]."""
+def texts_of(task: Task, examples: list[dict], index: int) -> list[str]:
+    """The texts of a prompt, one for each choice.
+
+    For language modelling they are [without the continuation, with it]."""
     shots = [examples[i] for i in shots_of(task, index, len(examples))]
     before = "".join(_written(task, shot, shot.get("gold", 0)) + "\n\n" for shot in shots)
     example = examples[index]
-    if (
-        task.kind == _LM
-    ):  # without: white space at its end would be part of the first token of what follows
-        return [
-            (before + example["context"].strip() + task.delimiter).strip(),
-            before + _written(task, example, 0),
-        ]
-    n_options = len(example["choices" if task.kind == _MC else "context_options"])
+    if task.kind == _LM:
+        # stripped: trailing white space would be part of the first token of what follows
+        without = (before + example["context"].strip() + task.delimiter).strip()
+        return [without, before + _written(task, example, 0)]
+    n_options = len(example[_options_key(task.kind)])
     return [before + _written(task, example, option) for option in range(n_options)]
 
 
-def _written(task, example, option):
+def _written(task: Task, example: dict, option: int) -> str:
     """An example with one of its options, or for language modelling with its continuation."""
     if task.kind == _MC:
         return example["query"] + task.delimiter + example["choices"][option]
@@ -343,72 +358,92 @@ def _written(task, example, option):
     return context + task.delimiter + example["continuation"]
 
 
-def prompts_of(task, examples, tokenizer, limit, indices, threads=1):
-    """Prompts of the examples at these places. limit: tokens of a prompt at most; longer ones lose what follows their BOS.
+def prompts_of(
+    task: Task,
+    examples: list[dict],
+    tokenizer: Any,
+    limit: int,
+    indices: Iterable[int],
+    threads: int = 1,
+) -> list[Prompt]:
+    """The prompts of the examples at these places.
 
-    UsageError if the tokenizer cannot encode a text."""
-    prompts, indices = [], list(indices)
+    limit: tokens of a prompt at most; a longer one loses tokens after its BOS. threads: of
+    tokenizing. Raises UsageError if the tokenizer cannot encode a text."""
+    prompts = []
+    indices = list(indices)
     for first in range(0, len(indices), AT_ONCE):
         part = indices[first : first + AT_ONCE]
         texts = [texts_of(task, examples, index) for index in part]
+        # in one call for all texts, which is where several threads help
         ids = iter(tokenizer.encode_batch([text for of_one in texts for text in of_one], threads))
         for index, of_one in zip(part, texts, strict=True):
             rows = [np.concatenate([[tokenizer.bos], next(ids)]).astype(np.int32) for _ in of_one]
-            prompts.append(
-                prompt_of_rows(task.kind, index, examples[index].get("gold", 0), rows, limit)
-            )
+            gold = examples[index].get("gold", 0)
+            prompts.append(prompt_of_rows(task.kind, index, gold, rows, limit))
     return prompts
 
 
-def prompt_of_rows(kind, index, gold, rows, limit):
-    """The Prompt of rows of ids, one per choice, or for language modelling [without the continuation, with it]."""
+def prompt_of_rows(kind: str, index: int, gold: int, rows: list[np.ndarray], limit: int) -> Prompt:
+    """The Prompt of rows of ids, which stand for the texts of texts_of()."""
     if kind == _LM:
-        starts, rows = [_common(rows)], rows[1:]
+        starts = [_common_length(rows)]
+        rows = rows[1:]
     elif kind == _MC:
-        starts = [_common(rows)] * len(rows)
+        starts = [_common_length(rows)] * len(rows)
     else:
-        alike = _common([row[::-1] for row in rows])
+        alike = _common_length([row[::-1] for row in rows])
         starts = [len(row) - alike for row in rows]
     cropped = max(0, max(map(len, rows)) - limit)
     if cropped:
+        # every row loses as many ids, so that the choices keep the same context
         rows = [np.concatenate([row[:1], row[1 + cropped :]]) for row in rows]
     starts = [max(1, start - cropped) for start in starts]
-    place, row_of, distinct = {}, [], []
-    for i, row in enumerate(rows):  # choices that read alike are scored once, and so tie exactly
+    # choices with the same ids are scored once, and so tie exactly
+    places = {}
+    distinct = []
+    row_of = []
+    for i, row in enumerate(rows):
         key = row.tobytes()
-        if key not in place:
-            place[key] = len(distinct)
+        if key not in places:
+            places[key] = len(distinct)
             distinct.append(i)
-        row_of.append(place[key])
-    rows, starts = [rows[i] for i in distinct], [starts[i] for i in distinct]
-    shared = min(_common(rows), *starts) - 1
+        row_of.append(places[key])
+    rows = [rows[i] for i in distinct]
+    starts = [starts[i] for i in distinct]
+    # the id before a scored span predicts it, so it is not part of what is only read
+    shared = min(_common_length(rows), *starts) - 1
     return Prompt(index, gold, rows, starts, row_of, shared, cropped)
 
 
-def _common(rows):
+def _common_length(rows: list[np.ndarray]) -> int:
     """Length of the longest common beginning of some arrays."""
     shortest = min(map(len, rows))
     same = (np.stack([row[:shortest] for row in rows]) == rows[0][:shortest]).all(axis=0)
     return shortest if same.all() else int(same.argmin())
 
 
-def fingerprint_of(task, examples):
-    """SHA-256 that two evaluations of a task share when their prompts are the same texts, so that they can be paired."""
+def fingerprint_of(task: Task, examples: list[dict]) -> str:
+    """SHA-256 that two evaluations of a task share if their prompts are the same texts.
+
+    Only then their answers can be paired."""
     return sha256_hex(json.dumps([task.kind, task.shots, task.delimiter, examples], sort_keys=True))
 
 
 # ---- statistics ----
 
 
-def centered(accuracy, chance):
-    """Accuracy on the scale where guessing is 0 and perfection 1."""
+def centered(accuracy: float, chance: float) -> float:
+    """Accuracy on the scale where guessing is 0 and a perfect score is 1."""
     return (accuracy - chance) / (1 - chance)
 
 
-def standard_error(correct):
-    """Of the mean of some answers (0 or 1 each); None for fewer than two."""
+def standard_error(correct: list[int]) -> float | None:
+    """The standard error of the mean of answers (0 or 1 each); None for fewer than two."""
     n = len(correct)
-    return float(np.std(correct, ddof=1)) / math.sqrt(n) if n > 1 else None
+    if n < 2:
+        return None
+    return float(np.std(correct, ddof=1)) / math.sqrt(n)
 
 
 def metric(centered_accuracies: Iterable[float]) -> float:

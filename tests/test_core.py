@@ -15,7 +15,7 @@ from nanochat.data import download
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval import core, core_bundle
 from nanochat.eval.core_answers import answers_of
-from nanochat.eval.generation import Branches, KVCache
+from nanochat.eval.kv_cache import Branches, KVCache
 from nanochat.eval.unison import EvaluationFailed
 from nanochat.model.build import build, for_inference
 from nanochat.model.config import GPTConfig

@@ -919,7 +919,7 @@ def test_a_folder_that_is_a_file_or_missing(tmp_path):
         ({"dataset_uri": "reading_comprehension"}, "is missing"),
         ({"dataset_uri": ...}, "dataset_uri"),
         ({"dataset_uri": "a" * 300}, "aaa"),
-        ({"dataset_uri": 5}, "describe it badly"),
+        ({"dataset_uri": 5}, "its entry in core.yaml or eval_meta_data.csv is invalid"),
         ({"dataset_uri": "a\0b"}, "is missing"),
         ({"icl_task_type": "cloze"}, "'cloze'"),
         ({"icl_task_type": ...}, "icl_task_type"),
@@ -927,7 +927,7 @@ def test_a_folder_that_is_a_file_or_missing(tmp_path):
         ({"icl_task_type": None}, "None"),
         ({"num_fewshot": [-1]}, "num_fewshot -1"),
         ({"num_fewshot": -1}, "num_fewshot -1"),
-        ({"num_fewshot": []}, "describe it badly"),
+        ({"num_fewshot": []}, "its entry in core.yaml or eval_meta_data.csv is invalid"),
         ({"num_fewshot": ...}, "num_fewshot"),
         ({"num_fewshot": [None]}, "num_fewshot None"),
         ({"num_fewshot": ["3"]}, "num_fewshot '3'"),
@@ -985,7 +985,7 @@ def test_other_tasks_are_left_out_with_a_remark(tmp_path):
     others = [{"label": "mmlu", "dataset_uri": "mmlu.jsonl"}, {"label": "aime"}]
     tasks, problems, remarks = core.read_bundle(bundle(tmp_path, [*entries().values(), *others]))
     assert (list(tasks), problems) == (list(core.LABELS), {})
-    assert remarks == ["not of the 22 CORE tasks and left out: 'aime', 'mmlu'"]
+    assert remarks == ["not of the 22 CORE tasks, ignored: 'aime', 'mmlu'"]
 
 
 @pytest.mark.parametrize("label", [3, None])
@@ -1150,7 +1150,7 @@ def test_published_order():
 
 
 def result(correct, chance=0.25, file="a.jsonl", fingerprint="f"):
-    return {"correct": correct, "chance": chance, "file": file, "fingerprint": fingerprint}
+    return core.Answers(correct, chance, fingerprint, file)
 
 
 def answers(right, wrong):
@@ -1197,7 +1197,7 @@ def test_standard_error(correct, expected):
 
 
 def test_metric():
-    assert core.metric([{"centered": 0.5}, {"centered": -0.25}, {"centered": 0.5}]) == 0.25
+    assert core.metric([0.5, -0.25, 0.5]) == 0.25
 
 
 @pytest.mark.parametrize(
@@ -1314,5 +1314,5 @@ def test_what_cannot_be_paired(others):
 
 
 def test_other_chance_levels_cannot_be_paired():
-    with pytest.raises(ValueError, match="a: counted from another chance level"):
-        core.interval({"a": result("110")}, {"a": result("110") | {"chance": 0.5}})
+    with pytest.raises(ValueError, match="a: centered on another chance level"):
+        core.interval({"a": result("110")}, {"a": result("110", chance=0.5)})

@@ -33,8 +33,9 @@ def bits_per_byte(
     device: torch.device,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> BitsPerByte:
-    """Score held-out pieces, each alone in its row after a BOS. All ranks call it and share the work.
+    """Score held-out pieces, each alone in its row after a BOS.
 
+    All ranks call it and share the work.
     pieces: as from data.rows.held_out_pieces(). byte_counts: int64 (V,), UTF-8 bytes of each token
     id, 0 for special tokens. batch_tokens: tokens of a batch at most, padding included (a batch has
     one piece at least). interrupted: asked before each batch; True stops the evaluation.

@@ -95,7 +95,7 @@ class Core:
     """The tasks of a bundle and their prompts for one tokenizer, written when first needed.
 
     tasks: {label: Task}. problems: {label: why it cannot be evaluated}. remarks: sentences on what
-    differs from the published bundle. tokens_of: {label: estimated tokens}, known after describe()."""
+    differs from the published bundle. tokens_of: {label: tokens, estimated by describe()}."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ def evaluate(
 
 
 def _inference_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in eval mode, one of ours with its weights in the compute dtype where memory allows."""
+    """The model in eval mode; a Decoder with weights in its compute dtype, if memory allows."""
     if not isinstance(model, Decoder):
         return model.eval()
     try:
@@ -334,7 +334,7 @@ class _Opened(NamedTuple):
 
 
 def _open_task(core: Core, label: str) -> _Opened:
-    """Read a task's examples and write this rank's prompts. The `problem` is the same on all ranks."""
+    """Read a task's examples and write this rank's prompts. All ranks get the same `problem`."""
     found = Examples([], 0, 0)
     fingerprint = ""
     prompts = []

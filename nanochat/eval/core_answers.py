@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.eval.generation import Branches, KVCache
+from nanochat.eval.kv_cache import Branches, KVCache
 from tasks.core import Prompt
 
 # fp32 logits that exist at the same time
@@ -152,14 +152,14 @@ def _whether_predicted(hits_P: torch.Tensor) -> Answer:
 
 
 def _most_likely(nats_of_rows: list[torch.Tensor], row_of: list[int]) -> Answer:
-    """The first of the choices with the smallest mean loss, from the losses of the distinct rows."""
+    """The first choice with the smallest mean loss, from the losses of the distinct rows."""
     means = [float(nats_P.mean()) if len(nats_P) else math.inf for nats_P in nats_of_rows]
     losses = [means[row] for row in row_of]
     return Answer(losses.index(min(losses)), sum(map(math.isinf, losses)))
 
 
 def padded(rows: list[np.ndarray]) -> torch.Tensor:
-    """int64 (R, longest) of rows of ids. Zeros fill their ends, which no earlier token attends to."""
+    """int64 (R, longest) of rows of ids, filled up with zeros, which no earlier token sees."""
     ids_RxT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for i, row in enumerate(rows):
         ids_RxT[i, : len(row)] = torch.from_numpy(row)

@@ -1,4 +1,4 @@
-"""Where the files of the CORE benchmark are: in a folder that is given, in the cache, or published."""
+"""Where the files of the CORE benchmark are: in a given folder, in the cache, or published."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,10 @@ EXAMPLES_URL = (
     "https://raw.githubusercontent.com/mosaicml/llm-foundry/8c8dd48f72168c5d51e2f7b151595892a8fba43d"
     "/scripts/eval/local_data/"
 )
-CHANCES_URL = "https://raw.githubusercontent.com/mlfoundations/dclm/361714bdd60bb9b7f4b2d8354cebbf0dec0c329e/eval/eval_meta_data_v1.csv"
+CHANCES_URL = (
+    "https://raw.githubusercontent.com/mlfoundations/dclm/361714bdd60bb9b7f4b2d8354cebbf0dec0c329e"
+    "/eval/eval_meta_data_v1.csv"
+)
 CHANCES = ("faa195a36e398845f6afeca9d5a58eed86db8e89", 16_612)
 EXAMPLES = {
     "commonsense_reasoning/commonsense_qa.jsonl": (
@@ -101,7 +104,7 @@ def find_bundle(
 
 
 def _given_bundle(given: str) -> Path:
-    """The folder that holds core.yaml: the one named by --core-bundle, or eval_bundle/ inside it."""
+    """The folder that holds core.yaml: --core-bundle, or eval_bundle/ inside it."""
     folder = Path(given)
     if folder.is_file():
         raise UsageError(f"--core-bundle={given}: this is a file; unpack it and name the folder")
@@ -116,7 +119,7 @@ def _given_bundle(given: str) -> Path:
 
 
 def _download(folder: Path, report: Callable[[str], None]) -> None:
-    """Create the bundle's folder from the published files. Raises Unavailable and leaves no folder."""
+    """Create the bundle's folder from the published files; raises Unavailable and leaves none."""
     report("CORE: downloading its bundle of 22 tasks (about 50 MB), once")
     files = {"eval_meta_data.csv": RemoteFile("", "", CHANCES_URL, CHANCES[1], "", CHANCES[0])}
     for uri, (blob, n_bytes) in EXAMPLES.items():

@@ -1,216 +1,108 @@
-"""Generation: a key/value cache, the choice of the next token, and streams of ids or text.
+"""Generation: the choice of the next token, streams of ids and of text, and samples in training.
 
-Shape legend: B samples, T new tokens, S tokens in the cache, C width, K key/value heads, D head dim, V vocabulary.
+Shape legend: B samples, T tokens, V vocabulary.
 
-The prompt runs through the model once (prefill), whatever the number of samples; then every step feeds one token a
-sample. Choices are made on the CPU in fp64 from one seeded generator: a seed gives the same text on every run."""
+The prompt runs through the model once, whatever the number of samples; then every step feeds one
+token of each sample. Tokens are drawn on the CPU in fp64 from one seeded generator, so that a seed
+gives the same text on every run."""
 
 import codecs
 import itertools
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nanochat.common import UsageError, stream_seed
-from nanochat.model.attention import attention, branched_attention
+from nanochat.eval.kv_cache import KVCache
+from nanochat.model.decoder import Decoder
 
-SAMPLE_TOKENS = 96  # length of the samples drawn during training
+# tokens of a sample drawn during training
+SAMPLE_TOKENS = 96
 
 
 class NotNumbers(ValueError):
-    """The model's logits are NaN or infinite, so that no token can be drawn."""
+    """The model's logits are NaN or infinite, so no token can be drawn."""
 
 
-class LayerCache:
-    """Keys and values of one layer, in buffers of fixed size.
-
-    key_before: (B, 1, K, D), the last position's key as it was before shifting, rotating and normalising; None before the first
-    and in models that shift none. lengths: see KVCache."""
-
-    def __init__(self, batch_size, capacity, n_kv_head, head_dim, device, dtype, lengths=None):
-        self.key_before, self.lengths = None, lengths
-        self.keys = torch.empty(
-            batch_size, capacity, n_kv_head, head_dim, device=device, dtype=dtype
-        )
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-
-    def append(self, k_BxTxKxD, v_BxTxKxD):
-        """Store T more positions; returns all keys and all values so far, each (B, S, K, D), as views of the buffers. What fills an
-        empty cache is kept as it is, without a copy.
-
-        Into an empty cache a single row may be appended: it becomes the start of every row, and only that one row is
-        returned. Raises ValueError when the positions do not fit or the number of rows is another one."""
-        batch_size, capacity = self.keys.shape[:2]
-        rows, T = k_BxTxKxD.shape[:2]
-        end = self.length + T
-        if end > capacity:
-            raise ValueError(
-                f"the key/value cache is full: it holds {self.length} of {capacity} positions and was "
-                f"given {T} more; make it with a larger capacity"
-            )
-        if rows != batch_size and not (rows == 1 and self.length == 0):
-            raise ValueError(f"the key/value cache has {batch_size} rows and was given {rows}")
-        if k_BxTxKxD.shape == self.keys.shape:
-            self.keys, self.values = k_BxTxKxD, v_BxTxKxD
-        else:
-            self.keys[:, self.length : end] = k_BxTxKxD
-            self.values[:, self.length : end] = v_BxTxKxD
-        self.length = end
-        return self.keys[:rows, :end], self.values[:rows, :end]
-
-    def remember(self, raw_keys_BxTxKxD):
-        """Keep the last of the keys that were read, from which the next position's key is made."""
-        if self.lengths is None:
-            last = raw_keys_BxTxKxD[:, -1:].clone()  # a view would hold them all
-        else:
-            rows = torch.arange(len(self.lengths), device=raw_keys_BxTxKxD.device)
-            last = raw_keys_BxTxKxD[rows, torch.tensor(self.lengths, device=rows.device) - 1][
-                :, None
-            ]
-        self.key_before = last.expand(self.keys.size(0), -1, -1, -1)
-
-    def attend(self, q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, window, backend):
-        """attention() of the T newest positions, stored first, to all."""
-        return attention(q_BxTxHxD, *self.append(k_BxTxKxD, v_BxTxKxD), window, backend)
-
-
-class KVCache:
-    """What the model remembers of the tokens it has read: keys and values per layer, and what smear needs.
-
-    length: positions read so far. previous_embedding: (B, 1, C), the normalised embedding of the last token, or None
-    before the first and in models without smear. layers: one LayerCache per layer. dtype is the model's compute dtype.
-    lengths: tokens of each row where the rows that are read are padded, for a cache that is filled once, for Branches."""
-
-    def __init__(self, config, batch_size, capacity, device, dtype, lengths=None):
-        self.layers = [
-            LayerCache(
-                batch_size, capacity, config.n_kv_head, config.head_dim, device, dtype, lengths
-            )
-            for _ in range(config.depth)
-        ]
-        self.batch_size, self.lengths = batch_size, lengths
-        self.length = 0
-        self.previous_embedding = None
-
-    def positions(self, T):
-        """Of the next T tokens."""
-        return slice(self.length, self.length + T)
-
-    def advance(self, n_tokens, last_embedding_Bx1xC):
-        """Count n_tokens as read, once every layer has appended them. The embedding is None in models without smear."""
-        self.length += n_tokens
-        if last_embedding_Bx1xC is not None:
-            self.previous_embedding = last_embedding_Bx1xC.expand(self.batch_size, -1, -1)
-
-
-class Branches:
-    """Rows that each continue a beginning, for one pass: n of them the first beginning, n the second, and so on. The model reads it
-    as a cache; nothing is stored.
-
-    cache: a KVCache made with the lengths of the beginnings, each at least 1, and filled; what it holds behind them is not used.
-    longest: tokens of the longest row, beginning included; what is fed behind is padding. last_embedding_BxC: of the last token of
-    each beginning (GPT.embed), needed by models with smear."""
-
-    def __init__(self, cache, n, longest, last_embedding_BxC):
-        self.longest = longest
-        self.layers = [BranchesOfLayer(layer, n) for layer in cache.layers]
-        self.lengths_R = torch.tensor(
-            cache.lengths, device=last_embedding_BxC.device
-        ).repeat_interleave(n)
-        self.previous_embedding = last_embedding_BxC.repeat_interleave(n, dim=0)[:, None]
-
-    def positions(self, T):
-        """Of the next T tokens of each row, (R, T)."""
-        return (self.lengths_R[:, None] + torch.arange(T, device=self.lengths_R.device)).clamp(
-            max=self.longest - 1
-        )
-
-    def advance(self, n_tokens, last_embedding_Bx1xC):
-        """As a cache's; there is nothing to count."""
-
-
-class BranchesOfLayer:
-    """The part of Branches that belongs to one layer."""
-
-    def __init__(self, layer, n):
-        self.layer = layer
-        self.key_before = (
-            None if layer.key_before is None else layer.key_before.repeat_interleave(n, dim=0)
-        )
-
-    def remember(self, raw_keys_RxTxKxD):
-        """As a layer's cache; there is no next time."""
-
-    def attend(self, q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, backend):
-        """Attention of each branch to the beginning that it continues and to itself, the same for all backends."""
-        return branched_attention(
-            q_RxTxHxD,
-            k_RxTxKxD,
-            v_RxTxKxD,
-            self.layer.keys,
-            self.layer.values,
-            self.layer.lengths,
-            window,
-        )
+# ---- the choice of a token ----
 
 
 def sample_next(
-    logits_BxV,
-    generator,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    repetition_penalty=1.0,
-    seen_BxV=None,
-):
-    """Draw one token per row. Returns (B,) int64 on the CPU.
+    logits_BxV: Tensor,
+    generator: torch.Generator | None,
+    temperature: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seen_BxV: Tensor | None = None,
+) -> Tensor:
+    """Draw one token for each row. Returns int64 (B,) on the CPU.
 
-    logits_BxV: any float dtype and device; the work is done in fp64 on the CPU, in this order:
-    repetition_penalty  logits of the tokens marked in seen_BxV (bool, CPU) are divided by it (arXiv 1909.05858);
-                        negative ones multiplied, so that they too become less likely; 1 is off
-    temperature         divides the logits; 0 takes the most likely token
-    top_k               keeps the k most likely tokens; 0, negative or None is off
-    top_p               of those, keeps the smallest set of most likely tokens whose probability reaches p (nucleus,
-                        arXiv 1904.09751), at least one; 1 or more is off
-    generator: a CPU torch.Generator; one number a row is drawn from it, none at temperature 0.
-    Raises NotNumbers when a logit is NaN or plus infinity."""
-    logits = logits_BxV.detach().cpu().double()
-    if not (logits < math.inf).all():  # false of NaN too
+    logits_BxV: any float dtype and device; computed with in fp64 on the CPU, in this order:
+    repetition_penalty  divides the logits of the tokens marked in seen_BxV (bool, CPU), or
+                        multiplies negative ones, so that all become less likely; 1: off
+                        (arXiv 1909.05858)
+    temperature         divides the logits; 0: always the most likely token
+    top_k               keeps the k most likely tokens; 0, negative or None: off
+    top_p               of those, keeps the smallest set of most likely tokens whose probability
+                        reaches p, one at least; 1 or more: off (nucleus, arXiv 1904.09751)
+    generator: on the CPU; one number is drawn from it for each row, none at temperature 0.
+    Raises NotNumbers if a logit is NaN or plus infinity."""
+    logits_BxV = logits_BxV.detach().cpu().double()
+    # written so that NaN fails too
+    if not (logits_BxV < math.inf).all():
         raise NotNumbers(
-            "the model's logits are not numbers (NaN or infinite): its weights are damaged; try an earlier checkpoint"
+            "the model's logits are not numbers (NaN or infinite): its weights are damaged; "
+            "try an earlier checkpoint"
         )
     if repetition_penalty != 1 and seen_BxV is not None:
-        penalised = torch.where(
-            logits > 0, logits / repetition_penalty, logits * repetition_penalty
+        penalised_BxV = torch.where(
+            logits_BxV > 0, logits_BxV / repetition_penalty, logits_BxV * repetition_penalty
         )
-        logits = torch.where(seen_BxV, penalised, logits)
+        logits_BxV = torch.where(seen_BxV, penalised_BxV, logits_BxV)
     if temperature == 0:
-        return logits.argmax(-1)
-    V = logits.size(-1)
-    kept_logits, kept_ids = logits.topk(
-        min(top_k, V) if top_k and top_k > 0 else V
-    )  # most likely first
+        return logits_BxV.argmax(-1)
+
+    B, V = logits_BxV.shape
+    k = min(top_k, V) if top_k and top_k > 0 else V
+    # sorted, the most likely first
+    kept_logits, kept_ids = logits_BxV.topk(k)
     # the largest becomes 0 before the division, so that a tiny temperature cannot overflow
     cumulative = ((kept_logits - kept_logits[:, :1]) / temperature).softmax(-1).cumsum(-1)
-    last = torch.full((logits.size(0), 1), kept_ids.size(-1) - 1)
-    if (
-        top_p < 1
-    ):  # the first place whose running sum reaches p; rounding may leave the whole sum just short of it
-        last = torch.minimum((cumulative < top_p).sum(-1, keepdim=True), last)
-    # inverse of the cumulative distribution: a point below the kept mass falls into one token's share
-    point = torch.rand(
-        logits.size(0), 1, generator=generator, dtype=torch.float64
-    ) * cumulative.gather(1, last)
-    place = torch.searchsorted(cumulative, point, right=True)
-    return kept_ids.gather(1, place)[:, 0]
+    last_Bx1 = torch.full((B, 1), k - 1)
+    if top_p < 1:
+        # the first place whose running sum reaches p; rounding may leave even the whole sum short
+        last_Bx1 = torch.minimum((cumulative < top_p).sum(-1, keepdim=True), last_Bx1)
+    # invert the cumulative distribution: a point below the kept mass falls into one token's share
+    point_Bx1 = torch.rand(B, 1, generator=generator, dtype=torch.float64)
+    place_Bx1 = torch.searchsorted(
+        cumulative, point_Bx1 * cumulative.gather(1, last_Bx1), right=True
+    )
+    return kept_ids.gather(1, place_Bx1)[:, 0]
+
+
+class Problem(NamedTuple):
+    """An unusable setting of generate_ids(): its name, its value, and reason and remedy."""
+
+    name: str
+    value: float | None
+    reason: str
 
 
 def option_problems(
-    max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, num_samples
-):
-    """What is wrong with generation settings: a list of (name, value, reason and remedy), empty when all are usable."""
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int,
+    num_samples: int,
+) -> list[Problem]:
+    """All unusable settings; an empty list if every one is usable."""
+    # name, value, whether it is usable, reason and remedy; NaN fails every comparison
     checks = [
         (
             "max_new_tokens",
@@ -222,7 +114,7 @@ def option_problems(
             "temperature",
             temperature,
             0 <= temperature < math.inf,
-            "must be a number from 0 up; use 0 for the most likely token each time, 0.8 for variety",
+            "must be a number from 0 up; use 0 for the most likely token, 0.8 for variety",
         ),
         (
             "top_k",
@@ -230,14 +122,24 @@ def option_problems(
             top_k is None or top_k >= -1,
             "must be a number of tokens, such as 50; use 0 to turn it off",
         ),
-        ("top_p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1; use 1 to turn it off"),
+        (
+            "top_p",
+            top_p,
+            0 < top_p <= 1,
+            "must be above 0 and at most 1; use 1 to turn it off",
+        ),
         (
             "repetition_penalty",
             repetition_penalty,
             0 < repetition_penalty < math.inf,
             "must be above 0; use 1 to turn it off, 1.1 to discourage repeats",
         ),
-        ("seed", seed, 0 <= seed < 2**63, "must be from 0 to 2^63 - 1; 42 is the default"),
+        (
+            "seed",
+            seed,
+            0 <= seed < 2**63,
+            "must be from 0 to 2^63 - 1; 42 is the default",
+        ),
         (
             "num_samples",
             num_samples,
@@ -245,30 +147,36 @@ def option_problems(
             "must be at least 1; use 1 for a single text",
         ),
     ]
-    return [(name, value, reason) for name, value, usable, reason in checks if not usable]
+    return [Problem(name, value, reason) for name, value, usable, reason in checks if not usable]
 
 
-def check_prompt(model, prompt_ids, max_new_tokens):
-    """Raise UsageError for a prompt that is empty, holds unknown ids, or leaves too few positions for new tokens."""
-    vocab_size, reach = model.config.vocab_size, model.rope_cos.size(0)
+# ---- prompts ----
+
+
+def check_prompt(model: Decoder, prompt_ids: list[int], max_new_tokens: int) -> None:
+    """Raises UsageError for a prompt that is empty, holds unknown ids, or is too long.
+
+    A model has positions for a prompt and its continuation together."""
+    vocab_size = model.config.vocab_size
+    reach = model.rope_cos.size(0)
     if not prompt_ids:
         raise UsageError("the prompt has no tokens; start it with the tokenizer's BOS")
     unknown = [i for i in prompt_ids if not 0 <= i < vocab_size]
     if unknown:
         raise UsageError(
-            f"the prompt holds the token id {unknown[0]}; this model knows 0 to {vocab_size - 1}: "
-            "was it encoded with another tokenizer?"
+            f"the prompt holds the token id {unknown[0]}, and this model's ids are 0 to "
+            f"{vocab_size - 1}: was the prompt encoded with another tokenizer?"
         )
-    if len(prompt_ids) + max_new_tokens > reach:
+    needed = len(prompt_ids) + max_new_tokens
+    if needed > reach:
         raise UsageError(
-            f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones need "
-            f"{len(prompt_ids) + max_new_tokens} positions; this model has {reach}: shorten the prompt or "
-            "ask for fewer new tokens"
+            f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones need {needed} "
+            f"positions; this model has {reach}: shorten the prompt or ask for fewer new tokens"
         )
 
 
-def check_prompts(model, tokenizer, prompts, max_new_tokens):
-    """Raise one UsageError naming every prompt that the model cannot take, before the first is continued."""
+def check_prompts(model: Decoder, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> None:
+    """Raises one UsageError that names every prompt the model cannot continue."""
     problems = []
     for number, prompt in enumerate(prompts, start=1):
         try:
@@ -279,112 +187,138 @@ def check_prompts(model, tokenizer, prompts, max_new_tokens):
         raise UsageError("\n".join(problems))
 
 
+def prompt_with_bos(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a prompt (may be "") as the beginning of a document.
+
+    Raises UsageError if the tokenizer cannot encode it."""
+    return [tokenizer.bos, *tokenizer.encode(prompt)]
+
+
+# ---- streams of ids ----
+
+
 @torch.no_grad()
-def last_logits(model, ids_BxT, cache=None):
-    """Logits (B, V), fp32, for the token that follows ids_BxT (int64). No dropout; the model's mode is restored."""
-    training = model.training
-    if training:
+def last_logits(model: Decoder, ids_BxT: Tensor, cache: KVCache | None = None) -> Tensor:
+    """Logits, fp32 (B, V), of the token that follows ids_BxT (int64).
+
+    Without dropout; the model's train or eval mode is restored."""
+    was_training = model.training
+    if was_training:
         model.eval()
     try:
-        # the head is applied to the last position only: for a long prompt all positions x V would be gigabytes
+        # the head is applied to the last position only: logits of a long prompt are gigabytes
         return model.logits(model.hidden(ids_BxT, cache)[:, -1])
     finally:
-        if training:
+        if was_training:
             model.train()
 
 
 def generate_ids(
-    model,
-    prompt_ids,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    repetition_penalty=1.0,
-    seed=0,
-    num_samples=1,
-    stop_id=None,
-    use_cache=True,
-):
-    """Continue a prompt (a list of ids, BOS first). Returns an iterator that yields one list of num_samples ids a step.
+    model: Decoder,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    num_samples: int = 1,
+    stop_id: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """Continue a prompt (ids, BOS first). Yields one list of num_samples ids for each step.
 
-    A sample that draws stop_id yields it and from then on None; the iterator ends after max_new_tokens steps, or when
-    all samples have stopped. Settings are as in sample_next(); the penalty counts the prompt as seen. The same seed and
-    num_samples give the same ids.
-    use_cache=False reads the whole text again for every token: slow, the reference for the cached path.
+    A sample that draws stop_id yields it, and None from then on. The iterator ends after
+    max_new_tokens steps, or when all samples have stopped. Settings are those of sample_next(); the
+    penalty counts the prompt's tokens as seen. The same seed and num_samples give the same ids.
+    use_cache=False reads the whole text again for every token: slow, the reference for the cache.
+    Between steps the gradient mode and the model's train or eval mode are the caller's.
 
-    Raises UsageError, at the call, naming every unusable setting, or a prompt that is empty, holds ids outside the
-    vocabulary or is too long. Between steps the gradient mode and the model's train or eval mode are the caller's."""
+    Raises UsageError, at the call, that names every unusable setting, or for a prompt that is
+    empty, holds ids outside the vocabulary or is too long; NotNumbers as sample_next()."""
     problems = option_problems(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, num_samples
     )
     if problems:
         raise UsageError("\n".join(f"{name} {value}: {reason}" for name, value, reason in problems))
     check_prompt(model, prompt_ids, max_new_tokens)
-    filters = {
+    sampling = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
-    return _steps(model, prompt_ids, max_new_tokens, filters, seed, num_samples, stop_id, use_cache)
+    return _steps(
+        model, prompt_ids, max_new_tokens, sampling, seed, num_samples, stop_id, use_cache
+    )
 
 
-def _steps(model, prompt_ids, max_new_tokens, filters, seed, num_samples, stop_id, use_cache):
-    config, device = model.config, model.embedding.weight.device
+def _steps(
+    model: Decoder,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    sampling: dict[str, float],
+    seed: int,
+    num_samples: int,
+    stop_id: int | None,
+    use_cache: bool,
+) -> Iterator[list[int | None]]:
+    """generate_ids() with settings that are usable. A generator runs only when it is read."""
+    device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    seen_BxV = torch.zeros(num_samples, config.vocab_size, dtype=torch.bool)
+    seen_BxV = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool)
     seen_BxV[:, prompt_ids] = True
     running = [True] * num_samples
     cache = None
-    if use_cache:  # the last token drawn is never read, hence - 1
-        cache = KVCache(
-            config, num_samples, len(prompt_ids) + max_new_tokens - 1, device, model.compute_dtype
-        )
-    ids_BxT = torch.tensor(
-        [prompt_ids], device=device
-    )  # one row for all samples: the first logits are the same
+    if use_cache:
+        # the last token drawn is never read
+        capacity = len(prompt_ids) + max_new_tokens - 1
+        cache = KVCache(model.config, num_samples, capacity, device, model.compute_dtype)
+    # one row for all samples: their first logits are the same
+    ids_BxT = torch.tensor([prompt_ids], device=device)
     for _ in range(max_new_tokens):
         logits_BxV = last_logits(model, ids_BxT, cache).expand(num_samples, -1)
-        next_B = sample_next(logits_BxV, generator, **filters, seen_BxV=seen_BxV)
+        next_B = sample_next(logits_BxV, generator, **sampling, seen_BxV=seen_BxV)
         seen_BxV[torch.arange(num_samples), next_B] = True
         step = [i if runs else None for i, runs in zip(next_B.tolist(), running)]
         yield step
         running = [i is not None and i != stop_id for i in step]
         if not any(running):
             return
-        # stopped samples stay in the batch, their tokens unused, so that the others draw what they would have drawn
+        # stopped samples stay in the batch, unread, so that the others draw what they would have
         next_Bx1 = next_B[:, None].to(device)
-        ids_BxT = (
-            next_Bx1 if use_cache else torch.cat((ids_BxT.expand(num_samples, -1), next_Bx1), dim=1)
-        )
+        if use_cache:
+            ids_BxT = next_Bx1
+        else:
+            ids_BxT = torch.cat((ids_BxT.expand(num_samples, -1), next_Bx1), dim=1)
 
 
-def prompt_with_bos(tokenizer, prompt):
-    """Ids of a prompt (str, may be empty) as the start of a document. UsageError if the tokenizer cannot encode it."""
-    return [tokenizer.bos, *tokenizer.encode(prompt)]
+# ---- streams of text ----
 
 
-def text_pieces(tokenizer, ids):
-    """Text of a stream of ids, in pieces, up to BOS (which ends the document), None, or the stream's end.
+def text_pieces(tokenizer: Any, ids: Iterable[int | None]) -> Iterator[str]:
+    """The text of a stream of ids, in pieces, up to BOS (it ends the document), None, or the end.
 
-    A character spread over several tokens comes out whole, with its last token; bytes that are no valid UTF-8 come
-    out as U+FFFD."""
+    A character of several tokens comes out whole, with its last token; bytes that are not valid
+    UTF-8 come out as U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for i in ids:
         if i is None or i == tokenizer.bos:
             break
         if piece := decoder.decode(tokenizer.token_bytes(i)):
             yield piece
+    # what is left of a character whose last token never came
     if piece := decoder.decode(b"", final=True):
         yield piece
 
 
-def generate_text(model, tokenizer, prompt, max_new_tokens=256, **sampling):
-    """Continue a text with one sample: an iterator over pieces of new text (str), as they are drawn, prompt left out.
+def generate_text(
+    model: Decoder, tokenizer: Any, prompt: str, max_new_tokens: int = 256, **sampling: Any
+) -> Iterator[str]:
+    """Continue a text with one sample: pieces of new text as they are drawn, without the prompt.
 
-    Ends with the document (BOS) or after max_new_tokens. sampling: temperature, top_k, top_p, repetition_penalty, seed
-    and use_cache of generate_ids(), which also tells the errors raised, at the call."""
+    Ends with the document (BOS) or after max_new_tokens. sampling: temperature, top_k, top_p,
+    repetition_penalty, seed and use_cache of generate_ids(); it raises its errors at the call."""
     ids = prompt_with_bos(tokenizer, prompt)
     steps = generate_ids(
         model, ids, max_new_tokens, num_samples=1, stop_id=tokenizer.bos, **sampling
@@ -392,8 +326,15 @@ def generate_text(model, tokenizer, prompt, max_new_tokens=256, **sampling):
     return text_pieces(tokenizer, (step[0] for step in steps))
 
 
-def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens=256, **sampling):
-    """num_samples continuations of one text, drawn side by side: a list of str. Arguments as in generate_text()."""
+def generate_texts(
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str,
+    num_samples: int,
+    max_new_tokens: int = 256,
+    **sampling: Any,
+) -> list[str]:
+    """num_samples continuations of one text, drawn together. Arguments as in generate_text()."""
     ids = prompt_with_bos(tokenizer, prompt)
     steps = list(
         generate_ids(
@@ -401,14 +342,29 @@ def generate_texts(model, tokenizer, prompt, num_samples, max_new_tokens=256, **
         )
     )
     return [
-        "".join(text_pieces(tokenizer, (step[s] for step in steps))) for s in range(num_samples)
+        "".join(text_pieces(tokenizer, (step[sample] for step in steps)))
+        for sample in range(num_samples)
     ]
 
 
-def draw_samples(model, tokenizer, prompts, seed, step, stop):
-    """Yields (prompt, text, "") for each prompt, as training samples at a step, or (prompt, None, reason) where it fails.
+# ---- samples in training ----
 
-    stop: StopSignals; once stop.requested is set nothing more is yielded, half a text neither."""
+
+class Sample(NamedTuple):
+    """A sample drawn during training. text: the continuation, or None with a `problem`."""
+
+    prompt: str
+    text: str | None
+    problem: str
+
+
+def draw_samples(
+    model: Decoder, tokenizer: Any, prompts: list[str], seed: int, step: int, stop: Any
+) -> Iterator[Sample]:
+    """A sample for each prompt, as training draws them at a step, on rank 0 only.
+
+    stop: a signals.StopSignals; once stop.requested is set nothing more is yielded, and no part of
+    a text. A sample that fails is yielded without a text and with its problem."""
     n_tokens = min(SAMPLE_TOKENS, 4 * model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         pieces = []
@@ -425,10 +381,11 @@ def draw_samples(model, tokenizer, prompts, seed, step, stop):
                 pieces.append(piece)
                 if stop.requested:
                     return
-        except Exception as error:  # whatever it is, a sample is not worth the run
-            yield prompt, None, f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # of any kind: no sample is worth the run
+            yield Sample(prompt, None, f"{type(error).__name__}: {error}")
         else:
-            yield prompt, "".join(pieces), ""
+            yield Sample(prompt, "".join(pieces), "")
 
 
 def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
@@ -439,17 +396,14 @@ def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
     Raises UsageError for a file that is not text or that the tokenizer cannot encode."""
     if not path:
         documents = itertools.islice(corpus.val[0].documents(), 2)
-        return [
-            "",
-            *(tokenizer.decode(tokenizer.encode(document[:100])[:8]) for document in documents),
-        ]
+        # 100 characters are enough for 8 tokens, and not a whole book to tokenize
+        beginnings = [tokenizer.encode(document[:100])[:8] for document in documents]
+        return ["", *(tokenizer.decode(ids) for ids in beginnings)]
     try:
         with open(path, encoding="utf-8") as f:
             prompts = [line.rstrip("\n") for line in f]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--sample-prompts={path}: cannot be read as text ({error})"
-        ) from None
+        raise UsageError(f"--sample-prompts={path}: cannot be read as text ({error})") from None
     for prompt in prompts:
         tokenizer.encode(prompt)
     return prompts

@@ -1,56 +1,66 @@
-"""A Hugging Face causal language model from a local folder, with as much of our models' and tokenizers' interface as evaluation needs.
+"""A Hugging Face causal language model from a local folder, for evaluation.
 
-Only data is read: safetensors and JSON, and no code that the folder may bring."""
+It has as much of the interface of our models and tokenizers as evaluation needs. Only data is read,
+safetensors and JSON; code that the folder may contain is never run."""
 
 import contextlib
 import json
 import logging
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanochat.common import UsageError, in_a_line, install_hint, read_json
 
+# positions of a model whose config does not state them
+DEFAULT_POSITIONS = 2048
+
 
 @contextlib.contextmanager
-def quiet(transformers):
-    """No progress bars, no advice, no log lines of what transformers imports: none is about what is done here."""
+def quiet(transformers: types.ModuleType) -> Iterator[None]:
+    """Silence the progress bars, advice and log lines of transformers and what it imports."""
     logging.disable(logging.WARNING)
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers.logging.get_verbosity()
+    had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
-        transformers.logging.set_verbosity(level)
-        if bars:
+        transformers.logging.set_verbosity(verbosity)
+        if had_bars:
             transformers.logging.enable_progress_bar()
 
 
-def load(folder, device, dtype):
-    """(HuggingFaceModel, HuggingFaceTokenizer) of a folder. UsageError where transformers cannot load it without running its code."""
+def load(
+    folder: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple["HuggingFaceModel", "HuggingFaceTokenizer"]:
+    """The model, in eval mode, and the tokenizer of a folder.
+
+    Raises UsageError if transformers cannot load it without running its code, if its weights do not
+    fit its config, or if the model is not causal."""
     try:
         import transformers
     except ImportError:
         raise install_hint("transformers", f"{folder}, a Hugging Face folder,") from None
-    if (
-        str(read_json(Path(folder) / "config.json", str(folder))["model_type"])
-        not in transformers.CONFIG_MAPPING
-    ):
+    model_type = str(read_json(Path(folder) / "config.json", str(folder))["model_type"])
+    if model_type not in transformers.CONFIG_MAPPING:
         raise UsageError(
-            f"{folder}: transformers {transformers.__version__} has no such model itself, and code that the folder may bring "
-            f"is never run; a run of nanochat's own is evaluated from its run folder"
+            f"{folder}: transformers {transformers.__version__} has no model of type {model_type}, "
+            f"and code from the folder is never run; to evaluate a run of nanochat, name its run "
+            f"folder"
         )
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet(transformers):
+            # mismatched weights are reported below, by name, instead of by a traceback
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -58,87 +68,101 @@ def load(folder, device, dtype):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,
-            )  # told below
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (
-        Exception
-    ) as error:  # of many classes: missing files, unknown models, models that bring code
+    except Exception as error:
+        # of many classes: missing files, unknown models, models that need their own code
         raise UsageError(
-            f"{folder}: transformers {transformers.__version__} does not load it ({in_a_line(error)}); only weights in "
-            f"safetensors and models without code of their own are read"
+            f"{folder}: transformers {transformers.__version__} cannot load it "
+            f"({in_a_line(error)}); only weights in safetensors and models without code of their "
+            f"own are supported"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    wrong = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if wrong:
         raise UsageError(
-            f"{folder}: its weights are not those of its config.json: {', '.join(sorted(names)[:3])} and so on"
+            f"{folder}: its weights do not fit its config.json: missing, or of another shape, are "
+            f"{', '.join(sorted(wrong)[:3])} and so on"
         )
     model = HuggingFaceModel(model.to(device), dtype).eval()
     if not _is_causal(model, device):
         raise UsageError(
-            f"{folder}: this model sees what comes after a token, as an encoder such as BERT does: nothing is left to predict"
+            f"{folder}: this model sees the tokens after a position, as an encoder such as BERT "
+            f"does, so it predicts nothing; name a causal language model"
         )
     return model, HuggingFaceTokenizer(folder, tokenizer)
 
 
 @torch.no_grad()
-def _is_causal(model, device):
-    """Whether logits before the last token are the same, but for rounding, whatever the last one is."""
-    ids = torch.zeros(2, 8, dtype=torch.int64, device=device)
-    ids[1, -1] = model.config.vocab_size - 1
-    first, second = model.hidden(ids)[:, :-1].float()
+def _is_causal(model: "HuggingFaceModel", device: torch.device) -> bool:
+    """Whether the last token leaves the logits before it unchanged, up to rounding."""
+    ids_BxT = torch.zeros(2, 8, dtype=torch.int64, device=device)
+    ids_BxT[1, -1] = model.config.vocab_size - 1
+    first, second = model.hidden(ids_BxT)[:, :-1].float()
     return bool((first - second).abs().max() <= 0.01 * first.abs().max())
 
 
 class HuggingFaceModel(torch.nn.Module):
-    """hidden() gives the logits, logits() only fp32: heads differ from model to model. It takes no cache (core.Core: shares=False)."""
+    """A transformers model behind the interface of model.decoder.Decoder.
 
-    def __init__(self, model, compute_dtype):
+    hidden() computes the logits and logits() only turns them to fp32, since heads differ from model
+    to model. It accepts no cache: a Core for it is opened with shares=False."""
+
+    def __init__(self, model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.compute_dtype = model, compute_dtype
-        config = (
-            model.config.get_text_config()
-        )  # of the part that reads text, where there are others
+        self.model = model
+        self.compute_dtype = compute_dtype
+        # of the part that reads text, in a model that has other parts too
+        config = model.config.get_text_config()
         self.config = types.SimpleNamespace(
             vocab_size=config.vocab_size,
-            max_seq_len=getattr(config, "max_position_embeddings", None) or 2048,
+            max_seq_len=getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS,
         )
 
-    def hidden(self, ids_BxT, cache=None):
+    def hidden(self, ids_BxT: Tensor, cache: None = None) -> Tensor:
         """Logits (B, T, V) of int64 ids, in the compute dtype."""
         return self.model(input_ids=ids_BxT, use_cache=False).logits
 
-    def logits(self, hidden):
-        """What hidden() gave, in fp32."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The result of hidden(), or a part of it, in fp32."""
         return hidden.float()
 
-    def forward(self, ids_BxT, targets_BxT):
-        """Cross-entropy in nats (B, T), 0 where the target is -1."""
+    def forward(self, ids_BxT: Tensor, targets_BxT: Tensor) -> Tensor:
+        """Cross-entropy in nats, fp32 (B, T), 0 where the target is -1."""
         logits_NxV = self.logits(self.hidden(ids_BxT)).flatten(0, 1)
-        return F.cross_entropy(
+        nats_N = F.cross_entropy(
             logits_NxV, targets_BxT.flatten(), ignore_index=-1, reduction="none"
-        ).view_as(targets_BxT)
+        )
+        return nats_N.view_as(targets_BxT)
 
-    def flops_per_token(self):
-        """Of training, without attention: 6 for each parameter."""
-        return 6 * sum(p.numel() for p in self.parameters())
+    def flops_per_token(self) -> int:
+        """FLOPs of training per token: 6 for each parameter, attention not counted."""
+        return 6 * sum(parameter.numel() for parameter in self.parameters())
 
 
 class HuggingFaceTokenizer:
-    """bos: the token that texts begin with here: the model's own, or its end-of-text where it has none (GPT-2)."""
+    """A transformers tokenizer behind the interface of data.tokenizer.Tokenizer.
 
-    def __init__(self, folder, tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
-        self.bos = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
+    bos: the token that texts begin with: the tokenizer's own BOS, or its end-of-text token if it
+    has none (GPT-2)."""
+
+    def __init__(self, folder: str | Path, tokenizer: Any) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.bos: int = tokenizer.bos_token_id
+        if self.bos is None:
+            self.bos = tokenizer.eos_token_id
         if self.bos is None:
             raise UsageError(
-                f"{folder}: its tokenizer has neither a BOS nor an end-of-text token for texts to begin with"
+                f"{folder}: its tokenizer has neither a BOS nor an end-of-text token, one of which "
+                f"must begin every text"
             )
+        # ids may have gaps
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
-    def encode_batch(self, texts, threads=1):
-        """Token ids of several texts, as numpy arrays, without special tokens: their names in a text are plain text, as with ours."""
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        """Token ids of several texts, uint32 (T,), without special tokens.
+
+        Names of special tokens in a text are plain text, as with our tokenizers."""
         if not texts:
             return []
         found = self.tokenizer(
@@ -146,28 +170,29 @@ class HuggingFaceTokenizer:
         )
         return [np.array(ids, dtype=np.uint32) for ids in found["input_ids"]]
 
-    def byte_counts(self):
-        """UTF-8 bytes per token id, int64, 0 for special tokens. UsageError unless its tokens are strings of bytes, as GPT-2's."""
-        stages = (
-            json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"]
-            if self.tokenizer.is_fast
-            else None
-        )
-        stages = [] if stages is None else stages.get("decoders", [stages])
-        if [stage["type"] for stage in stages] != ["ByteLevel"]:
+    def byte_counts(self) -> np.ndarray:
+        """UTF-8 bytes of each token id, int64 (V,), 0 for special tokens.
+
+        Raises UsageError unless the tokenizer is byte-level, as GPT-2's."""
+        if self._decoders() != ["ByteLevel"]:
             raise UsageError(
-                f"{self.folder}: bits per byte need a byte-level tokenizer, such as GPT-2's; this one works on characters"
+                f"{self.folder}: bits per byte need a byte-level tokenizer, such as GPT-2's; the "
+                f"tokens of this one are not strings of bytes"
             )
         tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size))
-        counts = np.array(
-            [len(token or "") for token in tokens], dtype=np.int64
-        )  # a character stands for a byte; ids may have gaps
-        for (
-            text,
-            i,
-        ) in (
-            self.tokenizer.get_added_vocab().items()
-        ):  # these are written as they are, such as runs of blanks
+        # a byte-level token has a character for each of its bytes
+        counts = np.array([len(token or "") for token in tokens], dtype=np.int64)
+        # but added tokens, such as runs of blanks, stand for themselves
+        for text, i in self.tokenizer.get_added_vocab().items():
             counts[i] = len(text.encode("utf-8"))
         counts[self.tokenizer.all_special_ids] = 0
         return counts
+
+    def _decoders(self) -> list[str]:
+        """The types of the stages that turn tokens into text; none of a tokenizer in Python."""
+        if not self.tokenizer.is_fast:
+            return []
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"]
+        if decoder is None:
+            return []
+        return [stage["type"] for stage in decoder.get("decoders", [decoder])]

@@ -19,7 +19,7 @@ def sum_or_leave(
     cause: Exception | None = None,
     failed_elsewhere: str = "another rank failed",
 ) -> torch.Tensor:
-    """Sum each rank's share of an evaluation. Every rank calls this, whatever happened to its share.
+    """Sum the ranks' shares of an evaluation. Every rank calls this, even one that failed.
 
     sums: (N,) float64 on the CPU, the same N on every rank. stopped: this rank was asked to stop.
     failure: why this rank could not complete its share, from the exception `cause`; "" if it could.

@@ -20,7 +20,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class LayerCache(Protocol):
-    """The keys and values that one attention layer has read; nanochat/eval/generation.py has two.
+    """The keys and values that one attention layer has read; nanochat/eval/kv_cache.py has two.
 
     key_before: the last key before shifting, rotating and normalising, (B, 1, K, D), or None."""
 

@@ -11,15 +11,16 @@ from nanochat import __main__ as entry
 from nanochat.apps import sample
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import train_tokenizer
-from nanochat.eval import generation as engine
+from nanochat.eval import generation
 from nanochat.eval.generation import (
-    KVCache,
+    NotNumbers,
     generate_ids,
     generate_text,
     generate_texts,
     sample_next,
     text_pieces,
 )
+from nanochat.eval.kv_cache import KVCache
 from nanochat.model.attention import usable_backends
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
@@ -264,14 +265,14 @@ def test_a_large_vocabulary_stays_inside_the_filter():
 
 def test_nan_logits_are_refused():
     for value in ("nan", "inf"):
-        with pytest.raises(engine.NotNumbers, match="not numbers"):
+        with pytest.raises(NotNumbers, match="not numbers"):
             sample_next(torch.tensor([[0.0, float(value)]]), None, temperature=0)
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens(model, monkeypatch):
     logits = torch.zeros(1, VOCAB)
     logits[0, [5, 6, 7]] = torch.tensor([3.0, 2.0, 1.0])
-    monkeypatch.setattr(engine, "last_logits", lambda model, ids, cache=None: logits)
+    monkeypatch.setattr(generation, "last_logits", lambda model, ids, cache=None: logits)
     # 5 stands in the prompt, so it starts at 0.3; then 6 falls to 0.2 and 7 to 0.1
     assert drain(model, [BOS, 5], 3, temperature=0, repetition_penalty=10) == [[6], [7], [5]]
 
@@ -288,7 +289,7 @@ def scripted(monkeypatch, rows, vocab_size=VOCAB):
     """Make the model predict rows[s][step] for sample s, whatever it reads."""
     steps = iter(list(zip(*rows)))
     monkeypatch.setattr(
-        engine,
+        generation,
         "last_logits",
         lambda model, ids, cache=None: (
             10.0 * torch.nn.functional.one_hot(torch.tensor(next(steps)), vocab_size)
@@ -317,7 +318,7 @@ def test_modes_stay_the_callers(use_cache):
         assert next(steps) == step  # no dropout inside
         assert model.training and model.blocks[0].mlp.training
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    assert not engine.last_logits(model, torch.tensor([[1, 2]])).requires_grad
+    assert not generation.last_logits(model, torch.tensor([[1, 2]])).requires_grad
     model(
         torch.tensor([[1, 2]]), torch.tensor([[2, 3]])
     ).sum().backward()  # the weights still train
@@ -447,7 +448,7 @@ def loaded(model, bytes_tokenizer, monkeypatch):
 
 def test_sample_help_imports_no_torch():
     code = (
-        "import sys, nanochat.sample\n"
+        "import sys, nanochat.apps.sample\n"
         "try: nanochat.apps.sample.main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert 'torch' not in sys.modules"
@@ -478,7 +479,7 @@ def test_sample_prints_each_piece_as_it_is_drawn(loaded, capsys, monkeypatch):
         printed.append(capsys.readouterr().out)
         return 10.0 * torch.nn.functional.one_hot(torch.tensor([next(script)]), VOCAB)
 
-    monkeypatch.setattr(engine, "last_logits", last_logits)
+    monkeypatch.setattr(generation, "last_logits", last_logits)
     assert sample.main(["out/d2", "--prompt", "Oh", "--temperature", "0"]) == 0
     assert printed == ["Oh", "h", "", "é"] and capsys.readouterr().out == "\n"
     assert loaded == [("out/d2", None, "", "auto")]
@@ -586,7 +587,9 @@ def test_sample_checks_every_prompt_before_the_first_is_continued(loaded, capsys
 @pytest.mark.parametrize("n", [1, 2])
 def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
     monkeypatch.setattr(
-        engine, "last_logits", lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan"))
+        generation,
+        "last_logits",
+        lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")),
     )
     assert entry.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
     shown = capsys.readouterr().err
