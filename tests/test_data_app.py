@@ -20,7 +20,7 @@ from nanochat.apps import data as app
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
 from nanochat.data import download, sources, token_cache
 from nanochat.data.sources import Corpus, open_corpus
-from nanochat.data.text import read_documents
+from nanochat.data.text import iterate_documents
 
 
 @pytest.fixture(autouse=True)
@@ -431,7 +431,7 @@ def test_mix(two_sources, tmp_path, capsys):
         switches = sum(x[1] != y[1] for x, y in zip(rows, rows[1:], strict=False))
         assert switches > len(rows) / 5, "the sources take turns"
     for path in out.glob("train_*.parquet"):
-        texts = set(read_documents(path))
+        texts = set(list(iterate_documents(path)))
         rows = [row for row in found["train"] if row[0] in texts]
         assert share(rows, a) == pytest.approx(0.75, abs=0.02)
         assert sum(len(text.encode()) for text in texts) == pytest.approx(50_000, abs=600)
@@ -666,7 +666,8 @@ def test_mix_without_pyarrow(two_sources, tmp_path, monkeypatch):
     corpus = open_corpus(str(tmp_path / "out"))
     assert (
         "validation.jsonl" in corpus.note
-        and len("".join(text for shard in corpus.train for text in shard.load()).encode()) == 10_000
+        and len("".join(text for shard in corpus.train for text in shard.documents()).encode())
+        == 10_000
     )
     lines = [
         json.loads(line)

@@ -25,12 +25,12 @@ from nanochat.__main__ import main
 from nanochat.apps import evaluate as app
 from nanochat.common import read_json, write_json
 from nanochat.data import sources
-from nanochat.data.text import read_documents
+from nanochat.data.text import iterate_documents
 from nanochat.data.tokenizer import gpt2_byte_characters, train_tokenizer
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint, loading
-from nanochat.run import log as runlog
+from nanochat.run.folder import RunFolder
 from tasks.core import LABELS, Answers, interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -378,7 +378,7 @@ def test_bpb_of_a_file_is_of_all_of_it(run, tmp_path, flags, n_tokens, text):
     path = tmp_path / "other.txt"
     path.write_text(text)
     found = measured(run, "--bpb", f"--data={path}", *flags)["bpb"]
-    documents = read_documents(path)
+    documents = list(iterate_documents(path))
     if n_tokens:  # a byte is a token here
         documents = [
             documents[0],
@@ -625,7 +625,10 @@ def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
         ),
         (["--bpb", "--step=5"], ["--step=5: {run} has no such checkpoint (it has: 4, 6, 8, 12)"]),
         (["--bpb", "--data=/nowhere/*.txt"], ["--data=/nowhere/*.txt: no such file"]),
-        (["--core", "--core-bundle=/nowhere"], ["--core-bundle=/nowhere: no core.yaml in this folder"]),
+        (
+            ["--core", "--core-bundle=/nowhere"],
+            ["--core-bundle=/nowhere: no core.yaml in this folder"],
+        ),
         (["--core", "--core-bundle={run}/config.json"], ["a file; unpack it"]),
         (
             ["--bpb", "--out={run}/config.json"],
@@ -893,13 +896,13 @@ def test_hugging_face_models_against_plain_transformers(
         and 0 < tasks["copa"]["cropped"] < 6
     )
     bpb, n_tokens = direct_bpb(
-        logits_of, read_documents(text), stand_in.encode, stand_in.bos, context
+        logits_of, list(iterate_documents(text)), stand_in.encode, stand_in.bos, context
     )
     assert (
         report["bpb"]["bpb"] == pytest.approx(bpb, abs=1e-6) and report["bpb"]["tokens"] == n_tokens
     )
     assert report["step"] is None and report["bpb"]["bytes"] == sum(
-        len(document.encode()) for document in read_documents(text)
+        len(document.encode()) for document in list(iterate_documents(text))
     )
     again = [
         f"--data={text}",
@@ -941,7 +944,7 @@ def test_a_run_and_its_export_are_one_model(hf, bundle, tmp_path):
                 parameter.shape, generator=torch.Generator().manual_seed(1)
             )
     run.mkdir()
-    runlog.RunFolder(run).write_config({"args": {"depth": 2}, "model": asdict(config)})
+    RunFolder(run).write_config({"args": {"depth": 2}, "model": asdict(config)})
     tokenizer.save(run / "tokenizer")
     checkpoint.save(run, 7, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
     assert export.main([str(run), "--format", "hf", str(tmp_path / "hf")]) == 0

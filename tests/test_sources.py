@@ -1,7 +1,6 @@
 """Sources: what becomes a document, what is held out, what identifies a corpus."""
 
 import bz2
-import functools
 import gzip
 import json
 import lzma
@@ -17,7 +16,6 @@ import pytest
 from nanochat.common import UsageError, base_dir
 from nanochat.data import sources
 from nanochat.data.sources import (
-    _split_file,
     compressed_bits_per_byte,
     describe_corpus,
     file_shard,
@@ -26,8 +24,9 @@ from nanochat.data.sources import (
     open_corpus,
     python_corpus,
     remarks,
+    split_file,
 )
-from nanochat.data.text import iterate_documents, read_documents
+from nanochat.data.text import iterate_documents
 
 
 def write(path, text):
@@ -36,7 +35,7 @@ def write(path, text):
 
 
 def text_of(shards):
-    return [document for shard in shards for document in shard.load()]
+    return [document for shard in shards for document in shard.documents()]
 
 
 def test_one_document_holds_out_its_last_tenth(tmp_path):
@@ -103,26 +102,22 @@ def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
             yield text
 
     monkeypatch.setattr(sources, "iterate_documents", documents)
-    path = tmp_path / "a.jsonl"
-    train, val, note = _split_file(path, functools.partial(file_shard, hashes={path: "x"}))
-    assert (train[0].last, val[0].first, note) == (
-        900,
-        900,
-        "held out: the last tenth (100 of 1,000 documents)",
-    )
-    assert (
-        train[0].n_bytes + val[0].n_bytes == sum(len(f"document {i}") for i in range(1000))
-        and most < 5
-    )
+    train, val, note = split_file(tmp_path / "a.jsonl")
+    assert (train.last, val.first) == (900, 900)
+    assert note == "held out: the last tenth (100 of 1,000 documents)"
+    assert train.n_bytes + val.n_bytes == sum(len(f"document {i}") for i in range(1000))
+    assert most < 5
 
 
 def test_one_remote_file_without_text_is_refused(tmp_path):
     with pytest.raises(UsageError, match="a.jsonl holds no text"):
-        _split_file(write(tmp_path / "a.jsonl", '{"text": " "}\n'), file_shard)
+        split_file(write(tmp_path / "a.jsonl", '{"text": " "}\n'))
 
 
 def test_a_document_mark_inside_a_line_is_text(tmp_path):
-    assert read_documents(write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz")) == [
+    assert list(
+        iterate_documents(write(tmp_path / "a.txt", "x <|endoftext|> y\n  <|endoftext|> \nz"))
+    ) == [
         "x <|endoftext|> y",
         "z",
     ]
@@ -161,7 +156,7 @@ def test_parquet_and_blank_documents(tmp_path):
     pyarrow.parquet.write_table(
         pa.table({"id": [1, 2, 3], "text": ["one", None, "  \n"]}), tmp_path / "a.parquet"
     )
-    assert read_documents(tmp_path / "a.parquet") == ["one"]
+    assert list(iterate_documents(tmp_path / "a.parquet")) == ["one"]
 
 
 # ----- formats that another library reads
@@ -246,7 +241,7 @@ def nothing_left(tmp_path, monkeypatch, capfd):
 def test_formats_that_datasets_reads(tmp_path, nothing_left, name):
     content, documents = READ[name]
     (tmp_path / name).write_bytes(content)
-    assert read_documents(tmp_path / name) == documents
+    assert list(iterate_documents(tmp_path / name)) == documents
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -254,7 +249,7 @@ def test_files_that_datasets_cannot_read(tmp_path, nothing_left, name):
     content, part = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        read_documents(tmp_path / name)
+        list(iterate_documents(tmp_path / name))
     assert (
         str(tmp_path / name) in str(caught.value)
         and part in str(caught.value)
@@ -282,12 +277,12 @@ def test_missing_packages_are_named(tmp_path, nothing_left, monkeypatch):
     with pytest.raises(
         UsageError, match="a.TXT.ZST needs the package 'zstandard', .* pip install zstandard"
     ):
-        read_documents(tmp_path / "a.TXT.ZST")
+        list(iterate_documents(tmp_path / "a.TXT.ZST"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UsageError, match="a.csv needs the package 'datasets', .* pip install datasets"
     ):
-        read_documents(write(tmp_path / "a.csv", "text\na\n"))
+        list(iterate_documents(write(tmp_path / "a.csv", "text\na\n")))
 
 
 def test_endings_in_upper_case_and_unknown_ones(tmp_path):
@@ -298,13 +293,15 @@ def test_endings_in_upper_case_and_unknown_ones(tmp_path):
     )
     write(tmp_path / "c.json", '{"text": "no document"}')
     assert find_files(str(tmp_path)) == [a, b]
-    assert read_documents(b) == ["line", "line 2"]
-    assert read_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n")) == ["id\ttext\n1\ta\n"]
+    assert list(iterate_documents(b)) == ["line", "line 2"]
+    assert list(iterate_documents(write(tmp_path / "a.tsv", "id\ttext\n1\ta\n"))) == [
+        "id\ttext\n1\ta\n"
+    ]
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pa.table({"text": ["one " * 1000, "two"]}), tmp_path / "A.PARQUET")
-    assert read_documents(tmp_path / "A.PARQUET") == ["one " * 1000, "two"]
+    assert list(iterate_documents(tmp_path / "A.PARQUET")) == ["one " * 1000, "two"]
     assert file_shard([tmp_path / "A.PARQUET"]).n_bytes > 4000, "of the text, not of the file"
 
 
@@ -328,9 +325,9 @@ def test_text_that_moved_is_named_by_its_new_place(tmp_path):
 
 
 def test_a_null_is_no_document(tmp_path):
-    assert read_documents(write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')) == [
-        "one"
-    ]
+    assert list(
+        iterate_documents(write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n'))
+    ) == ["one"]
 
 
 def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):

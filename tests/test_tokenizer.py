@@ -30,6 +30,7 @@ from nanochat.data.tokenizer import (
     gpt2_byte_characters,
     gpt2_tokenizer,
     read_tokenizer,
+    saved_gpt2_tokenizer,
     train_tokenizer,
 )
 
@@ -396,12 +397,12 @@ def test_gpt2_by_name_is_fetched_once(hub, empty_base, gpt2):
     requested again."""
     serve_gpt2(hub, GPT2_FOLDER)
     hub.fault("merges.txt", "cut", 1, after=1000)
-    assert gpt2_tokenizer(download=False) is None and not hub.requests
+    assert saved_gpt2_tokenizer() is None and not hub.requests
     assert gpt2_tokenizer().fingerprint == gpt2.fingerprint
     assert len(hub.bodies("vocab.json")) == 1
     assert len(hub.bodies("merges.txt")) == 2
     hub.requests.clear()
-    assert gpt2_tokenizer(download=False).encode("Hello world") == [15496, 995]
+    assert saved_gpt2_tokenizer().encode("Hello world") == [15496, 995]
     assert gpt2_tokenizer().fingerprint == gpt2.fingerprint and not hub.requests
     assert [
         path.name for path in base_dir().rglob("*") if path.is_file() and path.suffix != ".lock"
@@ -445,4 +446,4 @@ def test_something_else_under_gpt2s_name_is_refused(hub, empty_base, tmp_path, c
         assert len(hub.bodies("vocab.json")) == attempt
     folder = write_gpt2_folder(base_dir() / "tokenizers" / "gpt2")
     with pytest.raises(UsageError, match=f"{folder} does not hold GPT-2's tokenizer"):
-        gpt2_tokenizer(download=False)
+        saved_gpt2_tokenizer()

@@ -260,7 +260,7 @@ def compared(args):
     ]
     if all(tokenizer.fingerprint != GPT2_FINGERPRINT for _, tokenizer in chosen):
         try:
-            gpt2 = gpt2_tokenizer(download=False)
+            gpt2 = saved_gpt2_tokenizer()
             chosen += [("gpt2", gpt2)] if gpt2 else []
         except UsageError as error:  # nobody asked for it
             print(f"GPT-2's tokenizer is left out: {error}", file=sys.stderr)

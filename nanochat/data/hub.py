@@ -200,7 +200,8 @@ def _unlisted(spec: _Spec, revision: str, problem: Problem) -> UsageError | Down
     dataset = f"{spec.repo} at revision {revision}" if revision else spec.repo
     help_ = remedy(problem, spec.repo)
     if problem.kind == "denied":
-        help_ = f"The hub gives the same answer for names that do not exist: check the spelling. {help_}"
+        spelling = "The hub gives the same answer for names that do not exist: check the spelling."
+        help_ = f"{spelling} {help_}"
     if problem.kind in ("denied", "missing"):
         return UsageError(f"--data={spec.text}: {dataset}: {problem.reason}. {help_}")
     return DownloadFailed(

@@ -1,109 +1,140 @@
-"""Threads that work ahead of training: batches (Prefetcher), shards (Ahead)."""
+"""Threads that work ahead of training: the next batches (Prefetcher), the next shards (Ahead)."""
 
 import queue
 import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from nanochat.common import UsageError
+from nanochat.data.download import Report
 from nanochat.data.rows import Rows
 from nanochat.data.token_cache import DataFailed, TokenCache
 
-AHEAD_SHARDS = 4  # shards fetched and tokenized beyond the one that training reads
-
-
+# shards downloaded and tokenized beyond the one that training reads
+AHEAD_SHARDS = 4
 AHEAD_RETRY_SECONDS = 30.0
 
-
-class Ahead:
-    """A thread that fetches and tokenizes the shards that training will read next, up to AHEAD_SHARDS further on.
-
-    Trouble is reported and tried again later: it ends training only when the shard itself is needed and still missing.
-    rows: those of this process, whose place is followed. last_row(): the end of the run, None while it is not known."""
-
-    def __init__(self, rows, first_row, last_row, report):
-        cache = TokenCache(
-            rows.cache.tokenizer, max(1, rows.cache.threads // 2), rows.cache.lengths, report=report
-        )
-        self.rows, self.own = (
-            rows,
-            Rows(rows.corpus, cache, rows.T, rows.seed),
-        )  # its own cache: TokenCache is for one thread
-        self.last_row, self.report, self.stopped = last_row, report, threading.Event()
-        self.thread = threading.Thread(
-            target=self._run, args=(first_row,), name="data-ahead", daemon=True
-        )
-        self.thread.start()
-
-    def _run(self, row):
-        told = ""
-        while not self.stopped.is_set() and (self.last_row() is None or row < self.last_row()):
-            if self.own.reading > self.rows.reading + AHEAD_SHARDS:
-                self.stopped.wait(0.5)
-                continue
-            try:
-                shard = self.own.shards[self.own.locate(row)[1]]
-                if not self.own.cache.path(
-                    shard
-                ).exists():  # locate() makes it only where the shard's length is not known yet
-                    self.own.cache.tokens(shard)
-                row = self.own.ends[self.own.reading]
-            except (DataFailed, UsageError) as error:
-                if str(error) != told:  # once, not at every attempt
-                    told = str(error)
-                    self.report(f"reading ahead failed, training goes on: {error}")
-                self.stopped.wait(AHEAD_RETRY_SECONDS)
-
-    def close(self):
-        """Ask the thread to end. It is not waited for: it may be in the middle of a download, which the next run continues."""
-        self.stopped.set()
+T = TypeVar("T")
 
 
-class Prefetcher:
-    """Runs an iterator in a thread, a few items ahead. An exception there is raised at next() here, and DataFailed when
-    interrupted() becomes true while an item is waited for: a download may take long, and the run is to leave."""
+class Prefetcher(Generic[T]):
+    """Runs an iterator in a thread, `depth` items ahead.
 
-    def __init__(self, iterator, depth=4, interrupted=lambda: False):
-        self.queue, self.stopped, self.interrupted = (
-            queue.Queue(depth),
-            threading.Event(),
-            interrupted,
-        )
+    An exception of the iterator is raised at next() here. So is DataFailed when interrupted()
+    becomes true while an item is waited for: a download may take long, and the run has to leave."""
+
+    def __init__(
+        self,
+        iterator: Iterator[T],
+        depth: int = 4,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+        self.stopped = threading.Event()
+        self.interrupted = interrupted
         self.thread = threading.Thread(
             target=self._run, args=(iterator,), name="data-prefetcher", daemon=True
         )
         self.thread.start()
 
-    def _put(self, item):
+    def _put(self, item: T | None, error: BaseException | None = None) -> None:
         while not self.stopped.is_set():
             try:
-                return self.queue.put(item, timeout=0.1)
+                self.queue.put((item, error), timeout=0.1)
+                return
             except queue.Full:
                 continue
 
-    def _run(self, iterator):
+    def _run(self, iterator: Iterator[T]) -> None:
         try:
             for item in iterator:
-                self._put((item, None))
+                self._put(item)
                 if self.stopped.is_set():
                     return
-        except BaseException as error:  # handed to the consumer, whatever it is
-            self._put((None, error))
+        except BaseException as error:
+            # handed to the consumer, whatever it is
+            self._put(None, error)
 
-    def __next__(self):
+    def __next__(self) -> T:
         while True:
             try:
                 item, error = self.queue.get(timeout=0.5)
                 break
             except queue.Empty:
                 if self.interrupted():
-                    raise DataFailed("asked to stop while waiting for training data") from None
+                    reason = "asked to stop while waiting for training data"
+                    raise DataFailed(reason) from None
         try:
             if error is not None:
                 raise error
         finally:
-            del error  # or it would keep itself alive through this frame, and with it the frame of train.py and all that it holds
+            # it would keep itself alive through this frame, and with it the frames of train.py
+            del error
         return item
 
-    def close(self):
-        """End the thread. One that is making a token file is left behind: it is a daemon, and the file is made again."""
+    def close(self) -> None:
+        """End the thread.
+
+        One that is tokenizing a shard is left behind: it is a daemon, and the next run builds the
+        token file again."""
         self.stopped.set()
         self.thread.join(timeout=1)
+
+
+class Ahead:
+    """A thread that downloads and tokenizes the shards that training will read next.
+
+    Up to AHEAD_SHARDS further on. Faults are reported and retried: they end training only when the
+    shard itself is needed and still missing. rows: those that training reads, whose place is
+    followed. last_row(): the end of the run, None while it is not known."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        first_row: int,
+        last_row: Callable[[], int | None],
+        report: Report,
+    ) -> None:
+        # a cache of its own, since a TokenCache is for one thread
+        threads = max(1, rows.cache.threads // 2)
+        cache = TokenCache(rows.cache.tokenizer, threads, rows.cache.lengths, report=report)
+        self.rows = rows
+        self.own = Rows(rows.corpus, cache, rows.T, rows.seed)
+        self.last_row = last_row
+        self.report = report
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(
+            target=self._run, args=(first_row,), name="data-ahead", daemon=True
+        )
+        self.thread.start()
+
+    def _run(self, row: int) -> None:
+        reported = ""
+        while not self.stopped.is_set() and not self._is_past_the_end(row):
+            if self.own.reading > self.rows.reading + AHEAD_SHARDS:
+                self.stopped.wait(0.5)
+                continue
+            try:
+                row = self._prepare_shard_of(row)
+            except (DataFailed, UsageError) as error:
+                # once, not at every attempt
+                if str(error) != reported:
+                    reported = str(error)
+                    self.report(f"reading ahead failed, training continues: {error}")
+                self.stopped.wait(AHEAD_RETRY_SECONDS)
+
+    def _is_past_the_end(self, row: int) -> bool:
+        last = self.last_row()
+        return last is not None and row >= last
+
+    def _prepare_shard_of(self, row: int) -> int:
+        """Tokenize the shard that holds a row, and return the first row after it."""
+        shard = self.own.shards[self.own.locate(row).shard_index]
+        # locate() tokenizes it only where the shard's length is not known yet
+        if not self.own.cache.path(shard).exists():
+            self.own.cache.tokens(shard)
+        return self.own.ends[self.own.reading]
+
+    def close(self) -> None:
+        """Ask the thread to end, without waiting: it may be in the middle of a download."""
+        self.stopped.set()

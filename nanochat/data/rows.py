@@ -1,222 +1,273 @@
-"""Token ids in, training rows out: shards of documents -> cached token ids -> rows -> batches.
+"""Token ids in, training rows out: shards -> cached token ids -> rows -> batches.
 
-Row g of a run (g counts rows from the start of training, over all epochs) is a pure function of (seed, g) and of the
-shards before it:
+Row g of a run (g counts rows from the start of training, over all epochs) is a pure function of
+(seed, g) and of the shards before it:
 
 1. the shards of epoch e follow a permutation of the full list drawn from (seed, e);
-2. inside a shard the documents are permuted, each followed by BOS, and the resulting ring of tokens is turned by a
-   random offset, so that cuts fall elsewhere in every epoch;
-3. the ring is cut into pieces of T tokens; the pieces, each behind a BOS, are the shard's rows, in permuted order.
+2. inside a shard the documents are permuted, each followed by BOS, and the resulting ring of tokens
+   is turned by a random offset, so that cuts fall elsewhere in every epoch;
+3. the ring is cut into pieces of T tokens; the pieces, each behind a BOS, are the shard's rows, in
+   permuted order.
 
-Every token is a target once an epoch, except fewer than T at the end of each ring (share_dropped says how many).
-A document cut by a row goes on in another row after a BOS. No state is kept: resuming is asking for row g. A large corpus
-is fetched and tokenized shard by shard, ahead of the rows that are read (Ahead)."""
+Every token is a target once an epoch, except fewer than T at the end of each ring (share_dropped
+says how many). A document that a row cuts continues in another row, after a BOS. No state is kept:
+resuming is asking for row g. A large corpus is downloaded and tokenized shard by shard, ahead of
+the rows that are read (prefetch.Ahead)."""
 
 import bisect
 import math
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 
 from nanochat.common import UsageError, base_dir, human_bytes, stream_seed
+from nanochat.data.sources import Corpus, Shard
+from nanochat.data.token_cache import TokenCache
+
+# shards whose permutations are kept: a batch may span the end of one and the start of the next
+KEPT_PLANS = 4
+
+
+class Place(NamedTuple):
+    """Where a row is: in an epoch, in one of the shards, there before the rows are permuted."""
+
+    epoch: int
+    shard_index: int
+    row: int
+
+
+class _ShardPlan(NamedTuple):
+    """The rings of a shard in an epoch.
+
+    order: of the documents. begins: ring position where each of them begins, and the ring's length.
+    turn: offset of the ring. row_order: of the rows."""
+
+    order: np.ndarray
+    begins: np.ndarray
+    turn: int
+    row_order: np.ndarray
 
 
 class Rows:
     """Random access to the rows of training, as the module docstring defines them.
 
-    Only the shards up to a row's own are looked at, and of those before it only the lengths."""
+    Only the shards up to a row's own are looked at, and of those before it only the lengths.
+    row_tokens: T, the targets of a row."""
 
-    def __init__(self, corpus, cache, row_tokens, seed):
-        self.corpus, self.cache, self.T, self.seed = corpus, cache, row_tokens, seed
+    def __init__(self, corpus: Corpus, cache: TokenCache, row_tokens: int, seed: int) -> None:
+        self.corpus = corpus
+        self.cache = cache
+        self.T = row_tokens
+        self.seed = seed
         self.shards = corpus.train
-        self.plans = {}  # (epoch, shard) -> what _plan() returns; the last few only
-        self.visits, self.ends = (
-            [],
-            [],
-        )  # (epoch, shard index) in reading order, and the number of rows up to its end
-        self.reading = 0  # place in `visits` of the last row read
+        # (epoch, shard index) -> _ShardPlan; the last few only
+        self.plans: dict[tuple[int, int], _ShardPlan] = {}
+        # (epoch, shard index) in reading order, and the number of rows up to the end of each
+        self.visits: list[tuple[int, int]] = []
+        self.ends: list[int] = []
+        # place in `visits` of the last row that was located
+        self.reading = 0
 
-    def shard_rows(self, shard_index):
+    def shard_rows(self, shard_index: int) -> int:
         """Number of rows of a shard, the same in every epoch."""
         return self.cache.length(self.shards[shard_index]) // self.T
 
-    def shard_order(self, epoch):
+    def shard_order(self, epoch: int) -> list[int]:
         """Indices of the shards in the order in which an epoch reads them."""
-        return (
-            np.random.default_rng(stream_seed(self.seed, "shards", epoch))
-            .permutation(len(self.shards))
-            .tolist()
-        )
+        generator = np.random.default_rng(stream_seed(self.seed, "shards", epoch))
+        return generator.permutation(len(self.shards)).tolist()
 
-    def first_shards(self):
-        """The shards to tokenize before step 0: all of a small corpus, of a large one the first that is read (none if its
-        length is known already: a run that is resumed later in its data may never need it again)."""
-        return (
-            self.shards
-            if self.corpus.eager
-            else [
-                shard
-                for shard in self._counted_shards()
-                if shard.fingerprint not in self.cache.lengths
-            ]
-        )
+    def first_shards(self) -> list[Shard]:
+        """The shards to tokenize before step 0.
 
-    def _counted_shards(self):
+        All of a small corpus; of a large one the first that is read, or none if its length is
+        known: a run that is resumed later in its data may never need that one again."""
+        if self.corpus.eager:
+            return self.shards
+        known = self.cache.lengths
+        return [shard for shard in self._counted_shards() if shard.fingerprint not in known]
+
+    def _counted_shards(self) -> list[Shard]:
         """The shards from which the tokens of an epoch are counted or estimated."""
-        return self.shards if self.corpus.eager else [self.shards[self.shard_order(0)[0]]]
+        if self.corpus.eager:
+            return self.shards
+        return [self.shards[self.shard_order(0)[0]]]
 
-    def tokens_per_epoch(self):
-        """Training tokens of one pass; of a large corpus an estimate from the first shard. UsageError, with numbers, if
-        there is not even one row."""
-        known = self._counted_shards()
-        tokens = sum(self.cache.length(shard) for shard in known)
-        rows = sum(self.cache.length(shard) // self.T for shard in known)
+    def tokens_per_epoch(self) -> int:
+        """Training tokens of one pass; of a large corpus an estimate from the first shard.
+
+        Raises UsageError, with numbers, if there is not even one row."""
+        counted = self._counted_shards()
+        lengths = [self.cache.length(shard) for shard in counted]
+        rows = sum(length // self.T for length in lengths)
         if rows == 0:
             raise UsageError(
-                f"--data: {tokens:,} training tokens in {len(known)} shards are too few for one row of "
-                f"{self.T} tokens; give more text or lower --max-seq-len"
+                f"--data: {sum(lengths):,} training tokens in {len(counted)} shards are too few "
+                f"for one row of {self.T} tokens; give more text or lower --max-seq-len"
             )
-        return (
-            rows * self.T
-            if self.corpus.eager
-            else round(
-                rows
-                * self.T
-                * self.corpus.train_bytes
-                / max(1, sum(shard.n_bytes for shard in known))
-            )
-        )
+        if self.corpus.eager:
+            return rows * self.T
+        counted_bytes = max(1, sum(shard.n_bytes for shard in counted))
+        return round(rows * self.T * self.corpus.train_bytes / counted_bytes)
 
-    def share_dropped(self):
-        """Share of the tokens that no row holds (the ends of the rings), in the whole of a small corpus, in the first shard
-        of a large one; None while their lengths are not known."""
-        if any(shard.fingerprint not in self.cache.lengths for shard in self._counted_shards()):
+    def share_dropped(self) -> float | None:
+        """Share of the tokens that no row holds: the ends of the rings.
+
+        Of a small corpus as a whole, of a large one in the first shard; None while their lengths
+        are not known."""
+        counted = self._counted_shards()
+        if any(shard.fingerprint not in self.cache.lengths for shard in counted):
             return None
-        lengths = [self.cache.length(shard) for shard in self._counted_shards()]
+        lengths = [self.cache.length(shard) for shard in counted]
         return 1 - sum(length // self.T * self.T for length in lengths) / sum(lengths)
 
-    def locate(self, row):
-        """(epoch, shard index, row of that shard before its permutation) of global row number `row`."""
+    def locate(self, row: int) -> Place:
+        """The Place of global row number `row`. UsageError if no shard is as long as a row."""
         while not self.ends or row >= self.ends[-1]:
-            epoch, place = divmod(len(self.visits), len(self.shards))
-            shard_index = self.shard_order(epoch)[place]
-            end = (self.ends[-1] if self.ends else 0) + self.shard_rows(shard_index)
-            if place == len(self.shards) - 1 and end == 0:
-                raise UsageError(
-                    f"--data: none of {len(self.shards)} shards holds one row of {self.T} tokens; give more text or "
-                    f"lower --max-seq-len"
-                )
-            self.visits.append((epoch, shard_index))
-            self.ends.append(end)
+            self._count_next_shard()
         place = bisect.bisect_right(self.ends, row)
         self.reading = place
-        return *self.visits[place], row - (self.ends[place - 1] if place else 0)
+        epoch, shard_index = self.visits[place]
+        before = self.ends[place - 1] if place else 0
+        return Place(epoch, shard_index, row - before)
 
-    def _plan(self, epoch, shard_index):
-        """(document order, ring position where each begins, ring offset, row order) of a shard in an epoch."""
-        if (epoch, shard_index) not in self.plans:
-            offsets = self.cache.tokens(self.shards[shard_index])[1]
+    def _count_next_shard(self) -> None:
+        """Append the shard that is read after the last one to `visits` and `ends`."""
+        epoch, place = divmod(len(self.visits), len(self.shards))
+        shard_index = self.shard_order(epoch)[place]
+        end = (self.ends[-1] if self.ends else 0) + self.shard_rows(shard_index)
+        if place == len(self.shards) - 1 and end == 0:
+            raise UsageError(
+                f"--data: none of {len(self.shards)} shards holds one row of {self.T} tokens; give "
+                f"more text or lower --max-seq-len"
+            )
+        self.visits.append((epoch, shard_index))
+        self.ends.append(end)
+
+    def _plan(self, epoch: int, shard_index: int) -> _ShardPlan:
+        """The permutations of a shard in an epoch."""
+        key = (epoch, shard_index)
+        if key not in self.plans:
+            shard = self.shards[shard_index]
+            _, offsets = self.cache.tokens(shard)
             generator = np.random.default_rng(
-                stream_seed(self.seed, "rows", epoch, self.shards[shard_index].fingerprint)
+                stream_seed(self.seed, "rows", epoch, shard.fingerprint)
             )
+            # the order of these draws decides what every seed reads, in new runs and resumed ones
             order = generator.permutation(len(offsets) - 1)
-            begins = np.concatenate(([0], np.cumsum(np.diff(offsets)[order])))
             turn = int(generator.integers(self.T))
-            while len(self.plans) >= 4:
+            row_order = generator.permutation(self.shard_rows(shard_index))
+            begins = np.concatenate(([0], np.cumsum(np.diff(offsets)[order])))
+            while len(self.plans) >= KEPT_PLANS:
                 self.plans.pop(next(iter(self.plans)))
-            self.plans[epoch, shard_index] = (
-                order,
-                begins,
-                turn,
-                generator.permutation(self.shard_rows(shard_index)),
-            )
-        return self.plans[epoch, shard_index]
+            self.plans[key] = _ShardPlan(order, begins, turn, row_order)
+        return self.plans[key]
 
-    def row(self, number):
-        """Row `number`: int64 array of T + 1 ids, BOS first. Inputs are [:-1], targets [1:]."""
-        epoch, shard_index, row = self.locate(number)
-        ids, offsets = self.cache.tokens(self.shards[shard_index])
-        order, begins, turn, row_order = self._plan(epoch, shard_index)
+    def row(self, number: int) -> np.ndarray:
+        """Row `number`: int64 (T + 1,), BOS first. Inputs are [:-1], targets [1:]."""
+        place = self.locate(number)
+        ids, offsets = self.cache.tokens(self.shards[place.shard_index])
+        plan = self._plan(place.epoch, place.shard_index)
+        ring_tokens = int(plan.begins[-1])
         out = np.empty(self.T + 1, dtype=np.int64)
-        out[0], filled = self.cache.tokenizer.bos, 1
-        position = (int(row_order[row]) * self.T + turn) % int(begins[-1])
+        out[0] = self.cache.tokenizer.bos
+        filled = 1
+        position = (int(plan.row_order[place.row]) * self.T + plan.turn) % ring_tokens
         while filled <= self.T:
-            place = int(np.searchsorted(begins, position, side="right")) - 1
-            take = min(int(begins[place + 1]) - position, self.T + 1 - filled)
-            start = int(offsets[order[place]]) + position - int(begins[place])
+            # the document that the position is in, and how much of it the row takes
+            i = int(np.searchsorted(plan.begins, position, side="right")) - 1
+            take = min(int(plan.begins[i + 1]) - position, self.T + 1 - filled)
+            start = int(offsets[plan.order[i]]) + position - int(plan.begins[i])
             out[filled : filled + take] = ids[start : start + take]
             filled += take
-            position = (position + take) % int(begins[-1])
+            position = (position + take) % ring_tokens
         return out
 
-    def batch(self, step, rows_per_step, micro, device_batch_size, rank, world_size):
-        """(inputs, targets) int64 (device_batch_size, T): the share of a rank in micro-batch `micro` of a step.
+    def batch(
+        self,
+        step: int,
+        rows_per_step: int,
+        micro: int,
+        device_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of a rank in micro-batch `micro` of a step.
 
-        A step takes rows_per_step consecutive rows, whatever the number of ranks and micro-batches."""
+        Both int64 (device_batch_size, T). A step takes rows_per_step consecutive rows, whatever the
+        number of ranks and micro-batches."""
         first = step * rows_per_step + (micro * world_size + rank) * device_batch_size
         rows = np.stack([self.row(first + i) for i in range(device_batch_size)])
         return rows[:, :-1], rows[:, 1:]
 
 
-def check_disk(rows, tokens, tokens_per_epoch):
-    """Raise UsageError, with numbers, if the disk has no room for what `tokens` of training still have to fetch and cache."""
-    corpus, order = rows.corpus, rows.shard_order(0)
-    n_shards = (
-        len(order)
-        if corpus.eager
-        else min(len(order), math.ceil(len(order) * tokens / tokens_per_epoch))
-    )
-    missing = [
-        rows.shards[i]
-        for i in order[:n_shards]
-        if not rows.cache.path(rows.shards[i]).exists()
-        and rows.shards[i].fingerprint not in rows.cache.lengths
-    ]  # what a resumed run has read may be gone
-    download = sum(
-        file.n_bytes for shard in missing for file in shard.remote_files() if not file.is_local()
-    )
-    id_bytes = 2 if rows.cache.tokenizer.vocab_size <= 1 << 16 else 4
-    token_bytes = (
-        id_bytes
-        * tokens_per_epoch
-        / max(1, corpus.train_bytes)
-        * sum(shard.n_bytes for shard in missing)
-    )
-    free = shutil.disk_usage(base_dir()).free
-    if download + token_bytes > free:
-        raise UsageError(
-            f"--data={corpus.name}: {tokens:,.0f} tokens of training need {len(missing)} more shards, {human_bytes(download)} "
-            f"to fetch and {human_bytes(token_bytes)} of token cache, and the disk has {human_bytes(free)} free; free some, "
-            f"name a folder on a larger disk by NANOCHAT_BASE_DIR, or give a shorter horizon"
-        )
+def held_out_pieces(
+    shards: list[Shard], cache: TokenCache, row_tokens: int, max_tokens: int
+) -> list[np.ndarray]:
+    """Validation pieces: held-out documents in file order, each cut into pieces.
 
-
-def describe_tokens(rows, tokens_per_epoch, pieces):
-    """A line on how the text became tokens."""
-    corpus, tokenizer = rows.corpus, rows.cache.tokenizer
-    share_dropped = rows.share_dropped()
-    dropped = f"{share_dropped:.3%} dropped; " if share_dropped is not None else ""
-    return (
-        f"tokens: {'' if corpus.eager else 'about '}{tokens_per_epoch:,} an epoch, {corpus.train_bytes / tokens_per_epoch:.2f} bytes a "
-        f"token, {dropped}{sum(map(len, pieces)) - len(pieces):,} to validate on; vocabulary {tokenizer.vocab_size:,} "
-        f"({tokenizer.kind}, fingerprint {tokenizer.fingerprint[:16]})"
-    )
-
-
-def held_out_pieces(shards, cache, row_tokens, max_tokens):
-    """Validation pieces: held-out documents in file order, up to max_tokens (the last is cut), each cut into pieces.
-
-    Returns a list of int64 arrays: BOS, then 1 to row_tokens tokens. Documents' closing BOS is left out."""
-    pieces, left = [], max_tokens
+    At most max_tokens in all, so the last document may be cut. Returns int64 arrays: BOS, then 1 to
+    row_tokens tokens. The BOS that closes a document is left out."""
+    pieces = []
+    left = max_tokens
     for shard in shards:
         ids, offsets = cache.tokens(shard)
         for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             document = ids[begin : min(end - 1, begin + left)].astype(np.int64)
             for start in range(0, len(document), row_tokens):
-                pieces.append(
-                    np.concatenate(([cache.tokenizer.bos], document[start : start + row_tokens]))
-                )
+                piece = document[start : start + row_tokens]
+                pieces.append(np.concatenate(([cache.tokenizer.bos], piece)))
             left -= len(document)
             if left == 0:
                 return pieces
     return pieces
+
+
+def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
+    """Raise UsageError, with numbers, if the disk is too small for `tokens` of training.
+
+    Counted are the shards that are not yet downloaded, or not yet tokenized."""
+    corpus = rows.corpus
+    cache = rows.cache
+    order = rows.shard_order(0)
+    n_shards = len(order)
+    if not corpus.eager:
+        n_shards = min(n_shards, math.ceil(n_shards * tokens / tokens_per_epoch))
+    needed = [rows.shards[i] for i in order[:n_shards]]
+    # what a resumed run has read, it has counted: its file may be gone
+    missing = [
+        shard
+        for shard in needed
+        if not cache.path(shard).exists() and shard.fingerprint not in cache.lengths
+    ]
+    files = [file for shard in missing for file in shard.remote_files()]
+    download = sum(file.n_bytes for file in files if not file.is_local())
+    id_bytes = 2 if cache.tokenizer.vocab_size <= 1 << 16 else 4
+    tokens_per_byte = tokens_per_epoch / max(1, corpus.train_bytes)
+    token_bytes = id_bytes * tokens_per_byte * sum(shard.n_bytes for shard in missing)
+    free = shutil.disk_usage(base_dir()).free
+    if download + token_bytes > free:
+        raise UsageError(
+            f"--data={corpus.name}: {tokens:,.0f} tokens of training need {len(missing)} more "
+            f"shards, {human_bytes(download)} of downloads and {human_bytes(token_bytes)} of token "
+            f"cache, and the disk has {human_bytes(free)} free; free some, name a folder on a "
+            f"larger disk by NANOCHAT_BASE_DIR, or give a shorter horizon"
+        )
+
+
+def describe_tokens(rows: Rows, tokens_per_epoch: int, pieces: list[np.ndarray]) -> str:
+    """A line on how the text became tokens."""
+    corpus = rows.corpus
+    tokenizer = rows.cache.tokenizer
+    about = "" if corpus.eager else "about "
+    share = rows.share_dropped()
+    dropped = "" if share is None else f"{share:.3%} dropped; "
+    # the BOS before each piece is no target
+    held_out = sum(len(piece) - 1 for piece in pieces)
+    return (
+        f"tokens: {about}{tokens_per_epoch:,} an epoch, "
+        f"{corpus.train_bytes / tokens_per_epoch:.2f} bytes a token, {dropped}{held_out:,} to "
+        f"validate on; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}, fingerprint "
+        f"{tokenizer.fingerprint[:16]})"
+    )

@@ -1,4 +1,8 @@
-"""Token ids of shards, one file a shard, and the tokenizer that made them."""
+"""Token ids of shards, one file a shard, and the tokenizer that makes them.
+
+Under base_dir():
+    tokenizers/<key>/                        fitted tokenizers, by text, kind and size
+    tokens/<tokenizer>/<shard>.safetensors   ids and offsets of a shard, by fingerprints"""
 
 import contextlib
 import fcntl
@@ -7,12 +11,22 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nanochat.common import Unavailable, UsageError, base_dir, human_bytes, human_time, sha256_hex
-from nanochat.data.download import DownloadFailed
+from nanochat.common import (
+    Unavailable,
+    UsageError,
+    base_dir,
+    ceil_div,
+    human_bytes,
+    human_time,
+    sha256_hex,
+)
+from nanochat.data.download import DownloadFailed, Report
 from nanochat.data.sources import Corpus, Shard
 from nanochat.data.tokenizer import (
     SPLIT_PATTERN,
@@ -27,73 +41,24 @@ from nanochat.data.tokenizer import (
 from nanochat.ranks import from_rank0_or_raise, print0
 
 CACHE_LIMIT_BYTES = 100 << 30
-
-
-BPE_SAMPLE_BYTES = 200 << 20  # text that BPE training reads at most
-
-
-ENCODE_BYTES = 8 << 20  # text that is encoded at once
-
-
-ANNOUNCE_BYTES = 64 << 20  # a shard of more text gets a line when it is tokenized
-
-
-CHECK_IDS = 1 << 20  # ids of a token file that its checksum is taken of at once
-
-
-OPEN_SHARDS = 8  # token files kept open
+# text that BPE training reads at most
+BPE_SAMPLE_BYTES = 200 << 20
+# text that is encoded in one call
+ENCODE_BYTES = 8 << 20
+# a shard of more text gets a line when it is tokenized
+ANNOUNCE_BYTES = 64 << 20
+# ids of a token file that its checksum reads at a time
+CHECK_IDS = 1 << 20
+# token files kept open
+OPEN_SHARDS = 8
 
 
 class DataFailed(Unavailable):
-    """Training data that cannot be had now: a download that failed for good, a full disk."""
+    """Training data is unavailable: a download failed for good, or the disk is full."""
 
 
-def fit_tokenizer(corpus, kind, vocab_size):
-    """The tokenizer of a run: trained on the training shards (for char: on all text, so that validation has no unknown).
-
-    vocab_size -1 derives it from the data size. The result is kept under the base dir by data, kind and size."""
-    if kind == "byte":
-        return train_tokenizer("byte", [], -1)
-    vocab_size, folder = _fitted(corpus, kind, vocab_size)
-    if (folder / TOKENIZER_FILE).exists():
-        return read_tokenizer(folder)
-    if kind == "char":
-        if not corpus.eager:
-            raise UsageError(
-                f"--tokenizer=char: needs to see all text, and {corpus.name} is too large for that "
-                f"({human_bytes(corpus.train_bytes)}); use bpe or byte"
-            )
-        texts = (
-            document
-            for shard in shards_to_fit(corpus, kind, vocab_size)
-            for document in shard.documents()
-        )
-    else:
-        texts = _sample_of(shards_to_fit(corpus, kind, vocab_size), BPE_SAMPLE_BYTES)
-    fitted = train_tokenizer(kind, texts, vocab_size)
-    fitted.save(folder)
-    return fitted
-
-
-def _fitted(corpus, kind, vocab_size):
-    """(vocabulary size, folder where it is kept) of a tokenizer that is fitted to a corpus."""
-    if kind == "bpe" and vocab_size == -1:
-        vocab_size = derived_vocab_size(corpus.train_bytes)
-    key = sha256_hex(json.dumps([kind, vocab_size, SPLIT_PATTERN, corpus.fingerprint]))[:32]
-    return vocab_size, base_dir() / "tokenizers" / key
-
-
-def shards_to_fit(corpus, kind, vocab_size):
-    """The shards that fit_tokenizer() still has to read for this tokenizer: none if it is kept or needs no text; for bpe
-    evenly spread ones of about BPE_SAMPLE_BYTES, of a large remote corpus the first."""
-    if (
-        kind not in ("bpe", "char")
-        or (_fitted(corpus, kind, vocab_size)[1] / TOKENIZER_FILE).exists()
-    ):
-        return []
-    if kind == "char":
-        return corpus.train + corpus.val
-    return corpus.train[:: max(1, -(-corpus.train_bytes // BPE_SAMPLE_BYTES))]
+# --------------------------------------------------------------------------------------------------
+# the tokenizer of a run
 
 
 def load_tokenizer(
@@ -108,8 +73,8 @@ def load_tokenizer(
     """The tokenizer of a run, loaded or fitted by rank 0 and then read by the other ranks.
 
     name, vocab_size: of --tokenizer and --vocab-size (-1: derived from the corpus). of_run: folder
-    with the tokenizer of the run that is resumed, which wins over everything else. of_source: folder
-    with that of --init-from, which is used unless the user chose `name` on the command line.
+    with the tokenizer of the run that is resumed, which wins over everything else. of_source:
+    folder with that of --init-from, which is used unless the user chose `name` on the command line.
     Raises UsageError if the chosen tokenizer is not that of --init-from, or cannot be read."""
 
     def load() -> Tokenizer:
@@ -138,122 +103,191 @@ def load_tokenizer(
     return tokenizer
 
 
-def _sample_of(shards, n_bytes):
-    """Documents of the shards, about n_bytes of them."""
-    for document in itertools.chain.from_iterable(shard.documents() for shard in shards):
+def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of one of TOKENIZER_KINDS, trained on the training shards of a corpus.
+
+    A char tokenizer is trained on all text, so that validation has no unknown character.
+    vocab_size: -1 derives it from the size of the text. The result is kept under base_dir().
+    Raises UsageError for a char tokenizer of a corpus that is not eager."""
+    if kind == "byte":
+        return train_tokenizer("byte", [], -1)
+    vocab_size, folder = _fitted(corpus, kind, vocab_size)
+    if (folder / TOKENIZER_FILE).exists():
+        return read_tokenizer(folder)
+    if kind == "char" and not corpus.eager:
+        raise UsageError(
+            f"--tokenizer=char: needs to see all text, and {corpus.name} is too large for that "
+            f"({human_bytes(corpus.train_bytes)}); use bpe or byte"
+        )
+    shards = shards_to_fit(corpus, kind, vocab_size)
+    texts = itertools.chain.from_iterable(shard.documents() for shard in shards)
+    if kind == "bpe":
+        texts = _first_characters(texts, BPE_SAMPLE_BYTES)
+    fitted = train_tokenizer(kind, texts, vocab_size)
+    fitted.save(folder)
+    return fitted
+
+
+def _fitted(corpus: Corpus, kind: str, vocab_size: int) -> tuple[int, Path]:
+    """(vocabulary size, folder where it is kept) of a tokenizer that is fitted to a corpus."""
+    if kind == "bpe" and vocab_size == -1:
+        vocab_size = derived_vocab_size(corpus.train_bytes)
+    identity = [kind, vocab_size, SPLIT_PATTERN, corpus.fingerprint]
+    return vocab_size, base_dir() / "tokenizers" / sha256_hex(json.dumps(identity))[:32]
+
+
+def shards_to_fit(corpus: Corpus, kind: str, vocab_size: int) -> list[Shard]:
+    """The shards that fit_tokenizer() still has to read for this tokenizer.
+
+    None if it is kept or needs no text; for bpe evenly spread ones of about BPE_SAMPLE_BYTES, of a
+    large remote corpus the first."""
+    if kind not in ("bpe", "char"):
+        return []
+    _, folder = _fitted(corpus, kind, vocab_size)
+    if (folder / TOKENIZER_FILE).exists():
+        return []
+    if kind == "char":
+        return corpus.train + corpus.val
+    return corpus.train[:: max(1, ceil_div(corpus.train_bytes, BPE_SAMPLE_BYTES))]
+
+
+def _first_characters(documents: Iterable[str], n_characters: int) -> Iterator[str]:
+    """The first documents, about n_characters of them in all."""
+    for document in documents:
         yield document
-        n_bytes -= len(document)
-        if n_bytes <= 0:
+        n_characters -= len(document)
+        if n_characters <= 0:
             return
 
 
+# --------------------------------------------------------------------------------------------------
+# token files
+
+
 class TokenCache:
-    """Token ids of shards, one file a shard, made when first needed and shared by all runs and ranks of a machine.
+    """Token ids of shards, tokenized when first needed, shared by all runs and ranks of a machine.
 
-    lengths: {shard fingerprint: tokens} of every shard seen; a resumed run brings those of its checkpoint along, so that
-    finding a row needs no shard but its own."""
+    For one thread. threads: that encode. lengths: {shard fingerprint: tokens} of every shard seen;
+    a resumed run brings those of its checkpoint along, so that finding a row needs no shard but its
+    own. report: gets a line on each fault, and on each large shard that is tokenized."""
 
-    def __init__(self, tokenizer, threads, lengths=None, report=print):
-        self.tokenizer, self.threads, self.report = tokenizer, threads, report
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        threads: int,
+        lengths: dict[str, int] | None = None,
+        report: Report = print,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.threads = threads
+        self.report = report
         self.folder = base_dir() / "tokens" / tokenizer.fingerprint[:32]
-        self.opened, self.lengths = {}, dict(lengths or {})
+        self.lengths = dict(lengths or {})
+        # shard fingerprint -> what tokens() returns; the last few only
+        self.opened: dict[str, tuple[Any, np.ndarray]] = {}
 
-    def path(self, shard):
-        return self.folder / f"{shard.fingerprint[:32]}.safetensors"
+    def path(self, shard: Shard) -> Path:
+        """The token file of a shard, which may not exist."""
+        return self._path(shard.fingerprint)
 
-    def length(self, shard):
-        """Tokens of a shard, the BOS after each document included."""
+    def _path(self, fingerprint: str) -> Path:
+        return self.folder / f"{fingerprint[:32]}.safetensors"
+
+    def length(self, shard: Shard) -> int:
+        """Tokens of a shard, the BOS after each document included. Raises as tokens()."""
         if shard.fingerprint not in self.lengths:
             self.tokens(shard)
         return self.lengths[shard.fingerprint]
 
-    def tokens(self, shard):
-        """(ids, offsets) of a shard: all documents' ids with a BOS after each, and the n + 1 places where they start.
+    def tokens(self, shard: Shard) -> tuple[Any, np.ndarray]:
+        """(ids, offsets) of a shard: ids of all documents, and the n + 1 places where they start.
 
-        ids is a lazily read slice object (ids[a:b] is a numpy array), offsets an int64 array. Made first if there is no
-        file, which fetches remote text. A damaged file is a UsageError: the disk may be failing, so it is not silently
-        replaced. Raises DataFailed when the text cannot be fetched or the disk is full."""
-        from safetensors import SafetensorError
-
+        ids: read lazily, ids[a:b] is a numpy array of uint16 or uint32; a BOS follows each
+        document. offsets: int64. A shard without a file is tokenized first, which downloads remote
+        text. A damaged file raises UsageError: the disk may be failing, so it is not silently
+        replaced. Raises DataFailed when the text is unavailable or the disk is full."""
         if shard.fingerprint not in self.opened:
-            path = self.path(shard)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with open(path.with_suffix(".lock"), "w") as lock:
-                    fcntl.flock(
-                        lock, fcntl.LOCK_EX
-                    )  # other ranks and runs wait here and then find the file
-                    opened = None
-                    while opened is None:
-                        if not path.exists():
-                            self._build(shard, path)
-                        with contextlib.suppress(
-                            FileNotFoundError
-                        ):  # another process trimmed it just now: it is made again
-                            os.utime(path)  # trim_cache() drops what was not used for longest
-                            opened = self._open(shard, path)
-            except DownloadFailed as error:
-                raise DataFailed(str(error)) from None
-            except (OSError, SafetensorError) as error:
-                raise DataFailed(
-                    f"token cache: {path} cannot be written ({error}); free some space, or name another folder for "
-                    f"caches by NANOCHAT_BASE_DIR"
-                ) from None
+            opened = self._built_and_opened(shard)
             while len(self.opened) >= OPEN_SHARDS:
                 self.opened.pop(next(iter(self.opened)))
             self.opened[shard.fingerprint] = opened
             self.lengths[shard.fingerprint] = int(opened[1][-1])
         return self.opened[shard.fingerprint]
 
-    def _build(self, shard, path):
+    def _built_and_opened(self, shard: Shard) -> tuple[Any, np.ndarray]:
+        """tokens() of a shard that is not open. Raises as tokens()."""
+        from safetensors import SafetensorError
+
+        path = self.path(shard)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".lock").open("w") as lock:
+                # other ranks and runs wait here and then find the file
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                while True:
+                    if not path.exists():
+                        self._build(shard, path)
+                    # another process may trim the file just now: then it is built again
+                    with contextlib.suppress(FileNotFoundError):
+                        # trim_cache() drops what was not used for longest
+                        os.utime(path)
+                        return self._open(shard, path)
+        except DownloadFailed as error:
+            raise DataFailed(str(error)) from None
+        except (OSError, SafetensorError) as error:
+            raise DataFailed(
+                f"token cache: {path} cannot be written ({error}); free some space, or name "
+                f"another folder for caches by NANOCHAT_BASE_DIR"
+            ) from None
+
+    def _build(self, shard: Shard, path: Path) -> None:
+        """Tokenize a shard into its file. The caller holds its lock."""
         from safetensors.numpy import save_file
 
         started = time.monotonic()
-        for abandoned in path.parent.glob(
-            f"{path.stem}.*.partial"
-        ):  # of a process that was killed: the lock is ours
+        # of a process that was killed: the lock is ours
+        for abandoned in path.parent.glob(f"{path.stem}.*.partial"):
             abandoned.unlink()
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        pieces, lengths, bos = (
-            [np.empty(0, dtype)],
-            [0],
-            np.array([self.tokenizer.bos], dtype=dtype),
-        )
-        for documents in by_size(shard.documents(self.report), ENCODE_BYTES):
-            encoded = self.tokenizer.encode_batch(documents, self.threads)
-            lengths += [len(ids) + 1 for ids in encoded]
-            pieces.append(
-                np.concatenate([part for ids in encoded for part in (ids.astype(dtype), bos)])
-            )
-        ids, offsets = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
-        del pieces  # as large as ids
+        ids, offsets = self._encode(shard)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(
-                {"ids": ids, "offsets": offsets},
-                partial,
-                metadata={"sha256": _digest([ids, offsets])},
-            )
-            with open(partial, "rb") as f:
+            metadata = {"sha256": _digest([ids, offsets])}
+            save_file({"ids": ids, "offsets": offsets}, partial, metadata=metadata)
+            with partial.open("rb") as f:
                 os.fsync(f.fileno())
-            os.replace(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
         if shard.n_bytes >= ANNOUNCE_BYTES:
-            self.report(
-                f"tokenized {shard.name}: {len(ids):,} tokens in {human_time(time.monotonic() - started)}"
-            )
-        trim_cache(
-            self.folder.parent,
-            keep={path, *(self.folder / f"{name[:32]}.safetensors" for name in self.opened)},
-        )
+            seconds = human_time(time.monotonic() - started)
+            self.report(f"tokenized {shard.name}: {len(ids):,} tokens in {seconds}")
+        in_use = {path, *(self._path(fingerprint) for fingerprint in self.opened)}
+        trim_cache(self.folder.parent, keep=in_use)
 
-    def _open(self, shard, path):
+    def _encode(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets) of a shard, as its file holds them."""
+        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        bos = np.array([self.tokenizer.bos], dtype=dtype)
+        pieces = [np.empty(0, dtype)]
+        lengths = [0]
+        for documents in by_size(shard.documents(self.report), ENCODE_BYTES):
+            encoded = self.tokenizer.encode_batch(documents, self.threads)
+            lengths += [len(ids) + 1 for ids in encoded]
+            parts = [part for ids in encoded for part in (ids.astype(dtype), bos)]
+            # one array for each batch: the parts of millions of documents would take more room
+            pieces.append(np.concatenate(parts))
+        return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
+
+    def _open(self, shard: Shard, path: Path) -> tuple[Any, np.ndarray]:
+        """tokens() of an existing file, whose checksum is compared first.
+
+        Raises FileNotFoundError, or UsageError if the file is damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
             opened = safe_open(path, framework="numpy")
-            ids, offsets = opened.get_slice("ids"), opened.get_tensor("offsets")
+            ids = opened.get_slice("ids")
+            offsets = opened.get_tensor("offsets")
             n = ids.get_shape()[0]
             pieces = (ids[i : min(n, i + CHECK_IDS)] for i in range(0, n, CHECK_IDS))
             intact = opened.metadata()["sha256"] == _digest(itertools.chain(pieces, [offsets]))
@@ -263,40 +297,48 @@ class TokenCache:
             intact = False
         if not intact:
             raise UsageError(
-                f"token cache: {path} is damaged (its checksum does not match); check the disk, then delete "
-                f"the file: it is made again from {shard.name} at the next start"
+                f"token cache: {path} is damaged (its checksum does not match); check the disk, "
+                f"then delete the file: the next start builds it again from {shard.name}"
             )
         return ids, offsets
 
-    def prepare(self, shards, progress):
-        """Tokenize the shards that are not cached yet. progress: wraps the list (a progress bar, or the list itself)."""
+    def prepare(
+        self, shards: list[Shard], progress: Callable[[list[Shard]], Iterable[Shard]]
+    ) -> None:
+        """Tokenize all of `shards` that have no file.
+
+        progress: makes an iterable, such as a progress bar, of the shards that are tokenized."""
         for shard in progress([shard for shard in shards if not self.path(shard).exists()]):
             self.tokens(shard)
 
 
-def _digest(arrays):
+def _digest(arrays: Iterable[np.ndarray]) -> str:
     """Hex SHA-256 over the bytes of arrays, one after another."""
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(memoryview(np.ascontiguousarray(array)))
+    for values in arrays:
+        digest.update(memoryview(np.ascontiguousarray(values)))
     return digest.hexdigest()
 
 
-def by_size(documents, n_characters):
-    """Lists of consecutive documents, each list of about n_characters, so that not all need be held at once."""
-    batch, size = [], 0
+def by_size(documents: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+    """Lists of consecutive documents, each of about n_characters, so that not all are held."""
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document)
         if size >= n_characters:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
-def trim_cache(folder, keep, limit_bytes=CACHE_LIMIT_BYTES):
-    """Delete the least recently used token files beyond limit_bytes; those in `keep` stay. Others may do the same meanwhile."""
+def trim_cache(folder: Path, keep: set[Path], limit_bytes: int = CACHE_LIMIT_BYTES) -> None:
+    """Delete the least recently used token files beyond limit_bytes; those in `keep` stay.
+
+    Other processes may do the same meanwhile."""
     files = []
     for path in folder.glob("*/*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
