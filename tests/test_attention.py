@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanochat.common import UsageError
 from nanochat.model.attention import (
     BACKENDS,
-    _blocks,
+    blocks_of_scores,
     attention,
     branched_attention,
     pick_backend,
@@ -156,7 +156,7 @@ def test_blocked_keeps_little_for_the_backward_pass():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             attention(q, k, v, window, "blocked")
         rows = q.size(0) * T * H
-        keys = sum(s1 - s0 for _, _, s0, s1 in _blocks(T, T, window)) / T
+        keys = sum(s1 - s0 for _, _, s0, s1 in blocks_of_scores(T, T, window)) / T
         assert kept <= 2 * rows * (visited_keys(T, window) + (1 + 2 * keys) * D) * 1.01
 
 

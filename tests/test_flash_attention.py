@@ -19,7 +19,7 @@ import small
 import torch
 from test_attention import FULL, inputs, output_and_gradients, reference
 
-from nanochat.model.attention import _problem, attention
+from nanochat.model.attention import attention, backend_problem
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 
@@ -520,7 +520,7 @@ def test_gpu_compiled_block(backend, around):
 @pytest.mark.parametrize("T, window", [(512, FULL), (1024, 300), (1001, 500)])
 def test_gpu_other_backends(backend, T, window):
     """The same three-way rule for what comes from elsewhere; FlashAttention-3 and 4 where they are installed."""
-    if problem := _problem(backend, "cuda", torch.bfloat16, 128):
+    if problem := backend_problem(backend, "cuda", torch.bfloat16, 128):
         pytest.skip(problem)
     q, k, v, grad_out = (x.to("cuda", torch.bfloat16) for x in inputs(T, T, 4, 2, 128))
     torch.compiler.reset()

@@ -1,7 +1,7 @@
-"""Causal attention with an optional sliding window: one public function, several backends with the same meaning.
+"""Causal attention with an optional sliding window: one function, several backends, one meaning.
 
-Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query heads, K key/value
-heads (H a multiple of K), D head dim."""
+Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query
+heads, K key/value heads (H a multiple of K), D head dim."""
 
 import functools
 import importlib.util
@@ -9,35 +9,50 @@ import os
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanochat.common import UsageError
 
 BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
-# Queries that share one slice of keys in the blocked path: small blocks skip more of what is masked, large ones make larger
-# products. Measured in runs/LOG.md.
-QUERY_BLOCK, SHORT_QUERY_BLOCK, SHORT_WINDOW = 256, 128, 256
-TRITON_HEAD_DIMS = (16, 32, 64, 128)  # of our kernel
-# What backends need: a package, and where it comes from.
+# Queries that share one slice of keys in the blocked path: small blocks skip more of what is
+# masked, large ones make larger products. Windows of at most SHORT_WINDOW take the small blocks.
+# Measured in runs/LOG.md.
+QUERY_BLOCK = 256
+SHORT_QUERY_BLOCK = 128
+SHORT_WINDOW = 256
+# What nanochat/model/kernels/flash_attention.py supports.
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
+# The package that a backend needs, and how to get it.
 PACKAGES = {
     "flex": ("triton", "pip install triton"),
     "triton": ("triton", "pip install triton"),
     "fa3": (
         "flash_attn_interface",
-        "it comes with FlashAttention-3, built from the folder hopper of its repository",
+        "part of FlashAttention-3, built from the folder hopper of its repository",
     ),
     "fa4": ("flash_attn.cute", "pip install flash-attn-4"),
 }
 
 
-def pick_backend(
-    requested, device_type, dtype=None, head_dim=None, capability=None, no_compiler=None
-):
-    """(backend, reason) for --attention. Raises UsageError for one that cannot run there.
+# ---- choice ----
 
-    'auto' means: blocked on a CPU; on a GPU of SM80 and later flex, which skips what a window hides and leaves full context to SDPA;
-    sdpa on older ones, for which triton has no matrix instructions. The kernel of our own is not chosen before it is measured.
-    dtype, head_dim: of the model, where known. capability: (major, minor) of a GPU that is planned for, where what is installed
-    here does not matter. no_compiler: why nothing is compiled, or None."""
+
+def pick_backend(
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    capability: tuple[int, int] | None = None,
+    no_compiler: str | None = None,
+) -> tuple[str, str]:
+    """(backend, reason) for --attention. Raises UsageError for one that cannot run on the device.
+
+    "auto" is blocked on a CPU. On a GPU of SM80 and later it is flex, which skips what a window
+    hides and leaves full context to SDPA; on older ones, for which triton has no matrix
+    instructions, sdpa. Our own kernel is not chosen before it is measured.
+
+    dtype, head_dim: of the model, where known. capability: (major, minor) of a GPU that is planned
+    for; then packages need not be installed here. no_compiler: why nothing is compiled, or None."""
     known = {
         "dtype": dtype,
         "head_dim": head_dim,
@@ -45,88 +60,113 @@ def pick_backend(
         "no_compiler": no_compiler,
     }
     if requested != "auto":
-        if problem := _problem(requested, device_type, **known):
-            raise UsageError(
-                f"--attention={requested}: {problem}; choose auto, {' or '.join(usable_backends(device_type, **known))}"
-            )
+        problem = backend_problem(requested, device_type, **known)
+        if problem:
+            usable = " or ".join(usable_backends(device_type, **known))
+            raise UsageError(f"--attention={requested}: {problem}; choose auto, {usable}")
         return requested, "as requested"
     if device_type == "cuda":
-        if problem := _problem("flex", device_type, **known):
-            return (
-                "sdpa",
-                f"fused kernels for full context; windows cost as much, or more: flex, made for them, {problem}",
+        problem = backend_problem("flex", device_type, **known)
+        if problem:
+            return "sdpa", (
+                f"fused kernels for full context; windows cost as much or more: flex, which is "
+                f"made for windows, {problem}"
             )
-        return (
-            "flex",
-            "compiled for windows, whose hidden blocks it skips; SDPA for full context (without cuDNN, which is not "
-            "deterministic), and where nothing is compiled",
+        return "flex", (
+            "compiled for windows, skipping blocks that are fully masked; SDPA for full context "
+            "(without cuDNN, which is not deterministic) and where nothing is compiled"
         )
     if device_type == "cpu":
         return "blocked", "plain products over causal blocks skip masked keys and beat SDPA on CPUs"
     return "blocked", "work and memory grow with the window; SDPA is not measured here"
 
 
-def usable_backends(device_type, **known):
-    """The names of those that run, forward and backward, on this machine's devices of that type. known: as for pick_backend()."""
-    return tuple(name for name in BACKENDS if not _problem(name, device_type, **known))
+def usable_backends(device_type: str, **known: object) -> tuple[str, ...]:
+    """Backends that run, forward and backward, on this machine's devices of a type.
+
+    known: dtype, head_dim, capability, no_compiler, as in pick_backend()."""
+    return tuple(name for name in BACKENDS if not backend_problem(name, device_type, **known))
 
 
-def _problem(backend, device_type, dtype=None, head_dim=None, capability=None, no_compiler=None):
-    """Why a backend cannot run on a device, as the rest of a sentence, or None. Arguments as in pick_backend()."""
+def backend_problem(
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+    capability: tuple[int, int] | None = None,
+    no_compiler: str | None = None,
+) -> str | None:
+    """Why a backend cannot run on a device, as the predicate of a sentence whose subject it is, or
+    None. Arguments as in pick_backend()."""
     if backend in ("blocked", "sdpa"):
         return None
     if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
-        return f"has no kernel for a head dim of {head_dim} (there are {', '.join(map(str, TRITON_HEAD_DIMS))})"
+        supported = ", ".join(map(str, TRITON_HEAD_DIMS))
+        return f"has no kernel for a head dim of {head_dim} (it supports {supported})"
     package, source = PACKAGES[backend]
-    missing = (
-        capability is None
-        and (device_type == "cuda" or backend == "triton")
-        and not _installed(package)
-    )
-    if (
-        backend == "triton"
-        and device_type == "cpu"
-        and os.environ.get("TRITON_INTERPRET") == "1"
-        and not missing
-    ):
-        return None  # runs in Triton's interpreter, for tests
+    needed_here = capability is None and (device_type == "cuda" or backend == "triton")
+    missing = needed_here and not _installed(package)
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and interpreted and not missing:
+        # for tests
+        return None
     if device_type != "cuda":
         return f"runs on NVIDIA GPUs, and this device is {device_type}"
     if missing:
         return f"needs the package {package}, which is not installed ({source})"
     if backend == "flex" and no_compiler:
-        return f"makes all scores unless it is compiled ({no_compiler})"
-    major, minor = capability or torch.cuda.get_device_capability()
+        return f"computes all scores unless it is compiled ({no_compiler})"
+    capability = capability or torch.cuda.get_device_capability()
+    return _gpu_problem(backend, dtype, *capability)
+
+
+def _gpu_problem(backend: str, dtype: torch.dtype | None, major: int, minor: int) -> str | None:
+    this_gpu = f"this GPU is SM{major}{minor}"
     if backend == "fa3" and major != 9:
-        return f"is made for Hopper (SM90), and this GPU is SM{major}{minor}"
+        return f"is made for Hopper (SM90), and {this_gpu}"
     if backend == "fa4" and major != 10:
-        return f"is deterministic and has windows in its backward pass on Blackwell only (SM100), and this GPU is SM{major}{minor}"
+        return (
+            f"is deterministic and has windows in its backward pass on Blackwell only (SM100), and "
+            f"{this_gpu}"
+        )
     if backend in ("fa3", "fa4") and dtype == torch.float32:
         return "takes bfloat16 and float16, not float32"
     if major < 8:
-        return f"would multiply without matrix instructions, which triton has from SM80 on, and this GPU is SM{major}{minor}"
+        return (
+            f"would multiply without matrix instructions, which triton has from SM80 on, and "
+            f"{this_gpu}"
+        )
     return None
 
 
-def _installed(package):
-    """Whether a package is there. One that holds another is imported for that; if it cannot be, the other is as good as missing."""
+def _installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it.
+
+    For "a.b", find_spec() imports a: if that fails, b is unusable too."""
     outer, _, inner = package.partition(".")
     try:
-        return importlib.util.find_spec(outer) is not None and (
-            not inner or importlib.util.find_spec(package) is not None
-        )
+        if importlib.util.find_spec(outer) is None:
+            return False
+        return not inner or importlib.util.find_spec(package) is not None
     except (ImportError, OSError):
         return False
 
 
-def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
+# ---- attention ----
+
+
+def attention(
+    q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int, backend: str
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, where query t sees itself and the window - 1 positions before it.
 
-    window: number of visible keys, itself included; anything >= S is full causal context. backend: as pick_backend() gives it.
-    Returns (B, T, H, D) in q's dtype. Softmax is in fp32 for every backend."""
+    window: number of visible keys, itself included; S or more is full causal context. backend: one
+    that pick_backend() returned. Returns (B, T, H, D) in q's dtype; the softmax is in fp32 for
+    every backend. Raises ValueError for an unknown backend or a window below 1."""
     if backend not in BACKENDS or window < 1:
         raise ValueError(
-            f"attention backend {backend!r} (there are {BACKENDS}) with a window of {window} (1 or more)"
+            f"attention backend {backend!r} (one of {BACKENDS}) with a window of {window} (at "
+            f"least 1)"
         )
     if backend == "triton":
         from nanochat.model.kernels.flash_attention import flash_attention
@@ -134,7 +174,8 @@ def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
         return flash_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     if backend in ("fa3", "fa4"):
         return _flash_attention_package(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend)
-    # uncompiled, FlexAttention would make all scores, in fp32: what evaluates, samples or looks for a fault takes SDPA with a mask
+    # Uncompiled, FlexAttention computes all scores in fp32: evaluation, sampling and the search for
+    # faults, which run uncompiled, take SDPA with a mask instead.
     if backend == "flex" and window < k_BxSxKxD.size(1) and torch.compiler.is_compiling():
         from nanochat.model.kernels.flex_attention import windowed_attention
 
@@ -144,32 +185,50 @@ def attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend):
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
 
 
-def visible(T, S, window, device, first_query=0, first_key=0, n_query=None, n_key=None):
-    """Boolean (n_query, n_key) mask of a rectangle of the T x S score matrix: True where the query sees the key."""
-    query = torch.arange(first_query, first_query + (n_query or T), device=device)[:, None] + (
-        S - T
-    )
-    key = torch.arange(first_key, first_key + (n_key or S), device=device)[None, :]
+def visible(
+    T: int,
+    S: int,
+    window: int,
+    device: torch.device,
+    first_query: int = 0,
+    first_key: int = 0,
+    n_query: int | None = None,
+    n_key: int | None = None,
+) -> Tensor:
+    """Boolean (n_query, n_key) mask of a rectangle of the T x S scores: True where the query sees
+    the key. By default the whole matrix."""
+    queries = torch.arange(first_query, first_query + (n_query or T), device=device)
+    keys = torch.arange(first_key, first_key + (n_key or S), device=device)
+    # the queries are the last T of the S positions
+    query = queries[:, None] + (S - T)
+    key = keys[None, :]
     return (key <= query) & (key > query - window)
 
 
-def _blocks(T, S, window):
-    """(first query, last + 1, first key, last + 1) of the rectangles of scores that the blocked path computes."""
+def blocks_of_scores(T: int, S: int, window: int) -> list[tuple[int, int, int, int]]:
+    """Rectangles of scores that the blocked path computes: (first query, last + 1, first key,
+    last + 1) of each."""
     size = QUERY_BLOCK if window > SHORT_WINDOW else SHORT_QUERY_BLOCK
-    return [
-        (t0, min(t0 + size, T), max(0, S - T + t0 - window + 1), S - T + min(t0 + size, T))
-        for t0 in range(0, T, size)
-    ]
+    blocks = []
+    for first_query in range(0, T, size):
+        end_query = min(first_query + size, T)
+        first_key = max(0, S - T + first_query - window + 1)
+        blocks.append((first_query, end_query, first_key, S - T + end_query))
+    return blocks
 
 
-def visited_keys(T, window):
+def visited_keys(T: int, window: int) -> float:
     """Scores that the blocked path computes per query, on average over a row of T tokens."""
-    return sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in _blocks(T, T, window)) / T
+    blocks = blocks_of_scores(T, T, window)
+    return sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks) / T
 
 
-def _sdpa(q, k, v, window):
-    T, S = q.size(1), k.size(1)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+def _sdpa(q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int) -> Tensor:
+    T = q_BxTxHxD.size(1)
+    S = k_BxSxKxD.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q_BxTxHxD, k_BxSxKxD, v_BxSxKxD))
+    # Without a mask SDPA takes its fused kernels. Its is_causal aligns the first query with the
+    # first key, which is right only for T == S.
     full = window >= S and T == S
     mask = None if full else visible(T, S, window, q.device)
     out = F.scaled_dot_product_attention(
@@ -178,16 +237,22 @@ def _sdpa(q, k, v, window):
     return out.transpose(1, 2)
 
 
-def _flash_attention_package(q, k, v, window, backend):
-    """FlashAttention-3 (arXiv 2407.08608) or 4. Their causal mask too ends at the last key where there are more keys than queries."""
+def _flash_attention_package(q: Tensor, k: Tensor, v: Tensor, window: int, backend: str) -> Tensor:
+    """FlashAttention-3 (arXiv 2407.08608) or 4.
+
+    Like ours, their causal mask ends at the last key where there are more keys than queries."""
+    # keys before the query's own position and after it
+    sides = (window - 1, 0)
     if backend == "fa3":
         from flash_attn_interface import flash_attn_func
+
+        no_limit = -1
     else:
         from flash_attn.cute import flash_attn_func
-    # keys before itself and after; all of them are -1 in one and None in the other
-    sides = (
-        (window - 1, 0) if window < k.size(1) else (-1, -1) if backend == "fa3" else (None, None)
-    )
+
+        no_limit = None
+    if window >= k.size(1):
+        sides = (no_limit, no_limit)
     out = flash_attn_func(
         q,
         k,
@@ -196,75 +261,104 @@ def _flash_attention_package(q, k, v, window, backend):
         window_size=sides,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
+    # some versions also return the log-sum-exp
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Softmax(torch.autograd.Function):
-    """softmax(scale * scores) of the visible scores, in fp32. Keeps nothing but its result, in the dtype of the scores: left to
-    autograd, the scores' own softmax in fp32 and the mask would be kept too, four times the memory in bf16."""
+    """softmax(scale * scores) of the visible scores, in fp32.
+
+    It stores only its result, in the dtype of the scores. Autograd's own formula would also store
+    the fp32 softmax and the mask, four times the memory in bf16."""
 
     @staticmethod
-    def forward(ctx, scores, seen, scale):
+    def forward(ctx, scores: Tensor, seen: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        weights = (
-            (scores.float() * scale).masked_fill(~seen, float("-inf")).softmax(-1).to(scores.dtype)
-        )
+        scaled = (scores.float() * scale).masked_fill(~seen, float("-inf"))
+        weights = scaled.softmax(-1).to(scores.dtype)
         ctx.save_for_backward(weights)
         return weights
 
     @staticmethod
-    def backward(ctx, upstream):
-        dtype, upstream = upstream.dtype, upstream.float()
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        dtype = upstream.dtype
+        upstream = upstream.float()
         weights = ctx.saved_tensors[0].float()
         mean = (weights * upstream).sum(-1, keepdim=True)
         return (weights * (upstream - mean) * ctx.scale).to(dtype), None, None
 
 
 @functools.lru_cache(maxsize=8)
-def _bias(n_query, n_key, offset, window, group, dtype, device):
-    """What is added to the scores of a rectangle whose first query is `offset` keys after its first key: 0 or -inf; group times,
-    (group * n_query, n_key). Most rectangles of a pass are alike, and those of its layers."""
+def _bias(
+    n_query: int,
+    n_key: int,
+    offset: int,
+    window: int,
+    group: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """What is added to the scores of a rectangle: 0 or -inf, (group * n_query, n_key).
+
+    offset: keys from the rectangle's first to the first query's own. group: query heads that are
+    stacked along the rows. Cached: most rectangles of a pass are alike, and those of its layers."""
     seen = visible(n_key - offset, n_key, window, device, n_query=n_query)
-    return (
-        torch.zeros(seen.shape, dtype=dtype, device=device)
-        .masked_fill_(~seen, float("-inf"))
-        .repeat(group, 1)
-    )
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~seen, float("-inf")).repeat(group, 1)
 
 
-def _blocked(q, k, v, window):
-    """Each block of queries meets only the keys that some query of it can see: time and memory grow with T x window."""
-    B, T, H, D = q.shape
-    S, K = k.size(1), k.size(2)
+def _blocked(q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int) -> Tensor:
+    """Each block of queries meets only the keys that some query of it can see: time and memory grow
+    with T x window."""
+    B, T, H, D = q_BxTxHxD.shape
+    S, K = k_BxSxKxD.size(1), k_BxSxKxD.size(2)
     group = H // K
-    # one matrix per (batch, key/value head); the query heads of a group are stacked along the rows
-    q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
-    k, v = k.permute(0, 2, 1, 3), v.permute(0, 2, 1, 3)
+    # One matrix per (batch, key/value head); the query heads of a group are stacked along the rows.
+    q_BxKxGxTxD = q_BxTxHxD.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
+    k_BxKxSxD = k_BxSxKxD.permute(0, 2, 1, 3)
+    v_BxKxSxD = v_BxSxKxD.permute(0, 2, 1, 3)
     blocks = []
-    for t0, t1, s0, s1 in _blocks(T, S, window):
-        rows = q[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
-        keys, values = (x[:, :, s0:s1].reshape(B * K, s1 - s0, D) for x in (k, v))
+    for t0, t1, s0, s1 in blocks_of_scores(T, S, window):
+        rows = q_BxKxGxTxD[:, :, :, t0:t1].reshape(B * K, group * (t1 - t0), D)
+        keys = k_BxKxSxD[:, :, s0:s1].reshape(B * K, s1 - s0, D)
+        values = v_BxKxSxD[:, :, s0:s1].reshape(B * K, s1 - s0, D)
         if torch.is_grad_enabled():
             scores = (rows @ keys.transpose(1, 2)).view(B * K, group, t1 - t0, s1 - s0)
-            seen = visible(T, S, window, q.device, t0, s0, t1 - t0, s1 - s0)
+            seen = visible(T, S, window, rows.device, t0, s0, t1 - t0, s1 - s0)
             weights = _Softmax.apply(scores, seen, D**-0.5).view(B * K, group * (t1 - t0), s1 - s0)
-        else:  # a third of the passes over the scores; torch's softmax computes in fp32 whatever the dtype of its ends
-            bias = _bias(t1 - t0, s1 - s0, S - T + t0 - s0, window, group, q.dtype, q.device)
+        else:
+            # A third of the passes over the scores. torch's softmax computes in fp32 whatever the
+            # dtypes of its input and output.
+            offset = S - T + t0 - s0
+            bias = _bias(t1 - t0, s1 - s0, offset, window, group, rows.dtype, rows.device)
             weights = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=D**-0.5).softmax(-1)
         out = weights @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, k_BxSxKxD, v_BxSxKxD, lengths, window):
-    """attention() of rows that continue shared beginnings: row r sees beginning r // (R / B), then its own T keys.
+def branched_attention(
+    q_RxTxHxD: Tensor,
+    k_RxTxKxD: Tensor,
+    v_RxTxKxD: Tensor,
+    k_BxSxKxD: Tensor,
+    v_BxSxKxD: Tensor,
+    lengths: list[int],
+    window: int,
+) -> Tensor:
+    """attention() of rows that continue shared beginnings: row r sees beginning r // (R / B), then
+    its own T keys.
 
-    lengths: positions of each of the B beginnings, ints of at most S; what lies behind them is not looked at. The keys of a
-    beginning are read once for all rows that continue it. Meant for short rows, whose scores it does not cut into blocks, and
-    without gradients. Returns (R, T, H, D) in q's dtype."""
-    (R, T, H, D), (B, S, K, _) = q_RxTxHxD.shape, k_BxSxKxD.shape
-    n, group, device = R // B, H // K, q_RxTxHxD.device
-    first = max(0, min(lengths) - window + 1)  # of the keys that any query sees
+    lengths: positions of each of the B beginnings, at most S; keys and values past them are
+    ignored. The keys of a beginning are read once for all rows that continue it. For short rows,
+    whose scores are not cut into blocks, and without gradients. Returns (R, T, H, D) in q's
+    dtype."""
+    R, T, H, D = q_RxTxHxD.shape
+    B, S, K, _ = k_BxSxKxD.shape
+    n = R // B
+    group = H // K
+    # No query sees a key of a beginning before this one.
+    first = max(0, min(lengths) - window + 1)
     before = S - first
     trunk_keys, trunk_values = (
         x[:, first:].permute(0, 2, 1, 3).reshape(B * K, before, D) for x in (k_BxSxKxD, v_BxSxKxD)
@@ -273,27 +367,32 @@ def branched_attention(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, k_BxSxKxD, v_BxSxKxD, le
         x.view(B, n, T, K, D).permute(0, 3, 1, 2, 4).reshape(B * K * n, T, D)
         for x in (k_RxTxKxD, v_RxTxKxD)
     )
-    rows = (
-        q_RxTxHxD.view(B, n, T, K, group, D)
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(B * K, n * group * T, D)
-    )
+    rows = q_RxTxHxD.view(B, n, T, K, group, D).permute(0, 3, 1, 4, 2, 5)
+    rows = rows.reshape(B * K, n * group * T, D)
+    own_rows = rows.reshape(B * K * n, group * T, D)
+    # baddbmm with beta=0 ignores its first argument; it scales the product without another pass
     nothing = rows.new_zeros(())
-    of_trunk = torch.baddbmm(nothing, rows, trunk_keys.transpose(1, 2), beta=0, alpha=D**-0.5)
-    own = torch.baddbmm(
-        nothing,
-        rows.reshape(B * K * n, group * T, D),
-        own_keys.transpose(1, 2),
-        beta=0,
-        alpha=D**-0.5,
-    )
+    scale = D**-0.5
+    of_trunk = torch.baddbmm(nothing, rows, trunk_keys.transpose(1, 2), beta=0, alpha=scale)
+    own = torch.baddbmm(nothing, own_rows, own_keys.transpose(1, 2), beta=0, alpha=scale)
     scores = torch.cat((of_trunk, own.view(B * K, n * group * T, T)), dim=-1)
-    length = torch.tensor(lengths, device=device)[:, None, None]
-    query, key = torch.arange(T, device=device)[:, None], torch.arange(first, S, device=device)
-    seen_of_trunk = (key < length) & (key > length + query - window)
-    seen = torch.cat((seen_of_trunk, visible(T, T, window, device).expand(B, T, T)), dim=-1)
+    seen = _visible_to_branches(T, S, first, lengths, window, q_RxTxHxD.device)
     scores.view(B, K * n * group, T, before + T).masked_fill_(~seen[:, None], float("-inf"))
     weights = scores.softmax(-1)
     out = weights[..., before:].reshape(B * K * n, group * T, T) @ own_values
     out = torch.baddbmm(out.view(B * K, n * group * T, D), weights[..., :before], trunk_values)
     return out.view(B, K, n, group, T, D).permute(0, 2, 4, 1, 3, 5).reshape(R, T, H, D)
+
+
+def _visible_to_branches(
+    T: int, S: int, first: int, lengths: list[int], window: int, device: torch.device
+) -> Tensor:
+    """Boolean (B, T, S - first + T): which keys of a beginning, then which of its own, a row sees.
+
+    first: key of the beginnings at which the scores start."""
+    length = torch.tensor(lengths, device=device)[:, None, None]
+    query = torch.arange(T, device=device)[:, None]
+    key = torch.arange(first, S, device=device)
+    of_trunk = (key < length) & (key > length + query - window)
+    own = visible(T, T, window, device).expand(len(lengths), T, T)
+    return torch.cat((of_trunk, own), dim=-1)

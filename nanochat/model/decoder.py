@@ -23,7 +23,7 @@ Fill = Callable[[Tensor, float], None]
 
 
 class Cache(Protocol):
-    """What a model has read so far; nanochat/eval/generation.py has two.
+    """What a model has read so far; nanochat/eval/kv_cache.py has two.
 
     layers: one per block. previous_embedding: of the last token, (B, 1, C), for smear, or None."""
 
