@@ -310,9 +310,9 @@ class TestInterpreted:
             ((q[..., :24], k[..., :24], v[..., :24]), "head dims of"),
             ((q, k.half(), v), "not 32, torch.float32"),
             ((q.double(), k.double(), v.double()), "float64"),
-            ((q[:, :, :3], k, v), "do not go together"),
-            ((k, q[:, :, :2], q[:, :, :2]), "do not go together"),
-            ((q, k, v[:, 1:]), "do not go together"),
+            ((q[:, :, :3], k, v), "do not fit together"),
+            ((k, q[:, :, :2], q[:, :, :2]), "do not fit together"),
+            ((q, k, v[:, 1:]), "do not fit together"),
         ):
             with pytest.raises(ValueError, match=reason):
                 attention(*wrong, 5, "triton")

@@ -1,6 +1,7 @@
-"""Triton kernels of the loss and the optimizer. Three-way rule: their error against fp64 may not exceed plain PyTorch's in the same dtype.
+"""The Triton kernel of the loss. Three-way rule: its error against fp64 may not exceed that of plain
+PyTorch in the same dtype.
 
-They run on the GPU where there is one, otherwise in Triton's interpreter."""
+It runs on the GPU where there is one, otherwise in Triton's interpreter."""
 
 import os
 import subprocess
@@ -17,8 +18,6 @@ from nanochat.model import loss
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import linear_cross_entropy
-from nanochat.optim import optimizer as optim
-from nanochat.optim.optimizer import POLAR_EXPRESS, SYMMETRIC_SIDE, orthogonalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as environment:
@@ -28,7 +27,6 @@ with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from nanochat.model.kernels.cross_entropy import cross_entropy_
-    from nanochat.model.kernels.symmetric_matmul import symmetric_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = (
@@ -227,125 +225,13 @@ def test_model_with_the_kernel():
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
 
 
-# ---- symmetric products ----
-
-
-def check_products(N, R, C, dtype, tall=False):
-    """X X^T, then with A that result 2.1 A - 1.3 A A as the optimizer has it, against exact arithmetic on the same inputs."""
-    X = randn(N, C, R).to(dtype).mT if tall else randn(N, R, C).to(dtype)
-    ours = {"gram": symmetric_product(X)}
-    A = ours["gram"]
-    ours["polynomial"] = symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1)
-    plain = {"gram": X @ X.mT, "polynomial": torch.baddbmm(A, A, A, alpha=-1.3, beta=2.1)}
-    X, A64 = X.double(), A.double()
-    # two ways to sum C products in fp32 differ by about the square root of C in the last place
-    assert_no_worse(
-        ours,
-        plain,
-        {"gram": X @ X.mT, "polynomial": 2.1 * A64 - 1.3 * A64 @ A64},
-        floor=FLOOR + 6e-8 * max(R, C) ** 0.5,
-    )
-    for name, result in ours.items():
-        assert torch.equal(result, result.mT), name
-    assert torch.equal(
-        symmetric_product(A, add_NxRxR=A, alpha=-1.3, beta=2.1), ours["polynomial"]
-    )  # the same bits again
-
-
-@pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, R, C", [(3, 1, 5), (2, 128, 64), (2, 130, 201), (1, 300, 77)])
-def test_symmetric_product(N, R, C, dtype, tall):
-    check_products(N, R, C, dtype, tall)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R, C, tall", [(768, 3072, False), (768, 3072, True), (777, 3001, True)])
-def test_symmetric_product_of_a_layer_stack(R, C, tall, dtype):
-    check_products(12, R, C, dtype, tall)
-
-
-def test_symmetric_product_refuses():
-    X = randn(2, 5, 7)
-    with pytest.raises(ValueError, match="float64"):
-        symmetric_product(X.double())
-    with pytest.raises(ValueError, match=r"add is torch.float32 \(5, 5\)"):
-        symmetric_product(X, add_NxRxR=X[0] @ X[0].mT)
-
-
-def polar_express(matrices):
-    """What orthogonalize() is to return, in fp64 through the SVD."""
-    U, values, Vt = torch.linalg.svd(matrices.double(), full_matrices=False)
-    values = values / (1.02 * values.square().sum(-1, keepdim=True).sqrt() + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        values = a * values + b * values**3 + c * values**5
-    return U * values[:, None] @ Vt
-
-
-def check_orthogonalize(shape, dtype, monkeypatch):
-    """With the kernel against without it: no further from exact, apart by no more than both are from that, singular values near 1."""
-    U, _, Vt = torch.linalg.svd(randn(*shape).double(), full_matrices=False)
-    matrices = (
-        U * 0.01 ** torch.linspace(0, 1, min(shape[1:]), dtype=torch.float64, device=DEVICE) @ Vt
-    ).float()
-    calls = []
-
-    def counted(*args, **options):
-        calls.append(args)
-        return symmetric_product(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(optim, "_symmetric_product", lambda X: None)
-        plain = orthogonalize(matrices, dtype)
-        patch.setattr(optim, "_symmetric_product", lambda X: counted)
-        ours = orthogonalize(matrices, dtype)
-    assert len(calls) == 2 * len(POLAR_EXPRESS)
-    exact = polar_express(matrices)
-    assert_no_worse({"matrices": ours}, {"matrices": plain}, {"matrices": exact}, floor=5 * FLOOR)
-    error = (plain.double() - exact).norm()
-    assert (ours.double() - plain.double()).norm() <= 2 * error + 5 * FLOOR * exact.norm()
-    values = torch.linalg.svdvals(ours.double())
-    assert 0.85 < values.min() and values.max() < 1.15
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 40, 150), (2, 150, 40), (1, 131, 131)])
-def test_orthogonalize(shape, dtype, monkeypatch):
-    check_orthogonalize(shape, dtype, monkeypatch)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(4, 768, 3072), (4, 3072, 768), (4, 768, 768)])
-def test_orthogonalize_a_layer_stack(shape, monkeypatch):
-    check_orthogonalize(shape, torch.bfloat16, monkeypatch)
-    monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
-    assert (
-        optim._symmetric_product(torch.empty(shape, dtype=torch.bfloat16, device="cuda"))
-        is symmetric_product
-    )
-
-
-def test_plain_products_where_the_kernel_is_not_worth_it(monkeypatch):
-    monkeypatch.setattr(optim, "SYMMETRIC_KERNEL", True)
-    side = SYMMETRIC_SIDE - 1
-    for dtype, size in ((torch.bfloat16, side), (torch.float32, side + 1)):
-        assert (
-            optim._symmetric_product(torch.empty(1, size, 2 * size, dtype=dtype, device=DEVICE))
-            is None
-        )
-    assert (
-        optim._symmetric_product(torch.empty(1, side + 1, side + 1, dtype=torch.bfloat16)) is None
-    )  # on the CPU
-
-
 # ---- compilation, which needs no GPU ----
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanochat.model.kernels import cross_entropy, symmetric_matmul
+from nanochat.model.kernels import cross_entropy
 
 
 def build(kernel, capability, types, constants, **options):
@@ -356,20 +242,16 @@ def build(kernel, capability, types, constants, **options):
     return built.asm["ptx"]
 
 
-for capability, product in ((80, "mma.sync"), (90, "wgmma.mma_async")):
+for capability in (80, 90):
     types = {"logits": "*bf16", "targets": "*i64", "scales": "*fp32", "nats": "*fp32", "softcap": "fp32"}
     ptx = build(cross_entropy._row, capability, types, {"BLOCK": cross_entropy.BLOCK}, num_warps=cross_entropy.WARPS)
     assert "ld.global.v4" in ptx and "st.global.v4" in ptx
-    types = {"X": "*bf16", "add": "*bf16", "out": "*bf16", "alpha": "fp32", "beta": "fp32"}
-    constants = {"ADD": True, "TILE": symmetric_matmul.TILE, "STEP": 64, "X_c": 1, "add_c": 1}
-    ptx = build(symmetric_matmul._tile, capability, types, constants, num_warps=symmetric_matmul.WARPS, num_stages=symmetric_matmul.STAGES)
-    assert product in ptx and "cp.async" in ptx and "st.global.v4" in ptx
 """
 
 
 def test_kernels_compile_for_gpus(tmp_path):
-    """To machine code, which takes no GPU: with matrix instructions for products, loads and stores of 16 bytes, in the shared memory
-    that there is."""
+    """To machine code, which takes no GPU: with loads and stores of 16 bytes, within the shared
+    memory that a program may have."""
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(tmp_path),

@@ -97,7 +97,7 @@ class GPT(Decoder):
 
     def init_parameters(self, normal_: Fill, uniform_: Fill) -> None:
         """Projections back into the residual stream, gates and the smear start at zero, so that
-        each block starts as the identity; the head starts small, so that the first loss is ln(V)."""
+        each block starts as the identity; the head starts small: the first loss is ln(V)."""
         std = self.config.width**-0.5
         normal_(self.embedding.weight, 1.0)
         for table in self.value_embeddings.values():

@@ -1,1 +1,3 @@
-"""Triton kernels. Each has a plain version with the same meaning beside where it is used; they are imported where they are used."""
+"""Triton kernels. Each has a plain PyTorch version with the same meaning, named in its docstring.
+
+They import triton, so the functions that use them import them."""

@@ -1,23 +1,28 @@
-"""Flash attention in Triton, forward and backward: nanochat.model.attention.attention() without a matrix of scores in memory.
+"""Flash attention in Triton, forward and backward, without a matrix of scores in memory.
 
-Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query heads, K key/value heads, D
-head dim. A query at position p sees the keys p - window + 1 to p.
+The plain version is nanochat.model.attention.attention().
 
-The softmax is made up in passing (arXiv 2205.14135, 2307.08691): of each block of queries the largest score so far, the sum of
-the weights relative to it, and the weighted sum of values, which shrink when a larger score turns up. Kept for the backward pass
-is the logarithm of the sum of exponentials, from which any weight can be had again:
+Shapes: B batch, T queries, S keys (S >= T; the queries are the last T of the S positions), H query
+heads, K key/value heads, D head dim. A query at position p sees the keys p - window + 1 to p.
 
-    P = exp(scale q k^T - lse)     dV = P^T dO     dS = P * (dO V^T - delta)     dQ = scale dS K     dK = scale dS^T Q
+The softmax is computed in passing (arXiv 2205.14135, 2307.08691): for each block of queries the
+largest score so far, the sum of the weights relative to it, and the weighted sum of values, which
+shrink when a larger score appears. The backward pass needs only the logarithm of the sum of
+exponentials (lse), from which it recomputes any weight:
 
-with delta = rowsum(out * dO). One kernel makes dQ, a block of queries at a time, another dK and dV, a block of keys at a time: each
-number is summed by one program in one order, so that the same inputs give the same bits.
+    P = exp(scale q k^T - lse)     dV = P^T dO     dS = P * (dO V^T - delta)
+    dQ = scale dS K                dK = scale dS^T Q
 
-Of the blocks of scores only those are visited in which some query sees some key, and only those in which some does not pay for
-a mask. Tiles are loaded through plain pointers, which take any strides and any T, and which Triton turns into asynchronous copies on
-SM80 and later; descriptors (TMA) would ask for strides of 16 bytes and an allocator on each launch.
+with delta = rowsum(out * dO). One kernel computes dQ, a block of queries at a time, another dK and
+dV, a block of keys at a time: one program sums each number in one order, so that the same inputs
+give the same bits.
 
-This module imports triton, so it is itself imported where it is used. TRITON_INTERPRET=1, set before triton is imported, runs it on
-CPU tensors."""
+Blocks of scores that are fully masked are skipped; blocks that are fully visible need no mask.
+Tiles are loaded through plain pointers, which take any strides and any T, and which Triton turns
+into asynchronous copies on SM80 and later; descriptors (TMA) would require strides of 16 bytes and
+an allocator on each launch.
+
+TRITON_INTERPRET=1, set before triton is imported, runs this module on CPU tensors."""
 
 import contextlib
 import functools
@@ -32,14 +37,17 @@ from torch import Tensor
 from nanochat.model.attention import TRITON_HEAD_DIMS
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# The score of a hidden key. Finite, so that a row all of whose keys in a block are hidden needs no care: it takes them at weight 1, and
-# the first key it does see, at the latest itself, multiplies what came of that by exp2(HIDDEN - score) = 0.
+# exp2 and log2 are the hardware's instructions; exp and log would multiply by these anyway.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The score of a hidden key. Finite, so that a row whose keys in a block are all hidden needs no
+# special case: it takes them at weight 1, and the first key that it sees, at the latest its own,
+# multiplies the result of that by exp2(HIDDEN - score) = 0.
 HIDDEN = tl.constexpr(-1.0e30)
 
 
 class Tile(NamedTuple):
-    """A block of scores, and what Triton is to make of the loop over such blocks."""
+    """Shape of a block of scores, and how Triton runs the loop over such blocks."""
 
     queries: int
     keys: int
@@ -47,14 +55,17 @@ class Tile(NamedTuple):
     stages: int
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PASSES = ("forward", "backward of keys", "backward of queries")
+# Most shared memory that a program may have, by class of GPU (CUDA programming guide).
 SHARED_BYTES = {
     "sm90": 227 * 1024,
     "sm80": 163 * 1024,
     "sm86": 99 * 1024,
-}  # that a program may have (CUDA programming guide)
-# A tile for each of PASSES, by class of GPU and head dim (smaller ones: as 64), for 16-bit types. Chosen by what the compiler says of them,
-# not by speed: shared memory suffices and few registers are spilled (tests/test_flash_attention.py compiles them all).
+}
+# A tile for each of PASSES, by class of GPU and head dim (smaller ones: as 64), for 16-bit dtypes.
+# Chosen by what the compiler reports, not by speed: shared memory suffices and few registers are
+# spilled (tests/test_flash_attention.py compiles them all).
 TILES = {
     ("sm90", 64): (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     ("sm90", 128): (Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -63,75 +74,84 @@ TILES = {
     ("sm86", 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("sm86", 128): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)),
 }
-FP32_TILES = (
-    Tile(32, 32, 4, 1),
-    Tile(16, 32, 4, 1),
-    Tile(32, 16, 4, 1),
-)  # for tests: fp32 is multiplied without matrix instructions
+# For tests: fp32 is multiplied without matrix instructions.
+FP32_TILES = (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
 INTERPRETER_TILES = (Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
 
 
-def gpu_class(capability):
+def gpu_class(capability: tuple[int, int]) -> str:
     """The key in TILES for a CUDA compute capability (major, minor)."""
     if capability[0] in (9, 10):
         return "sm90"
-    return (
-        "sm80" if capability == (8, 0) else "sm86"
-    )  # SM86, SM89 and SM120 have less shared memory
+    if capability == (8, 0):
+        return "sm80"
+    # SM86, SM89 and SM120 have less shared memory.
+    return "sm86"
 
 
 @functools.cache
-def tiles(head_dim, element_bytes, capability):
+def tiles(
+    head_dim: int, element_bytes: int, capability: tuple[int, int] | None
+) -> tuple[Tile, Tile, Tile]:
     """The tiles of the three PASSES. capability: of the GPU, None in the interpreter."""
     if capability is None:
         return INTERPRETER_TILES
-    return FP32_TILES if element_bytes == 4 else TILES[gpu_class(capability), max(head_dim, 64)]
+    if element_bytes == 4:
+        return FP32_TILES
+    return TILES[gpu_class(capability), max(head_dim, 64)]
 
 
-def shared_bytes(which, tile, head_dim, element_bytes):
-    """At most so much shared memory a program takes: the tiles that stay, and those under way."""
-    queries, keys, row_bytes = tile.queries, tile.keys, head_dim * element_bytes
+def shared_bytes(which: str, tile: Tile, head_dim: int, element_bytes: int) -> int:
+    """Upper bound on the shared memory of a program in one of PASSES: the tiles that stay, and
+    those that are being loaded."""
+    queries = tile.queries
+    keys = tile.keys
+    row_bytes = head_dim * element_bytes
     if which == "forward":
         return queries * row_bytes + tile.stages * 2 * keys * row_bytes
     if which == "backward of queries":
         return 2 * queries * row_bytes + tile.stages * 2 * keys * row_bytes
-    return 2 * keys * row_bytes + tile.stages * 2 * queries * (row_bytes + 4)  # with lse and delta
+    # a row of queries comes with its lse and delta
+    return 2 * keys * row_bytes + tile.stages * 2 * queries * (row_bytes + 4)
 
 
-def candidates(which, head_dim, element_bytes, capability):
-    """Tiles worth trying for one of PASSES on a GPU, the one in use first. To be measured: forward() and backward() take them."""
+def candidates(
+    which: str, head_dim: int, element_bytes: int, capability: tuple[int, int]
+) -> list[Tile]:
+    """Tiles worth measuring for one of PASSES on a GPU, the one in use first.
+
+    forward() and backward() take them as arguments."""
     used = tiles(head_dim, element_bytes, capability)[PASSES.index(which)]
-    others = (
-        Tile(*sizes) for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-    )
     limit = SHARED_BYTES[gpu_class(capability)]
-    return [
-        used,
-        *(
-            tile
-            for tile in others
-            if tile != used and shared_bytes(which, tile, head_dim, element_bytes) <= limit
-        ),
-    ]
+    found = [used]
+    for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        tile = Tile(*sizes)
+        if tile != used and shared_bytes(which, tile, head_dim, element_bytes) <= limit:
+            found.append(tile)
+    return found
 
 
 # ---- kernels ----
 
-# lengths are not told apart by what divides them: one kernel for all
+# Lengths are not specialised: one kernel serves them all.
 _jit_kernel = triton.jit(do_not_specialize=["T", "S", "window"])
 
 
 @triton.jit
 def _dot(a, b, total):
     """total + a @ b in fp32."""
-    if INTERPRETED:  # which multiplies bf16 by bf16 wrongly, without a word
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    # The interpreter silently multiplies bf16 by bf16 wrongly.
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
 def _load(matrix, rows, n_rows, stride, D: tl.constexpr, CHECKED: tl.constexpr):
-    """(rows, D) of a matrix whose rows lie `stride` apart. CHECKED: zeros for rows from n_rows on; otherwise there are none."""
+    """(rows, D) of a matrix whose rows are `stride` apart.
+
+    CHECKED: rows from n_rows on are zeros; without it, all rows must exist."""
     at = matrix + rows[:, None] * stride + tl.arange(0, D)[None, :]
     if CHECKED:
         return tl.load(at, mask=rows[:, None] < n_rows, other=0.0)
@@ -146,8 +166,9 @@ def _store(matrix, rows, n_rows, stride, values, D: tl.constexpr):
 
 @triton.jit
 def _stretches(first, first_whole, end_whole, end, SIZE: tl.constexpr):
-    """Four bounds that cut first..end into blocks with hidden pairs, blocks without (from first_whole to end_whole), and again blocks
-    with. All but the last are multiples of SIZE; nothing lies below 0."""
+    """Four bounds that cut first..end into blocks with hidden pairs, blocks without any (from
+    first_whole to end_whole), and again blocks with hidden pairs. All but the last are multiples of
+    SIZE, none is below 0."""
     first = tl.maximum(first, 0) // SIZE * SIZE
     end_whole = tl.maximum(tl.minimum(end_whole, end), 0) // SIZE * SIZE
     first_whole = tl.minimum((tl.maximum(first_whole, 0) + SIZE - 1) // SIZE * SIZE, end_whole)
@@ -157,27 +178,27 @@ def _stretches(first, first_whole, end_whole, end, SIZE: tl.constexpr):
 @triton.jit
 def _keys_seen(position, S, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """Bounds of the keys that QUERIES queries from `position` on see."""
-    return _stretches(
-        position - window + 1,
-        position + QUERIES - window,
-        position + 1,
-        tl.minimum(position + QUERIES, S),
-        KEYS,
-    )
+    # Whole: seen by the last query, whose window starts last, and by the first, which ends first.
+    first = position - window + 1
+    first_whole = position + QUERIES - window
+    end_whole = position + 1
+    end = tl.minimum(position + QUERIES, S)
+    return _stretches(first, first_whole, end_whole, end, KEYS)
 
 
 @triton.jit
 def _queries_seeing(key, offset, T, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Bounds of the queries that see KEYS keys from `key` on. offset: position of the first query."""
+    """Bounds of the queries that see KEYS keys from `key` on.
+
+    offset: position of the first query."""
     first = key - offset
-    return _stretches(
-        first, first + KEYS - 1, first + window, tl.minimum(first + KEYS - 1 + window, T), QUERIES
-    )
+    end = tl.minimum(first + KEYS - 1 + window, T)
+    return _stretches(first, first + KEYS - 1, first + window, end, QUERIES)
 
 
 @triton.jit
 def _visible(position, key, window):
-    # 0 <= position - key < window in one comparison: of unsigned numbers, where a negative one is large
+    # 0 <= position - key < window in one comparison: as unsigned numbers, negative ones are large
     return (position - key).to(tl.uint32, bitcast=True) < window.to(tl.uint32)
 
 
@@ -185,16 +206,13 @@ def _visible(position, key, window):
 def _block_of_queries(T, n_head, n_kv_head, QUERIES: tl.constexpr):
     """(first query, head, its key/value head, batch) of this program."""
     n_blocks = tl.cdiv(T, QUERIES)
-    first = (
-        n_blocks - 1 - tl.program_id(0) % n_blocks
-    ) * QUERIES  # the longest first: the last to end is then a short one
+    # The longest blocks start first, so that the last to finish is a short one.
+    first = (n_blocks - 1 - tl.program_id(0) % n_blocks) * QUERIES
     head = tl.program_id(0) // n_blocks % n_head
-    return (
-        first,
-        head,
-        head // (n_head // n_kv_head),
-        (tl.program_id(0) // n_blocks // n_head).to(tl.int64),
-    )
+    kv_head = head // (n_head // n_kv_head)
+    # int64: offsets of a large batch exceed 32 bits
+    batch = (tl.program_id(0) // n_blocks // n_head).to(tl.int64)
+    return first, head, kv_head, batch
 
 
 @triton.jit
@@ -217,7 +235,10 @@ def _gather_values(
     KEYS: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Take in the keys begin..end. EDGE: some are hidden from some queries, or do not exist."""
+    """(total, weight_sum, peak) after the keys begin..end as well: the weighted sum of values, the
+    sum of the weights, and the largest score, which both are relative to.
+
+    EDGE: some keys are hidden from some queries, or do not exist."""
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         k = _load(K, key, S, k_stride, D, EDGE)
@@ -260,7 +281,9 @@ def _forward(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """out and log-sum-exp of a block of queries of one head. Strides: of a batch, of a row (one position), of a head."""
+    """out and lse of a block of queries of one head.
+
+    Strides: of a batch, of a row (one position), of a head."""
     first, head, kv_head, batch = _block_of_queries(T, n_head, n_kv_head, QUERIES)
     K += batch * k_batch + kv_head * k_head
     V += batch * v_batch + kv_head * v_head
@@ -292,12 +315,10 @@ def _forward(
             KEYS,
             i != 1,
         )
-    _store(
-        Out + (batch * T * n_head + head) * D, row, T, n_head * D, total / weight_sum[:, None], D
-    )
-    tl.store(
-        Lse + (batch * n_head + head) * T + row, (peak + tl.log2(weight_sum)) * LN2, mask=row < T
-    )
+    out = Out + (batch * T * n_head + head) * D
+    _store(out, row, T, n_head * D, total / weight_sum[:, None], D)
+    lse = Lse + (batch * n_head + head) * T
+    tl.store(lse + row, (peak + tl.log2(weight_sum)) * LN2, mask=row < T)
 
 
 @triton.jit
@@ -321,7 +342,9 @@ def _gather_keys(
     KEYS: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """total + dS K over the keys begin..end. EDGE: some are hidden from some queries, or do not exist."""
+    """total + dS K over the keys begin..end.
+
+    EDGE: some keys are hidden from some queries, or do not exist."""
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         k = _load(K, key, S, k_stride, D, EDGE)
@@ -428,8 +451,10 @@ def _gather_queries(
     QUERIES: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """grad_k + dS^T Q and grad_v + P^T dO over the queries begin..end. EDGE: some do not see some keys, or do not exist: these
-    have q, dO, lse and delta 0, and add nothing."""
+    """(grad_k + dS^T Q, grad_v + P^T dO) over the queries begin..end.
+
+    EDGE: some queries do not see some keys, or do not exist; the latter have q, dO, lse and delta 0
+    and add nothing."""
     for start in range(begin, end, QUERIES):
         row = start + tl.arange(0, QUERIES)
         q = _load(Q, row, T, q_stride, D, EDGE)
@@ -438,14 +463,13 @@ def _gather_queries(
             lse = tl.load(Lse + row, mask=row < T, other=0.0) * LOG2E
             delta = tl.load(Delta + row, mask=row < T, other=0.0)
         else:
-            lse, delta = tl.load(Lse + row) * LOG2E, tl.load(Delta + row)
-        weights = tl.exp2(
-            _dot(k, q.T, None) * scale - lse[None, :]
-        )  # (keys, queries): then no product needs one transposed
+            lse = tl.load(Lse + row) * LOG2E
+            delta = tl.load(Delta + row)
+        # (keys, queries): no product below then needs a transposed operand
+        weights = tl.exp2(_dot(k, q.T, None) * scale - lse[None, :])
         if EDGE:
-            weights = tl.where(
-                _visible((row + offset)[None, :], key[:, None], window), weights, 0.0
-            )
+            seen = _visible((row + offset)[None, :], key[:, None], window)
+            weights = tl.where(seen, weights, 0.0)
         grad_v = _dot(weights.to(g.dtype), g, grad_v)
         of_scores = weights * (_dot(v, g.T, None) - delta[None, :])
         grad_k = _dot(of_scores.to(q.dtype), q, grad_k)
@@ -486,9 +510,8 @@ def _backward_of_keys(
 ):
     """dK and dV of a block of keys of one key/value head, from all query heads of its group."""
     n_blocks = tl.cdiv(S, KEYS)
-    first = (
-        tl.program_id(0) % n_blocks * KEYS
-    )  # the longest come first: the earliest keys are seen by the most queries
+    # The longest blocks come first: the earliest keys are seen by the most queries.
+    first = tl.program_id(0) % n_blocks * KEYS
     kv_head = tl.program_id(0) // n_blocks % n_kv_head
     batch = (tl.program_id(0) // n_blocks // n_kv_head).to(tl.int64)
     group = n_head // n_kv_head
@@ -496,11 +519,14 @@ def _backward_of_keys(
     key = first + tl.arange(0, KEYS)
     k = _load(K + batch * k_batch + kv_head * k_head, key, S, k_row, D, True)
     v = _load(V + batch * v_batch + kv_head * v_head, key, S, v_row, D, True)
-    grad_k, grad_v = tl.zeros((KEYS, D), tl.float32), tl.zeros((KEYS, D), tl.float32)
+    grad_k = tl.zeros((KEYS, D), tl.float32)
+    grad_v = tl.zeros((KEYS, D), tl.float32)
     bounds = _queries_seeing(first, offset, T, window, QUERIES, KEYS)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        q, g = Q + batch * q_batch + head * q_head, GradOut + batch * g_batch + head * g_head
-        lse, delta = Lse + (batch * n_head + head) * T, Delta + (batch * n_head + head) * T
+        q = Q + batch * q_batch + head * q_head
+        g = GradOut + batch * g_batch + head * g_head
+        lse = Lse + (batch * n_head + head) * T
+        delta = Delta + (batch * n_head + head) * T
         for i in tl.static_range(3):
             grad_k, grad_v = _gather_queries(
                 grad_k,
@@ -532,31 +558,40 @@ def _backward_of_keys(
 # ---- launches ----
 
 
-def _of_device(q):
+def _of_device(
+    q: Tensor,
+) -> tuple[contextlib.AbstractContextManager, tuple[int, int] | None]:
     """(context in which kernels run on q's device, its capability or None in the interpreter)."""
     if INTERPRETED.value:
         return contextlib.nullcontext(), None
     return torch.cuda.device(q.device), torch.cuda.get_device_capability(q.device)
 
 
-def _common(q, k, v, window):
-    """The arguments that all kernels share, but for strides."""
-    (_, T, H, D), (_, S, K, _) = q.shape, k.shape
+def _common(q: Tensor, k: Tensor, window: int) -> tuple[int, int, int, float, int, int]:
+    """The arguments that all kernels share, except strides."""
+    _, T, H, D = q.shape
+    _, S, K, _ = k.shape
     return T, S, min(window, S), D**-0.5, H, K
 
 
-def _strides(*tensors):
+def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _rows_contiguous(*tensors):
-    """The tensors, each head's D numbers side by side in memory, as the kernels read them; a copy only where they are not."""
+def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with each head's D numbers adjacent in memory, as the kernels read them; copied
+    only where they are not."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def forward(q, k, v, window, tile=None):
-    """(out (B, T, H, D) in q's dtype, log-sum-exp of the scaled scores (B, H, T) fp32). tile: other than the one in tiles()."""
-    (B, T, H, D), (context, capability) = q.shape, _of_device(q)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out (B, T, H, D) in q's dtype, log-sum-exp of the scaled scores (B, H, T) fp32).
+
+    tile: in place of the one in tiles()."""
+    B, T, H, D = q.shape
+    context, capability = _of_device(q)
     tile = tile or tiles(D, q.element_size(), capability)[0]
     q, k, v = _rows_contiguous(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -568,7 +603,7 @@ def forward(q, k, v, window, tile=None):
             v,
             out,
             lse,
-            *_common(q, k, v, window),
+            *_common(q, k, window),
             *_strides(q, k, v),
             D,
             tile.queries,
@@ -579,17 +614,33 @@ def forward(q, k, v, window, tile=None):
     return out, lse
 
 
-def backward(grad_out, q, k, v, out, lse, window, tile_of_keys=None, tile_of_queries=None):
-    """(dq, dk, dv), contiguous, in the dtype of the inputs. out, lse: of forward(). tiles: other than those in tiles()."""
-    (B, T, H, D), (_, S, K, _), (context, capability) = q.shape, k.shape, _of_device(q)
-    _, of_keys, of_queries = tiles(D, q.element_size(), capability)
-    of_keys, of_queries = tile_of_keys or of_keys, tile_of_queries or of_queries
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    tile_of_keys: Tile | None = None,
+    tile_of_queries: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous, in the dtype of the inputs.
+
+    out, lse: from forward(). tile_of_keys, tile_of_queries: in place of those in tiles()."""
+    B, T, H, D = q.shape
+    _, S, K, _ = k.shape
+    context, capability = _of_device(q)
+    _, usual_of_keys, usual_of_queries = tiles(D, q.element_size(), capability)
+    of_keys = tile_of_keys or usual_of_keys
+    of_queries = tile_of_queries or usual_of_queries
     grad_out, q, k, v = _rows_contiguous(grad_out, q, k, v)
     grad_q, grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)
     )
     delta = torch.empty_like(lse)
-    shared = *_common(q, k, v, window), *_strides(q, k, v, grad_out), D
+    shared = (*_common(q, k, window), *_strides(q, k, v, grad_out), D)
+    # dQ first: its kernel also computes delta, which the other one reads.
     with context:
         _backward_of_queries[(triton.cdiv(T, of_queries.queries) * B * H,)](
             q,
@@ -653,7 +704,8 @@ def _(grad_out, q, k, v, out, lse, window):
 def _remember(ctx, inputs, output):
     q, k, v, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)  # nothing flows back through the log-sum-exp
+    # No gradient flows back through the log-sum-exp: it need not be filled with zeros.
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_out, _):
@@ -663,31 +715,27 @@ def _gradients(ctx, grad_out, _):
 _op.register_autograd(_gradients, setup_context=_remember)
 
 
-def flash_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window):
-    """softmax(q k^T / sqrt(D)) v, where query t sees itself and the window - 1 positions before it: nanochat.model.attention.attention().
+def flash_attention(q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, where query t sees itself and the window - 1 positions before it.
 
-    bf16, fp16 or fp32 (slow: for tests), any strides; D one of TRITON_HEAD_DIMS. Returns (B, T, H, D) in q's dtype, contiguous, as its
-    gradients are; there is no second derivative. Raises ValueError for other inputs."""
-    (B, T, H, D), (_, S, K, _) = q_BxTxHxD.shape, k_BxSxKxD.shape
-    if (
-        D not in TRITON_HEAD_DIMS
-        or not q_BxTxHxD.dtype == k_BxSxKxD.dtype == v_BxSxKxD.dtype
-        or q_BxTxHxD.dtype not in (torch.bfloat16, torch.float16, torch.float32)
-    ):
+    bf16, fp16 or fp32 (slow: for tests), any strides; D one of TRITON_HEAD_DIMS. Returns
+    (B, T, H, D) in q's dtype, contiguous, as its gradients are; there is no second derivative.
+    Raises ValueError for other inputs."""
+    B, T, H, D = q_BxTxHxD.shape
+    _, S, K, _ = k_BxSxKxD.shape
+    dtypes = (q_BxTxHxD.dtype, k_BxSxKxD.dtype, v_BxSxKxD.dtype)
+    one_dtype = dtypes[0] == dtypes[1] == dtypes[2] and dtypes[0] in DTYPES
+    if D not in TRITON_HEAD_DIMS or not one_dtype:
         raise ValueError(
-            f"flash_attention takes head dims of {TRITON_HEAD_DIMS} and one of bf16, fp16 and fp32 throughout, not {D}, "
-            f"{q_BxTxHxD.dtype}, {k_BxSxKxD.dtype} and {v_BxSxKxD.dtype}"
+            f"flash_attention takes head dims {TRITON_HEAD_DIMS} and one dtype of bf16, fp16 and "
+            f"fp32 for all inputs, not {D}, {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
         )
-    if (
-        k_BxSxKxD.shape != (B, S, K, D)
-        or v_BxSxKxD.shape != (B, S, K, D)
-        or H % K
-        or S < T
-        or window < 1
-    ):
+    shapes_fit = k_BxSxKxD.shape == v_BxSxKxD.shape == (B, S, K, D)
+    if not shapes_fit or H % K or S < T or window < 1:
         raise ValueError(
-            f"flash_attention: q {tuple(q_BxTxHxD.shape)}, k {tuple(k_BxSxKxD.shape)}, v {tuple(v_BxSxKxD.shape)} and a "
-            f"window of {window} do not go together: (B, T, H, D), twice (B, S, K, D), S >= T, H a multiple of K, 1 or more"
+            f"flash_attention: q {tuple(q_BxTxHxD.shape)}, k {tuple(k_BxSxKxD.shape)}, "
+            f"v {tuple(v_BxSxKxD.shape)} and a window of {window} do not fit together; give "
+            f"(B, T, H, D), twice (B, S, K, D), S >= T, H a multiple of K, a window of 1 or more"
         )
     out, _ = _op(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return out

@@ -1,20 +1,27 @@
-"""Attention with a sliding window through torch's FlexAttention, of which torch.compile makes a Triton kernel that skips hidden blocks.
+"""Windowed attention through torch's FlexAttention, which torch.compile turns into a Triton kernel
+that skips fully masked blocks.
 
-In a module of its own, imported where it is used: the mark on _make_mask() imports the compiler, which takes longer than torch itself."""
+A module of its own, imported where it is used: the decorator of _create_mask() imports the
+compiler, which takes longer than torch itself.
+
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head dim."""
 
 import types
 
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-# By name, "m" with T, S, window and device: BlockMasks, made once for all layers and graphs. Attributes, not a dict or a cached function:
-# those the compiler would trace into, and make the mask anew in every step, or would read before _make_mask() has added to them.
+# BlockMasks, created once for all layers and graphs, as attributes named after T, S, window and
+# device. Not a dict or a cached function: the compiler would trace into those and create the mask
+# in every step, or would read them before _create_mask() has added to them.
 _masks = types.SimpleNamespace()
 
 
-@torch.compiler.assume_constant_result  # called while a graph is traced, and not part of it
-def _make_mask(name, T, S, window, device):
-    def visible(batch, head, query, key):
+# Called while a graph is traced; not part of the graph.
+@torch.compiler.assume_constant_result
+def _create_mask(name: str, T: int, S: int, window: int, device: torch.device) -> None:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = query + (S - T) - key
         return (distance >= 0) & (distance < window)
 
@@ -22,12 +29,16 @@ def _make_mask(name, T, S, window, device):
         setattr(_masks, name, create_block_mask(visible, None, None, T, S, device=device))
 
 
-def windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window):
-    """nanochat.model.attention.attention() in a function that is being compiled. Elsewhere flex_attention() would make all scores."""
+def windowed_attention(
+    q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int
+) -> Tensor:
+    """nanochat.model.attention.attention(), for functions that are being compiled.
+
+    Uncompiled, flex_attention() would compute all scores."""
     T, S, device = q_BxTxHxD.size(1), k_BxSxKxD.size(1), q_BxTxHxD.device
     name = f"m_{T}_{S}_{window}_{device}"
-    _make_mask(name, T, S, window, device)
+    _create_mask(name, T, S, window, device)
     q, k, v = (x.transpose(1, 2) for x in (q_BxTxHxD, k_BxSxKxD, v_BxSxKxD))
-    return flex_attention(
-        q, k, v, block_mask=getattr(_masks, name), enable_gqa=q.size(1) != k.size(1)
-    ).transpose(1, 2)
+    mask = getattr(_masks, name)
+    grouped = q.size(1) != k.size(1)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
