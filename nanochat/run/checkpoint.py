@@ -99,11 +99,16 @@ def _hash_of(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(run_path: Path | str, step: int) -> Manifest:
-    """The manifest of a checkpoint.
+    """The manifest of a checkpoint. Raises as parse_manifest(), or OSError."""
+    folder = folder_of(run_path, step)
+    return parse_manifest((folder / "manifest.json").read_bytes(), folder, step)
+
+
+def parse_manifest(text: bytes, folder: Path, step: int) -> Manifest:
+    """The manifest in the text of a manifest.json; folder and step are those that it must fit.
 
     Raises one of UNREADABLE if it is damaged, UsageError if it is intact but of a newer format."""
-    folder = folder_of(run_path, step)
-    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    content = json.loads(text.decode("utf-8"))
     # The hash comes first: a flipped bit in the format must not look like a newer version.
     if content["format"] != 1:
         claimed = content.pop("sha256")
