@@ -1,4 +1,4 @@
-"""`nanochat evaluate`: its numbers are those of direct computations, its three files agree, what it cannot do it says before it starts."""
+"""`nanochat evaluate`: numbers against direct computations, its three files, what it refuses."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,11 +22,13 @@ import torch.nn.functional as F
 import nanochat
 from nanochat import hardware
 from nanochat.__main__ import main
-from nanochat.apps import evaluate as app
+from nanochat.apps.evaluate import build_parser, measure
+from nanochat.apps.evaluate.report import difference, difference_sentence
+from nanochat.apps.evaluate.subject import default_batch_tokens
 from nanochat.common import read_json, write_json
-from nanochat.data import sources
 from nanochat.data.text import iterate_documents
 from nanochat.data.tokenizer import gpt2_byte_characters, train_tokenizer
+from nanochat.eval.core import CoreResult, TaskResult
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint, loading
@@ -35,7 +37,10 @@ from tasks.core import LABELS, Answers, interval
 
 ROOT = Path(__file__).resolve().parent.parent
 FP32 = ("--device-type=cpu", "--dtype=float32")
-TEXT = "One café, 12 crêpes.\n<|endoftext|>\nThe second document of three is longer: 日本語 🙂.\n<|endoftext|>\n  x  = 1\n"
+TEXT = (
+    "One café, 12 crêpes.\n<|endoftext|>\nThe second document of three is longer: 日本語 🙂.\n"
+    "<|endoftext|>\n  x  = 1\n"
+)
 RANKS = """
 import sys
 from nanochat import hardware
@@ -130,7 +135,7 @@ def timeless(value):
 
 
 def direct_bpb(logits_of, documents, encode, bos, T):
-    """(bits per byte, tokens): each piece of a document alone after a BOS, computed with nothing but logits."""
+    """(bits per byte, tokens): each piece of a document alone after a BOS, from logits alone."""
     nats, n_tokens = 0.0, 0
     for document in documents:
         ids = list(encode(document))
@@ -147,12 +152,12 @@ def direct_bpb(logits_of, documents, encode, bos, T):
 # ---- CORE of a run ----
 
 
-@pytest.mark.parametrize("cut", [3, -1])
 def answers_of(report):
     """The answers to each task in a report."""
     return {label: Answers.from_json(task) for label, task in report["core"]["tasks"].items()}
 
 
+@pytest.mark.parametrize("cut", [3, -1])
 def test_core_is_told_in_four_ways(run, bundle, capsys, cut):
     """Console, Markdown, CSV and JSON say the same."""
     assert evaluate(run, "--core", bundle, f"--max-per-task={cut}") == 0
@@ -171,8 +176,8 @@ def test_core_is_told_in_four_ways(run, bundle, capsys, cut):
         sum(task["centered"] for task in core["tasks"].values()) / 22, abs=1e-12
     )
     words = (
-        f"CORE {core['core_metric']:.4f}, 95% interval {core['low']:.4f} to {core['high']:.4f} (bootstrap over the examples), "
-        f"n = {22 * n}"
+        f"CORE {core['core_metric']:.4f}, 95% interval {core['low']:.4f} to {core['high']:.4f} "
+        f"(bootstrap over the examples), n = {22 * n}"
     )
     for text in (shown, page):
         assert words in text and ("a sample of at most 3 examples a task" in text) == (cut == 3)
@@ -353,10 +358,8 @@ def test_bpb_is_that_of_training(run, capsys, step):
     )
     shown = capsys.readouterr().out
     assert f"step {number}: cpu x 1, float32" in shown
-    assert (
-        f"{found['bpb']:.4f}, loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f} ("
-        in shown
-    )
+    numbers = f"{found['bpb']:.4f}, loss {found['loss']:.4f} nats a token, perplexity "
+    assert f"{numbers}{found['perplexity']:.2f} (" in shown
     assert f"({found['tokens']:,} tokens, {found['bytes']:,} bytes, " in shown
     rows = (run / "evaluations" / f"step_{number:06d}.csv").read_text().splitlines()
     assert rows[:2] == [
@@ -427,13 +430,13 @@ def test_samples(run, capsys):
 
 
 def test_json_is_all_that_is_printed(run, bundle, capsys, monkeypatch, tmp_path):
-    open_corpus = sources.open_corpus
+    open_corpus = measure.open_corpus
 
     def talkative(*args):
         args[-1]("data: trying again")
         return open_corpus(*args)
 
-    monkeypatch.setattr(sources, "open_corpus", talkative)
+    monkeypatch.setattr(measure, "open_corpus", talkative)
     capsys.readouterr()
     assert (
         evaluate(
@@ -497,9 +500,9 @@ def test_a_run_against_itself_and_against_another(run, bundle, capsys, tmp_path)
         "reason": None,
     }
     assert (
-        f"difference in CORE to {run}: +0.0000, 95% interval +0.0000 to +0.0000, paired by example: within the noise"
-        in shown
-    )
+        f"difference in CORE to {run}: +0.0000, 95% interval +0.0000 to +0.0000, "
+        f"paired by example: within the noise"
+    ) in shown
     found, (low, high) = (
         other["difference"],
         interval(answers_of(other), answers_of(first)),
@@ -529,34 +532,42 @@ def test_a_run_against_itself_and_against_another(run, bundle, capsys, tmp_path)
     )
 
 
+def core_result(metric, digit, fingerprint="f"):
+    """A result whose answers to each of four examples a task are this digit."""
+    task = TaskResult(
+        accuracy=float(digit),
+        centered=metric,
+        stderr=0.0,
+        n=4,
+        chance=0.5,
+        shots=0,
+        examples=4,
+        malformed=0,
+        empty_spans=0,
+        cropped=0,
+        correct=digit * 4,
+        answers=[0] * 4,
+        file="",
+        fingerprint=fingerprint,
+        reason=None,
+        seconds=0.0,
+    )
+    tasks = {label: replace(task, file=label) for label in LABELS}
+    return CoreResult(metric, metric, metric, 88, None, 0.0, "v1", tasks)
+
+
 def test_a_difference_that_is_not_noise():
-    tasks = [
-        {
-            label: {"correct": digit * 4, "chance": 0.5, "fingerprint": "f", "file": label}
-            for label in LABELS
-        }
-        for digit in "01"
-    ]
-    low, high = (
-        {"run": f"r{i}", "core": {"tasks": task, "core_metric": metric}}
-        for i, (task, metric) in enumerate(zip(tasks, (-1.0, 1.0), strict=True))
-    )
-    found = app.difference(high, low)
-    assert found == {
-        "to": "r0",
-        "core_metric": 2.0,
-        "low": pytest.approx(2),
-        "high": pytest.approx(2),
-        "reason": None,
-    }
-    assert app.sentences({"difference": found}) == [
+    low = core_result(-1.0, "0")
+    high = core_result(1.0, "1")
+    found = difference(high, "r0", low)
+    assert (found.to, found.core_metric, found.reason) == ("r0", 2.0, None)
+    assert (found.low, found.high) == pytest.approx((2, 2))
+    assert difference_sentence(found) == (
         "difference in CORE to r0: +2.0000, 95% interval +2.0000 to +2.0000, paired by example"
-    ]
-    tasks[0]["copa"]["fingerprint"] = "other"
-    assert (
-        "(no interval: copa: evaluated "
-        in app.sentences({"difference": app.difference(high, low)})[0]
     )
+    others = core_result(-1.0, "0", fingerprint="other")
+    sentence = difference_sentence(difference(high, "r0", others))
+    assert "(no interval: hellaswag_zeroshot: evaluated on other examples)" in sentence
 
 
 def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
@@ -608,7 +619,7 @@ def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
         ),
         (
             ["--core", "--tasks=copa,wrong"],
-            ["--tasks=wrong: not among the CORE tasks; there are hellaswag_zeroshot, jeopardy"],
+            ["--tasks=wrong: not among the CORE tasks, which are hellaswag_zeroshot, jeopardy"],
         ),
         (["--core", "--max-per-task=0"], ["--max-per-task=0: must be at least 1, or -1"]),
         (
@@ -645,7 +656,7 @@ def test_flags_that_cannot_be_used(run, capsys, flags, words):
 
 
 def test_prompts_are_tried_before_anything_is_measured(run, capsys, monkeypatch):
-    monkeypatch.setattr(app, "measure_bpb", None)
+    monkeypatch.setattr(measure, "measure_bpb", None)
     assert "this model has 320: shorten the prompt" in refused(
         capsys, run, run, "--bpb", "--sample", "--max-tokens=320"
     )
@@ -692,7 +703,7 @@ def test_a_run_without_checkpoints(run, capsys):
 
 def test_results_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(app.os, "access", lambda path, mode: False)
+        patch.setattr(os, "access", lambda path, mode: False)
         assert f"({run} is read-only); name another folder with --out" in refused(
             capsys, run, run, "--bpb"
         )
@@ -700,7 +711,7 @@ def test_results_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(app, "write_atomic", full)
+    monkeypatch.setattr("nanochat.apps.evaluate.report.write_atomic", full)
     assert "cannot be written (No space left on device); name another" in refused(
         capsys, run, run, "--bpb", f"--out={tmp_path / 'out'}"
     )
@@ -714,10 +725,10 @@ def test_texts_that_cannot_be_measured(run, tmp_path, capsys):
     config = read_json(run / "config.json", "")
     write_json(run / "config.json", {**config, "args": {**config["args"], "data": str(other)}})
     message = refused(capsys, run, run, "--bpb")
-    assert "is not what it was when the run was started; name another with --data" in message
+    assert "has changed since the run was started; name another with --data" in message
     del config["data"]  # as `nanochat export --format run` leaves it
     write_json(run / "config.json", config)
-    assert "was imported: say on which text, with --data" in refused(
+    assert "was imported and has no text of its own; name one with --data" in refused(
         capsys, run, run, "--bpb", "--sample"
     )
     assert measured(run, "--bpb", f"--data={other}")["bpb"]["bytes"] == 800
@@ -755,7 +766,7 @@ def test_help_is_light():
     assert "Assertion" not in shown.stderr
     flags = [
         option
-        for action in app.build_parser()._actions
+        for action in build_parser()._actions
         for option in action.option_strings
         if option.startswith("--")
     ]
@@ -766,7 +777,7 @@ def test_help_is_light():
 
 
 def hf_tokenizer(byte_level=True, strips=False, **special):
-    """A BPE tokenizer of a few merges; its BOS and EOS are those given. strips: it drops blanks around a text."""
+    """A BPE tokenizer of a few merges. special: its BOS and EOS. strips: it strips texts."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -787,7 +798,7 @@ def hf_tokenizer(byte_level=True, strips=False, **special):
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """{"gpt2", "llama": (folder, model, tokenizer)} of random weights, large enough for answers that differ."""
+    """{"gpt2", "llama": (folder, model, tokenizer)}; random weights, large so that answers differ."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
     torch.manual_seed(1)
@@ -842,7 +853,7 @@ def test_an_encoder_is_refused(hf, tmp_path, capsys):
     ).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     assert main(["evaluate", str(tmp_path / "bert"), "--bpb", "--data=README.md"]) == 2
-    assert "sees what comes after a token" in capsys.readouterr().err
+    assert "sees the tokens after a position" in capsys.readouterr().err
 
 
 def changed(folder, to, **fields):
@@ -978,7 +989,7 @@ def test_a_run_and_its_export_are_one_model(hf, bundle, tmp_path):
 
 @pytest.mark.parametrize("model_type, code", [("of_its_own", 2), ("llama", 0)])
 def test_no_code_of_a_folder_runs(hf, text, tmp_path, capsys, monkeypatch, model_type, code):
-    """A model that transformers does not have is refused; one that it has is its own, whatever the folder brings."""
+    """An unknown type of model is refused; a known one is transformers' own."""
     folder = changed(
         hf["llama"][0],
         tmp_path / "hf",
@@ -993,7 +1004,7 @@ def test_no_code_of_a_folder_runs(hf, text, tmp_path, capsys, monkeypatch, model
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
     if code:
-        assert "code that the folder may bring is never run" in refused(
+        assert "code from the folder is never run" in refused(
             capsys, tmp_path, folder, "--bpb", text
         )
     else:
@@ -1006,7 +1017,7 @@ def test_no_code_of_a_folder_runs(hf, text, tmp_path, capsys, monkeypatch, model
     [
         (
             lambda folder: (folder / "model.safetensors").unlink(),
-            "does not load it (Error no file named model.safetensors",
+            "cannot load it (Error no file named model.safetensors",
         ),
         (
             lambda folder: torch.save(
@@ -1016,26 +1027,26 @@ def test_no_code_of_a_folder_runs(hf, text, tmp_path, capsys, monkeypatch, model
         ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04."),
-            "does not load it",
+            "cannot load it",
         ),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "does not load it"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot load it"),
         (
             lambda folder: change_weights(folder, lambda weights: weights.pop("model.norm.weight")),
-            "not those of its config.json: model.norm",
+            "do not fit its config.json: missing, or of another shape, are model.norm",
         ),
         (
             lambda folder: change_weights(
                 folder, lambda weights: weights.update({"model.norm.weight": torch.ones(9)})
             ),
-            "not those of its config.json: model.norm.weight",
+            "do not fit its config.json: missing, or of another shape, are model.norm.weight",
         ),
         (
             lambda folder: write_json(folder / "config.json", {"model_type": ["llama"]}),
-            "has no such model itself",
+            "has no model of type ['llama']",
         ),
         (
             lambda folder: write_json(folder / "config.json", {"model_type": "t5"}),
-            "does not load it",
+            "cannot load it",
         ),
     ],
 )
@@ -1058,9 +1069,11 @@ def test_flags_that_no_hugging_face_folder_has(hf, run, capsys):
     folder = hf["gpt2"][0]
     message = refused(capsys, run, run, folder, "--bpb", "--sample", "--step=4", kept=[folder])
     assert message.splitlines() == [
-        f"--step=4: {folder} is a Hugging Face folder and has no steps; leave the flag out",
-        f"--sample: {folder} is a Hugging Face folder; `nanochat export` turns a Llama into a run, which can sample",
-        f"--bpb: {folder} is a Hugging Face folder: say on which text, with --data",
+        f"--step=4: {folder} is a Hugging Face folder and has no steps; omit the flag",
+        f"--sample: {folder} is a Hugging Face folder, which cannot be sampled from; "
+        f"`nanochat export` turns a Llama into a run",
+        f"--bpb: {folder} is a Hugging Face folder and has no text of its own; "
+        f"name one with --data",
     ]
 
 
@@ -1069,13 +1082,13 @@ def test_flags_that_no_hugging_face_folder_has(hf, run, capsys):
     [
         (
             {"eos_token": "</s>", "strips": True},
-            "makes tokens of 8 bytes of a document's 10: bits per byte need one that keeps text as it is",
+            "encodes 8 of a document's 10 bytes; bits per byte need a tokenizer that keeps text",
         ),
         (
             {"eos_token": "</s>", "byte_level": False},
-            "need a byte-level tokenizer, such as GPT-2's; this one works on characters",
+            "need a byte-level tokenizer, such as GPT-2's; the tokens of this one are not strings",
         ),
-        ({}, "its tokenizer has neither a BOS nor an end-of-text token for texts to begin with"),
+        ({}, "its tokenizer has neither a BOS nor an end-of-text token"),
     ],
 )
 def test_tokenizers_without_bits_per_byte(hf, tmp_path, capsys, options, words):
@@ -1130,11 +1143,6 @@ def test_the_dtype_is_that_of_the_model(hf, text, tmp_path):
 
 
 def test_a_long_context_does_not_make_a_long_pass():
-    """The logits of 100,000 tokens do not fit anywhere; a context is not the least that runs at once."""
-    args, device = SimpleNamespace(batch_tokens=-1), torch.device("cpu")
-    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=131072))
-    found = [
-        app.Subject.batch_tokens(SimpleNamespace(foreign=foreign, model=model), args, device)
-        for foreign in (True, False)
-    ]
-    assert found == [1024, 131072]
+    """The logits of 100,000 tokens fit nowhere; a pass may hold less than a context."""
+    assert default_batch_tokens(True, 131072, "cpu") == 1024
+    assert default_batch_tokens(False, 131072, "cpu") == 131072

@@ -1,51 +1,58 @@
 """`nanochat sample RUN`: continue prompts with a trained model, on the console."""
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, UsageError, step_argument
 
-# Flags whose name differs from the setting's name in nanochat.eval.generation.
-FLAG_OF = {"max_new_tokens": "--max-tokens"}
 
-
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     """All options of the app. Imports nothing heavy, so that --help is immediate."""
     parser = argparse.ArgumentParser(
         prog="nanochat sample",
         allow_abbrev=False,
-        description="Continue prompts with a trained model. One sample of a prompt appears as it is drawn; several "
-        "samples are drawn side by side and appear together.",
+        description="Continue prompts with a trained model. One sample of a prompt appears as it is "
+        "drawn; several samples are drawn together and appear together.",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, for example out/d4")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder, for example out/d4")
+    add(
         "--step",
         type=step_argument,
         default=-1,
         metavar="N",
-        help="checkpoint by its step, or best: the best by validation (-1: the newest; default %(default)s)",
+        help="checkpoint, by its step; best: the best by validation; -1: the newest "
+        "(default %(default)s)",
     )
-    # what to continue
-    parser.add_argument(
+    _add_prompt_flags(parser)
+    _add_sampling_flags(parser)
+    _add_device_flags(parser)
+    return parser
+
+
+def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--prompt",
         action="append",
         default=[],
         metavar="TEXT",
         help="text to continue; may be given several times; without any, a new document is begun",
     )
-    parser.add_argument(
+    add(
         "--prompts-file",
         metavar="FILE",
-        help="more prompts, one a line, UTF-8; blank lines are skipped",
+        help="text file (UTF-8) with more prompts, one a line; blank lines are skipped",
     )
-    parser.add_argument(
+    add(
         "--num-samples",
         type=int,
         default=1,
         metavar="N",
         help="continuations of each prompt (default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--max-tokens",
         type=int,
         default=256,
@@ -53,103 +60,90 @@ def build_parser():
         help="new tokens at most (default %(default)s); a sample ends earlier when the model ends "
         "the document",
     )
-    # how to choose
-    parser.add_argument(
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--temperature",
         type=float,
         default=0.8,
         metavar="T",
-        help="divides the logits: 0 always takes the most likely token, 1 is the model's distribution "
+        help="divides the logits; 0: always the most likely token; 1: the model's distribution "
         "(default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--top-k",
         type=int,
         default=50,
         metavar="K",
-        help="only the K most likely tokens (0: off; default %(default)s)",
+        help="draw only from the K most likely tokens; 0: off (default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="only the smallest set of most likely tokens whose probability reaches P "
-        "(1: off; default %(default)s)",
+        help="draw only from the smallest set of most likely tokens whose probability reaches P; "
+        "1: off (default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="X",
-        help="makes tokens already in the text less likely when above 1 (1: off; default %(default)s)",
+        help="above 1: makes tokens less likely that the text already contains; 1: off "
+        "(default %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--seed",
         type=int,
         default=42,
         metavar="N",
         help="the same seed gives the same text (default %(default)s)",
     )
-    # where to compute
-    parser.add_argument(
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
         "--device-type",
         default="",
         choices=("", "cuda", "mps", "cpu"),
-        help="default: the first present of cuda, mps, cpu",
+        help="default: the first available of cuda, mps, cpu",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float32"),
-        help="of the products (default %(default)s: float32 on CPUs, bfloat16 on GPUs that have it)",
+        help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
+        "(default %(default)s)",
     )
-    return parser
 
 
-def read_prompts(args):
-    """Prompts in order: those of --prompt, then the lines of --prompts-file; one empty prompt if neither is given.
+def read_prompts(given: list[str], path: str | None) -> list[str]:
+    """The prompts in order: those of --prompt, then the lines of --prompts-file; [""] without any.
 
-    Raises UsageError for a file that cannot be read or has no prompt in it."""
-    if args.prompts_file is None:
-        return args.prompt or [""]
+    Raises UsageError for a file that cannot be read or that holds no prompt."""
+    if path is None:
+        return given or [""]
     try:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--prompts-file {args.prompts_file}: cannot be read as UTF-8 text ({error}); "
-            "give a text file with one prompt a line"
+            f"--prompts-file {path}: cannot be read as UTF-8 text ({error}); "
+            f"name a text file with one prompt a line"
         ) from None
     from_file = [line for line in lines if line.strip()]
     if not from_file:
-        raise UsageError(f"--prompts-file {args.prompts_file}: holds no prompt; write one a line")
-    return args.prompt + from_file
+        raise UsageError(f"--prompts-file {path}: holds no prompt; write one a line")
+    return given + from_file
 
 
-def check_settings(args, sampling):
-    """The prompts to continue. Raises one UsageError with a line for every unusable value."""
-    from nanochat.eval.generation import option_problems
+def main(argv: list[str]) -> int:
+    """Run the app with its arguments (without the app's name); returns the exit code.
 
-    problems = [
-        f"{FLAG_OF.get(name, '--' + name.replace('_', '-'))} {value}: {reason}"
-        for name, value, reason in option_problems(num_samples=args.num_samples, **sampling)
-    ]
-    if args.step != "best" and args.step < -1:
-        problems.append(
-            f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest"
-        )
-    prompts = []
-    try:
-        prompts = read_prompts(args)
-    except UsageError as error:
-        problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
-    return prompts
-
-
-def main(argv):
-    """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError."""
+    Raises one UsageError with a line for every unusable value, before the model is loaded."""
     args = build_parser().parse_args(argv)
     sampling = {
         "max_new_tokens": args.max_tokens,
@@ -159,35 +153,62 @@ def main(argv):
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
     }
-    prompts = check_settings(args, sampling)
+    problems = _sampling_problems(sampling, args.num_samples)
+    if args.step != "best" and args.step < -1:
+        problems.append(
+            f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest"
+        )
+    prompts = []
+    try:
+        prompts = read_prompts(args.prompt, args.prompts_file)
+    except UsageError as error:
+        problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
 
     from nanochat import load
     from nanochat.eval.generation import NotNumbers, check_prompts, generate_text, generate_texts
 
-    model, tokenizer = load(
-        args.run,
-        step=None if args.step == -1 else args.step,
-        device_type=args.device_type,
-        dtype=args.dtype,
-    )
+    step = None if args.step == -1 else args.step
+    model, tokenizer = load(args.run, step=step, device_type=args.device_type, dtype=args.dtype)
     check_prompts(model, tokenizer, prompts, args.max_tokens)
+
+    def samples_of(prompt: str) -> Iterator[Iterable[str]]:
+        """The samples of a prompt, each in pieces to print."""
+        if args.num_samples == 1:
+            yield generate_text(model, tokenizer, prompt, **sampling)
+            return
+        for text in generate_texts(model, tokenizer, prompt, args.num_samples, **sampling):
+            yield [text]
 
     titled = len(prompts) * args.num_samples > 1
     try:
         for p, prompt in enumerate(prompts, start=1):
-            if args.num_samples == 1:  # an iterator of pieces, printed as they are drawn
-                samples = [generate_text(model, tokenizer, prompt, **sampling)]
-            else:
-                texts = generate_texts(model, tokenizer, prompt, args.num_samples, **sampling)
-                samples = [[text] for text in texts]
-            for s, pieces in enumerate(samples, start=1):
+            for s, pieces in enumerate(samples_of(prompt), start=1):
                 if titled:
                     print(f"--- prompt {p} of {len(prompts)}, sample {s} of {args.num_samples} ---")
-                print(prompt, end="", flush=True)
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                print()
+                _print_text(prompt, pieces)
     except NotNumbers as error:
-        print(flush=True)  # ends the line of the prompt
+        # ends the line of the prompt
+        print(flush=True)
         raise UsageError(f"{args.run}: {error}, with --step N or --step best") from None
     return EXIT_COMPLETED
+
+
+def _sampling_problems(sampling: dict[str, float], num_samples: int) -> list[str]:
+    """A message for every unusable setting, by the name of its flag."""
+    from nanochat.eval.generation import option_problems
+
+    problems = []
+    for name, value, reason in option_problems(num_samples=num_samples, **sampling):
+        flag = "max-tokens" if name == "max_new_tokens" else name.replace("_", "-")
+        problems.append(f"--{flag} {value}: {reason}")
+    return problems
+
+
+def _print_text(prompt: str, pieces: Iterable[str]) -> None:
+    """Print a prompt and its continuation, each piece as soon as it is drawn."""
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
