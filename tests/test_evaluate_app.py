@@ -798,7 +798,7 @@ def hf_tokenizer(byte_level=True, strips=False, **special):
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """{"gpt2", "llama": (folder, model, tokenizer)}; random weights, large so that answers differ."""
+    """{"gpt2", "llama": (folder, model, tokenizer)}; weights so large that answers differ."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
     torch.manual_seed(1)

@@ -12,8 +12,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanochat sample",
         allow_abbrev=False,
-        description="Continue prompts with a trained model. One sample of a prompt appears as it is "
-        "drawn; several samples are drawn together and appear together.",
+        description="Continue prompts with a trained model. A single sample appears as it is "
+        "drawn; several samples of a prompt are drawn together and appear together.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, for example out/d4")
