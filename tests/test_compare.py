@@ -1,139 +1,27 @@
-"""nanochat compare: numbers by hand, groups of seeds, what is noise and what is not, warnings, damaged runs, pictures."""
+"""nanochat compare: the table, groups of seeds, what exceeds the noise, warnings, pictures."""
 
 import json
 import math
-import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import DAMAGES, made_tasks, make, record
 
 from nanochat.__main__ import main as nanochat
 from nanochat.apps import compare
 from nanochat.common import UsageError, write_json
 from nanochat.run import plots
-from nanochat.run.log import RunFolder, write_summary
-from tasks.core import LABELS, interval
+from nanochat.run.flags import FLAGS, FREE, START
+from nanochat.run.folder import RunFolder
+from nanochat.run.groups import Group, group_runs
+from nanochat.run.statistics import welch
+from tasks.core import LABELS, Answers, interval
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def made_tasks(seed=0, n=50, skill=0.4, file=""):
-    """{label: entry} of a made-up CORE result: answers that are right with probability `skill`, drawn per task by `seed`."""
-    tasks = {}
-    for i, label in enumerate(LABELS):
-        rng = random.Random(f"{seed} {label}")
-        correct = "".join(str(int(rng.random() < skill)) for _ in range(n))
-        accuracy, chance = correct.count("1") / n, (0, 0.25, 0.5)[i % 3]
-        tasks[label] = {
-            "accuracy": accuracy,
-            "centered": (accuracy - chance) / (1 - chance),
-            "n": n,
-            "chance": chance,
-            "stderr": math.sqrt(accuracy * (1 - accuracy) / (n - 1)),
-            "correct": correct,
-            "file": f"{label}.jsonl",
-            "fingerprint": f"{label}{n}{file}",
-        }
-    return tasks
-
-
-def make(
-    folder,
-    name,
-    depth=4,
-    seed=42,
-    steps=200,
-    bpb=1.5,
-    core=None,
-    status="completed",
-    pace=1.0,
-    **changes,
-):
-    """A run folder with falling curves. bpb: of the last evaluation; core: {label: entry} for core.jsonl; pace: of its time.
-
-    changes: flags, or with a dot in the name entries of config.json such as {"data.fingerprint": "x"}."""
-    path = Path(folder) / name
-    path.mkdir(parents=True)
-    config = {
-        "args": {
-            "depth": depth,
-            "seed": seed,
-            "run": "dummy",
-            "model_tag": name,
-            "out_dir": str(folder),
-            "eval_tokens": 1000,
-            "target_minutes": -1,
-            "core_metric_max_per_task": 50,
-            "matrix_lr": 0.02,
-        },
-        "plan": {"parameters": {"total": 100_000 * depth**2}, "num_iterations": steps},
-        "seed": seed,
-        "git_commit": "c0ffee",
-        "data": {"name": "text", "fingerprint": "dd", "compressed_bpb": {"gzip -9": 2.5}},
-        "tokenizer": {"kind": "bpe", "vocab_size": 512, "fingerprint": "tt"},
-        "runtime": {"dtype": "torch.float32"},
-        "versions": {"torch": "2"},
-        "hardware": {"device_type": "cpu"},
-    }
-    for key, value in changes.items():
-        part, _, entry = key.rpartition(".")
-        config[part or "args"][entry] = value
-    RunFolder(path).write_config(config)
-    noise, tokens, flops = random.Random(f"{name} {seed}"), 1000, 6.0 * 100_000 * depth**2 * 1000
-    lines, seconds = [], 0.0
-    for step in range(steps + 1):
-        at = {
-            "step": step,
-            "tokens": step * tokens,
-            "total_training_flops": step * flops,
-            "total_training_time": seconds,
-        }
-        falling = 5 * math.exp(-8 * step / max(1, steps))
-        if step and step % max(1, steps // 8) == 0:
-            last = step + steps // 8 > steps
-            lines.append(
-                {**at, "val/bpb": bpb + (0 if last else 0.4 * math.exp(-3 * step / steps))}
-            )
-        if step < steps:
-            lines.append(
-                {
-                    **at,
-                    "train/loss": 2 * bpb + falling + noise.gauss(0, 0.1),
-                    "train/lr": 0.02 * (1 - step / steps),
-                    "train/grad_norm": 1 + noise.random(),
-                    "train/tok_per_sec": 1000 / (0.01 * depth),
-                    "train/mfu": 40.0,
-                }
-            )
-            seconds += 0.01 * depth * pace
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if core:
-        (path / "core.jsonl").write_text(
-            "".join(
-                json.dumps({"step": steps, "label": label, "baselines": "v1", **task}) + "\n"
-                for label, task in core.items()
-            )
-        )
-    write_summary(
-        path,
-        status=status,
-        reason="",
-        step=steps,
-        tokens=steps * tokens,
-        total_training_flops=steps * flops,
-        total_training_time=seconds,
-        val_bpb=bpb,
-        min_val_bpb=bpb,
-        core_metric=None,
-        core_metric_n=None,
-        tok_per_sec=5000.0,
-        mfu=40.0,
-        peak_memory_bytes=10**9,
-    )
-    return path
 
 
 def compared(capsys, *arguments, code=0):
@@ -151,77 +39,22 @@ def shown(capsys, *arguments):
 # ---- numbers ----
 
 
-def test_student_quantiles():
-    """Closed forms for 1, 2 and 4 degrees of freedom; the normal distribution's for very many."""
-    for p in (0.6, 0.9, 0.975, 0.995):
-        assert compare.student_quantile(p, 1) == pytest.approx(
-            math.tan(math.pi * (p - 0.5)), rel=1e-6
-        )
-        assert compare.student_quantile(p, 2) == pytest.approx(
-            (2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-6
-        )
-        x = math.cos(math.acos(2 * math.sqrt(p * (1 - p))) / 3) / (2 * math.sqrt(p * (1 - p)))
-        assert compare.student_quantile(p, 4) == pytest.approx(2 * math.sqrt(x - 1), rel=1e-6)
-    assert compare.student_quantile(0.975, 1e5) == pytest.approx(
-        1.959964 * (1 + (1.959964**2 + 1) / 4e5), rel=1e-5
-    )
-    assert compare.student_quantile(0.975, 2.5) == pytest.approx(
-        3.5582, abs=0.02
-    )  # between 4.3027 and 3.1824
-
-
-def test_welch_by_hand():
-    """Variances 4e-4 and 1e-4 of three each: s^2 = 5e-4 / 3, df = 25 / (16 / 2 + 1 / 2) = 50 / 17."""
-    found = compare.welch([1.50, 1.52, 1.54], [1.40, 1.41, 1.42])
-    assert found["difference"] == pytest.approx(-0.11) and found["df"] == pytest.approx(50 / 17)
-    reach = (found["high"] - found["low"]) / 2
-    assert (found["high"] + found["low"]) / 2 == pytest.approx(-0.11)
-    t, df = (
-        reach / math.sqrt(5e-4 / 3),
-        50 / 17,
-    )  # the density of Student's t, summed: 95% of it lies within the interval
-    at = np.linspace(-t, t, 200_001)
-    density = (
-        math.gamma((df + 1) / 2)
-        / math.sqrt(df * math.pi)
-        / math.gamma(df / 2)
-        * (1 + at**2 / df) ** (-(df + 1) / 2)
-    )
-    assert float(density[:-1].sum() * (at[1] - at[0])) == pytest.approx(0.95, abs=1e-5)
-    assert compare.welch([1.0, 1.0], [2.0, 2.0]) == {
-        "difference": 1.0,
-        "low": 1.0,
-        "high": 1.0,
-        "df": None,
-    }
+def answers_of(tasks):
+    """The answers to each task, from its entry."""
+    return {label: Answers.from_json(entry) for label, entry in tasks.items()}
 
 
 def test_the_table(tmp_path, capsys):
     make(tmp_path, "d4", core=(core := made_tasks(1)))
     make(tmp_path, "d12", depth=12, bpb=1.2345)
     lines = shown(capsys, tmp_path / "d4", tmp_path / "d12").splitlines()
-    low, high = interval(core)
+    low, high = interval(answers_of(core))
     metric = sum(task["centered"] for task in core.values()) / 22
-    assert (
-        lines[0].split()
-        == "run depth params tokens FLOPs time val_bpb CORE 95% interval n status".split()
-    )
-    assert lines[1].split() == [
-        "d4",
-        "4",
-        "1.6M",
-        "200k",
-        "1.92e+12",
-        "8.0s",
-        "1.5000",
-        f"{metric:.4f}",
-        f"{low:.4f}",
-        "to",
-        f"{high:.4f}",
-        "1,100",
-        "completed",
-    ]
-    assert lines[2].split() == "d12 12 14.4M 200k 1.73e+13 24.0s 1.2345 - - - completed".split()
+    rows = [" ".join(line.split()) for line in lines]
+    assert rows[0] == "run depth params tokens FLOPs time val_bpb CORE 95% interval n status"
+    core = f"{metric:.4f} {low:.4f} to {high:.4f} 1,100"
+    assert rows[1] == f"d4 4 1.6M 200k 1.92e+12 8.0s 1.5000 {core} completed"
+    assert rows[2] == "d12 12 14.4M 200k 1.73e+13 24.0s 1.2345 - - - completed"
     assert len(lines[0]) == len(lines[1]) == len(lines[2])
 
 
@@ -289,10 +122,11 @@ def test_what_a_seed_may_come_with(tmp_path, capsys, change, together):
 
 
 def test_bookkeeping_is_what_resuming_may_change():
-    from nanochat.run.resume import FREE_ON_RESUME
-
-    decide = {"eval_tokens", "stop_at_bpb", "patience"}  # what is measured, and when a run ends
-    assert compare.BOOKKEEPING == FREE_ON_RESUME - decide | {"seed", "tokenizer", "init_from"}
+    free = {name for name, flag in FLAGS.items() if flag.on_resume in (FREE, START)}
+    # what is measured, and when a run ends
+    decide = {"eval_tokens", "stop_at_bpb", "patience"}
+    bookkeeping = {name for name, flag in FLAGS.items() if flag.bookkeeping}
+    assert bookkeeping == free - decide | {"seed", "tokenizer", "init_from"}
 
 
 def edit(path, **entries):
@@ -312,7 +146,7 @@ def test_code_and_repeated_seeds_are_told_apart(tmp_path, capsys):
         edit(tmp_path / name, git_commit="c0ffee")
     found = compared(capsys, *sorted(tmp_path.iterdir()))
     assert [group["runs"] for group in found["groups"]] == [["a1", "a2"], ["b1"], ["b2"]]
-    assert sum("it stands alone" in line for line in found["warnings"]) == 2
+    assert sum("so this run stands alone" in line for line in found["warnings"]) == 2
 
 
 def test_a_timed_run_is_one_configuration_whatever_it_came_to(tmp_path, capsys):
@@ -336,8 +170,8 @@ def test_what_is_not_complete_is_left_out_of_the_mean(tmp_path, capsys):
     assert group["val_bpb"]["mean"] == pytest.approx(1.515) and group["n"] == 2
     text = "\n".join(found["warnings"])
     assert (
-        "s3 is not completed: stopped" in text
-        and "died is not completed: died" in text
+        "s3 did not complete: stopped" in text
+        and "died did not complete: died" in text
         and "its mean leaves out s3" in text
     )
 
@@ -366,7 +200,7 @@ def test_core_is_paired_by_example(tmp_path, capsys):
     found = compared(capsys, *(tmp_path / name for name in ("a", "b", "better", "unlike", "none")))
     entries = {(entry["from"], entry["to"]): entry for entry in found["differences"]["core"]}
     assert len(entries) == 6
-    low, high = interval(b, a, 1 - 0.05 / 6)  # six pairs
+    low, high = interval(answers_of(b), answers_of(a), 1 - 0.05 / 6)  # six pairs
     assert (entries["a", "b"]["low"], entries["a", "b"]["high"]) == (low, high) and low < 0 < high
     expected = sum(better[label]["centered"] - a[label]["centered"] for label in LABELS) / 22
     assert (
@@ -379,14 +213,12 @@ def test_core_is_paired_by_example(tmp_path, capsys):
     )
     text = shown(capsys, *(tmp_path / name for name in ("a", "b", "better", "unlike", "none")))
     assert "with intervals of 99.17%, which hold together in 95%" in text
-    assert (
-        f"b - a: {entries['a', 'b']['difference']:+.4f}, {low:+.4f} to {high:+.4f}: within the noise of the examples"
-        in text
-    )
+    difference = f"{entries['a', 'b']['difference']:+.4f}, {low:+.4f} to {high:+.4f}"
+    assert f"b - a: {difference}: within the noise of the examples" in text
     assert "better - a:" in text and "more than the noise of the examples" in text
     assert (
         "warning: examples of CORE differs: 4,400 in 22 tasks" in text
-        and "they are as many" in text
+        and "their number is the same" in text
     )
 
 
@@ -414,26 +246,22 @@ def test_seeds_on_both_sides_and_a_hint(tmp_path, capsys):
         for entry in compared(capsys, *folders)["differences"]["val_bpb"]
     }
     entry = entries["adamw (seeds 1, 2, 3)", "muon (seeds 1, 2, 3)"]
-    expected = compare.welch([1.50, 1.52, 1.54], [1.40, 1.41, 1.42])
-    assert all(entry[name] == pytest.approx(expected[name]) for name in expected) and entry[
-        "n"
-    ] == [3, 3]
+    expected = welch([1.50, 1.52, 1.54], [1.40, 1.41, 1.42])
+    for name in ("difference", "low", "high", "df"):
+        assert entry[name] == pytest.approx(getattr(expected, name))
+    assert entry["n"] == [3, 3]
     text = shown(capsys, *folders)
     assert (
         "(n = 3 and 3 seeds, 2.9 degrees of freedom): more than the noise of the seeds" in text
         and "Welch's t-test" in text
     )
-    assert (
-        "single - muon (seeds 1, 2, 3): -0.1100, no interval: one seed of single: its noise is not known"
-        in text
-    )
-    reach = (
-        math.sqrt(2) * 0.01 * 4.302653
-    )  # of the two seeds' difference; the quantile for 2 degrees of freedom
-    assert (
-        f"hint: by the spread of muon (seeds 1, 2, 3), two single runs differ by up to {reach:.4f} by chance alone"
-        in text
-    )
+    muon = "muon (seeds 1, 2, 3)"
+    why = "no interval: one seed of single: its noise is not known"
+    assert f"single - {muon}: -0.1100, {why}" in text
+    # the spread of a difference of two seeds; the quantile for 2 degrees of freedom
+    reach = math.sqrt(2) * 0.01 * 4.302653
+    hint = f"two single runs differ by up to {reach:.4f} by chance alone"
+    assert f"hint: by the spread of {muon}, {hint}" in text
 
 
 def test_many_pairs_are_shown_against_the_best(tmp_path, capsys):
@@ -563,69 +391,6 @@ def test_per_task_table(tmp_path, capsys):
 
 # ---- folders ----
 
-DAMAGES = {
-    "config.json": [
-        "",
-        "{",
-        "[]",
-        "{}",
-        '{"model_type": "gpt2"}',
-        '{"format": 99, "args": {}}',
-        '{"format": 1, "args": 3}',
-        '{"format": 1, "args": {}}',
-        '{"format": 1, "args": {"depth": "x", "seed": []}, "plan": 7, "data": [], "tokenizer": "t"}',
-        '{"format": 1, "args": {"depth": NaN, "seed": 1e999}, "plan": {"parameters": {"total": {}}}, "model": []}',
-        "[" * 100_000,
-    ],
-    "summary.json": [
-        "",
-        "[1]",
-        "{}",
-        '{"status": 5, "val_bpb": "x", "tokens": NaN, "step": []}',
-        '{"status": "completed", "val_bpb": NaN}',
-        "\0\1",
-    ],
-    "metrics.jsonl": [
-        "",
-        "[1]\nnull\n{}\n",
-        '{"step": 1, "train/loss": "x", "val/bpb": {}, "tokens": []}\n{"step": 2, "train/loss": NaN}\n',
-        '{"step": 0, "train/loss": 1e300, "total_training_flops": -1}\n{"step": -5, "train/loss": -1e300, "val/bpb": 0}\n{"st',
-    ],
-    "core.jsonl": [
-        "{",
-        '{"step": 1}\n',
-        '{"step": 1, "label": {}, "accuracy": 1, "centered": 1, "chance": 1, "n": 1}\n',
-        "".join(
-            json.dumps(
-                {
-                    "step": 1,
-                    "label": label,
-                    "accuracy": 0.5,
-                    "centered": 0.5,
-                    "chance": 0,
-                    "n": 2,
-                    "correct": 5,
-                    "fingerprint": [],
-                    "stderr": "x",
-                }
-            )
-            + "\n"
-            for label in LABELS
-        ),
-    ],
-    "evaluations/step_000001.json": [
-        "",
-        "[]",
-        "{}",
-        '{"core": {"tasks": []}, "step": "x"}',
-        '{"core": {}, "bpb": {"bpb": "x"}, "samples": [3]}',
-    ],
-    "samples.jsonl": [
-        "",
-        '{"step": 1, "text": 5}\n{"step": 2, "text": null, "prompt": 3}\n{"step": 3, "text": "t", "prompt": []}\n',
-    ],
-}
-
 
 @pytest.mark.parametrize("file", DAMAGES)
 def test_damaged_runs_are_named_and_the_others_compared(tmp_path, capsys, file):
@@ -635,10 +400,14 @@ def test_damaged_runs_are_named_and_the_others_compared(tmp_path, capsys, file):
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
     folders = [tmp_path / "good", *(tmp_path / f"bad{i}" for i in range(len(DAMAGES[file])))]
-    if file in ("config.json", "metrics.jsonl", "core.jsonl"):  # what pictures are made of
-        assert compare.main([*map(str, folders), "--out", str(tmp_path / "pictures")]) == 0
     shown(capsys, *folders, "--per-task")
-    assert "good" in [run["name"] for run in compared(capsys, *folders)["runs"]]
+    # pictures are made of these
+    drawn = file in ("config.json", "metrics.jsonl", "core.jsonl")
+    pictures = ["--out", str(tmp_path / "pictures")] if drawn else ["--no-plots"]
+    assert compare.main([*map(str, folders), "--json", *pictures]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "good" in [run["name"] for run in found["runs"]]
+    assert bool(found["pictures"]) == drawn
 
 
 def test_what_is_no_run(tmp_path, capsys):
@@ -739,73 +508,28 @@ def test_more_runs_than_colours(tmp_path):
         make(tmp_path, f"runs/r{i}", depth=2 + i // 2, matrix_lr=0.01 + i, steps=20)
     folders = [str(path) for path in sorted((tmp_path / "runs").iterdir())]
     assert compare.main([*folders, "--out", str(tmp_path / "out")]) == 0
-    looks, scale = plots.colors_of([2, 2, *range(3, 15)])
-    assert (
-        scale == ("depth", 2, 14)
-        and looks[0] == looks[1] != looks[2]
-        and len({look["color"] for look in looks}) == 13
-    )
-    assert plots.colors_of([4] * 14)[1] == ("run, in the order of the table", 1, 14)
-    looks, scale = plots.colors_of([4] * 12)
-    assert scale is None and len({(look["color"], look["dash"]) for look in looks}) == 12
-
-
-def test_curves():
-    lines = [
-        {"step": 2, "a": 5.0},
-        {"step": 0, "a": 1.0},
-        {"step": 1, "a": None},
-        {"step": 2, "a": 7.0},
-        {"step": 3, "a": True},
-        {"step": 4, "a": math.inf},
-        {"a": 3.0},
-    ]
-    x, y = plots.points(lines, "a")
-    assert x.tolist() == [0, 2] and y.tolist() == [1, 7]
-    assert plots.smoothed(np.full(500, 3.0)) == pytest.approx(np.full(500, 3.0))
-    straight = np.arange(1000.0)
-    smooth = plots.smoothed(
-        straight
-    )  # 41 steps wide; at the start as many as there are on both sides, at the end those before it
-    assert smooth[:-20] == pytest.approx(straight[:-20]) and smooth[-1] == pytest.approx(989)
-    impulse = np.zeros(1000)
-    impulse[500] = 41
-    assert plots.smoothed(impulse)[479:522].tolist() == [0.0] + [1.0] * 41 + [0.0]
-    x, mean, sd = plots.mean_of(
-        [
-            (np.array([0.0, 10, 20]), np.array([0.0, 10, 20])),
-            (np.array([5.0, 15]), np.array([7.0, 17])),
-        ]
-    )
-    assert (
-        x.tolist() == [5, 10, 15]
-        and mean.tolist() == [6, 11, 16]
-        and sd == pytest.approx(np.full(3, math.sqrt(2)))
-    )
-    only = plots.mean_of([(np.array([1.0]), np.array([2.0])), (np.empty(0), np.empty(0))])
-    assert only[1].tolist() == [2] and only[2] is None
 
 
 def test_seeds_of_unlike_speed_are_averaged_by_step(tmp_path):
-    """Their loss at the end is the mean of their ends, and stands at their mean time, though only one of them was trained that long."""
+    """Their loss at the end is the mean of their ends, and is drawn at their mean time, though only
+    one of them was trained that long."""
     for seed, pace in ((1, 1.0), (2, 3.0)):
         make(tmp_path, f"s{seed}", seed=seed, steps=40, pace=pace, bpb=1.5 + seed / 10)
-    groups, _ = compare.grouped(compare.read_runs(sorted(tmp_path.iterdir()))[0])
-    assert len(groups) == 1
-    groups[0]["look"] = {"color": "black", "dash": "-"}
-    ends = [
-        [plots.points(run["lines"], name)[1][-1] for run in groups[0]["runs"]]
+    (group,), _ = group_runs(compare.read_runs(sorted(tmp_path.iterdir()))[0])
+    look = plots.Look("black", "-")
+    scores, times = (
+        [plots.points(run.lines, name)[1][-1] for run in group.runs]
         for name in ("val/bpb", "total_training_time")
-    ]
-    curve = compare.curve_of(groups[0], "val/bpb", "total_training_time", 60.0)
-    assert curve["y"][-1] == pytest.approx(np.mean(ends[0])) and curve["sd"][-1] == pytest.approx(
-        np.std(ends[0], ddof=1)
     )
-    assert ends[1][0] != ends[1][1] and curve["x"][-1] == pytest.approx(np.mean(ends[1]) / 60)
-    for lines in (run["lines"] for run in groups[0]["runs"]):
-        for line in lines:
-            line.pop("total_training_time")
-    assert len(compare.curve_of(groups[0], "val/bpb", "total_training_time")["x"]) == 0
+    drawn = compare.DrawnGroup(group, look)
+    curve = compare.curve_of(drawn, "val/bpb", "total_training_time", 60.0)
+    assert curve.y[-1] == pytest.approx(np.mean(scores))
+    assert curve.sd[-1] == pytest.approx(np.std(scores, ddof=1))
+    assert times[0] != times[1] and curve.x[-1] == pytest.approx(np.mean(times) / 60)
+
+    for line in (line for run in group.runs for line in run.lines):
+        line.pop("total_training_time")
+    assert len(compare.curve_of(drawn, "val/bpb", "total_training_time").x) == 0
 
 
 def test_groups_of_the_sweeps_have_their_names(tmp_path, capsys):
@@ -829,61 +553,32 @@ def test_groups_of_the_sweeps_have_their_names(tmp_path, capsys):
         "again",
     ]
     assert [
-        "again: the settings and the seed of seeds/seed42" in line for line in found["warnings"]
+        "again: has the settings and the seed of seeds/seed42" in line for line in found["warnings"]
     ].count(True) == 1
 
 
-def test_equal_runs_seldom_seem_to_differ(tmp_path):
-    """Twelve configurations that are the same, three seeds each: with 95% for each pair by itself every other comparison would find a
-    difference."""
-    generator, claims = np.random.default_rng(1), 0
-    for _ in range(100):
-        groups = [
-            {
-                "name": str(i),
-                "runs": [{"config": {}}],
-                "members": [{"val_bpb": bpb} for bpb in generator.normal(1.5, 0.01, 3)],
-            }
-            for i in range(12)
-        ]
-        found = compare.seed_differences(groups, "val_bpb")
+def test_equal_runs_seldom_seem_to_differ():
+    """Twelve configurations that are the same, three seeds each: with 95% for each pair alone,
+    every other comparison would find a difference."""
+    generator = np.random.default_rng(1)
+    claims = 0
+    blank = record()
+    for _ in range(40):
+        groups = []
+        for i in range(12):
+            runs = [replace(blank, val_bpb=bpb) for bpb in generator.normal(1.5, 0.01, 3)]
+            groups.append(Group(str(i), runs, runs))
+        found = compare.seed_differences(groups, compare.BPB)
         assert len(found) == 66
-        claims += any(entry["low"] > 0 or entry["high"] < 0 for entry in found)
-    assert claims <= 8
-
-
-def test_ticks_of_logarithmic_axes():
-    assert [plots.short_number(value) for value in (0.1, 50.0, 1000.0, 2e15, 1e17, 1e-5)] == [
-        "0.1",
-        "50",
-        "1000",
-        "2e15",
-        "1e17",
-        "1e-5",
-    ]
-
-
-def test_the_first_steps_do_not_set_the_range():
-    x = np.arange(1000.0)
-    low, high = plots.range_of([{"x": x, "y": 2 + 98 * np.exp(-x / 10), "sd": None}])
-    assert 1.9 < low < 2 and high < 2.2
-    low, high = plots.range_of(
-        [{"x": np.array([50.0, 100]), "y": np.array([1.8, 1.6]), "sd": np.array([0.1, 0.1])}]
-    )
-    assert low < 1.5 and high > 1.9  # few points all count, with their bands
-    assert plots.range_of([{"x": np.empty(0), "y": np.empty(0), "sd": None}]) is None
-
-
-def test_labels_do_not_overlap():
-    assert plots.apart([0.5, 0.1], 0.2) == [0.5, 0.1]
-    places = plots.apart([0.97, 0.5, 0.51, 0.99, 0.52], 0.1)
-    assert sorted(places) == pytest.approx([places[1], places[2], places[4], places[0], places[3]])
-    assert min(np.diff(sorted(places))) >= 0.1 - 1e-12 and max(places) <= 1
-    assert max(plots.apart([0.5] * 40, 0.1)) <= 1 and plots.apart([], 0.1) == []
+        claims += any(entry.low > 0 or entry.high < 0 for entry in found)
+    assert claims <= 3
 
 
 def test_it_is_light():
-    code = "import sys; from nanochat import compare, report; assert not {'torch', 'matplotlib', 'wandb'} & set(sys.modules)"
+    code = (
+        "import sys; from nanochat.apps import compare, report; "
+        "assert not {'torch', 'matplotlib', 'wandb'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     done = subprocess.run(
         [sys.executable, "-m", "nanochat", "compare", "--help"],
@@ -892,7 +587,5 @@ def test_it_is_light():
         text=True,
         check=True,
     )
-    assert all(
-        flag in done.stdout
-        for flag in ("--per-task", "--out", "--json", "--no-plots", "--evaluations")
-    )
+    flags = ("--per-task", "--out", "--json", "--no-plots", "--evaluations")
+    assert all(flag in done.stdout for flag in flags)

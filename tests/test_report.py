@@ -1,4 +1,4 @@
-"""nanochat report: the summary, the page (whole in itself, nothing unescaped), runs that have little or are damaged."""
+"""nanochat report: the summary, the page (self-contained, nothing unescaped), damaged runs."""
 
 import base64
 import html
@@ -7,12 +7,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from test_compare import DAMAGES, made_tasks, make
+from made_runs import DAMAGES, made_tasks, make
 
 from nanochat.__main__ import main as nanochat
 from nanochat.apps import report
 from nanochat.common import UsageError, write_json
-from nanochat.run.log import RunFolder, write_summary
+from nanochat.run.folder import RunFolder, write_summary
 
 VOID = {"meta", "source", "img", "br"}
 
@@ -137,9 +137,13 @@ def test_no_text_becomes_markup(tmp_path, capsys):
         and "onerror" not in dict(page.attributes)
         and page.tags.count("img") == 6
     )
-    escaped = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &lt;img src=x onerror=y&gt; \u2400\u241b[31m ? &lt;/pre&gt;"
+    escaped = (
+        "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &lt;img src=x onerror=y&gt; "
+        "\u2400\u241b[31m ? &lt;/pre&gt;"
+    )
     assert text.count(escaped) == 6 and html.unescape("a&lt;b&gt;&amp;c") in "".join(page.texts)
-    assert "? </pre>)" in capsys.readouterr().out  # what no terminal can be sent is not sent
+    # a terminal does not get what could control it
+    assert "? </pre>)" in capsys.readouterr().out
     assert text.index("step 2<") < text.index("step 1<") and "early" in text
 
 
@@ -216,8 +220,8 @@ def test_a_run_without_steps(tmp_path, capsys):
     )
 
 
-# which of the DAMAGES are shown as what is missing (numbers that are none, torn or empty lines), without a line of their own
-UNTOLD = {
+# the DAMAGES (by place) that are shown as missing numbers or lines, without a problem of their own
+WITHOUT_PROBLEM = {
     "summary.json": {4},
     "metrics.jsonl": {0, 2, 3},
     "core.jsonl": {0, 1, 2, 3},
@@ -242,7 +246,7 @@ def test_damages_are_told_and_the_rest_is_shown(tmp_path, capsys, file, monkeypa
         assert ("plot                          none" in out) == (
             file == "metrics.jsonl" and (not content or lost)
         )
-        assert ("problem: " in out) == (i not in UNTOLD.get(file, ())), content
+        assert ("problem: " in out) == (i not in WITHOUT_PROBLEM.get(file, ())), content
 
 
 def test_what_is_left_when_all_but_the_lines_is_lost(tmp_path, capsys):
@@ -265,7 +269,7 @@ def test_wrong_usage(tmp_path, capsys):
     write_json(tmp_path / "foreign" / "config.json", {"model_type": "gpt2"})
     for name, says in (
         ("empty", "holds no run"),
-        ("foreign", "is not of this program"),
+        ("foreign", "was not written by nanochat"),
         ("nowhere", "no such folder"),
     ):
         assert nanochat(["report", str(tmp_path / name)]) == 2

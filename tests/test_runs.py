@@ -1,4 +1,4 @@
-"""nanochat runs: what it shows of good, dying, damaged and foreign folders. It writes nothing."""
+"""nanochat runs: what it shows of good, died, damaged and foreign folders. It writes nothing."""
 
 import fcntl
 import json
@@ -14,7 +14,8 @@ import pytest
 from nanochat.__main__ import main as nanochat
 from nanochat.apps import runs
 from nanochat.common import UsageError, write_json
-from nanochat.run.log import Metrics, RunFolder, write_summary
+from nanochat.run.folder import RunFolder, write_summary
+from nanochat.run.metrics import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,7 @@ def make(folder, name, status="completed", depth=4, steps=100, age=0, **summary)
         "core_metric": None,
     } | summary
     write_summary(path, status=status, **values)
-    metrics = Metrics(path / "metrics.jsonl")
+    metrics = Record(path / "metrics.jsonl")
     metrics.write(
         step=values["step"],
         tokens=values["tokens"],
@@ -123,7 +124,7 @@ def test_one_line_a_run(tmp_path, capsys):
 def test_a_run_that_died_and_one_that_is_running(tmp_path, capsys):
     for name in ("running", "died", "no_lock"):
         path = make(tmp_path, name, status="running", step=10, tokens=5120)
-        metrics = Metrics(path / "metrics.jsonl")
+        metrics = Record(path / "metrics.jsonl")
         metrics.write(step=12, tokens=6144, total_training_time=96.0)
         metrics.close()
         with open(path / "metrics.jsonl", "a") as file:
@@ -212,7 +213,8 @@ def test_damaged_and_foreign_folders_are_named(tmp_path, capsys):
         ),
         "odd_depth": (
             "config.json",
-            '{"format": 1, "args": {"depth": {}}, "plan": {"parameters": {"total": 3}, "num_iterations": 1}}',
+            '{"format": 1, "args": {"depth": {}}, '
+            '"plan": {"parameters": {"total": 3}, "num_iterations": 1}}',
         ),
         "odd_summary": ("summary.json", "[1]"),
         "torn_summary": ("summary.json", '{"status": "comp'),
@@ -247,11 +249,14 @@ def test_nothing_to_show(tmp_path, capsys, monkeypatch):
     write_json(tmp_path / "config.json", {"model_type": "gpt2"})
     with pytest.raises(UsageError, match="no runs"):
         runs.main([str(tmp_path)])
-    assert "is not of this program" in capsys.readouterr().out
+    assert "was not written by nanochat" in capsys.readouterr().out
 
 
 def test_it_is_light():
-    code = "import sys; from nanochat import runs; assert not {'torch', 'numpy', 'wandb'} & set(sys.modules)"
+    code = (
+        "import sys; from nanochat.apps import runs; "
+        "assert not {'torch', 'numpy', 'wandb'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

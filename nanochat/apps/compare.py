@@ -120,9 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _refuse_run_folder(out: str) -> None:
     """UsageError if the pictures would be written into a run."""
     if (Path(out) / "config.json").exists() or RunFolder(out).remains():
-        raise UsageError(
-            f"--out={out}: holds a run, and runs are only read; name another folder"
-        )
+        raise UsageError(f"--out={out}: holds a run, and runs are only read; name another folder")
 
 
 def _stale_pictures(out: Path, written: list[Path]) -> list[str]:

@@ -371,7 +371,7 @@ def _config(path: Path, problems: list[str]) -> dict:
         return {}
     if config.get("format") == FORMAT and isinstance(config.get("args"), dict):
         return config
-    why = "is not of this program"
+    why = "was not written by nanochat"
     if "format" in config:
         why = f"has format {config['format']}, this version reads format {FORMAT}"
     problems.append(f"config.json {why}")
