@@ -13,7 +13,7 @@ from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim import schedules
 from nanochat.optim.schedules import Schedule
-from nanochat.run.flags import HORIZONS
+from nanochat.run.flags import FLAGS, HORIZONS
 
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
 
@@ -157,10 +157,11 @@ class Plan:
     def from_config(cls, config: dict[str, Any]) -> "Plan":
         """The plan in a run's config.json.
 
-        Runs saved by earlier versions lack the schedule and the horizon's value, which their flags
-        hold."""
+        Runs saved by earlier versions lack the schedule and the horizon's value, which follow from
+        their flags; flags that they did not have yet count with their defaults."""
         values = dict(config["plan"])
-        args = argparse.Namespace(**config["args"])
+        defaults = {name: row.default for name, row in FLAGS.items()}
+        args = argparse.Namespace(**{**defaults, **config["args"]})
         schedule = values.pop("schedule", None)
         values["schedule"] = Schedule(**schedule) if schedule else Schedule.from_flags(args)
         values.setdefault("horizon_value", getattr(args, values["horizon"]))
