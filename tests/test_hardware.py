@@ -1,0 +1,350 @@
+"""What is chosen for a machine: GPU data, dtype, compiler; and what is measured on it."""
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from nanochat import hardware
+from nanochat.common import UsageError
+
+CPU = torch.device("cpu")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+# ---- the table of GPUs ----
+
+
+@pytest.mark.parametrize(
+    "reported, listed",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        # the longest name that matches, not the first
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        # whole words: an A10G is not an A10, an L40S not an L4, an RTX A4000 not an A40
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("nvidia geforce rtx 2080 ti", "RTX 2080 Ti"),
+        ("Tesla V100-PCIE-16GB", "V100-PCIE"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_is_found_by_its_name(reported, listed):
+    expected = hardware.GPUS[listed] if listed else None
+    assert hardware.listed_gpu(reported) == expected
+
+
+def test_the_table_is_plausible():
+    for name, gpu in hardware.GPUS.items():
+        assert 5e13 <= gpu.peak_flops <= 3e15, name
+        assert 10e9 <= gpu.memory_bytes <= 200e9, name
+        assert (7, 0) <= gpu.capability <= (12, 0), name
+        assert hardware.listed_gpu(f"NVIDIA {name}") == gpu
+
+
+def test_a_listed_peak_names_its_dtype():
+    assert hardware.peak_label(hardware.GPUS["T4"], "T4") == "listed fp16 peak of T4"
+    assert hardware.peak_label(hardware.GPUS["L4"], "L4") == "listed bf16 peak of L4"
+
+
+def test_the_peak_of_a_known_gpu_is_listed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    expected = (312e12, "listed bf16 peak of NVIDIA A100-SXM4-80GB")
+    assert hardware.peak_flops(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("bf16, dtype, sizes", [(True, BF16, (32, 64)), (False, FP32, (32,))])
+def test_the_peak_of_a_cpu_is_measured(monkeypatch, bf16, dtype, sizes):
+    """In the dtype that training uses; the large product is left out where it would be slow."""
+    measured = []
+
+    def matmul_flops(device, dtype, n, repeats):
+        measured.append((dtype, n))
+        return float(n)
+
+    monkeypatch.setattr(hardware, "PEAK_SIZES", (32, 64))
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: bf16)
+    monkeypatch.setattr(hardware, "matmul_flops", matmul_flops)
+    label = f"measured {str(dtype).removeprefix('torch.')} peak"
+    assert hardware.peak_flops(CPU) == (sizes[-1], label)
+    assert measured == [(dtype, n) for n in sizes]
+
+
+def test_the_speed_of_a_product():
+    assert hardware.matmul_flops(CPU, FP32, 64, repeats=1) > 1e6
+
+
+# ---- device and dtype ----
+
+
+@pytest.mark.parametrize(
+    "requested, cuda, mps, chosen",
+    [
+        ("", True, True, "cuda"),
+        ("", False, True, "mps"),
+        ("", False, False, "cpu"),
+        ("cpu", True, True, "cpu"),
+        ("mps", True, True, "mps"),
+        ("cuda", True, False, "cuda"),
+    ],
+)
+def test_device_type(monkeypatch, requested, cuda, mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert hardware.pick_device_type(requested) == chosen
+
+
+def test_a_device_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"--device-type=cuda: .*available: mps, cpu\); leave"):
+        hardware.pick_device_type("cuda")
+
+
+@pytest.mark.parametrize(
+    "requested, device_type, capability, training, dtype, reason",
+    [
+        ("auto", "cuda", (9, 0), True, BF16, "SM90 multiplies bf16"),
+        ("auto", "cuda", (8, 0), False, BF16, "SM80 multiplies bf16"),
+        ("auto", "cuda", (7, 5), True, FP16, "SM75 has no bf16 .* and multiplies fp16"),
+        ("auto", "cuda", (7, 0), True, FP16, "SM70 has no bf16 .* and multiplies fp16"),
+        # weights that were trained in bf16 may exceed the range of fp16
+        ("auto", "cuda", (7, 5), False, FP32, "SM75 has no bf16 matrix instructions"),
+        ("auto", "cuda", (6, 1), True, FP32, "SM61 has no bf16 matrix instructions"),
+        ("bfloat16", "cuda", (7, 5), True, BF16, "as requested, though SM75 has no bf16"),
+        ("bfloat16", "cuda", (8, 6), True, BF16, "as requested"),
+        ("float16", "cuda", (9, 0), True, FP16, "as requested"),
+        ("float32", "cuda", (9, 0), True, FP32, "as requested"),
+        ("auto", "mps", None, True, FP32, "no fast bf16 on this mps"),
+        ("bfloat16", "mps", None, True, BF16, "as requested"),
+        ("float32", "cpu", None, True, FP32, "as requested"),
+        ("bfloat16", "cpu", None, False, BF16, "as requested"),
+    ],
+)
+def test_dtype(requested, device_type, capability, training, dtype, reason):
+    chosen, why = hardware.pick_dtype(requested, device_type, training, capability)
+    assert chosen == dtype
+    assert re.match(reason, why)
+
+
+@pytest.mark.parametrize(
+    "amx, avx512, mkldnn, dtype",
+    [
+        (True, False, True, BF16),
+        (False, True, True, BF16),
+        (False, False, True, FP32),
+        (True, True, False, FP32),
+    ],
+)
+def test_dtype_of_a_cpu(monkeypatch, amx, avx512, mkldnn, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    assert hardware.pick_dtype("auto", "cpu")[0] == dtype
+
+
+def test_a_torch_without_the_private_checks_has_no_fast_bf16(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert hardware.cpu_multiplies_bf16() is False
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "mps"])
+def test_fp16_needs_cuda(monkeypatch, device_type):
+    monkeypatch.setattr(hardware, "FP16_ON_CPU", False)
+    with pytest.raises(UsageError, match=f"--dtype=float16: .*this is {device_type}"):
+        hardware.pick_dtype("float16", device_type)
+
+
+# ---- compiler ----
+
+
+@pytest.fixture
+def tools(monkeypatch, tmp_path):
+    """A function that leaves only the named programs on PATH, with Python's headers in place."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+
+    def install(*names):
+        programs = tmp_path / "bin"
+        shutil.rmtree(programs, ignore_errors=True)
+        programs.mkdir()
+        for name in names:
+            (programs / name).write_text("#!/bin/sh\n")
+            (programs / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(programs))
+
+    return install
+
+
+def test_the_compiler_of_a_cpu(tools, monkeypatch, tmp_path):
+    for programs in (["g++"], ["clang++"]):
+        tools(*programs)
+        assert hardware.compiler_missing("cpu") is None
+    # C alone is not enough
+    tools("gcc")
+    assert hardware.compiler_missing("cpu") == "no C++ compiler (g++) on PATH"
+    monkeypatch.setenv("CXX", "icpx")
+    tools("g++")
+    assert hardware.compiler_missing("cpu") == "no C++ compiler (icpx) on PATH"
+    tools("icpx")
+    assert hardware.compiler_missing("cpu") is None
+    (tmp_path / "Python.h").unlink()
+    assert hardware.compiler_missing("cpu") == "Python.h is missing (the python3-dev package)"
+
+
+def test_the_compiler_of_a_gpu(tools, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    tools("g++")
+    assert hardware.compiler_missing("cuda") == "no C compiler (gcc) on PATH"
+    for programs in (["gcc"], ["clang"]):
+        tools(*programs)
+        assert hardware.compiler_missing("cuda") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert "SM61 is too old for triton" in hardware.compiler_missing("cuda")
+    # None in sys.modules makes the import fail
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert hardware.compiler_missing("cuda") == "triton is not installed (pip install triton)"
+
+
+def test_nothing_is_compiled_on_mps():
+    assert hardware.compiler_missing("mps") == "torch.compile is not reliable on mps"
+
+
+# ---- set-up ----
+
+
+def test_prepare(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "KINETO_LOG_LEVEL", "CUBLAS_WORKSPACE_CONFIG"):
+        # set first: what was not set is not restored after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(False)
+        hardware.prepare("cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compile")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch._dynamo.config.recompile_limit == 64
+
+
+def test_what_the_user_set_is_kept(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    hardware.prepare("mps")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
+def test_memory_is_kept_only_by_glibc(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
+    assert hardware.keep_freed_memory() is False
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+        (OSError("Cannot allocate memory"), False),
+    ],
+)
+def test_out_of_memory(error, expected):
+    assert hardware.is_out_of_memory(error) is expected
+
+
+def test_an_allocation_that_fails_is_out_of_memory():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert hardware.is_out_of_memory(raised.value)
+
+
+def test_free_memory(monkeypatch):
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < hardware.free_memory(CPU) <= physical
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert hardware.free_memory(torch.device("cuda")) == 7
+
+
+@pytest.mark.parametrize("content", [None, "MemTotal: 5 kB\n", "MemAvailable:   1234 kB\n"])
+def test_free_memory_as_the_system_reports_it(monkeypatch, tmp_path, content):
+    """The physical size where the file does not exist or lacks the line."""
+    file = tmp_path / "meminfo"
+    if content:
+        file.write_text(content)
+    monkeypatch.setattr("builtins.open", lambda path, *_: file.open())
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    expected = 1234 * 1024 if content and "Available" in content else physical
+    assert hardware.free_memory(CPU) == expected
+
+
+def test_allocated_peak_on_a_cpu():
+    """Tensors that exist together count, those that come one after another do not; what was there
+    before does not count either."""
+    size = 1 << 20
+    before = torch.ones(size, dtype=torch.uint8)
+
+    def together():
+        first = torch.empty(size, dtype=torch.uint8)
+        second = torch.empty(2 * size, dtype=torch.uint8)
+        return first, second
+
+    def in_turn():
+        for _ in range(3):
+            before.clone()
+
+    assert hardware.allocated_peak(together, CPU) == 3 * size
+    assert hardware.allocated_peak(in_turn, CPU) == size
+    assert hardware.allocated_peak(lambda: None, CPU) == 0
+    assert hardware.allocated_peak(lambda: before.sum(), torch.device("mps")) is None
+
+
+def test_peak_memory_of_this_process(monkeypatch):
+    linux = hardware.peak_memory_bytes(CPU)
+    # a process with torch takes more than 50 MiB
+    assert linux > 50 << 20
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 11)
+    assert hardware.peak_memory_bytes(torch.device("cuda")) == 11
+
+
+def test_description_of_a_machine():
+    facts = hardware.describe(CPU)
+    assert facts["device_type"] == "cpu" and facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert set(facts) == {
+        "device_type",
+        "cpu_count",
+        "threads",
+        "machine",
+        "system",
+        "python",
+        "torch",
+        "cpu_capability",
+    }
