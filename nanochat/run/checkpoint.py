@@ -197,6 +197,7 @@ def damage(run_path: Path | str, step: int, hashes: bool = True) -> str | None:
         manifest = read_manifest(run_path, step)
     except UNREADABLE:
         return "manifest.json is unreadable"
+    # Sizes first, file by file: a missing or cut file is found without reading the others.
     for name, entry in manifest.files.items():
         path = folder / name
         try:
@@ -233,6 +234,7 @@ def newest_intact(run_path: Path | str, report: Callable[[str], None]) -> int | 
 
 def newest_finite(run_path: Path | str) -> int | None:
     """The newest step whose weights are all finite, or None. Reads weights, checks no hashes."""
+    # Versions before format 2 did not check what they saved, so an intact file proves nothing.
     for step in reversed(steps_of(run_path)):
         try:
             weights = _read_tensors(folder_of(run_path, step) / "model.safetensors")
@@ -376,11 +378,13 @@ def write(
         final.parent.mkdir(parents=True)
         fsync_dir(run_path)
     _check_room(tensors, free_bytes(final.parent))
+    # Of a failed attempt; sweep() only runs when a process starts.
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         _write_files(partial, step, kind, tensors, state)
+        # The hashes were taken from the files: only this proves that they hold the state.
         for file, part in tensors.items():
             _compare(partial / file, part)
         for record in records:
@@ -392,6 +396,7 @@ def write(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    # Until the new name is on disk, a crash may still lose the checkpoint.
     fsync_dir(final.parent)
 
 
@@ -434,6 +439,7 @@ def _write_files(
     for file, part in tensors.items():
         save_file(part, folder / file)
     write_json(folder / "state.json", {"format": FORMAT, "step": step, **state})
+    # Sorted, so that equal states give equal manifests.
     files = {}
     for path in sorted(folder.iterdir()):
         # safetensors makes its files readable by their owner only.
@@ -506,6 +512,7 @@ def sweep(run_path: Path | str) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Rename a checkpoint's folder so that another can take its place; nothing is deleted."""
+    # Numbered: a step may be set aside more than once.
     times = len(list(folder.parent.glob(f"set_aside_*_{folder.name}")))
     os.rename(folder, folder.with_name(f"set_aside_{times + 1}_{folder.name}"))
 

@@ -32,6 +32,7 @@ def step_of(run: Path | str, step: int | str | None) -> int:
         )
     if step is not None:
         return _requested_step(run, step)
+    # To stderr: stdout may be piped, and belongs to the text or the JSON of a command.
     newest = checkpoint.newest_intact(run, report=lambda text: print(text, file=sys.stderr))
     if newest is None:
         raise UsageError(f"{run} has no intact checkpoint")
@@ -53,6 +54,7 @@ def _requested_step(run: Path, asked: int | str) -> int:
     problem = checkpoint.damage(run, step)
     if problem is None:
         return step
+    # It was listed a moment ago: gone is not the same as damaged.
     if not checkpoint.folder_of(run, step).exists():
         raise UsageError(
             f"--step={asked}: {run} no longer has this checkpoint, a training process removed it; "
@@ -93,6 +95,7 @@ def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder"
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     compute_dtype, _ = hardware.pick_dtype(dtype, device.type)
+    # The tokenizer's file may have been replaced; other ids would decode to rubbish.
     state = checkpoint.read_state(run, step)
     tokenizer = read_tokenizer(run / "tokenizer")
     if tokenizer.fingerprint != state.get("tokenizer"):

@@ -77,8 +77,9 @@ class StepMemory:
         tensors = self.tensor_bytes(rows)
         if self.device_type != "cpu":
             return tensors
-        state = state_bytes(self.parameters, self.optimizer)
-        saving = SAVING_FACTOR * state if self.saves else 0
+        saving = 0
+        if self.saves:
+            saving = SAVING_FACTOR * state_bytes(self.parameters, self.optimizer)
         return round(PROCESS_BYTES + HEAP_FACTOR * tensors + saving)
 
     def tensor_bytes(self, rows: int) -> int:
@@ -98,7 +99,10 @@ class StepMemory:
         head = 4 * V * C + tokens * element * C
         chunk = min(tokens * V, chunk_logits(self.device_type))
         loss = kept + head + 2 * element * chunk + 2 * element * V * C
-        recomputed = largest_layer if self.activation_checkpointing else 0
+        # The backward pass recomputes one block after the other, each whole.
+        recomputed = 0
+        if self.activation_checkpointing:
+            recomputed = largest_layer
         gradients = tokens * element * GRADIENT_ELEMENTS * C
         backward_begins = kept + head + recomputed + gradients + copies
         backward_ends = 4 * self.parameters["total"] + largest_layer + copies
@@ -114,7 +118,9 @@ class StepMemory:
         channels = element * (of_stream * config.width + of_keys * key_channels)
         # The blocked attention keeps a weight for every score that it computes; the others
         # recompute them.
-        scores = element * config.n_head if self.backend == "blocked" else 0
+        scores = 0
+        if self.backend == "blocked":
+            scores = element * config.n_head
         return [
             tokens * (channels + scores * visited_keys(config.max_seq_len, window))
             for window in config.windows()
@@ -130,7 +136,9 @@ class StepMemory:
             streams = (config.depth + 5) * element * config.width
             return tokens * (streams + 4 * tables * key_channels)
         # Autograd also keeps the matrices as they were cast to a narrower compute dtype.
-        cast = element * self.parameters["matrices"] if element < 4 else 0
+        cast = 0
+        if element < 4:
+            cast = element * self.parameters["matrices"]
         return sum(layers) + cast
 
     def _softmax_bytes(self, rows: int) -> int:
@@ -147,8 +155,10 @@ def state_bytes(parameters: Mapping[str, int], optimizer: str) -> int:
     """Bytes of weights and optimizer state, all fp32, which are also those of a checkpoint.
 
     AdamW keeps two moments of a parameter, Muon one. parameters: as for StepMemory."""
-    with_one_moment = parameters["matrices"] if optimizer == "muon" else 0
-    return 12 * parameters["total"] - 4 * with_one_moment
+    three_tensors = 12 * parameters["total"]
+    if optimizer == "muon":
+        return three_tensors - 4 * parameters["matrices"]
+    return three_tensors
 
 
 def candidates(rows: int) -> list[int]:
@@ -159,8 +169,10 @@ def candidates(rows: int) -> list[int]:
 
 def free_memory(device: torch.device, processes: int) -> float:
     """Bytes that each of `processes` processes may count on: on a CPU they share its memory."""
-    sharing = processes if device.type == "cpu" else 1
-    return hardware.free_memory(device) / sharing
+    free = hardware.free_memory(device)
+    if device.type == "cpu":
+        return free / processes
+    return free
 
 
 def pick_device_batch(
@@ -244,23 +256,15 @@ def settle(
         return first
     world_size = ranks.world_size()
     rows = plan.rows_per_step // world_size
-    gradient_bytes = 4 * plan.parameters["total"]
-    share = MEMORY_SHARE[device.type]
     # The rank with the least memory decides.
-    budget_bytes = min(ranks.from_all(share * free_bytes(device, world_size)))
-
-    def largest(bytes_per_row: float, at_most: int) -> int:
-        fitting = [
-            n
-            for n in candidates(rows)
-            if n <= at_most and gradient_bytes + n * bytes_per_row <= budget_bytes
-        ]
-        return max(fitting, default=1)
-
+    usable = min(ranks.from_all(MEMORY_SHARE[device.type] * free_bytes(device, world_size)))
+    budget = _Budget(rows, gradient_bytes=4 * plan.parameters["total"], usable_bytes=usable)
     path = _path_of(key)
     remembered = ranks.from_rank0(_remembered(path) if ranks.rank() == 0 else None)
+    n = first
+    if remembered is not None:
+        n = budget.largest(remembered, at_most=rows)
     limit, tried = rows, set()
-    n = first if remembered is None else largest(remembered, limit)
     while True:
         peak, error = _try(trial, n, device, allocated_peak if remembered is None else None)
         outcomes = ranks.from_all((error is not None, peak))
@@ -277,7 +281,8 @@ def settle(
         # needed by more rows is never underestimated.
         heap_factor = HEAP_FACTOR if device.type == "cpu" else 1
         bytes_per_row = max(peaks) / n * heap_factor
-        better = largest(bytes_per_row, min(limit, 2 * n))
+        # At most twice as many at a time: a jump by a wrong measurement could exhaust memory.
+        better = budget.largest(bytes_per_row, at_most=min(limit, 2 * n))
         if better in tried:
             n = better
             if ranks.rank() == 0:
@@ -291,6 +296,24 @@ def settle(
             f"estimated {first}"
         )
     return n
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """The bytes that a rank's passes may use. rows: that it takes per step."""
+
+    rows: int
+    gradient_bytes: int
+    usable_bytes: float
+
+    def largest(self, bytes_per_row: float, at_most: int) -> int:
+        """The largest of candidates() up to at_most that fits; 1 if none does."""
+        fitting = [
+            n
+            for n in candidates(self.rows)
+            if n <= at_most and self.gradient_bytes + n * bytes_per_row <= self.usable_bytes
+        ]
+        return max(fitting, default=1)
 
 
 def _try(
@@ -350,9 +373,12 @@ def _remembered(path: Path) -> float | None:
     None also for a damaged file: the number is then measured again."""
     try:
         value = json.loads(path.read_text())["bytes_per_row"]
-        return value if 0 < value < math.inf else None
+        # json reads NaN and Infinity as numbers.
+        if 0 < value < math.inf:
+            return value
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        pass
+    return None
 
 
 def _remember(path: Path, bytes_per_row: float, key: Any, report: Callable[[str], None]) -> None:

@@ -74,6 +74,8 @@ class Saver:
         best = Path(run_path) / "checkpoints" / "best"
         if checkpoint.best_step(run_path) is None and best.exists():
             report("checkpoints/best does not name a checkpoint; the next evaluation rewrites it")
+        # One thread, so that saving, pruning and marking the best never overlap. A daemon, so that
+        # an interrupted process does not wait for it.
         self.jobs = queue.Queue()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -201,6 +203,7 @@ class Saver:
         if self.failure:
             self.report(f"checkpoint saved at step {last.step}, after an earlier failure")
         self.failure = ""
+        # Only now: until the new checkpoint is safe, the older ones are all there is.
         checkpoint.prune(self.run_path, self.keep_last)
 
     def _note_failure(self, step: int, error: Exception) -> None:
