@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from test_remote import CLIMBMIX, VAL, bodies, documents, limit, order, parquet,
 from nanochat import __main__ as entry
 from nanochat import common
 from nanochat.apps import data as app
+from nanochat.apps.data import fetch, inspection, mix
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
 from nanochat.data import download, sources, token_cache
 from nanochat.data.sources import Corpus, open_corpus
@@ -205,7 +207,7 @@ def test_inspect_fetches_only_the_listing(hub, capsys):
 
 def test_inspect_of_large_files(hub, capsys, monkeypatch):
     """A large single file is not fetched unasked either, though its held-out part cannot be told without."""
-    monkeypatch.setattr(app, "COUNT_BYTES", 1000)
+    monkeypatch.setattr(inspection, "SMALL_FILE_BYTES", 1000)
     hub.add(CLIMBMIX, shards())
     hub.add("me/one", {"data.parquet": parquet(documents(1, 9000))})
     for name in ("climbmix", "hf:me/one"):
@@ -250,7 +252,7 @@ def test_fetch_takes_as_many_shards_as_the_tokens_need(hub, capsys, tokens, n):
 def test_fetch_estimates_large_shards_low(hub, monkeypatch):
     """Where only a part of the text is counted, the number of shards may be one too large, never too small."""
     hub.add(CLIMBMIX, shards())
-    monkeypatch.setattr(app, "COUNT_BYTES", 300)
+    monkeypatch.setattr(fetch, "COUNT_BYTES", 300)
     assert (
         app.main(["fetch", "climbmix", "--tokens=4000", "--tokenizer=byte", "--max-seq-len=32"])
         == 0
@@ -286,7 +288,7 @@ def test_a_tokenizer_that_cannot_be_made(hub):
     flags = ["climbmix", "--tokens=500", "--max-seq-len=32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_cache, "BPE_SAMPLE_BYTES", 100)
-        with pytest.raises(Unavailable, match="(?s)2 files could not be had.*shard_00000"):
+        with pytest.raises(Unavailable, match="(?s)unavailable: 2 files.*shard_00000"):
             app.main(["fetch", *flags])
         assert bodies(hub)[:1] == order()[:1]
         with pytest.raises(Unavailable, match="404"):
@@ -299,7 +301,7 @@ def test_what_is_missing_is_listed_and_the_rest_had(hub, capsys, command):
     bad = [order()[0], order()[2]]
     for name in bad:
         hub.fault(name, "status", None, code=404)
-    with pytest.raises(Unavailable, match=r"(?s)2 files could not be had.*" + ".*404.*".join(bad)):
+    with pytest.raises(Unavailable, match=r"(?s)unavailable: 2 files.*" + ".*404.*".join(bad)):
         app.main([command, "climbmix", "--tokens=6400", "--tokenizer=byte", "--max-seq-len=32"])
     assert set(bodies(hub)) >= {VAL, order()[1], order()[3]} and not set(bad) & set(bodies(hub))
     assert entry.main(["data", command, "climbmix", "--shards=3", "--tokenizer=byte"]) == 1
@@ -327,7 +329,7 @@ def test_a_small_data_set_is_taken_whole(hub, monkeypatch, capsys):
 
 def test_no_room_on_the_disk(hub, monkeypatch):
     hub.add(CLIMBMIX, shards())
-    monkeypatch.setattr(app.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
     with pytest.raises(UsageError, match=r"9 files of .* are missing, .* 4.9 KiB free"):
         app.main(["fetch", "climbmix", "--all", "--tokenizer=byte"])
     monkeypatch.setattr(token_cache, "CACHE_LIMIT_BYTES", 2000)
@@ -339,14 +341,14 @@ def test_no_room_on_the_disk(hub, monkeypatch):
 def test_local_text(tmp_path, capsys):
     folder = write(tmp_path / "docs", [["some text " * 50] * 3, ["held out"] * 2])
     assert app.main(["fetch", folder]) == 0
-    assert "nothing to fetch" in capsys.readouterr().out
+    assert "nothing to download" in capsys.readouterr().out
     assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
     assert (
         "1,503 tokens" in capsys.readouterr().out
         and len(list(base_dir().glob("tokens/*/*.safetensors"))) == 2
     )
     assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
-    assert "made 0 token files" in capsys.readouterr().out
+    assert "built 0 token files" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,10 +544,10 @@ def test_mix_refuses(two_sources, tmp_path, monkeypatch):
         app.main(["mix", str(out), "x=-1", "y", f"{a}=1", f"{a}=2", "--bytes=1000"])
     with pytest.raises(UsageError, match="both hold .*jsonl, whose documents would be drawn twice"):
         app.main(["mix", str(out), f"{a}=1", f"{a}/0.jsonl=1", "--bytes=1000"])
-    with pytest.raises(UsageError, match="is there already and is not empty"):
+    with pytest.raises(UsageError, match="exists and is not empty"):
         app.main(["mix", a, f"{b}=1", "--bytes=1000"])
     with monkeypatch.context() as patch:
-        patch.setattr(app.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
         with pytest.raises(UsageError, match="100 B free"):
             app.main(["mix", str(out), f"{a}=1", "--bytes=1000"])
     out.mkdir()
@@ -567,7 +569,7 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
             )
     with monkeypatch.context() as patch:
         patch.setattr(
-            app,
+            mix,
             "write_json",
             lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
@@ -577,7 +579,7 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "train_00000.parquet").write_text("torn")
     with (
-        app.new_folder(tmp_path / "other"),
+        new_folder(tmp_path / "other"),
         pytest.raises(UsageError, match="being written by another process"),
     ):
         app.main(["mix", str(tmp_path / "other"), f"{a}=1", "--bytes=1e4"])
@@ -661,7 +663,7 @@ def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, two_sources
 
 
 def test_mix_without_pyarrow(two_sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(app, "suffix", lambda: ".jsonl")
+    monkeypatch.setattr(mix, "suffix", lambda: ".jsonl")
     assert app.main(["mix", str(tmp_path / "out"), f"{two_sources[0]}=1", "--bytes=1e4"]) == 0
     corpus = open_corpus(str(tmp_path / "out"))
     assert (
@@ -690,10 +692,10 @@ def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
             most = max(most, held)
             yield f"{i:0100}"
 
-    source = app.Source("many", 1.0, corpus)
-    args = SimpleNamespace(shard_bytes=20_000, seed=1, repeat=False)
+    source = mix.Source("many", 1.0, corpus)
+    recipe = mix.Recipe(400_000, 1000, shard_bytes=20_000, seed=1, repeat=False)
     texts = []
-    for text, _ in app.drawn([source], "train", 400_000, args):
+    for text, _ in mix.draw([source], "train", 400_000, recipe):
         held -= 1
         texts.append(text)
     assert len(set(texts)) == len(texts) == 4000 and most <= 20_000 // 100 + 1

@@ -1,22 +1,55 @@
-"""`nanochat tokenizer train | compare | inspect`: make a tokenizer, measure tokenizers on held-out text, look into one."""
+"""`nanochat tokenizer train | compare | inspect`: fit, measure or look into a tokenizer."""
 
 import argparse
 import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat.common import EXIT_COMPLETED, UsageError, human_time
 
-NAMES = ("bpe", "char", "byte", "gpt2")  # what TOKENIZER may be besides a folder ...
-NAMES_WITHOUT_DATA = ("byte", "gpt2")  # ... where there is no data to fit one to
+# imported where they are used, so that --help is immediate
+if TYPE_CHECKING:
+    from nanochat.data.sources import Corpus
+    from nanochat.data.tokenizer import Tokenizer
+
+# what TOKENIZER may be besides a folder ...
+NAMES = ("bpe", "char", "byte", "gpt2")
+# ... where there is no data to fit one to
+NAMES_WITHOUT_DATA = ("byte", "gpt2")
 DEFAULT_MAX_BYTES = 4_000_000
-BATCH_BYTES = 1_000_000  # text encoded in one call, so that a large document set need not be held as tokens too
-LONGEST_SHOWN, CHARACTERS_SHOWN = 12, 100
+# text encoded in one call, so that the tokens of many documents need not be held as well
+BATCH_BYTES = 1_000_000
+LONGEST_SHOWN = 12
+CHARACTERS_SHOWN = 100
 
 
-def build_parser():
+@dataclass(frozen=True)
+class Measurement:
+    """A tokenizer on some texts, as `compare --json` writes it. Numbers not known are None.
+
+    bytes: of the texts in UTF-8. mb_per_second: 10^6 of them a second, on one thread, set-up
+    excluded. round_trip: whether the tokens' bytes, one after another, are the texts' exactly.
+    ratio_to_gpt2: of bytes per token. error: why the tokenizer cannot encode the texts."""
+
+    tokenizer: str
+    kind: str
+    vocab_size: int
+    fingerprint: str
+    bytes: int
+    tokens: int | None = None
+    bytes_per_token: float | None = None
+    mb_per_second: float | None = None
+    round_trip: bool | None = None
+    ratio_to_gpt2: float | None = None
+    error: str | None = None
+
+
+def build_parser() -> argparse.ArgumentParser:
     """The parser with its three commands. Imports nothing heavy, so that --help is immediate."""
     parser = argparse.ArgumentParser(
         prog="nanochat tokenizer",
@@ -25,21 +58,26 @@ def build_parser():
         description="Train a tokenizer, compare tokenizers on held-out text, or look into one.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    data_help = "text, as train.py's --data takes it: python, a file, a folder, a pattern, ..."
-    bytes_help = "held-out text read at most, in bytes of UTF-8 (default %(default)s)"
+    parsers = [_add_train(commands), _add_compare(commands), _add_inspect(commands)]
+    usages = [" ".join(command.format_usage().split()[1:]) for command in parsers]
+    heading = "commands in full (nanochat tokenizer COMMAND --help explains them):"
+    parser.epilog = "\n".join([heading, *(f"  {usage}" for usage in usages)])
+    return parser
 
+
+def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         allow_abbrev=False,
         help="fit a tokenizer to text and save it",
-        description="Fit a tokenizer to the training side of DATA and save it into the folder OUT, for "
-        "train.py's --tokenizer=OUT.",
+        description="Fit a tokenizer to the training side of DATA and save it into the folder OUT, "
+        "for train.py's --tokenizer=OUT.",
     )
-    train.add_argument("data", metavar="DATA", help=data_help)
+    _add_data(train)
     train.add_argument(
         "out",
         metavar="OUT",
-        help="folder to save it in; one that holds another tokenizer is refused",
+        help="folder to save it in; a folder that holds another tokenizer is refused",
     )
     train.add_argument(
         "--kind",
@@ -52,35 +90,41 @@ def build_parser():
         type=int,
         default=-1,
         metavar="N",
-        help="ids of --kind=bpe, the special one included (-1: from the size of the data; default %(default)s)",
+        help="ids of --kind=bpe, the special one included (-1: derived from the size of the data; "
+        "default %(default)s)",
     )
-    train.add_argument(
-        "--max-bytes", type=int, default=DEFAULT_MAX_BYTES, metavar="N", help=bytes_help
-    )
+    _add_max_bytes(train)
+    return train
 
+
+def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         allow_abbrev=False,
         help="bytes per token of several tokenizers",
-        description="Encode the held-out side of DATA with each tokenizer: bytes per token, speed on one "
-        "thread, and whether the text comes back byte for byte. GPT-2's is added when it is "
-        "on this machine, and is downloaded only when named.",
+        description="Encode the held-out side of DATA with each tokenizer: bytes per token, speed "
+        "on one thread, and whether decoding restores the text byte for byte. GPT-2's is added if "
+        "it is on this machine, and downloaded only when named.",
     )
-    compare.add_argument("data", metavar="DATA", help=data_help)
+    _add_data(compare)
     compare.add_argument(
         "tokenizers",
         metavar="TOKENIZER",
         nargs="*",
-        help="a folder with a tokenizer, a run folder, or a name: gpt2, byte, or bpe and char as train.py would fit "
-        "them to DATA (default: bpe)",
+        help="a folder with a tokenizer, a run folder, or a name: gpt2, byte, or bpe and char as "
+        "train.py would fit them to DATA (default: bpe)",
     )
+    _add_max_bytes(compare)
     compare.add_argument(
-        "--max-bytes", type=int, default=DEFAULT_MAX_BYTES, metavar="N", help=bytes_help
+        "--json",
+        dest="as_json",
+        action="store_true",
+        help="print one JSON object instead of the table",
     )
-    compare.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the table"
-    )
+    return compare
 
+
+def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         allow_abbrev=False,
@@ -93,156 +137,175 @@ def build_parser():
         help="a folder with a tokenizer, a run folder, byte or gpt2",
     )
     inspect.add_argument("--text", metavar="TEXT", help="a text to split into its tokens")
+    return inspect
 
-    parser.epilog = "\n".join(
-        [
-            "commands in full (nanochat tokenizer COMMAND --help explains them):",
-            *(
-                "  " + " ".join(command.format_usage().split()[1:])
-                for command in (train, compare, inspect)
-            ),
-        ]
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="text, as train.py's --data takes it: python, a file, a folder, a pattern, ...",
     )
-    return parser
 
 
-def main(argv):
-    """Run the app with its arguments (without the app's name); returns the exit code. Raises UsageError, Unavailable."""
-    args = build_parser().parse_args(argv)
-    return {"train": run_train, "compare": run_compare, "inspect": run_inspect}[args.command](args)
+def _add_max_bytes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=DEFAULT_MAX_BYTES,
+        metavar="N",
+        help="held-out text to read at most, in bytes of UTF-8 (default %(default)s)",
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def main(argv: list[str]) -> int:
+    """Run the app with its arguments (without the app's name); returns the exit code.
+
+    Raises UsageError and Unavailable."""
+    values = vars(build_parser().parse_args(argv))
+    commands = {"train": run_train, "compare": run_compare, "inspect": run_inspect}
+    return commands[values.pop("command")](**values)
+
+
+# --------------------------------------------------------------------------------------------------
 # train
 
 
-def run_train(args):
+def run_train(*, data: str, out: str, kind: str, vocab_size: int, max_bytes: int) -> int:
     """`nanochat tokenizer train`: fit, save, and measure on held-out text."""
     from nanochat.data.sources import open_corpus
     from nanochat.data.token_cache import fit_tokenizer
-    from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_FILE, read_tokenizer
 
-    problems = max_bytes_problems(args)
-    if args.kind != "bpe" and args.vocab_size != -1:
-        problems.append(
-            f"--vocab-size {args.vocab_size}: --kind={args.kind} has as many ids as the text has characters; leave it out"
-        )
-    elif args.vocab_size != -1 and args.vocab_size < MIN_BPE_VOCAB:
-        problems.append(
-            f"--vocab-size {args.vocab_size}: BPE starts from 256 bytes and one special token; give at least "
-            f"{MIN_BPE_VOCAB}, or -1 to derive it from the size of the data"
-        )
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        problems.append(f"{out}: is a file; name a folder for the tokenizer")
-    elif any((out / name).exists() for name in ("encoder.json", "merges.txt")):
-        problems.append(
-            f"{out}: holds the files of a tokenizer of GPT-2's kind; name another folder"
-        )
-    elif (out / TOKENIZER_FILE).exists():
-        try:
-            read_tokenizer(out)
-        except UsageError as error:
-            problems.append(f"{error}; it is not overwritten, name another folder")
+    folder = Path(out)
+    problems = [
+        *_max_bytes_problems(max_bytes),
+        *_vocab_size_problems(kind, vocab_size),
+        *_folder_problems(folder),
+    ]
     if problems:
         raise UsageError("\n".join(problems))
-    corpus = open_corpus(args.data)
+    corpus = open_corpus(data)
     try:
-        out.mkdir(
-            parents=True, exist_ok=True
-        )  # before the work, which would be lost if this failed after it
+        # before the work, which would be lost if this failed after it
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{out}: cannot be made ({error.strerror}); name a folder that can be written"
+            f"{folder}: cannot be created ({error.strerror}); name a folder that can be written"
         ) from None
     began = time.perf_counter()
-    fitted = fit_tokenizer(corpus, args.kind, args.vocab_size)
+    fitted = fit_tokenizer(corpus, kind, vocab_size)
     seconds = time.perf_counter() - began
-    save_new(fitted, out)
-    row = measure(args.kind, fitted, held_out_text(corpus, args.max_bytes))
-    print(
-        f"vocabulary       {fitted.vocab_size:,} ids, {fitted.kind}, fingerprint {fitted.fingerprint[:16]}"
-    )
-    if args.vocab_size not in (-1, fitted.vocab_size):
-        print(
-            f"                 the text yields no more merges: {args.vocab_size:,} ids were asked for"
-        )
+    _save_new(fitted, folder)
+    measured = measure(kind, fitted, held_out_text(corpus, max_bytes))
+
+    fingerprint = fitted.fingerprint[:16]
+    print(f"vocabulary       {fitted.vocab_size:,} ids, {fitted.kind}, fingerprint {fingerprint}")
+    if vocab_size not in (-1, fitted.vocab_size):
+        print(f"                 {vocab_size:,} ids were requested: the text yields no more merges")
     print(f"time             {human_time(seconds)} (training text: {corpus.train_bytes:,} bytes)")
-    per_token = (
-        row["error"]
-        or f"{row['bytes_per_token']:.3f} on {row['bytes']:,} bytes of held-out text ({row['tokens']:,} tokens)"
+    per_token = measured.error or (
+        f"{measured.bytes_per_token:.3f} on {measured.bytes:,} bytes of held-out text "
+        f"({measured.tokens:,} tokens)"
     )
     print(f"bytes per token  {per_token}")
     print(f"saved in         {out}      use it: python train.py --tokenizer={out}")
     return EXIT_COMPLETED
 
 
-def save_new(fitted, out):
-    """Save a tokenizer unless the folder holds another one (UsageError); the same one may stand there already."""
+def _vocab_size_problems(kind: str, vocab_size: int) -> Iterator[str]:
+    from nanochat.data.tokenizer import MIN_BPE_VOCAB
+
+    if vocab_size == -1:
+        return
+    if kind != "bpe":
+        yield (
+            f"--vocab-size {vocab_size}: --kind={kind} has as many ids as the text has characters; "
+            f"leave it out"
+        )
+    elif vocab_size < MIN_BPE_VOCAB:
+        yield (
+            f"--vocab-size {vocab_size}: BPE starts from 256 bytes and one special token; give at "
+            f"least {MIN_BPE_VOCAB}, or -1 to derive it from the size of the data"
+        )
+
+
+def _folder_problems(folder: Path) -> Iterator[str]:
+    """Why a tokenizer cannot be saved in a folder. Only the same one may be there already."""
     from nanochat.data.tokenizer import TOKENIZER_FILE, read_tokenizer
 
-    if (out / TOKENIZER_FILE).exists():
-        there = read_tokenizer(out)
+    if folder.exists() and not folder.is_dir():
+        yield f"{folder}: is a file; name a folder for the tokenizer"
+    elif any((folder / name).exists() for name in ("encoder.json", "merges.txt")):
+        yield f"{folder}: holds the files of a tokenizer of GPT-2's kind; name another folder"
+    elif (folder / TOKENIZER_FILE).exists():
+        try:
+            read_tokenizer(folder)
+        except UsageError as error:
+            yield f"{error}; it is not overwritten, name another folder"
+
+
+def _save_new(fitted: "Tokenizer", folder: Path) -> None:
+    """Save a tokenizer unless the folder holds another one (UsageError)."""
+    from nanochat.data.tokenizer import TOKENIZER_FILE, read_tokenizer
+
+    if (folder / TOKENIZER_FILE).exists():
+        there = read_tokenizer(folder)
         if there.fingerprint != fitted.fingerprint:
             raise UsageError(
-                f"{out} holds another tokenizer ({there.kind}, {there.vocab_size:,} ids, fingerprint "
-                f"{there.fingerprint[:16]}; this one would be {fitted.kind}, {fitted.vocab_size:,} ids, "
-                f"{fitted.fingerprint[:16]}); it is not overwritten, since runs may depend on it: name another folder "
-                "or delete that one"
+                f"{folder} holds another tokenizer ({there.kind}, {there.vocab_size:,} ids, "
+                f"fingerprint {there.fingerprint[:16]}; this one would be {fitted.kind}, "
+                f"{fitted.vocab_size:,} ids, {fitted.fingerprint[:16]}); it is not overwritten, "
+                f"since runs may depend on it: name another folder or delete that one"
             )
         return
     try:
-        fitted.save(out)
+        fitted.save(folder)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written ({error.strerror})") from None
+        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # compare
 
 
-def run_compare(args):
+def run_compare(*, data: str, tokenizers: list[str], max_bytes: int, as_json: bool) -> int:
     """`nanochat tokenizer compare`: one row for each tokenizer, on the same held-out text."""
-    from nanochat.data.tokenizer import GPT2_FINGERPRINT
-
-    with contextlib.redirect_stdout(
-        sys.stderr if args.json else sys.stdout
-    ):  # what a download says is no JSON
-        corpus, texts, rows = compared(args)
-    reference = next(
-        (row["bytes_per_token"] for row in rows if row["fingerprint"] == GPT2_FINGERPRINT),
-        None,
-    )
-    for row in rows:
-        row["ratio_to_gpt2"] = (
-            row["bytes_per_token"] / reference if reference and row["bytes_per_token"] else None
-        )
+    # downloads report lines, which are not JSON
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        corpus, texts, rows = _compared(data, tokenizers, max_bytes)
     n_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    if args.json:
-        print(
-            json.dumps(
-                {"data": args.data, "documents": len(texts), "bytes": n_bytes, "tokenizers": rows},
-                indent=2,
-            )
-        )
+    if as_json:
+        found = {
+            "data": data,
+            "documents": len(texts),
+            "bytes": n_bytes,
+            "tokenizers": [asdict(row) for row in rows],
+        }
+        print(json.dumps(found, indent=2))
         return EXIT_COMPLETED
-    print(
-        f"{args.data}: {n_bytes:,} bytes of held-out text, {len(texts):,} document{'s' * (len(texts) != 1)} ({corpus.note})"
-    )
+    documents = "1 document" if len(texts) == 1 else f"{len(texts):,} documents"
+    print(f"{data}: {n_bytes:,} bytes of held-out text, {documents} ({corpus.note})")
     for line in table(rows):
         print(line)
-    if reference is None:
+    if not any(_is_gpt2(row) for row in rows):
         print(
-            "GPT-2's tokenizer is not on this machine; name gpt2 to have it downloaded, or a folder with its encoder.json and merges.txt"
+            "GPT-2's tokenizer is not on this machine; name gpt2 to download it, or a folder with "
+            "its encoder.json and merges.txt"
         )
     return EXIT_COMPLETED
 
 
-def compared(args):
-    """(corpus, held-out texts, rows of measure()) for the arguments of `compare`. UsageError for whatever is wrong with them."""
-    problems, saved = max_bytes_problems(args), {}
-    for name in args.tokenizers:
-        if name not in ("bpe", "char"):  # these are fitted once the data is open
+def _compared(
+    data: str, names: list[str], max_bytes: int
+) -> tuple["Corpus", list[str], list[Measurement]]:
+    """(corpus, held-out texts, a Measurement of each tokenizer) for `compare`.
+
+    Raises UsageError for whatever is wrong with the arguments."""
+    problems = list(_max_bytes_problems(max_bytes))
+    saved = {}
+    for name in names:
+        # bpe and char are fitted once the data is open
+        if name not in ("bpe", "char"):
             try:
                 saved[name] = open_tokenizer(name, NAMES)
             except UsageError as error:
@@ -251,38 +314,63 @@ def compared(args):
         raise UsageError("\n".join(problems))
     from nanochat.data.sources import open_corpus
     from nanochat.data.token_cache import fit_tokenizer
-    from nanochat.data.tokenizer import GPT2_FINGERPRINT, gpt2_tokenizer
 
-    corpus = open_corpus(args.data)
-    names = list(dict.fromkeys(args.tokenizers or ["bpe"]))
-    chosen = [
-        (name, saved[name] if name in saved else fit_tokenizer(corpus, name, -1)) for name in names
+    corpus = open_corpus(data)
+    chosen = {
+        name: saved[name] if name in saved else fit_tokenizer(corpus, name, -1)
+        for name in names or ["bpe"]
+    }
+    chosen |= _gpt2_if_here(chosen)
+    texts = held_out_text(corpus, max_bytes)
+    rows = [measure(name, tokenizer, texts) for name, tokenizer in chosen.items()]
+    return corpus, texts, _with_ratios(rows)
+
+
+def _gpt2_if_here(chosen: dict[str, "Tokenizer"]) -> dict[str, "Tokenizer"]:
+    """{"gpt2": GPT-2's tokenizer} if it is on this machine and not among the chosen ones."""
+    from nanochat.data.tokenizer import GPT2_FINGERPRINT, saved_gpt2_tokenizer
+
+    if any(tokenizer.fingerprint == GPT2_FINGERPRINT for tokenizer in chosen.values()):
+        return {}
+    try:
+        gpt2 = saved_gpt2_tokenizer()
+    except UsageError as error:
+        # nobody asked for it
+        print(f"GPT-2's tokenizer is left out: {error}", file=sys.stderr)
+        return {}
+    return {"gpt2": gpt2} if gpt2 else {}
+
+
+def _is_gpt2(row: Measurement) -> bool:
+    from nanochat.data.tokenizer import GPT2_FINGERPRINT
+
+    return row.fingerprint == GPT2_FINGERPRINT
+
+
+def _with_ratios(rows: list[Measurement]) -> list[Measurement]:
+    """The rows with their ratio_to_gpt2, where one of them is of GPT-2's tokenizer."""
+    reference = next((row.bytes_per_token for row in rows if _is_gpt2(row)), None)
+    if not reference:
+        return rows
+    return [
+        replace(row, ratio_to_gpt2=row.bytes_per_token / reference) if row.bytes_per_token else row
+        for row in rows
     ]
-    if all(tokenizer.fingerprint != GPT2_FINGERPRINT for _, tokenizer in chosen):
-        try:
-            gpt2 = saved_gpt2_tokenizer()
-            chosen += [("gpt2", gpt2)] if gpt2 else []
-        except UsageError as error:  # nobody asked for it
-            print(f"GPT-2's tokenizer is left out: {error}", file=sys.stderr)
-    texts = held_out_text(corpus, args.max_bytes)
-    return corpus, texts, [measure(name, tokenizer, texts) for name, tokenizer in chosen]
 
 
-def max_bytes_problems(args):
-    """A list with the complaint about --max-bytes, if there is one."""
-    return (
-        []
-        if args.max_bytes > 0
-        else [
-            f"--max-bytes {args.max_bytes}: must be positive; it is the held-out text to read, in bytes"
-        ]
-    )
+def _max_bytes_problems(max_bytes: int) -> Iterator[str]:
+    if max_bytes <= 0:
+        yield (
+            f"--max-bytes {max_bytes}: must be positive; it is the held-out text to read, in bytes"
+        )
 
 
-def open_tokenizer(name, names=NAMES_WITHOUT_DATA):
-    """The tokenizer that a TOKENIZER argument means: byte, gpt2 (downloaded if need be), a folder with one, or a run folder.
+def open_tokenizer(name: str, names: tuple[str, ...] = NAMES_WITHOUT_DATA) -> "Tokenizer":
+    """The tokenizer that a TOKENIZER argument means.
 
-    UsageError if there is none, also for bpe and char, which mean nothing without data. names: those that the command takes."""
+    name: byte, gpt2 (downloaded if need be), a folder with one, or a run folder. names: those that
+    the command takes. Raises UsageError if there is none, also for bpe and char, which mean nothing
+    without data."""
     from nanochat.data.tokenizer import (
         TOKENIZER_FILE,
         gpt2_tokenizer,
@@ -295,29 +383,31 @@ def open_tokenizer(name, names=NAMES_WITHOUT_DATA):
     if name == "gpt2":
         return gpt2_tokenizer()
     folder = Path(name)
+    if not folder.exists() and name in NAMES:
+        raise UsageError(
+            f"{name}: is a kind that is fitted to data; name a folder that `nanochat tokenizer "
+            f"train` or a run wrote"
+        )
     if not folder.exists():
         raise UsageError(
-            f"{name}: is a kind that is fitted to data; name a folder that `nanochat tokenizer train` or a run made"
-            if name in NAMES
-            else f"{name}: no such folder, and not a name of a tokenizer ({', '.join(names)})"
+            f"{name}: no such folder, and not a name of a tokenizer ({', '.join(names)})"
         )
     if folder.is_file() and folder.name in (TOKENIZER_FILE, "encoder.json"):
         folder = folder.parent
     return read_tokenizer(folder)
 
 
-def held_out_text(corpus, max_bytes):
-    """Held-out documents (list of str) in order, up to max_bytes of UTF-8; the last one is cut at a character.
+def held_out_text(corpus: "Corpus", max_bytes: int) -> list[str]:
+    """Held-out documents in order, up to max_bytes of UTF-8; the last is cut at a character.
 
-    UsageError if not even the first character fits."""
-    texts, left = [], max_bytes
-    for shard in corpus.val:
-        for text in shard.documents():
-            content = text.encode("utf-8")
-            texts.append(text if len(content) <= left else content[:left].decode("utf-8", "ignore"))
-            left -= len(content)
-            if left <= 0:
-                break
+    Raises UsageError if not even the first character fits."""
+    texts = []
+    left = max_bytes
+    documents = (text for shard in corpus.val for text in shard.documents())
+    for text in documents:
+        content = text.encode("utf-8")
+        texts.append(text if len(content) <= left else content[:left].decode("utf-8", "ignore"))
+        left -= len(content)
         if left <= 0:
             break
     texts = [text for text in texts if text]
@@ -328,129 +418,110 @@ def held_out_text(corpus, max_bytes):
     return texts
 
 
-def measure(name, tokenizer, texts):
-    """A dict on one tokenizer and some texts; see its keys. A text that it cannot encode makes `error`, and no number then.
-
-    mb_per_second: 10^6 bytes of UTF-8 a second, on one thread, set-up excluded. round_trip: the tokens' bytes, one after
-    another, are the text's, exactly."""
+def measure(name: str, tokenizer: "Tokenizer", texts: list[str]) -> Measurement:
+    """The Measurement of a tokenizer on some texts. One that cannot encode them has an error."""
     from nanochat.data.token_cache import by_size
 
-    row = {
-        "tokenizer": name,
-        "kind": tokenizer.kind,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": tokenizer.fingerprint,
-        "bytes": sum(len(text.encode("utf-8")) for text in texts),
-        "tokens": None,
-        "bytes_per_token": None,
-        "mb_per_second": None,
-        "round_trip": None,
-        "ratio_to_gpt2": None,
-        "error": None,
-    }
+    row = Measurement(
+        tokenizer=name,
+        kind=tokenizer.kind,
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=tokenizer.fingerprint,
+        bytes=sum(len(text.encode("utf-8")) for text in texts),
+    )
+    seconds = 0.0
+    tokens = 0
+    same = True
     try:
-        tokenizer.encode_batch([texts[0][:1000]])  # builds tiktoken's tables
-        seconds, tokens, same = 0.0, 0, True
+        # builds tiktoken's tables, which is not measured
+        tokenizer.encode_batch([texts[0][:1000]])
         for batch in by_size(texts, BATCH_BYTES):
             began = time.perf_counter()
             ids_of = tokenizer.encode_batch(batch)
             seconds += time.perf_counter() - began
             tokens += sum(len(ids) for ids in ids_of)
-            same &= all(
-                b"".join(map(tokenizer.token_bytes, ids.tolist())) == text.encode("utf-8")
-                for ids, text in zip(ids_of, batch, strict=True)
-            )
+            for ids, text in zip(ids_of, batch, strict=True):
+                restored = b"".join(map(tokenizer.token_bytes, ids.tolist()))
+                same = same and restored == text.encode("utf-8")
     except UsageError as error:
-        row["error"] = str(error).split(";")[0]  # what follows advises on train.py's flags
-        return row
-    return row | {
-        "tokens": tokens,
-        "bytes_per_token": row["bytes"] / tokens,
-        "mb_per_second": row["bytes"] / 1e6 / seconds,
-        "round_trip": same,
-    }
+        # what follows the semicolon advises on train.py's flags
+        return replace(row, error=str(error).split(";")[0])
+    return replace(
+        row,
+        tokens=tokens,
+        bytes_per_token=row.bytes / tokens,
+        mb_per_second=row.bytes / 1e6 / seconds,
+        round_trip=same,
+    )
 
 
-def table(rows):
+COLUMNS = ("tokenizer", "kind", "ids", "tokens", "bytes/token", "of GPT-2's", "MB/s", "round trip")
+
+
+def table(rows: list[Measurement]) -> Iterator[str]:
     """Lines of text: a heading and one line a row, columns aligned."""
-    cells = [
-        (
-            "tokenizer",
-            "kind",
-            "ids",
-            "tokens",
-            "bytes/token",
-            "of GPT-2's",
-            "MB/s",
-            "text comes back",
-        )
-    ]
-    for row in rows:
-        start = (row["tokenizer"], row["kind"], f"{row['vocab_size']:,}")
-        if row["bytes_per_token"] is None:
-            cells.append((*start, "-", "-", "-", "-", f"no: {row['error']}"))
-            continue
-        ratio = "-" if row["ratio_to_gpt2"] is None else f"{row['ratio_to_gpt2']:.3f}"
-        cells.append(
-            (
-                *start,
-                f"{row['tokens']:,}",
-                f"{row['bytes_per_token']:.3f}",
-                ratio,
-                f"{row['mb_per_second']:.1f}",
-                "exactly" if row["round_trip"] else "NO: the bytes differ",
-            )
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]) - 1)]
-    for line in cells:
-        padded = [
-            text.ljust(width) if i < 2 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=False))
-        ]
-        yield "  ".join([*padded, line[-1]]).rstrip()
+    lines = [COLUMNS, *map(_cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    for line in lines:
+        # names to the left, numbers to the right, the last column as it is
+        names = [text.ljust(width) for text, width in zip(line[:2], widths[:2], strict=True)]
+        numbers = [text.rjust(width) for text, width in zip(line[2:-1], widths[2:-1], strict=True)]
+        yield "  ".join([*names, *numbers, line[-1]]).rstrip()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _cells(row: Measurement) -> tuple[str, ...]:
+    """A row of the table."""
+    start = (row.tokenizer, row.kind, f"{row.vocab_size:,}")
+    if row.bytes_per_token is None:
+        return (*start, "-", "-", "-", "-", f"no: {row.error}")
+    return (
+        *start,
+        f"{row.tokens:,}",
+        f"{row.bytes_per_token:.3f}",
+        "-" if row.ratio_to_gpt2 is None else f"{row.ratio_to_gpt2:.3f}",
+        f"{row.mb_per_second:.1f}",
+        "exact" if row.round_trip else "NO: the bytes differ",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # inspect
 
 
-def run_inspect(args):
-    """`nanochat tokenizer inspect`: the tokenizer in words, and the tokens of --text, one a line."""
-    tokenizer = open_tokenizer(args.tokenizer)
-    from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN
-
-    pattern = {
-        None: "none",
-        SPLIT_PATTERN: "nanochat's",
-        GPT2_PATTERN: "GPT-2's",
-    }[tokenizer.pattern]
-    longest = (
-        sorted(tokenizer.tokens, key=len, reverse=True)[:LONGEST_SHOWN]
-        if tokenizer.kind == "bpe"
-        else []
-    )
-    characters = b"".join(tokenizer.tokens).decode("utf-8") if tokenizer.kind == "char" else ""
-    print(f"kind           {tokenizer.kind}, split pattern: {pattern}")
-    print(f"vocabulary     {tokenizer.vocab_size:,} ids")
-    print(f"fingerprint    {tokenizer.fingerprint}")
-    print(f"special token  {tokenizer.bos_text}, id {tokenizer.bos}: begins every document")
-    if characters:
-        print(
-            f"characters     {characters[:CHARACTERS_SHOWN]!r}{' ...' * (len(characters) > CHARACTERS_SHOWN)}"
-        )
-    for i, token in enumerate(longest):
-        print(f"{'' if i else 'longest tokens':<14} {len(token):>3} bytes  {shown(token)}")
-    if args.text is not None:
-        ids = tokenizer.encode(args.text)
-        n_bytes = sum(len(tokenizer.token_bytes(i)) for i in ids)
-        rate = f", {n_bytes / len(ids):.2f} bytes a token" if ids else ""
-        print(f"text           {len(ids):,} tokens for {n_bytes:,} bytes{rate}")
-        for i in ids:
-            print(f"{i:>14} {shown(tokenizer.token_bytes(i))}")
+def run_inspect(*, tokenizer: str, text: str | None) -> int:
+    """`nanochat tokenizer inspect`: the tokenizer in words, and the tokens of a text."""
+    for line in _description(open_tokenizer(tokenizer), text):
+        print(line)
     return EXIT_COMPLETED
 
 
-def shown(token):
+def _description(tokenizer: "Tokenizer", text: str | None) -> Iterator[str]:
+    from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN
+
+    patterns = {None: "none", SPLIT_PATTERN: "nanochat's", GPT2_PATTERN: "GPT-2's"}
+    yield f"kind           {tokenizer.kind}, split pattern: {patterns[tokenizer.pattern]}"
+    yield f"vocabulary     {tokenizer.vocab_size:,} ids"
+    yield f"fingerprint    {tokenizer.fingerprint}"
+    yield f"special token  {tokenizer.bos_text}, id {tokenizer.bos}: begins every document"
+    if tokenizer.kind == "char":
+        characters = b"".join(tokenizer.tokens).decode("utf-8")
+        more = " ..." if len(characters) > CHARACTERS_SHOWN else ""
+        yield f"characters     {characters[:CHARACTERS_SHOWN]!r}{more}"
+    if tokenizer.kind == "bpe":
+        longest = sorted(tokenizer.tokens, key=len, reverse=True)[:LONGEST_SHOWN]
+        labels = ["longest tokens"] + [""] * (len(longest) - 1)
+        for label, token in zip(labels, longest, strict=True):
+            yield f"{label:<14} {len(token):>3} bytes  {shown(token)}"
+    if text is not None:
+        ids = tokenizer.encode(text)
+        n_bytes = sum(len(tokenizer.token_bytes(i)) for i in ids)
+        rate = f", {n_bytes / len(ids):.2f} bytes a token" if ids else ""
+        yield f"text           {len(ids):,} tokens for {n_bytes:,} bytes{rate}"
+        for i in ids:
+            yield f"{i:>14} {shown(tokenizer.token_bytes(i))}"
+
+
+def shown(token: bytes) -> str:
     """A token's bytes in quotes: as text where they are whole characters, else as bytes."""
     try:
         return repr(token.decode("utf-8"))

@@ -1,0 +1,249 @@
+"""`nanochat data inspect | fetch | tokenize | mix`: look into text, have it here, or mix it."""
+
+import argparse
+import math
+
+from nanochat.common import UsageError
+
+# documents whose beginning `inspect` shows unless --documents says otherwise
+EXAMPLES = 3
+DEFAULT_SHARD_BYTES = 64 << 20
+# of a mix
+HELD_OUT_SHARE = 0.02
+DATA_HELP = (
+    "text, as train.py's --data takes it: climbmix, hf:..., python, a file, a folder, a pattern, "
+    "..."
+)
+VAL_DATA_HELP = "path, glob or folder to validate on; empty: what train.py would hold out of DATA"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with its four commands. Imports nothing heavy, so that --help is immediate."""
+    parser = argparse.ArgumentParser(
+        prog="nanochat data",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Look into a data set, download and tokenize it before training, or mix "
+        "several.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parsers = [
+        _add_inspect(commands),
+        _add_fetch(commands),
+        _add_tokenize(commands),
+        _add_mix(commands),
+    ]
+    usages = [" ".join(command.format_usage().split()[1:]) for command in parsers]
+    heading = "commands in full (nanochat data COMMAND --help explains them):"
+    parser.epilog = "\n".join([heading, *(f"  {usage}" for usage in usages)])
+    return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    inspect = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        help="what a data set is and how much of it is on this disk",
+        description="Size, held-out part, fingerprint, licence, lengths of documents, and which "
+        "files are on this disk. Of a large data set on the network only the listing is "
+        "downloaded, unless --documents asks to see some.",
+    )
+    inspect.add_argument("data", metavar="DATA", help=DATA_HELP)
+    inspect.add_argument("--val-data", default="", metavar="PATH", help=VAL_DATA_HELP)
+    inspect.add_argument(
+        "--documents",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="documents to show the beginning of; downloads a file if none is on this disk "
+        f"(-1: {EXAMPLES}, if text is on this disk)",
+    )
+    inspect.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one JSON object"
+    )
+    return inspect
+
+
+def _add_fetch(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    fetch = commands.add_parser(
+        "fetch",
+        allow_abbrev=False,
+        help="download what a training run will read",
+        description="Download the files of DATA that train.py reads in a run of --tokens with the "
+        "same --seed, --tokenizer and --max-seq-len, and those to validate on. Reports what is "
+        "missing, and exits with 1 if anything is. A small data set is downloaded whole, as "
+        "train.py does.",
+    )
+    _add_what_a_run_reads(fetch)
+    return fetch
+
+
+def _add_tokenize(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    tokenize = commands.add_parser(
+        "tokenize",
+        allow_abbrev=False,
+        help="download and tokenize what a training run will read",
+        description="Do now what train.py does while it trains: download the shards of DATA, fit "
+        "the tokenizer, and write the token files that every later run with it finds.",
+    )
+    _add_what_a_run_reads(tokenize)
+    return tokenize
+
+
+def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
+    """The arguments that `fetch` and `tokenize` share."""
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    amount = command.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--tokens",
+        type=_count,
+        metavar="N",
+        help="tokens that the run will train on, such as 2e9",
+    )
+    amount.add_argument(
+        "--shards",
+        type=_count,
+        metavar="N",
+        help="so many training shards, in the order in which a run reads them",
+    )
+    amount.add_argument("--all", dest="everything", action="store_true", help="the whole data set")
+    command.add_argument("--val-data", default="", metavar="PATH", help=VAL_DATA_HELP)
+    command.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="NAME",
+        help="the run's --tokenizer: bpe, char, byte, gpt2, a folder with one, or a run folder "
+        "(default %(default)s)",
+    )
+    command.add_argument(
+        "--vocab-size",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="the run's --vocab-size (-1: derived from the size of the data)",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="the run's --seed, which orders the shards (default %(default)s)",
+    )
+    command.add_argument(
+        "--max-seq-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="the run's --max-seq-len (default %(default)s)",
+    )
+
+
+def _add_mix(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    mix = commands.add_parser(
+        "mix",
+        allow_abbrev=False,
+        help="write a folder of documents drawn from several data sets",
+        description="Write a folder for train.py's --data=OUT: documents of the sources in "
+        "shuffled order, none drawn twice, with the shares of bytes that the weights give. The "
+        "last file by name holds documents that the sources hold out; sources.json says what came "
+        "from where. A document is cut only where a source reaches its share.",
+    )
+    mix.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
+    mix.add_argument(
+        "sources",
+        metavar="SOURCE=WEIGHT",
+        nargs="+",
+        help="data as train.py's --data takes it, and its weight, such as python=0.5",
+    )
+    mix.add_argument(
+        "--bytes",
+        dest="train_bytes",
+        type=_count,
+        required=True,
+        metavar="N",
+        help="bytes of text to train on, such as 2e9",
+    )
+    mix.add_argument(
+        "--val-bytes",
+        type=_count,
+        default=-1,
+        metavar="N",
+        help=f"bytes of text to validate on (-1: {HELD_OUT_SHARE:.0%}% of --bytes, at most one "
+        "shard)",
+    )
+    mix.add_argument(
+        "--shard-bytes",
+        type=_count,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="N",
+        help="bytes of text in a file; also what is held in memory to shuffle (default "
+        "%(default)s)",
+    )
+    mix.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="seed of the drawing and of the order (default %(default)s)",
+    )
+    mix.add_argument(
+        "--repeat",
+        action="store_true",
+        help="draw from a source again when it runs out, instead of more from the others",
+    )
+    return mix
+
+
+def _count(text: str) -> int:
+    """argparse type of a whole number of at least 1, also written as 2e9."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (1 <= value < 1 << 63 and value == int(value)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of at least 1 (2e9 is one)"
+        )
+    return int(value)
+
+
+def main(argv: list[str]) -> int:
+    """Run the app with its arguments (without the app's name); returns the exit code.
+
+    Raises UsageError and Unavailable."""
+    values = vars(build_parser().parse_args(argv))
+    command = values.pop("command")
+    if command == "inspect":
+        return _inspect(**values)
+    if command == "mix":
+        return _mix(**values)
+    from nanochat.apps.data.fetch import Wanted, run_fetch, run_tokenize
+
+    run = run_fetch if command == "fetch" else run_tokenize
+    return run(Wanted(**values))
+
+
+def _inspect(*, data: str, val_data: str, documents: int, as_json: bool) -> int:
+    from nanochat.apps.data.inspection import run_inspect
+
+    if documents < -1:
+        raise UsageError(f"--documents {documents}: give a number of documents, 0 for none, or -1")
+    chosen = None if documents == -1 else documents
+    return run_inspect(data, val_data, documents=chosen, as_json=as_json)
+
+
+def _mix(
+    *,
+    out: str,
+    sources: list[str],
+    train_bytes: int,
+    val_bytes: int,
+    shard_bytes: int,
+    seed: int,
+    repeat: bool,
+) -> int:
+    from nanochat.apps.data.mix import Recipe, run_mix
+
+    if val_bytes == -1:
+        val_bytes = max(1, min(int(HELD_OUT_SHARE * train_bytes), shard_bytes))
+    return run_mix(out, sources, Recipe(train_bytes, val_bytes, shard_bytes, seed, repeat))
