@@ -79,6 +79,7 @@ def stream_seed(seed: int, *names: int | str) -> int:
 
     Example: stream_seed(42, "rows", epoch, shard)."""
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    # 63 bits: some generators take signed integers only.
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -253,6 +254,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike, what: str) -> Any:
     """Parse a JSON file. UsageError, with `what` naming the file, if it is missing or not JSON."""
     try:
+        # UnicodeDecodeError is a ValueError: bytes that are not UTF-8 are no JSON either.
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{what}: {path} does not exist") from None

@@ -1,5 +1,8 @@
-"""Attention backends against an explicit fp64 softmax over every pair of positions; the Triton kernel has tests/test_flash_attention.py."""
+"""Attention backends against an explicit fp64 softmax over every pair of positions.
 
+The Triton kernel is tested in tests/test_flash_attention.py."""
+
+import functools
 import importlib.util
 import sys
 import types
@@ -12,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanochat.common import UsageError
 from nanochat.model.attention import (
     BACKENDS,
-    blocks_of_scores,
     attention,
+    blocks_of_scores,
     branched_attention,
     pick_backend,
     usable_backends,
@@ -41,9 +44,11 @@ CASES = [
 
 
 def inputs(T, S, H, K, D, seed=0):
-    """q, k, v and an output gradient as a trained model with QK-norm has them: unit RMS, peaked scores.
+    """q, k, v and an output gradient like those of a trained model with QK-norm: unit RMS, peaked
+    scores.
 
-    Positions belong to one of eight topics, so that scores of a few keys stand out by several units."""
+    Positions belong to one of eight topics, so that scores of a few keys stand out by several
+    units."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -57,7 +62,7 @@ def inputs(T, S, H, K, D, seed=0):
 
 
 def reference(q, k, v, window):
-    """Every score, one dense mask, key/value heads repeated; in the dtype of the inputs throughout."""
+    """Every score, one dense mask, key/value heads repeated; all in the dtype of the inputs."""
     T, S, D, group = q.size(1), k.size(1), q.size(3), q.size(2) // k.size(2)
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / D**0.5
@@ -70,14 +75,11 @@ def output_and_gradients(function, q, k, v, grad_out, dtype):
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
     out = function(*leaves)
     out.backward(grad_out.to(dtype))
-    with torch.no_grad():  # may take a shorter way
+    # without gradients the backends may take a shorter path
+    with torch.no_grad():
         alone = function(*leaves)
-    return dict(
-        zip(
-            ("out", "alone", "dq", "dk", "dv"),
-            (out.detach(), alone, *(leaf.grad for leaf in leaves)),
-        )
-    )
+    dq, dk, dv = (leaf.grad for leaf in leaves)
+    return {"out": out.detach(), "alone": alone, "dq": dq, "dk": dk, "dv": dv}
 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
@@ -90,9 +92,8 @@ def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D)
     )
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == torch.float32
-        scale = (
-            exact[name].abs().max().clamp_min(1.0)
-        )  # dq and dk are exactly 0 where one key is visible
+        # dq and dk are exactly 0 where one key is visible
+        scale = exact[name].abs().max().clamp_min(1.0)
         assert (ours[name] - exact[name]).abs().max() <= 2e-5 * scale, name
 
 
@@ -102,7 +103,8 @@ def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D)
     [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128), (65, 257, FULL, 4, 1, 32)],
 )
 def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
-    """Three-way rule: the error against exact arithmetic on the same bf16 inputs, compared with plain PyTorch's."""
+    """Three-way rule: the error against exact arithmetic on the same bf16 inputs is compared with
+    that of plain PyTorch."""
     q, k, v, grad_out = (x.bfloat16() for x in inputs(T, S, H, K, D))
     exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
     plain = output_and_gradients(
@@ -122,16 +124,15 @@ def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
 @pytest.mark.parametrize("T", [1, 63, 65, 257, 1000])
 @pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 1, 64), (2, 2, 128), (4, 1, 128)])
 def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
-    """The blocked path at windows 1, 31 and T: outputs and all gradients, against fp64, beside plain PyTorch in the same dtype."""
+    """The blocked path at windows 1, 31 and T: errors of outputs and all gradients against fp64 are
+    compared with those of plain PyTorch in the same dtype."""
     for window in sorted({1, min(31, T), T}):
         q, k, v, grad_out = (x.to(dtype) for x in inputs(T, T, H, K, D))
-        exact = output_and_gradients(
-            lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64
-        )
-        plain = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, dtype)
-        ours = output_and_gradients(
-            lambda *x: attention(*x, window, "blocked"), q, k, v, grad_out, dtype
-        )
+        plainly = functools.partial(reference, window=window)
+        blocked = functools.partial(attention, window=window, backend="blocked")
+        exact = output_and_gradients(plainly, q, k, v, grad_out, torch.float64)
+        plain = output_and_gradients(plainly, q, k, v, grad_out, dtype)
+        ours = output_and_gradients(blocked, q, k, v, grad_out, dtype)
         for name in exact:
             error, allowed = ((x[name] - exact[name]).norm() for x in (ours, plain))
             assert error <= 1.5 * allowed + 1e-7 * exact[name].norm(), (
@@ -140,7 +141,8 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
 
 
 def test_blocked_keeps_little_for_the_backward_pass():
-    """Per score the weight in the compute dtype and nothing else; of keys and values what a block sees, once."""
+    """Per score only the weight, in the compute dtype; of keys and values what a block sees,
+    once."""
     T, H, D, kept = 1024, 2, 64, 0
 
     def pack(tensor):
@@ -182,8 +184,9 @@ def test_blocked_work_grows_with_the_window_not_with_the_square():
 
 
 def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
-    """Traced, forward and backward, though not made into a kernel: on a CPU that is refused, which is taken out here. One mask serves all
-    graphs of a window; without a window, or uncompiled, there is none."""
+    """Traced, forward and backward, but not compiled to a kernel: torch refuses that on a CPU, so
+    its check is removed here. One mask serves all graphs of a window; without a window, or
+    uncompiled, there is none."""
     from torch.nn.attention import flex_attention as torchs
 
     from nanochat.model.kernels import flex_attention as ours
@@ -204,7 +207,7 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
             attention(*leaves, window, "flex"), exact.float(), atol=2e-5, rtol=2e-5
         )
         out = torch.compile(
-            lambda *x: attention(*x, window, "flex"),
+            functools.partial(attention, window=window, backend="flex"),
             backend="aot_eager",
             fullgraph=True,
             dynamic=False,
@@ -226,7 +229,8 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
 def test_fa3_and_fa4_are_asked_for_the_same_window(
     monkeypatch, T, S, window, also_lse, backend, everything
 ):
-    """Against a stand-in with the meaning of these packages: keys from left before to right after a query, aligned at the end."""
+    """Against a stand-in with the meaning of these packages: a query sees keys from `left` before
+    to `right` after it, aligned at the end."""
 
     def flash_attn_func(q, k, v, causal, window_size, deterministic):
         assert causal and deterministic
@@ -277,7 +281,9 @@ def test_backend_choice(monkeypatch):
         ),
         ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton")),
     ]:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, found=installed: name in found or None
+        )
         assert pick_backend("auto", "cuda")[0] == auto and usable_backends("cuda") == usable
 
 
@@ -337,8 +343,9 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     ],
 )
 def test_rows_that_continue_beginnings(T, lengths, window, heads):
-    """Each row as if its beginning stood before it, whatever the cache holds behind a beginning's end; bf16 as good as attention()."""
-    (H, K, D), n = heads, 3
+    """Each row attends as if its beginning preceded it, whatever the cache holds past the end of
+    the beginning; bf16 is as exact as attention()."""
+    n = 3
     q, k, v, _ = inputs(max(lengths) + T, max(lengths) + T, *heads)
     q, k, v = (
         x[:1].repeat(len(lengths) * n, 1, 1, 1)

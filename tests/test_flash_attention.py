@@ -1,8 +1,10 @@
-"""The Triton attention kernel against plain PyTorch: in Triton's interpreter on any machine, and on a GPU (-m gpu).
+"""The Triton attention kernel against plain PyTorch: in Triton's interpreter on any machine, and on
+a GPU (-m gpu).
 
-Whether kernels are interpreted is settled when triton is first imported, which `torch.use_deterministic_algorithms` in conftest.py does
-too, and holds for a whole process, compiled models included. So this file runs the interpreter in a process of its own: there
-TRITON_INTERPRET=1 is set from the start, and only there the class TestInterpreted is collected."""
+The first import of triton, which `torch.use_deterministic_algorithms` in conftest.py causes too,
+settles for the whole process, compiled models included, whether kernels are interpreted. So this
+file runs the interpreter in a process of its own: there TRITON_INTERPRET=1 is set from the start,
+and only there the class TestInterpreted is collected."""
 
 import functools
 import importlib.util
@@ -67,7 +69,8 @@ def test_in_the_interpreter():
 
 
 def compare(ours, plain, exact):
-    """Three-way rule: our error against exact arithmetic on the same inputs, beside that of plain PyTorch in their dtype."""
+    """Three-way rule: our error against exact arithmetic on the same inputs is compared with that
+    of plain PyTorch in their dtype."""
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == plain[name].dtype
         error, allowed = ((x[name] - exact[name]).norm() for x in (ours, plain))
@@ -121,7 +124,9 @@ def llama_block(backend, device="cpu", dtype=torch.float32, head_dim=16, T=70):
 
 
 def output_and_gradients_of_block(block, x, rope, run=None):
-    """By name: the output, and gradients for the input and the weights. run: in place of calling the block."""
+    """By name: the output, and gradients for the input and the weights.
+
+    run: in place of calling the block."""
     leaf = x.clone().requires_grad_()
     out = block(leaf, rope) if run is None else run(leaf, rope)
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -146,7 +151,8 @@ class TestInterpreted:
     def rounding(self, monkeypatch):
         small.round_in_interpreter(monkeypatch)
 
-    # T queries, S keys, window, H query heads, K key/value heads, D head dim; the interpreter's tiles are 64 x 32 and 32 x 64
+    # T queries, S keys, window, H query heads, K key/value heads, D head dim; the interpreter's
+    # tiles are 64 x 32 and 32 x 64
     @pytest.mark.parametrize(
         "T, S, window, H, K, D",
         [
@@ -213,7 +219,8 @@ class TestInterpreted:
                 torch.testing.assert_close(x, exact[name].float(), atol=2e-5, rtol=2e-5)
 
     def test_reads_any_strides(self):
-        """Heads side by side in one tensor, keys at the start of a cache with NaN behind them, and an expanded gradient."""
+        """Adjacent heads in one tensor, keys at the start of a cache with NaN past them, and an
+        expanded gradient."""
         T, S, H, K, D, window = 70, 90, 2, 1, 32, 40
         q, k, v, _ = inputs(T, S, H, K, D)
         joined = torch.cat((q, q, q), dim=2)
@@ -240,7 +247,8 @@ class TestInterpreted:
         )
 
     def test_hidden_blocks_are_not_visited(self):
-        """What a masked product would turn to NaN stays finite, away from the blocks that hold some visible score."""
+        """NaN in blocks without any visible score does not reach the result, as it would through a
+        masked product."""
         T, window = 256, 8
         q, k, v, grad_out = (x[:1] for x in inputs(T, T, 1, 1, 16))
 
@@ -290,7 +298,8 @@ class TestInterpreted:
         torch.library.opcheck(module._backward_op, (grad_out, q, k, v, out, lse, 3))
 
     def test_in_a_compiled_block(self):
-        """One graph, and the eager block's output and gradients; the operator is only called, so "aot_eager" shows as much as inductor."""
+        """One graph, and the eager block's output and gradients. The operator is only called, so
+        "aot_eager" tests as much as inductor."""
         torch.compiler.reset()
         block, (x, rope) = llama_block("triton")
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -336,11 +345,13 @@ class TestInterpreted:
 
 # ---- compiled for GPUs, without one ----
 
-SPILLED_BYTES = 640  # of a thread's registers, kept in memory: some, outside of the loops over blocks without masks
+# Bytes of a thread's registers that may be spilled to memory, outside the loops without masks.
+SPILLED_BYTES = 640
 
 
 def compile_for(capability, head_dim, dtype):
-    """{pass: (shared memory, its estimate, bytes that a thread keeps on its stack, matrix instructions)} of the kernels. Needs no GPU."""
+    """{pass: (shared memory, its estimate, bytes that a thread keeps on its stack, matrix
+    instructions)} of the kernels. Needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -419,8 +430,12 @@ slow = pytest.mark.slow
     ],
 )
 def test_compiles_for_gpus(tmp_path, capability, head_dim, dtype):
-    """With the tiles in use all three kernels compile, within shared memory and nearly within registers, to matrix instructions."""
-    code = f"import json, test_flash_attention as t; print(json.dumps(t.compile_for({capability}, {head_dim}, {dtype!r})))"
+    """With the tiles in use all three kernels compile to matrix instructions, within shared memory
+    and nearly within registers."""
+    code = (
+        f"import json, test_flash_attention as tests; "
+        f"print(json.dumps(tests.compile_for({capability}, {head_dim}, {dtype!r})))"
+    )
     shown = in_a_process(
         "-c", f"import sys; sys.path[:0] = ['.', 'tests']; {code}", TRITON_CACHE_DIR=str(tmp_path)
     )
@@ -519,7 +534,8 @@ def test_gpu_compiled_block(backend, around):
 @pytest.mark.parametrize("backend", ["flex", "fa3", "fa4"])
 @pytest.mark.parametrize("T, window", [(512, FULL), (1024, 300), (1001, 500)])
 def test_gpu_other_backends(backend, T, window):
-    """The same three-way rule for what comes from elsewhere; FlashAttention-3 and 4 where they are installed."""
+    """The same three-way rule for backends of other projects; FlashAttention-3 and 4 where they are
+    installed."""
     if problem := backend_problem(backend, "cuda", torch.bfloat16, 128):
         pytest.skip(problem)
     q, k, v, grad_out = (x.to("cuda", torch.bfloat16) for x in inputs(T, T, 4, 2, 128))

@@ -1,6 +1,8 @@
-"""Training in fp8: which layers, the products against a plain quantization, evaluation, checkpoints, resuming, refusals.
+"""Training in fp8: which layers, the products against a plain quantization, evaluation,
+checkpoints, resuming, refusals.
 
-On a CPU torchao multiplies in fp32 what it rounded to fp8 (fp8.EMULATE); what a GPU does is tested where there is one."""
+On a CPU torchao multiplies in fp32 what it rounded to fp8 (fp8.EMULATE); the products of a GPU are
+tested where there is one."""
 
 import importlib.util
 import json
@@ -38,14 +40,16 @@ SMALL = GPTConfig(
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """fp8 on this machine, in small layers; its peak not measured, which would take longer than the runs here."""
+    """fp8 on this machine, in small layers. Its peak is not measured, which would take longer than
+    these runs."""
     monkeypatch.setattr(hardware, "measured_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(fp8, "EMULATE", True)
     monkeypatch.setattr(fp8, "LEAST_MEAN_DIM", 64)
 
 
 def model_of(config, recipe=None):
-    """A model in bf16 with no weight of zero, in training mode; its layers in fp8 where there is a recipe."""
+    """A model in bf16 with no weight of zero, in training mode; with a recipe, its layers in
+    fp8."""
     model = build(config, CPU, torch.bfloat16, seed=1).train()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -97,7 +101,8 @@ def test_large_divisible_layers_of_the_blocks(config, per_block):
 
 
 def test_how_much_is_in_fp8():
-    """All matrices of the 24 blocks, 12 x 1536^2 in each; the products of attention, the head and gates are the rest."""
+    """All matrices of the 24 blocks, 12 x 1536^2 in each; the rest is the products of attention,
+    the head and gates."""
     model = meta_model(config_of(24))
     share = 6 * 12 * 1536**2 * 24 / model.flops_per_token()
     assert (
@@ -111,7 +116,7 @@ def test_how_much_is_in_fp8():
 
 
 def quantized(x, largest, dim=None):
-    """x rounded to fp8 with one scale, or (dim) one for each slice along it, of a power of two; in fp64."""
+    """x rounded to fp8, in fp64, with one scale or, given dim, one power of two for each slice."""
     kind = {448.0: torch.float8_e4m3fn, 57344.0: torch.float8_e5m2}[largest]
     top = x.float().abs().max() if dim is None else x.float().abs().amax(dim, keepdim=True)
     scale = largest / top.double()
@@ -122,7 +127,7 @@ def quantized(x, largest, dim=None):
 
 
 def reference(x, weight, grad, recipe):
-    """(output, gradient of x, gradient of weight) of x @ weight.T in fp64, operands rounded to fp8."""
+    """(output, gradient of x, gradient of weight) of x @ weight.T in fp64, operands in fp8."""
 
     def rounded(tensor, largest, dim):  # dim: the one that the product sums over
         return quantized(tensor, 448.0, dim) if recipe == "rowwise" else quantized(tensor, largest)
@@ -180,7 +185,8 @@ def test_products_are_those_of_operands_rounded_to_fp8(emulated, recipe):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_how_far_fp8_is_from_bf16(emulated, recipe):
-    """Five per cent forward, eight for gradients; and no nearer than fp8 can be, so that it is in fp8 at all."""
+    """At most 5% forward and 8% for gradients; and no closer than fp8 can be, which proves that it
+    is in fp8."""
     layer, x, grad = layer_and_inputs(64, 512, 768)
     plain = pass_of(layer, x, grad)
     errors = [
@@ -191,7 +197,8 @@ def test_how_far_fp8_is_from_bf16(emulated, recipe):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_fp8_instructions_give_what_emulation_gives(emulated, monkeypatch, recipe):
-    """torch's own product of fp8 numbers, which a CPU has too, if slowly: layouts and scales are what it takes."""
+    """torch's own product of fp8 numbers, which a CPU has too, if slow, accepts layouts and
+    scales."""
     layer, x, grad = layer_and_inputs(32, 64, 96)
     emulation = pass_of(converted(layer, recipe), x, grad)
     monkeypatch.setattr(fp8, "EMULATE", False)
@@ -232,7 +239,8 @@ def test_compiled_on_a_gpu(recipe):
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 @pytest.mark.parametrize("arch", ["speedrun", "llama"])
 def test_a_model_in_fp8(emulated, recipe, arch):
-    """Training differs a little from bf16, evaluation in no bit; parameters keep names, dtypes and values."""
+    """Training differs a little from bf16, evaluation in no bit; parameters keep names, dtypes and
+    values."""
     changes = (
         {} if arch == "speedrun" else {"arch": "llama", "window_pattern": "L", "key_shift": False}
     )
@@ -297,7 +305,8 @@ def stop_at(monkeypatch, step):
 
 
 def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
-    """Stopped and resumed it is the same to the last bit; its checkpoints are as those of a run in bf16, and load without torchao."""
+    """Stopped and resumed it is the same to the last bit; its checkpoints have the format of a run
+    in bf16, and load without torchao."""
     assert small.run(tmp_path, *FLAGS, tag="whole") == 0
     assert "12 layers with" in capsys.readouterr().out
     with monkeypatch.context() as patch:
@@ -322,7 +331,7 @@ def test_a_run_in_fp8(emulated, tmp_path, monkeypatch, capsys):
         and losses[11] < losses[0] - 0.3
     )
 
-    # the evaluation at the end was in bf16, as that of the saved weights in a model that knows nothing of fp8
+    # the evaluation at the end was in bf16: the saved weights give the same in a model without fp8
     from nanochat.data.rows import held_out_pieces
     from nanochat.data.sources import local_corpus
     from nanochat.data.token_cache import TokenCache

@@ -1,5 +1,5 @@
-"""The Triton kernel of the loss. Three-way rule: its error against fp64 may not exceed that of plain
-PyTorch in the same dtype.
+"""The Triton kernel of the loss. Three-way rule: its error against fp64 may not exceed that of
+plain PyTorch in the same dtype.
 
 It runs on the GPU where there is one, otherwise in Triton's interpreter."""
 
@@ -21,17 +21,15 @@ from nanochat.model.loss import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as environment:
-    if (
-        DEVICE == "cpu"
-    ):  # read where kernels are defined; not left to other tests and what they start
+    # read where kernels are defined; other tests and their processes must not inherit it
+    if DEVICE == "cpu":
         environment.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from nanochat.model.kernels.cross_entropy import cross_entropy_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FLOOR = (
-    1e-6 if DEVICE == "cuda" else 2e-7
-)  # relative error that is always allowed; the exponential of a GPU is an approximate instruction
+# Relative error that is always allowed; the exponential of a GPU is an approximate instruction.
+FLOOR = 1e-6 if DEVICE == "cuda" else 2e-7
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,8 @@ def interpreter(monkeypatch):
     from triton.runtime import JITFunction, interpreter
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # triton's own functions in kernels, such as tl.sum, if triton was imported before: the compiler of torch does that
+    # triton's own functions in kernels, such as tl.sum: they are not interpreted if triton was
+    # imported before, which torch's compiler does
     for module in (tl, tl.standard):
         for name, function in list(vars(module).items()):
             if isinstance(function, JITFunction):
@@ -72,8 +71,8 @@ def assert_no_worse(ours, plain, exact, floor=FLOOR):
 
 
 def rows(R, V, dtype, seed=0):
-    """Logits that grow along the row, of tens and in every other row of tenths; targets of which a third are the likeliest and a fifth
-    do not count; a factor for each row."""
+    """Logits that grow along the row, of tens and in every other row of tenths; targets, of which a
+    third are the likeliest and a fifth do not count; a factor for each row."""
     logits = 20 * randn(R, V, seed=seed) + torch.linspace(-20, 20, V, device=DEVICE)
     logits[::2] *= 0.01
     logits = logits.to(dtype)
@@ -135,7 +134,8 @@ def test_cross_entropy_of_a_whole_vocabulary(softcap, dtype):
 
 
 def test_cross_entropy_writes_nothing_else():
-    """Rows of a wider tensor, whose other columns stay; nothing at all is written without a scale; zeros where a token does not count."""
+    """Given rows of a wider tensor, it leaves the other columns; without a scale it writes nothing;
+    a token that does not count gets zeros."""
     logits, targets, scale = rows(11, 500, torch.bfloat16)
     wide = torch.cat((logits, logits), dim=1)
     nats = cross_entropy_(wide[:, :500], targets, None, 15.0)
@@ -148,7 +148,7 @@ def test_cross_entropy_writes_nothing_else():
 
 
 def test_cross_entropy_shows_what_is_wrong():
-    """NaN for the row with a logit that is NaN, or with a target that does not exist, and for no other."""
+    """NaN for the row with a NaN logit, or with a target that does not exist, and for no other."""
     logits, targets, scale = rows(6, 300, torch.float32)
     logits[2, 299], targets[2], targets[4] = float("nan"), 7, 300
     assert cross_entropy_(logits, targets, scale, 15.0).isnan().tolist() == [
@@ -175,9 +175,8 @@ def plain_loss(hidden, weight, targets, softcap, reduction):
 def loss_and_gradients(function, hidden, weight, *rest):
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
     nats = function(hidden, weight, *rest)
-    (
-        nats.sum() / 3
-    ).backward()  # of "none", whose upstream gradient is then one number with strides of 0
+    # the upstream gradient of "none" is then one number with strides of 0
+    (nats.sum() / 3).backward()
     return {"nats": nats.detach(), "d hidden": hidden.grad, "d weight": weight.grad}
 
 
@@ -206,7 +205,8 @@ def test_linear_cross_entropy(softcap, reduction, dtype, monkeypatch):
 
 
 def test_model_with_the_kernel():
-    """Loss and gradients of a model in training mode are those of the plain loss; evaluation uses the kernel too."""
+    """Loss and gradients of a model in training mode are those of the plain loss; evaluation uses
+    the kernel too."""
     config = GPTConfig(
         depth=2, width=32, head_dim=16, n_head=2, n_kv_head=2, vocab_size=101, max_seq_len=16
     )
@@ -235,16 +235,22 @@ from nanochat.model.kernels import cross_entropy
 
 
 def build(kernel, capability, types, constants, **options):
-    types = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    whole = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name][0] in "*i"}
-    built = triton.compile(ASTSource(kernel, types, constants, whole), target=GPUTarget("cuda", capability, 32), options=options)
-    assert built.metadata.shared <= 99 * 1024, (kernel, built.metadata.shared)  # of the smallest of these GPUs
+    types = {name: types.get(name, "i32") for name in kernel.arg_names}
+    types |= dict.fromkeys(constants, "constexpr")
+    divisible = [["tt.divisibility", 16]]
+    whole = {(i,): divisible for i, name in enumerate(types) if types[name][0] in "*i"}
+    source, target = ASTSource(kernel, types, constants, whole), GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options=options)
+    # the limit of the smallest of these GPUs
+    assert built.metadata.shared <= 99 * 1024, (kernel, built.metadata.shared)
     return built.asm["ptx"]
 
 
 for capability in (80, 90):
-    types = {"logits": "*bf16", "targets": "*i64", "scales": "*fp32", "nats": "*fp32", "softcap": "fp32"}
-    ptx = build(cross_entropy._row, capability, types, {"BLOCK": cross_entropy.BLOCK}, num_warps=cross_entropy.WARPS)
+    types = {"logits": "*bf16", "targets": "*i64", "scales": "*fp32", "nats": "*fp32"}
+    types["softcap"] = "fp32"
+    constants, warps = {"BLOCK": cross_entropy.BLOCK}, cross_entropy.WARPS
+    ptx = build(cross_entropy._row, capability, types, constants, num_warps=warps)
     assert "ld.global.v4" in ptx and "st.global.v4" in ptx
 """
 

@@ -1,4 +1,5 @@
-"""--arch=llama: the same numbers as transformers' Llama, then initialisation, counts, groups, cache and training."""
+"""--arch=llama: the same numbers as transformers' Llama, then initialisation, counts, groups, cache
+and training."""
 
 import math
 from dataclasses import asdict, replace
@@ -32,7 +33,8 @@ VARIANTS = [
 
 
 def perturbed(config, seed=1, std=0.2, **options):
-    """A model with noise on every weight: projections start at zero, so a fresh one passes tests it should fail."""
+    """A model with noise on every weight: some weights start at zero, so a fresh one would pass
+    tests that it should fail."""
     model = build(config, "cpu", seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +48,8 @@ def tokens(rows, length, vocab_size=SMALL.vocab_size, seed=0):
 
 
 def transformers_llama(model):
-    """transformers' LlamaForCausalLM with our weights, renamed here by hand and not by nanochat.apps.export."""
+    """transformers' LlamaForCausalLM with our weights, renamed here, not by
+    nanochat.apps.export."""
     transformers = pytest.importorskip("transformers")
     c = model.config
     theirs = transformers.LlamaForCausalLM(
@@ -186,8 +189,9 @@ def test_config_survives_a_dictionary():
 def test_counts_and_flops_against_a_worked_example():
     """Depth 2, width 128: hidden size 8 x 128 / 3 = 341.3, rounded up to 384.
 
-    A layer: query and out 128 x 128 = 16,384 each, key and value 64 x 128 = 8,192 each, gate, up and down 384 x 128 =
-    49,152 each: 196,608; two layers: 393,216. Embedding and head 512 x 128 = 65,536 each. Norms: 5 x 128 = 640.
+    A layer: query and out 128 x 128 = 16,384 each, key and value 64 x 128 = 8,192 each, gate, up
+    and down 384 x 128 = 49,152 each: 196,608; two layers: 393,216.
+    Embedding and head 512 x 128 = 65,536 each. Norms: 5 x 128 = 640.
     FLOPs: 6 x (393,216 + 65,536) = 2,752,512, and 12 x 4 x 32 x 2 x 256 = 786,432 for attention."""
     config = GPTConfig(
         depth=2,
@@ -243,7 +247,7 @@ def test_groups_hold_every_parameter_once(config):
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 def test_causality_by_gradient(backend):
-    """Distinct ids, so that row ids[s] of the embedding table is touched by position s and by no other."""
+    """Distinct ids: only position s touches row ids[s] of the embedding table."""
     model = perturbed(SMALL, attention_backend=backend)
     T = 13
     ids = torch.randperm(SMALL.vocab_size, generator=torch.Generator().manual_seed(0))[:T][None]

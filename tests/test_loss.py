@@ -22,7 +22,8 @@ CASES = [
 
 
 def inputs(N, C, V, seed=0):
-    """Hidden states of unit RMS, a head that gives logits of several nats, targets a third of which are likely, some -1."""
+    """Hidden states of unit RMS, a head that gives logits of several nats, and targets: a third of
+    them likely, some -1."""
     generator = torch.Generator().manual_seed(seed)
     hidden = F.rms_norm(torch.randn(N, C, generator=generator), (C,))
     weight = 4 * torch.randn(V, C, generator=generator) / C**0.5
@@ -74,7 +75,8 @@ def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("N, C, V, chunk, softcap", CASES[1:])
 def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, monkeypatch):
-    """Three-way rule: the error against exact arithmetic on the same bf16 inputs, compared with plain PyTorch's."""
+    """Three-way rule: the error against exact arithmetic on the same bf16 inputs is compared with
+    that of plain PyTorch."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     hidden, weight, targets = inputs(N, C, V)
     hidden, weight = hidden.bfloat16(), weight.bfloat16().float()
@@ -90,7 +92,7 @@ def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, mo
 
 
 def test_no_tensor_holds_all_logits(monkeypatch):
-    """Forward and backward pass: nothing larger than a chunk's logits or the weight, and few of those at a time."""
+    """Forward and backward pass: no tensor is larger than a chunk's logits or the weight."""
     N, C, V, chunk = 512, 16, 2000, 20_000
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     largest = 0

@@ -1,4 +1,5 @@
-"""The model: initialisation, causality, wiring, counts, and its whole forward pass written a second time."""
+"""The speedrun model: initialisation, causality, wiring, counts, and its forward pass written
+again."""
 
 import math
 from dataclasses import asdict, replace
@@ -28,7 +29,8 @@ SMALL = GPTConfig(
 
 
 def perturbed(config, seed=1, std=0.2, **options):
-    """A model with noise on every weight: projections start at zero, so a fresh one passes tests it should fail."""
+    """A model with noise on every weight: some weights start at zero, so a fresh one would pass
+    tests that it should fail."""
     model = build(config, "cpu", seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_rotary_tables_are_exact_at_the_far_end():
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("pattern", ["L", "S", "SSL"])
 def test_causality_by_gradient(pattern, backend):
-    """Distinct ids, so that row ids[s] of the embedding table is touched by position s and by no other."""
+    """Distinct ids: only position s touches row ids[s] of the embedding table."""
     model = perturbed(replace(SMALL, window_pattern=pattern), attention_backend=backend)
     T = 13
     ids = torch.randperm(SMALL.vocab_size, generator=torch.Generator().manual_seed(0))[:T][None]
@@ -110,7 +112,8 @@ def test_causality_by_gradient(pattern, backend):
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 def test_short_windows_limit_the_reach_exactly(backend):
-    """After i + 1 layers of window w a position depends on itself and (i + 1)(w - 1) before it, and smear adds one."""
+    """After i + 1 layers of window w a position depends on itself and the (i + 1)(w - 1) before it;
+    smear adds one."""
     w, T = SMALL.short_window, 13
     model = perturbed(replace(SMALL, depth=3, window_pattern="S"), attention_backend=backend)
     streams = []
@@ -168,10 +171,13 @@ def test_window_pattern_is_tiled_and_ends_in_full_context(depth, pattern, expect
 def test_counts_and_flops_against_a_worked_example():
     """Depth 2: layer 0 sees 64 keys, layer 1 all 256 and has the one value embedding.
 
-    A layer: query 128 x 128 = 16,384, key and value 64 x 128 = 8,192 each, out 16,384, up and down 512 x 128 = 65,536
-    each: 180,224; two layers: 360,448. Embedding and head 512 x 128 = 65,536 each; value embedding 512 x 64 = 32,768.
-    Scalars: 2 residual and 2 x0 lambdas, smear gate 16, smear and backout lambda, value gate 2 x 16: 54.
-    FLOPs: 6 x (360,448 + 65,536 + 16 + 32) = 2,556,192, and 12 x 4 x 32 x (64 + 256) = 491,520 for attention."""
+    A layer: query 128 x 128 = 16,384, key and value 64 x 128 = 8,192 each, out 16,384, up and down
+    512 x 128 = 65,536 each: 180,224; two layers: 360,448.
+    Embedding and head 512 x 128 = 65,536 each; value embedding 512 x 64 = 32,768.
+    Scalars: 2 residual and 2 x0 lambdas, smear gate 16, smear and backout lambda, value gate
+    2 x 16: 54.
+    FLOPs: 6 x (360,448 + 65,536 + 16 + 32) = 2,556,192, and for attention 12 x 4 x 32 x (64 + 256)
+    = 491,520."""
     config = GPTConfig(
         depth=2,
         width=128,
@@ -237,7 +243,7 @@ def test_groups_hold_every_parameter_once(config):
     assert list(groups["embedding"]) == ["embedding.weight"] and list(groups["unembedding"]) == [
         "head.weight"
     ]
-    # alternate layers counted back from the last have a value embedding and the gate that goes with it
+    # counted back from the last, alternate layers have a value embedding and its gate
     layers = [str(i) for i in range(config.depth) if (config.depth - 1 - i) % 2 == 0]
     assert sorted(groups["value_embeddings"]) == [f"value_embeddings.{i}.weight" for i in layers]
     assert {name for name in groups["scalars"] if "value_gate" in name} == {
@@ -252,22 +258,22 @@ def test_config_survives_a_dictionary():
 # ---- the whole forward pass, written again ----
 
 
+def golden_keys(weight, y, before, config):
+    """Keys of each head, channel by channel: those of rotary pairs j >= D / 4 come from the
+    position before."""
+    D = config.head_dim
+    sources = [
+        before if config.key_shift and channel % (D // 2) >= D / 4 else y for channel in range(D)
+    ]
+    return [
+        torch.stack([weight[head * D + channel] @ source for channel, source in enumerate(sources)])
+        for head in range(config.n_kv_head)
+    ]
+
+
 def golden_logits(weights, config, ids):
-    """fp64 logits of one row of ids, one position, head and key at a time, from the description of the parts."""
-
-    def golden_keys(weight, y, before, config):
-        """Of each head, channel by channel: those of rotary pair j >= D / 4 are made from the position before."""
-        sources = [
-            before if config.key_shift and channel % (D // 2) >= D / 4 else y
-            for channel in range(D)
-        ]
-        return [
-            torch.stack(
-                [weight[head * D + channel] @ source for channel, source in enumerate(sources)]
-            )
-            for head in range(config.n_kv_head)
-        ]
-
+    """fp64 logits of one row of ids, one position, head and key at a time, from the description of
+    the parts."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     D, group, channels = config.head_dim, config.n_head // config.n_kv_head, min(16, config.width)
 
@@ -293,8 +299,8 @@ def golden_logits(weights, config, ids):
     xs = x0
     for i in range(config.depth):
 
-        def weight(name):
-            return w[f"blocks.{i}.{name}.weight"]
+        def weight(name, layer=i):
+            return w[f"blocks.{layer}.{name}.weight"]
 
         xs = [w["residual_lambdas"][i] * x + w["x0_lambdas"][i] * e for x, e in zip(xs, x0)]
         queries, keys, values = [], [], []  # [position][head]
@@ -386,7 +392,7 @@ def test_every_parameter_is_wired_in():
             assert parameter.grad.view(-1)[entry].abs().max() > 1e-5, (name, entry)
             with torch.no_grad():
                 kept = parameter.clone()
-                # noise and not a factor: QK-norm and the norm of the embedding hide the scale of their weights
+                # noise, not a factor: norms after the weight would hide a change of its scale
                 parameter.view(-1)[entry] += 0.3 * torch.randn(
                     parameter.view(-1)[entry].shape, generator=generator
                 )
@@ -398,7 +404,8 @@ def test_every_parameter_is_wired_in():
 
 @pytest.mark.parametrize("name", ["smear_lambda", "backout_lambda", "x0_lambdas"])
 def test_a_lambda_of_zero_switches_its_part_off(name):
-    """With the lambda at zero the part's other input gets no gradient, and a non-zero lambda brings it back."""
+    """With the lambda at zero the part's other input gets no gradient; a non-zero lambda restores
+    it."""
     model = perturbed(SMALL)
     ids = tokens(2, 9)
     lambdas = getattr(model, name)
@@ -456,7 +463,8 @@ def test_dropout_acts_in_training_only():
 
 
 def test_dropout_thins_both_branches_of_a_block():
-    """What attention and the MLP return is either dropped or scaled by 1 / (1 - 0.25); nothing else changes."""
+    """Outputs of attention and the MLP are dropped or scaled by 1 / (1 - 0.25); nothing else
+    changes."""
     model = perturbed(replace(SMALL, dropout=0.25))
     block, x = (
         model.blocks[0],
@@ -492,20 +500,23 @@ def test_bf16_products_keep_fp32_weights_and_gradients():
     ids=["speedrun", "llama"],
 )
 def test_activation_checkpointing_changes_memory_only(config):
-    """The same loss and gradients, bit for bit, dropout included; less is kept between the passes."""
+    """The same loss and gradients, bit for bit, dropout included; less is stored between the
+    passes."""
     device, results = torch.device("cpu"), []
     ids = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     for checkpointing in (False, True):
         model = perturbed(config).train()
         model.checkpointing = checkpointing
 
-        def both():
+        losses = []
+
+        def both(model=model, losses=losses):
             torch.manual_seed(3)
-            both.loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
-            both.loss.backward()
+            losses.append(model(ids[:, :-1], ids[:, 1:], reduction="mean"))
+            losses[0].backward()
 
         peak = hardware.allocated_peak(both, device)
-        results.append((peak, both.loss.item(), [p.grad for p in model.parameters()]))
+        results.append((peak, losses[0].item(), [p.grad for p in model.parameters()]))
     (plain_peak, plain_loss, plain_grads), (peak, loss, grads) = results
     assert loss == plain_loss and all(
         torch.equal(a, b) for a, b in zip(grads, plain_grads, strict=True)

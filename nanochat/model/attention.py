@@ -230,6 +230,7 @@ def _sdpa(q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int) 
     # Without a mask SDPA takes its fused kernels. Its is_causal aligns the first query with the
     # first key, which is right only for T == S.
     full = window >= S and T == S
+    # One mask for all batches and heads.
     mask = None if full else visible(T, S, window, q.device)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=full, enable_gqa=q.size(1) != k.size(1)
@@ -334,6 +335,7 @@ def _blocked(q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: in
             weights = torch.baddbmm(bias, rows, keys.transpose(1, 2), alpha=D**-0.5).softmax(-1)
         out = weights @ values
         blocks.append(out.view(B, K, group, t1 - t0, D))
+    # Back to the caller's order; the query heads of a group are adjacent again.
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -378,6 +380,7 @@ def branched_attention(
     scores = torch.cat((of_trunk, own.view(B * K, n * group * T, T)), dim=-1)
     seen = _visible_to_branches(T, S, first, lengths, window, q_RxTxHxD.device)
     scores.view(B, K * n * group, T, before + T).masked_fill_(~seen[:, None], float("-inf"))
+    # One softmax over both parts: a row sees its beginning and itself as one sequence.
     weights = scores.softmax(-1)
     out = weights[..., before:].reshape(B * K * n, group * T, T) @ own_values
     out = torch.baddbmm(out.view(B * K, n * group * T, D), weights[..., :before], trunk_values)

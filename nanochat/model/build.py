@@ -28,6 +28,7 @@ def build(
 ) -> Decoder:
     """An initialised model of config.arch on `device`."""
     model = meta_model(config, compute_dtype, attention_backend)
+    # Memory is allocated once, on the device, without a copy on the CPU.
     model.to_empty(device=device)
     model.init_weights(seed)
     return model
@@ -45,5 +46,6 @@ def for_inference(model: Decoder) -> Decoder:
     weights = {name: tensor.to(model.compute_dtype) for name, tensor in model.state_dict().items()}
     # assign: the parameters of the copy take the tensors' dtype instead of the fp32 of meta_model()
     copy.load_state_dict(weights, assign=True)
+    # Shared, in fp32: rotation is computed in fp32 whatever the compute dtype.
     copy.rope_cos, copy.rope_sin = model.rope_cos, model.rope_sin
     return copy.requires_grad_(False).eval()

@@ -57,6 +57,7 @@ class GPTConfig:
             raise ValueError(
                 "shifted keys need a speedrun model: other programs do not support them in a llama"
             )
+        # Groups of query heads share a key/value head; rotary positions turn pairs of channels.
         if self.n_head % self.n_kv_head or self.head_dim % 2:
             raise ValueError(
                 f"{self.n_head} query heads, {self.n_kv_head} key/value heads, head dim "
@@ -74,12 +75,14 @@ class GPTConfig:
         """Visible keys per layer; full context is ROPE_REACH * max_seq_len, the longest input."""
         pattern = self.window_pattern
         letters = [pattern[layer % len(pattern)] for layer in range(self.depth)]
+        # Some layer must see the whole context, whatever the pattern and the depth.
         letters[-1] = "L"
         keys = {"S": self.short_window, "L": ROPE_REACH * self.max_seq_len}
         return [keys[letter] for letter in letters]
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether a layer has one: in a speedrun model alternate layers do, the last always."""
+        # Counted back from the last layer, so that it has one at every depth.
         return self.arch == "speedrun" and layer % 2 == (self.depth - 1) % 2
 
 

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         shape = (ROPE_REACH * config.max_seq_len, config.head_dim // 2)
+        # Not persistent: the tables follow from the config, so checkpoints need not hold them.
         self.register_buffer("rope_cos", torch.empty(shape), persistent=False)
         self.register_buffer("rope_sin", torch.empty(shape), persistent=False)
         self.loss_backend = "plain"
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         """Fill every parameter and buffer.
 
         The numbers are drawn on the CPU: they are the same on every rank and device."""
+        # On the CPU: the generator of a device draws other numbers from the same seed.
         generator = torch.Generator().manual_seed(seed)
 
         def normal_(parameter: Tensor, std: float) -> None:
@@ -114,6 +116,7 @@ class Decoder(nn.Module):
         takes any shape."""
         self.loss_backend, _ = pick_loss(self.head_weight().device.type, compiled=True)
         for block in self.blocks:
+            # The shapes of training never change, and kernels for fixed shapes are faster.
             block.compile(dynamic=False)
 
     # ---- counting; works on the meta device ----
@@ -159,6 +162,7 @@ class Decoder(nn.Module):
     def scaling_parameters(self) -> int:
         """N of the scaling rules: parameters of the blocks' matrices plus the head."""
         counts = self.count_parameters()
+        # A tied table multiplies every token, as any other head.
         head = "embedding" if self.config.tie_embeddings else "unembedding"
         return counts["matrices"] + counts[head]
 
@@ -170,6 +174,7 @@ class Decoder(nn.Module):
         window counted, not halved for causality."""
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         multiplied = sum(linear.weight.numel() for linear in linears)
+        # The table is no Linear, so as a head it is not yet counted.
         if self.config.tie_embeddings:
             multiplied += self.embedding.weight.numel()
         keys = sum(min(window, self.config.max_seq_len) for window in self.config.windows())
@@ -189,7 +194,9 @@ class Decoder(nn.Module):
         if isinstance(positions, slice):
             end = positions.stop
         else:
+            # Rows that continue different beginnings have positions of their own.
             end = int(positions.max()) + 1
+        # A slice past the end of the tables would silently be cut.
         if end > self.rope_cos.size(0):
             raise ValueError(
                 f"{end} positions: this model was built for at most {self.rope_cos.size(0)}"
@@ -205,6 +212,7 @@ class Decoder(nn.Module):
         """Context in which compiled parts run compiled in training mode, uncompiled otherwise."""
         if self.training:
             return contextlib.nullcontext()
+        # Every new shape would be compiled, in the middle of an evaluation.
         return torch.compiler.set_stance("force_eager")
 
     def run_block(self, block: nn.Module, *inputs: object) -> Tensor | None:
@@ -213,6 +221,7 @@ class Decoder(nn.Module):
         Activation checkpointing recomputes its activations in the backward pass instead of storing
         them."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
+            # The other variant needs inputs that require gradients, and torch advises against it.
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -233,6 +242,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits (..., V) of hidden states (..., C) in the compute dtype, softcapped if the
         model has a softcap."""
+        # fp32 before the softcap: in bf16 tanh would merge large logits.
         logits = F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
         if self.softcap is None:
             return logits
@@ -255,6 +265,7 @@ class Decoder(nn.Module):
         if targets_BxT is None:
             return self.logits(hidden)
         backend = self.loss_backend
+        # Compiled functions are for one shape; a kernel takes any.
         if backend == "compiled" and not self.training:
             backend = "plain"
         nats = linear_cross_entropy(

@@ -54,6 +54,7 @@ class Block(nn.Module):
         """The residual stream (B, T, C) after this block.
 
         fill: only store keys and values in the cache, and return None."""
+        # The lambdas are fp32 parameters; the stream stays in the compute dtype.
         x = residual_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
         attended = self.attention(norm(x), value_embedding, rope, cache, fill)
         if fill:
@@ -98,6 +99,7 @@ class GPT(Decoder):
     def init_parameters(self, normal_: Fill, uniform_: Fill) -> None:
         """Projections back into the residual stream, gates and the smear start at zero, so that
         each block starts as the identity; the head starts small: the first loss is ln(V)."""
+        # The order of the draws decides the numbers of a seed: never reorder them.
         std = self.config.width**-0.5
         normal_(self.embedding.weight, 1.0)
         for table in self.value_embeddings.values():
@@ -146,6 +148,7 @@ class GPT(Decoder):
         raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
+            # The first token of a row has no predecessor.
             previous = torch.zeros_like(raw[:, :1])
         x0, last = self.run_mix_embedding(self, raw, previous)
         # backout: what the first half of the layers computed may be subtracted before the head
@@ -158,11 +161,13 @@ class GPT(Decoder):
                 block,
                 x,
                 x0,
+                # Tensors, not indices: the layers then share one compiled graph.
                 self.residual_lambdas[layer],
                 self.x0_lambdas[layer],
                 self._value_embedding(layer, ids_BxT),
                 rope,
                 caches[layer],
+                # Nothing reads the output of the last block if only the cache is filled.
                 fill and layer == last_layer,
             )
             if layer == middle_layer:
@@ -172,6 +177,7 @@ class GPT(Decoder):
         return norm(x - self.backout_lambda.to(x.dtype) * middle), last
 
     def _value_embedding(self, layer: int, ids_BxT: Tensor) -> Tensor | None:
+        # None is part of a compiled graph's signature: such layers have a graph of their own.
         if not self.config.has_value_embedding(layer):
             return None
         return F.embedding(ids_BxT, self.value_embeddings[str(layer)].weight)

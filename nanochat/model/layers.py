@@ -148,8 +148,10 @@ class Attention(nn.Module):
         if self.key_shift:
             before = cache.key_before if cache is not None else None
             if before is None:
+                # The first token of a row has no predecessor.
                 before = torch.zeros_like(raw_BxTxKxD[:, :1])
             k_BxTxKxD = shift_keys(raw_BxTxKxD, before)
+        # Caches store rotated keys, so that no step rotates them again.
         k_BxTxKxD = self._positioned(k_BxTxKxD, rope)
         out = None
         if fill:
@@ -162,6 +164,7 @@ class Attention(nn.Module):
             attended = attended.reshape(B, T, self.n_head * self.head_dim)
             out = F.dropout(self.out(attended), self.dropout, self.training)
         if self.key_shift and cache is not None:
+            # Shifting the next position's key needs this one as it is before rotation.
             cache.remember(raw_BxTxKxD)
         return out
 

@@ -75,6 +75,7 @@ class LlamaBlock(nn.Module):
         """The residual stream (B, T, C) after this block.
 
         fill: only store keys and values in the cache, and return None."""
+        # None: a llama has no value embeddings.
         attended = self.attention(self.attention_norm(x), None, rope, cache, fill)
         if fill:
             return None
@@ -107,6 +108,7 @@ class Llama(Decoder):
         A tied table cannot be as small as a head. It starts at the usual 0.02; the identity would
         then give every token width x 0.02 as its own logit, so the last norm's weight takes that
         out."""
+        # The order of the draws decides the numbers of a seed: never reorder them.
         std = self.config.width**-0.5
         tied = self.config.tie_embeddings
         normal_(self.embedding.weight, TIED_TABLE_STD if tied else LLAMA_TABLE_STD)
@@ -141,6 +143,7 @@ class Llama(Decoder):
         last_layer = self.config.depth - 1
         caches = self.layer_caches(cache)
         for layer, block in enumerate(self.blocks):
+            # Nothing reads the output of the last block if only the cache is filled.
             x = self.run_block(block, x, rope, caches[layer], fill and layer == last_layer)
         if fill:
             return None, None

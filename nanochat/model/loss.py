@@ -74,6 +74,7 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction {reduction!r}; choose mean, sum or none")
     if not torch.is_grad_enabled():
+        # Without gradients there is nothing to compute along with the loss.
         nats = _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, backend).sum()
         return nats if reduction == "sum" else nats / (targets_N != -1).sum()
     return _Reduced.apply(hidden_NxC, weight_VxC, targets_N, softcap, reduction, backend, upstream)
@@ -178,12 +179,14 @@ def _chunked(
         )
         if scale_N is None:
             continue
+        # Straight into its place: no temporary for each chunk.
         torch.mm(gradient_RxV, matrix_VxC, out=hidden_gradient[chunk])
         product_VxC = gradient_RxV.T @ hidden_NxC[chunk]
         if weight_gradient is None:
             weight_gradient = product_VxC.float()
         else:
             weight_gradient.add_(product_VxC)
+    # Without tokens there was no chunk to create it.
     if scale_N is not None and N == 0:
         weight_gradient = torch.zeros_like(weight_VxC)
     return nats_N, hidden_gradient, weight_gradient
@@ -218,6 +221,7 @@ def _rowwise(
     All rows together if it is compiled, which needs no copies; otherwise a few rows at a time."""
     if backend == "compiled":
         return _compiled(function)(logits_RxV, *of_rows, softcap)
+    # Each operation creates an fp32 tensor: small ones stay in the cache.
     rows = max(1, EAGER_LOGITS // logits_RxV.size(1))
     parts = []
     for start in range(0, len(logits_RxV), rows):

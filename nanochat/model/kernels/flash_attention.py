@@ -144,6 +144,7 @@ def _dot(a, b, total):
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    # "ieee": Triton would round fp32 operands to TF32 otherwise.
     return tl.dot(a, b, total, input_precision="ieee")
 
 
@@ -169,6 +170,8 @@ def _stretches(first, first_whole, end_whole, end, SIZE: tl.constexpr):
     """Four bounds that cut first..end into blocks with hidden pairs, blocks without any (from
     first_whole to end_whole), and again blocks with hidden pairs. All but the last are multiples of
     SIZE, none is below 0."""
+    # Blocks start at multiples of SIZE: round the start of the first down, the end of the whole
+    # ones down and their start up, so that what is not whole gets a mask.
     first = tl.maximum(first, 0) // SIZE * SIZE
     end_whole = tl.maximum(tl.minimum(end_whole, end), 0) // SIZE * SIZE
     first_whole = tl.minimum((tl.maximum(first_whole, 0) + SIZE - 1) // SIZE * SIZE, end_whole)
@@ -242,14 +245,17 @@ def _gather_values(
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
         k = _load(K, key, S, k_stride, D, EDGE)
+        # Unscaled: the scale, times LOG2E for exp2, is applied along with the subtraction.
         scores = _dot(q, k.T, None)
         if EDGE:
             scores = tl.where(_visible(position[:, None], key[None, :], window), scores, HIDDEN)
         higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+        # All weights are relative to the largest score, so none exceeds 1.
         weights = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(peak - higher)
         weight_sum = weight_sum * shrink + tl.sum(weights, 1)
         v = _load(V, key, S, v_stride, D, EDGE)
+        # Matrix instructions need operands of one dtype; the sum stays in fp32.
         total = _dot(weights.to(v.dtype), v, total * shrink[:, None])
         peak = higher
     return total, weight_sum, peak
@@ -295,6 +301,7 @@ def _forward(
     weight_sum = tl.zeros((QUERIES,), tl.float32)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     bounds = _keys_seen(first + (S - T), S, window, QUERIES, KEYS)
+    # Unrolled: masked blocks, blocks that are fully visible, masked blocks.
     for i in tl.static_range(3):
         total, weight_sum, peak = _gather_values(
             total,
@@ -318,6 +325,7 @@ def _forward(
     out = Out + (batch * T * n_head + head) * D
     _store(out, row, T, n_head * D, total / weight_sum[:, None], D)
     lse = Lse + (batch * n_head + head) * T
+    # From base 2 back to the natural logarithm.
     tl.store(lse + row, (peak + tl.log2(weight_sum)) * LN2, mask=row < T)
 
 
@@ -352,6 +360,7 @@ def _gather_keys(
         weights = tl.exp2(_dot(q, k.T, None) * scale - lse[:, None])
         if EDGE:
             weights = tl.where(_visible(position[:, None], key[None, :], window), weights, 0.0)
+        # The gradient of softmax: each weight times the distance of its gradient from their mean.
         of_scores = weights * (_dot(g, v.T, None) - delta[:, None])
         total = _dot(of_scores.to(k.dtype), k, total)
     return total
@@ -398,9 +407,11 @@ def _backward_of_queries(
     q = _load(Q + batch * q_batch + head * q_head, row, T, q_row, D, True)
     g = _load(GradOut + batch * g_batch + head * g_head, row, T, g_row, D, True)
     out = _load(Out + (batch * T * n_head + head) * D, row, T, n_head * D, D, True)
+    # Equal to the weighted mean of the weights' gradients, without the weights.
     delta = tl.sum(out.to(tl.float32) * g.to(tl.float32), 1)
     in_lse = (batch * n_head + head) * T + row
     tl.store(Delta + in_lse, delta, mask=row < T)
+    # Rows that do not exist get 0: they add nothing, since their q and dO are 0.
     lse = tl.load(Lse + in_lse, mask=row < T, other=0.0) * LOG2E
     total = tl.zeros((QUERIES, D), tl.float32)
     bounds = _keys_seen(first + (S - T), S, window, QUERIES, KEYS)
@@ -522,6 +533,8 @@ def _backward_of_keys(
     grad_k = tl.zeros((KEYS, D), tl.float32)
     grad_v = tl.zeros((KEYS, D), tl.float32)
     bounds = _queries_seeing(first, offset, T, window, QUERIES, KEYS)
+    # The query heads of a group share these keys. Adding them up here, in a fixed order, needs no
+    # atomic additions, whose order varies.
     for head in range(kv_head * group, (kv_head + 1) * group):
         q = Q + batch * q_batch + head * q_head
         g = GradOut + batch * g_batch + head * g_head
@@ -571,6 +584,7 @@ def _common(q: Tensor, k: Tensor, window: int) -> tuple[int, int, int, float, in
     """The arguments that all kernels share, except strides."""
     _, T, H, D = q.shape
     _, S, K, _ = k.shape
+    # At most S, so that a window without limit fits in 32 bits.
     return T, S, min(window, S), D**-0.5, H, K
 
 
@@ -594,6 +608,7 @@ def forward(
     context, capability = _of_device(q)
     tile = tile or tiles(D, q.element_size(), capability)[0]
     q, k, v = _rows_contiguous(q, k, v)
+    # Contiguous whatever the inputs' strides: the kernels rely on it.
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     with context:
@@ -678,6 +693,8 @@ def backward(
 # ---- for autograd and torch.compile ----
 
 
+# Custom operators: torch.compile does not trace into the launches, and learns the shapes of the
+# results from the functions registered as fake.
 @torch.library.custom_op("nanochat::flash_attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
     return forward(q, k, v, window)
