@@ -1,22 +1,30 @@
 """Derived settings and learning-rate schedules, against worked examples."""
 
+import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 
 from nanochat.optim import schedules
+from nanochat.optim.schedules import BaseRates, Schedule
+from nanochat.run import flags
 
-ARGS = SimpleNamespace(
+BASE = BaseRates(
+    optimizer="muon",
+    matrix_lr=0.02,
     embedding_lr=0.3,
     unembedding_lr=0.004,
-    matrix_lr=-1,
     scalar_lr=0.5,
     weight_decay=0.2,
     adam_beta1=0.8,
     adam_beta2=0.95,
-    optimizer="muon",
 )
+
+
+def groups(batch, tokens, reference, width=768, base=BASE):
+    factor = schedules.lr_factor(batch)
+    decay = schedules.decay_factor(batch, tokens, reference)
+    return schedules.group_settings(base, factor, decay, width)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +46,20 @@ def test_batch_grows_with_the_horizon():
     assert batches == sorted(batches)
 
 
+@pytest.mark.parametrize(
+    "tokens, row_tokens, device_rows, rows",
+    [
+        (1e9, 2048, 1, 256),  # 2^19 / 2^11
+        (1e9, 2048, 96, 288),  # whole passes of all devices
+        (3.2e6, 512, 1, 4),
+        (100, 512, 1, 1),  # never less than a row
+        (100, 512, 8, 8),  # nor than a row for each device
+    ],
+)
+def test_rows_a_step(tokens, row_tokens, device_rows, rows):
+    assert schedules.derive_rows(tokens, 1e9, row_tokens, device_rows) == rows
+
+
 def test_lr_factor():
     assert schedules.lr_factor(2**19) == 1
     assert schedules.lr_factor(2**21) == 2
@@ -45,37 +67,50 @@ def test_lr_factor():
 
 
 def test_weight_decay_keeps_lr_times_decay_times_steps():
-    """Constant T_epoch: over any run of at least MIN_STEPS the sum of lr x decay is that of the reference."""
-    reference = 1e9
-    whole = 0.02 * 0.2 * reference / 2**19
+    """Constant T_epoch: over any run of at least MIN_STEPS the sum of lr x decay is that of the
+    reference."""
+    whole = 0.02 * 0.2 * 1e9 / 2**19
     for batch, tokens in ((2**19, 1e9), (2**20, 8e9), (2**11, 3.2e6), (2**17, 1e9)):
-        group = schedules.group_settings(ARGS, batch, tokens, reference, 768)["matrices"]
-        assert group["lr"] * group["weight_decay"] * tokens / batch == pytest.approx(
-            whole * schedules.MATRIX_LR["muon"] / 0.02
-        )
-    short = schedules.group_settings(ARGS, 2**11, 20 * 2**11, reference, 768)["matrices"]
-    assert short["lr"] * short["weight_decay"] * schedules.MIN_STEPS == pytest.approx(
-        whole * schedules.MATRIX_LR["muon"] / 0.02
-    )
+        group = groups(batch, tokens, 1e9)["matrices"]
+        assert group["lr"] * group["weight_decay"] * tokens / batch == pytest.approx(whole)
+    short = groups(2**11, 20 * 2**11, 1e9)["matrices"]
+    assert short["lr"] * short["weight_decay"] * schedules.MIN_STEPS == pytest.approx(whole)
 
 
 def test_groups_scale_with_batch_and_width():
-    at_reference = schedules.group_settings(ARGS, 2**19, 1e9, 1e9, 768)
-    assert (
-        at_reference["matrices"]["lr"] == schedules.MATRIX_LR["muon"]
-        and "beta1" not in at_reference["matrices"]
-    )
+    at_reference = groups(2**19, 1e9, 1e9)
+    assert at_reference["matrices"]["lr"] == 0.02
+    assert "beta1" not in at_reference["matrices"]
     assert at_reference["embedding"]["lr"] == 0.3
-    wide = schedules.group_settings(ARGS, 2**21, 1e9, 1e9, 4 * 768)
-    assert wide["embedding"]["lr"] == pytest.approx(0.3)  # x 2 for the batch, / 2 for the width
-    assert wide["matrices"]["lr"] == pytest.approx(2 * schedules.MATRIX_LR["muon"])
-    given = SimpleNamespace(**{**vars(ARGS), "matrix_lr": 0.01, "optimizer": "adamw"})
-    matrices = schedules.group_settings(given, 2**19, 1e9, 1e9, 768)["matrices"]
+    wide = groups(2**21, 1e9, 1e9, 4 * 768)
+    # x 2 for the batch, / 2 for the width
+    assert wide["embedding"]["lr"] == pytest.approx(0.3)
+    assert wide["matrices"]["lr"] == pytest.approx(0.04)
+    adamw = dataclasses.replace(BASE, optimizer="adamw", matrix_lr=0.01)
+    matrices = groups(2**19, 1e9, 1e9, base=adamw)["matrices"]
     assert (matrices["lr"], matrices["beta1"]) == (0.01, 0.8)
 
 
 def test_scalars_have_an_eps_that_ignores_rounding_noise():
-    assert schedules.group_settings(ARGS, 2**19, 1e9, 1e9, 768)["scalars"]["eps"] >= 1e-6
+    assert groups(2**19, 1e9, 1e9)["scalars"]["eps"] >= 1e-6
+
+
+@pytest.mark.parametrize(
+    "given, matrix, embedding, unembedding",
+    [
+        ([], 0.02, 0.3, 0.004),
+        (["--optimizer=adamw"], 0.003, 0.3, 0.004),
+        (["--arch=llama"], 0.02, 0.012, 0.004),
+        (["--matrix-lr=0.5", "--embedding-lr=0", "--unembedding-lr=2"], 0.5, 0, 2),
+    ],
+)
+def test_rates_of_the_flags(given, matrix, embedding, unembedding):
+    base = BaseRates.from_flags(flags.parse(given))
+    assert (base.matrix_lr, base.embedding_lr, base.unembedding_lr) == (
+        matrix,
+        embedding,
+        unembedding,
+    )
 
 
 def test_trapezoid():
@@ -93,22 +128,27 @@ def test_no_warmdown_and_single_step():
     assert schedules.lr_multiplier(0, 1, 0, 0, 0.0, "trapezoid") == 1
 
 
-def test_the_multiplier_never_reaches_zero_before_the_end():
-    for schedule in ("trapezoid", "cosine"):
-        assert all(
-            schedules.lr_multiplier(step, 100, 3, 50, 0.0, schedule) > 0 for step in range(100)
-        )
+@pytest.mark.parametrize("shape", ["trapezoid", "cosine"])
+def test_the_multiplier_never_reaches_zero_before_the_end(shape):
+    lrm = [schedules.lr_multiplier(step, 100, 3, 50, 0.0, shape) for step in range(100)]
+    assert min(lrm) > 0
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, warmdown",
+    [
+        (Schedule("trapezoid", 0.1, -1, 0.5, 0.0), 4, 20),
+        (Schedule("trapezoid", 0.1, 7, 0.5, 0.0), 7, 20),
+        (Schedule("trapezoid", 0.1, 0, 0.0, 0.0), 0, 0),
+        (Schedule("cosine", 0.1, -1, 0.5, 0.0), 4, 0),
+    ],
+)
+def test_warm_up_and_warm_down_of_40_steps(schedule, warmup, warmdown):
+    assert (schedule.warmup(40), schedule.warmdown(40)) == (warmup, warmdown)
 
 
 def test_momentum_rises_and_stays():
-    values = [
-        schedules.muon_momentum(step) for step in (0, 10, schedules.MUON_MOMENTUM_STEPS, 10**6)
-    ]
-    assert (
-        values[0]
-        == schedules.MUON_MOMENTUM_START
-        < values[1]
-        < values[2]
-        == values[3]
-        == schedules.MUON_MOMENTUM_END
-    )
+    steps = (0, 10, schedules.MUON_MOMENTUM_STEPS, 10**6)
+    start, early, end, later = (schedules.muon_momentum(step) for step in steps)
+    assert start == schedules.MUON_MOMENTUM_START < early < end
+    assert end == later == schedules.MUON_MOMENTUM_END
