@@ -558,18 +558,18 @@ def test_groups_of_the_sweeps_have_their_names(tmp_path, capsys):
 
 
 def test_equal_runs_seldom_seem_to_differ():
-    """Twelve configurations that are the same, three seeds each: with 95% for each pair alone,
-    every other comparison would find a difference."""
+    """Eight configurations that are the same, three seeds each: with 95% for each pair alone, many
+    comparisons would find a difference."""
     generator = np.random.default_rng(1)
     claims = 0
     blank = record()
     for _ in range(40):
         groups = []
-        for i in range(12):
+        for i in range(8):
             runs = [replace(blank, val_bpb=bpb) for bpb in generator.normal(1.5, 0.01, 3)]
             groups.append(Group(str(i), runs, runs))
         found = compare.seed_differences(groups, compare.BPB)
-        assert len(found) == 66
+        assert len(found) == 28
         claims += any(entry.low > 0 or entry.high < 0 for entry in found)
     assert claims <= 3
 

@@ -59,9 +59,12 @@ def main(argv: list[str]) -> int:
     if not args.no_plots:
         _refuse_run_folder(args.out)
     runs, problems = read_runs(args.runs, args.evaluations)
+    # a folder that is named twice, or by a link, counts once
     all_read = len(runs) == len({os.path.realpath(path) for path in args.runs})
     if not runs:
         raise UsageError("no run to compare: " + "; ".join(problems))
+    # pictures come before words, so that a folder that cannot be written is refused with nothing
+    # printed
     comparison = compare(runs)
     pictures: list[Path] = []
     if not args.no_plots:
@@ -145,10 +148,12 @@ def read_runs(
         except UsageError as error:
             problems.append(str(error))
             continue
+        # problems name files within the folder, and here there are several folders
         problems += [f"{path}: {line.removeprefix(path + os.sep)}" for line in run.problems]
         if run.core and run.core.reason:
             problems.append(f"{path}: no CORE metric: {run.core.reason}")
         runs.append(run)
+    # names are the keys of everything that follows
     distinct = distinct_names([run.path for run in runs])
     return [replace(run, name=name) for run, name in zip(runs, distinct, strict=True)], problems
 
@@ -191,6 +196,7 @@ class Difference:
         text += f" {self.difference:+.4f}"
         if self.low is None:
             return f"{text}, no interval: {self.reason}"
+        # an interval that holds 0 is compatible with no difference at all
         exceeds = self.low > 0 or self.high < 0
         verdict = f"{'more than' if exceeds else 'within'} {noise}"
         return f"{text}, {self.low:+.4f} to {self.high:+.4f}{basis}: {verdict}"
@@ -292,6 +298,7 @@ CORE = Score("CORE", Group.core_values, _why_not_core, sign=1)
 
 def seed_differences(groups: Sequence[Group], score: Score) -> list[SeedDifference]:
     """The differences between all pairs of groups; with an interval where both have two seeds."""
+    # only groups with two seeds have an interval, and only intervals can claim too much
     several = sum(len(score.values(group)) > 1 for group in groups)
     confidence = joint_confidence(math.comb(several, 2))
     with_values = [group for group in groups if score.values(group)]
@@ -321,6 +328,7 @@ def _seed_difference(a: Group, b: Group, score: Score, confidence: float) -> See
         return replace(
             without, difference=found.difference, low=found.low, high=found.high, df=found.df
         )
+    # the mean difference of single runs is shown, for the reader to judge by the hint below
     if without.n == (1, 1):
         reason = "one seed each: no noise known"
     else:
@@ -338,6 +346,7 @@ def core_differences(groups: Sequence[Group]) -> list[ExampleDifference]:
         for first, second in itertools.combinations(members, 2)
         for pair in itertools.product(first, second)
     ]
+    # with many pairs the largest of the differences is large by chance
     confidence = joint_confidence(len(pairs))
     return [_core_difference(a, b, confidence) for a, b in pairs]
 
@@ -347,11 +356,13 @@ def _core_difference(a: RunRecord, b: RunRecord, confidence: float) -> ExampleDi
 
     low = high = None
     reason = ""
+    # runs of earlier versions have accuracies only, and pairing needs the answers themselves
     if not (a.core.has_answers and b.core.has_answers):
         reason = "not every task has its answers by example"
     else:
         try:
             low, high = interval(b.core.tasks, a.core.tasks, confidence)
+        # other examples or another chance level: interval() says which
         except ValueError as error:
             reason = str(error)
     return ExampleDifference(
@@ -431,6 +442,7 @@ def compare(runs: list[RunRecord]) -> Comparison:
         core=core_differences(groups),
         val_bpb=seed_differences(groups, BPB),
         core_seeds=seed_differences(groups, CORE),
+        # what makes numbers incomparable first, then what makes them preliminary
         warnings=differences_in_kind(runs) + unfinished(runs) + notes,
     )
 
@@ -446,9 +458,11 @@ def run_as_json(run: RunRecord) -> dict[str, Any]:
 def core_as_json(core: CoreResult) -> dict[str, Any]:
     """What --json prints of a CORE result: without the answers by example."""
     fields = ("accuracy", "stderr", "centered", "chance", "n", "fingerprint")
+    # answers by example are 100 times as long as everything else, and in the runs' own files
     tasks = {
         label: {name: getattr(task, name) for name in fields} for label, task in core.tasks.items()
     }
+    # asdict() of the whole would copy the answers
     return asdict(replace(core, tasks={})) | {"tasks": tasks}
 
 
@@ -471,6 +485,8 @@ def held_out(run: RunRecord) -> str | None:
     found = dig(run.config, "data", "compressed_bpb")
     if not isinstance(found, dict):
         return None
+    # two texts that several compressors bring to the same size are the same text, whatever file
+    # they were read from
     return ", ".join(f"{name} {bits}" for name, bits in sorted(found.items()))
 
 
@@ -507,6 +523,7 @@ def _of_core(value: Callable[[CoreResult], Any]) -> Callable[[RunRecord], Any]:
     return of_run
 
 
+# in the order in which they are reported
 KINDS = (
     Kind("text", _data_of, "trained or validated on different text"),
     Kind("held-out text (as compressed)", held_out, "bits per byte cannot be compared"),
@@ -564,6 +581,7 @@ def _differs(what: str, by_value: dict[str, list[RunRecord]], meaning: str) -> s
 
 def _examples_line(runs: Sequence[RunRecord]) -> str:
     """Whether CORE was measured on different examples, which their number need not show."""
+    # a run without CORE is not one with other examples
     kinds = {examples_of(run.core) for run in runs if run.core} - {None}
     if len(kinds) < 2:
         return ""
@@ -573,6 +591,7 @@ def _examples_line(runs: Sequence[RunRecord]) -> str:
     )
     by_value = _by_value(runs, shown)
     meaning = "CORE cannot be paired"
+    # what is shown of the examples is too short to tell these apart
     if len(by_value) == 1:
         meaning += "; their number is the same, their fingerprints or chance levels differ"
     return _differs(shown.what, by_value, meaning)
@@ -601,6 +620,7 @@ def table(groups: Sequence[Group]) -> str:
     rows = [(*heading, "95% interval", "n", "status")]
     for group in groups:
         rows += [_row(run) for run in group.runs]
+        # a group's row counts only its completed runs; unfinished ones have their own rows above
         if len(group.runs) > 1:
             n = len(group.members)
             bpb = with_spread(group.bpb_values(), n)
@@ -650,6 +670,7 @@ def labels_of(runs: Sequence[RunRecord]) -> list[str]:
     """The CORE tasks that any run has, in the published order."""
     from tasks.core import LABELS
 
+    # the tasks of a run that was cut short are a part of all tasks
     found = {label for run in runs if run.core for label in run.core.tasks}
     return [label for label in LABELS if label in found]
 
@@ -687,6 +708,7 @@ def pairs_to_print(
     # the best is what is better than all others by most, summed over the pairs
     totals: dict[str, float] = {}
     for entry in found:
+        # a pair that cannot be compared speaks for neither side
         gain = sign * (entry.difference or 0)
         totals[entry.first] = totals.get(entry.first, 0) - gain
         totals[entry.second] = totals.get(entry.second, 0) + gain
@@ -731,6 +753,7 @@ def noise_of_seeds(
         *(entry.in_words() for entry in shown),
         *note,
     ]
+    # without an interval of its own, the spread of another group is the best guess there is
     if any(entry.low is None and entry.difference is not None for entry in shown):
         lines += [
             f"  hint: by the spread of {group}, two single runs differ by up to {reach:.4f} by "
@@ -773,10 +796,12 @@ def draw(groups: Sequence[Group], out: Path) -> list[Path]:
     """Write the pictures that there is something for; returns their paths.
 
     UsageError if they cannot be written."""
+    # a group has one look in all pictures
     looks, scale = plots.looks_of([group.runs[0].depth for group in groups])
     drawn = [DrawnGroup(group, look) for group, look in zip(groups, looks, strict=True)]
     runs = [run for group in groups for run in group.runs]
     pictures = {}
+    # imported runs have neither steps nor, perhaps, CORE: then there is nothing to draw
     if any(run.steps_logged for run in runs):
         pictures["curves.png"] = plots.png(
             lambda figure: draw_training(figure, drawn, scale), 17, 9.5
@@ -808,6 +833,7 @@ def curve_of(drawn: DrawnGroup, name: str, axis: str, unit: float = 1.0) -> plot
     were on the axis by then: the time that a step takes differs from run to run."""
     members = []
     places = []
+    # of a group without a completed run, all of its runs are shown
     for run in drawn.group.members or drawn.group.runs:
         lines = [line for line in run.lines if finite_number(line.get(axis)) is not None]
         steps, y = plots.points(lines, name)
@@ -815,6 +841,7 @@ def curve_of(drawn: DrawnGroup, name: str, axis: str, unit: float = 1.0) -> plot
             members.append((steps, plots.smoothed(y) if name == "train/loss" else y))
             places.append(plots.points(lines, axis))
     steps, y, sd = plots.mean_of(members)
+    # each run's place on the axis at these steps, whether or not it was evaluated there
     x = steps
     if places:
         x = np.mean([np.interp(steps, *place) for place in places], axis=0) / unit
@@ -827,6 +854,7 @@ def draw_training(
     """Training loss (above) and bits per byte (below) against step, training time and FLOPs."""
     axes = figure.subplots(2, len(AXES))
     runs = [run for entry in drawn for run in entry.group.runs]
+    # unless all runs are that short
     runs = [run for run in runs if run.steps_logged >= FEW_STEPS] or runs
     for column, axis in enumerate(AXES):
         ends = _ends(runs, axis)
@@ -851,6 +879,7 @@ def draw_training(
             few = max(len(curve.x) for curve in curves) <= FEW_POINTS
             plots.draw_curves(here, curves, marker="o" if few and name == "val/bpb" else "")
             here.set_xlabel(title)
+            # the y axes of a row are the same
             if column == 0:
                 here.set_ylabel(label)
             if ends:
@@ -897,6 +926,7 @@ def draw_core(
         (run, entry) for entry in drawn for run in entry.group.runs if run.core_metric is not None
     ]
     depths = sorted({run.depth for run, _ in shown if run.depth is not None})
+    # the smallest distance between depths is the room for runs of the same depth
     step = min([b - a for a, b in itertools.pairwise(depths)], default=1)
     by_depth = [Point(run.depth, run, entry) for run, entry in shown if run.depth]
     for point in side_by_side(by_depth, step):
@@ -918,6 +948,7 @@ def draw_core(
         flops = [run.total_training_flops for run, _ in shown if run.total_training_flops]
         plots.log_scale(right, "x", min(flops) / 1.6, max(flops) * 2.2)
     left.set(xlabel="depth", ylabel="CORE (95% interval over the examples)", xticks=depths)
+    # room for the runs that are moved to the side of the outermost depths
     left.set_xlim(min(depths, default=0) - 0.7 * step, max(depths, default=1) + 0.7 * step)
     note = "\nvalues: of a run, or the mean of its seeds" if few else ""
     right.set_xlabel(f"training FLOPs; runs of about equal FLOPs stand next to each other{note}")
@@ -1021,6 +1052,7 @@ def draw_tasks(
         results = [run.core.tasks for run in entry.group.members if run.core and run.core.tasks]
         if results:
             bars.append(TaskBars(entry, results))
+    # 22 tasks below each other would be too high a picture
     half = ceil_div(len(labels), 2)
     columns = figure.subplots(1, 2, sharex=True)
     for axes, part in zip(columns, (labels[:half], labels[half:]), strict=True):
@@ -1036,12 +1068,14 @@ def draw_tasks(
 
 def _draw_task_column(axes: "Axes", bars: Sequence[TaskBars], labels: Sequence[str]) -> None:
     """Some of the tasks, one below the other."""
+    # the bars of a task fill 0.84 of its row, so that tasks stay apart
     thick = 0.84 / max(1, len(bars))
     for i, entry in enumerate(bars):
         for row, label in enumerate(labels):
             if tasks := entry.of(label):
                 _draw_bar(axes, row - 0.42 + (i + 0.5) * thick, thick, tasks, entry.drawn.look)
     for row, label in enumerate(labels):
+        # runs may have been centered on different chance levels
         for chance in {task.chance for entry in bars for task in entry.of(label)}:
             axes.plot(
                 [chance, chance],
@@ -1051,6 +1085,7 @@ def _draw_task_column(axes: "Axes", bars: Sequence[TaskBars], labels: Sequence[s
                 linestyle=(0, (2, 1)),
             )
     axes.set_yticks(range(len(labels)), labels)
+    # downwards, in the published order
     axes.set_ylim(max(1, len(labels)) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("accuracy")

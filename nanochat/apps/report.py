@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plot = "none: there is no training step to plot yet"
+        # the page is written in any case: a run that failed at its start is worth reading about
         if run.steps_logged:
             plot = folder / "loss.png"
             write_atomic(plot, plots.png(lambda figure: draw_loss_picture(figure, run), 11, 4.4))
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             f"{folder} cannot be written ({reason}); name another folder with --out"
         ) from None
+    # names of folders and reasons are other people's text, and may hold control characters
     for name, value in [*summary_rows(run), ("plot", plot), ("page", page)]:
         print(printable(f"{name:<29} {value}"))
     for problem in run.problems:
@@ -86,12 +88,18 @@ def summary_rows(run: RunRecord) -> list[tuple[str, str]]:
         ("training time", _time_and_speed(run)),
         ("val_bpb", _bpb_and_best(run)),
     ]
+    # the newest, with its reason if it has no metric: an older number would be misleading
     if run.cores:
         rows.append(("CORE", run.cores[0].in_words()))
     if compressors := run.compressed_bpb:
         sizes = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors.items())
         rows.append(("compressors on the same text", sizes))
     return rows
+
+
+def shown(value: float | None, form: str, before: str = "", after: str = "") -> str:
+    """A number in a format, between two texts; nothing at all for None."""
+    return "" if value is None else f"{before}{value:{form}}{after}"
 
 
 def _time_and_speed(run: RunRecord) -> str:
@@ -101,9 +109,7 @@ def _time_and_speed(run: RunRecord) -> str:
         time = human_time(run.total_training_time)
     speed = "no steps yet"
     if run.tok_per_sec:
-        speed = f"{run.tok_per_sec:,.0f} tokens/s"
-        if run.mfu is not None:
-            speed += f", {run.mfu:.1f}% MFU"
+        speed = f"{run.tok_per_sec:,.0f} tokens/s{shown(run.mfu, '.1f', ', ', '% MFU')}"
     memory = ""
     if run.peak_memory_bytes:
         memory = f", peak memory {human_bytes(run.peak_memory_bytes)}"
@@ -114,8 +120,7 @@ def _bpb_and_best(run: RunRecord) -> str:
     """The last val_bpb and the lowest."""
     if run.val_bpb is None:
         return "none"
-    best = "" if run.min_val_bpb is None else f" (best {run.min_val_bpb:.4f})"
-    return f"{run.val_bpb:.4f}{best}"
+    return f"{run.val_bpb:.4f}{shown(run.min_val_bpb, '.4f', ' (best ', ')')}"
 
 
 # ---- pictures ----
@@ -126,6 +131,7 @@ def draw_loss_picture(figure: "Figure", run: RunRecord) -> None:
     left, right = figure.subplots(1, 2)
     draw_loss(left, run)
     draw_bpb(right, run)
+    # the two are read together, step by step
     right.set_xlim(left.get_xlim())
     left.set_title(f"{run.name}: training")
     right.set_title(f"{run.name}: validation")
@@ -179,6 +185,7 @@ def draw_bpb(axes: "Axes", run: RunRecord) -> None:
         color=ORANGE,
         fontweight="bold",
     )
+    # two dashes: more compressors than two have never been recorded
     for (name, bits), dash in zip(run.compressed_bpb.items(), ("--", ":"), strict=False):
         axes.axhline(bits, color=plots.GREY, linestyle=dash, linewidth=1.2)
         axes.annotate(
@@ -191,6 +198,7 @@ def draw_bpb(axes: "Axes", run: RunRecord) -> None:
             fontsize=9.5,
         )
     axes.margins(y=0.12)
+    # evaluations begin after some steps; the axis begins with training
     axes.set_xlim(left=min(0, x[0]))
 
 
@@ -199,6 +207,7 @@ def draw_rate(axes: "Axes", run: RunRecord) -> None:
     x, y = plots.points(run.lines, "train/lr")
     axes.plot(x, y, color=BLUE, linewidth=1.7)
     axes.set(xlabel="step", ylabel="learning rate")
+    # a rate is read against 0, to see how far it has decayed
     axes.set_ylim(bottom=0)
 
 
@@ -321,7 +330,9 @@ def as_page(run: RunRecord) -> str:
     ]
     if pictures:
         parts += ["<h2>Curves</h2>", f"<div class=curves>{''.join(pictures)}</div>"]
+    # from results to details; a part that has nothing to show is an empty string
     parts += [core_part(run), evaluations_part(run), samples_part(run), settings_part(run)]
+    # samples may hold lone surrogates, which cannot be written as UTF-8
     return valid_unicode(
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -371,7 +382,7 @@ def headline(run: RunRecord) -> str:
 def _score_cards(run: RunRecord) -> Iterable[Card]:
     """What the run reached, as far as it is known."""
     if run.val_bpb is not None:
-        best = "" if run.min_val_bpb is None else f"best {run.min_val_bpb:.4f}"
+        best = shown(run.min_val_bpb, ".4f", "best ")
         yield Card("bits per byte", f"{run.val_bpb:.4f}", best)
     if run.cores and run.cores[0].core_metric is not None:
         core = run.cores[0]
@@ -384,7 +395,7 @@ def _size_cards(run: RunRecord) -> Iterable[Card]:
     if run.parameters is not None:
         yield Card("parameters", f"{run.parameters:,}", f"depth {run.depth}")
     if run.step is not None:
-        yield Card("steps", f"{run.step:,}", "" if run.steps is None else f"of {run.steps:,}")
+        yield Card("steps", f"{run.step:,}", shown(run.steps, ",", "of "))
     if run.tokens is not None:
         yield Card("tokens", f"{run.tokens:,}")
     if run.total_training_flops:
@@ -396,7 +407,7 @@ def _cost_cards(run: RunRecord) -> Iterable[Card]:
     if run.total_training_time is not None:
         yield Card("training time", human_time(run.total_training_time))
     if run.tok_per_sec:
-        mfu = "" if run.mfu is None else f"{run.mfu:.1f}% MFU"
+        mfu = shown(run.mfu, ".1f", after="% MFU")
         yield Card("tokens a second", f"{run.tok_per_sec:,.0f}", mfu)
     if run.peak_memory_bytes:
         yield Card("peak memory", human_bytes(run.peak_memory_bytes))
@@ -419,6 +430,7 @@ def figure(picture: Picture, run: RunRecord) -> str:
         image = plots.png(lambda figure: picture.draw(figure.subplots(), run), 6.4, 3.5, dark=dark)
         return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
+    # inside the page rather than next to it, so that the page can be sent as one file
     title = escaped(picture.title)
     return (
         f"<figure><figcaption>{title}</figcaption><picture>"
@@ -462,7 +474,7 @@ def core_part(run: RunRecord) -> str:
             (
                 label,
                 f"{task.accuracy:.4f}",
-                "" if task.stderr is None else f"± {task.stderr:.4f}",
+                shown(task.stderr, ".4f", "± "),
                 f"{task.chance:.3f}",
                 f"{task.centered:+.4f}",
                 f"{task.n:,}",
@@ -490,16 +502,16 @@ def evaluations_part(run: RunRecord) -> str:
             (
                 evaluation.file,
                 report.get("step", ""),
-                "" if bpb is None else f"{bpb:.4f}",
-                "" if core is None else f"{core:.4f}",
+                shown(bpb, ".4f"),
+                shown(core, ".4f"),
                 "" if None in (low, high) else f"{low:.4f} to {high:.4f}",
                 dig(report, "core", "n") or "",
             )
         )
         samples = report["samples"] if isinstance(report.get("samples"), list) else []
-        shown = [sample_text(sample) for sample in samples if isinstance(dig(sample, "text"), str)]
-        if shown:
-            texts += details(f"samples of {evaluation.file}", "".join(shown))
+        drawn = [sample_text(sample) for sample in samples if isinstance(dig(sample, "text"), str)]
+        if drawn:
+            texts += details(f"samples of {evaluation.file}", "".join(drawn))
     table = as_table(("file", "step", "bits per byte", "CORE", "95%", "n"), rows)
     return f"<h2>Evaluations</h2>\n{table}{texts}"
 
@@ -511,6 +523,7 @@ def samples_part(run: RunRecord) -> str:
         by_step.setdefault(sample["step"], []).append(sample)
     if not by_step:
         return ""
+    # thousands of samples would make the page too slow to open
     steps = sorted(by_step)
     # evenly spaced, with both ends; fewer steps than that may round to the same one
     places = np.linspace(0, len(steps) - 1, min(len(steps), SAMPLE_STEPS)).round().astype(int)
@@ -527,6 +540,7 @@ def samples_part(run: RunRecord) -> str:
 
 def sample_text(sample: dict) -> str:
     """A sample, its prompt set off."""
+    # samples of earlier versions have no prompt
     prompt = sample["prompt"] if isinstance(sample.get("prompt"), str) else ""
     return f"<pre><b>{escaped(prompt)}</b>{escaped(sample['text'])}</pre>"
 
@@ -537,6 +551,7 @@ def settings_part(run: RunRecord) -> str:
     flags = {
         f"--{name.replace('_', '-')}": value
         for name, value in (dig(config, "args") or {}).items()
+        # about a hundred flags, most of which are off
         if value is not False and value not in (-1, "", None)
     }
     other = {
@@ -579,6 +594,7 @@ def _value_text(value: Any) -> str:
     """A setting as text: numbers for reading, the rest as in JSON."""
     if isinstance(value, str):
         return value
+    # True is an int in Python
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):

@@ -33,6 +33,7 @@ class ListedRun:
 
 def _by_name(run: ListedRun) -> Any:
     """Numbers in a name count as numbers: d4 comes before d12."""
+    # a tuple for each part, since text and numbers cannot be ordered among each other
     parts = re.split(r"(\d+)", run.name)
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts]
 
@@ -47,6 +48,7 @@ def _highest_first(value: float | None) -> float:
     return math.inf if value is None else -value
 
 
+# keys of --sort; what has no value comes last
 SORTS: dict[str, Callable[[ListedRun], Any]] = {
     "name": _by_name,
     "val_bpb": lambda run: _lowest_first(run.summary.val_bpb),
@@ -99,6 +101,7 @@ def main(argv: list[str]) -> int:
             print(printable(table(runs)))
         for problem in problems:
             print(printable(problem))
+    # after the problems, which may say why
     if not runs:
         raise UsageError(f"no runs in {', '.join(args.folders)}; name the --out-dir of your runs")
     return EXIT_COMPLETED
@@ -111,6 +114,7 @@ def listed(folders: list[str], problems: list[str]) -> list[ListedRun]:
         # with several folders only the whole path tells which run is meant
         shown_from = folder if len(folders) == 1 else ""
         for path in find(Path(folder), LEVELS, problems):
+            # one damaged run must not hide the others
             try:
                 run = ListedRun(_name(path, shown_from), read_summary(path))
                 found[run.summary.path] = run

@@ -56,6 +56,7 @@ def settings_of(run: RunRecord, with_commit: bool = True) -> str:
     "" where config.json does not tell. with_commit: count the version of the code as a setting."""
     config = run.config
     args = config.get("args")
+    # nothing is known of how an imported model was trained
     if not args or "imported_from" in config or run.seed is None:
         return ""
     plan = config.get("plan")
@@ -66,6 +67,7 @@ def settings_of(run: RunRecord, with_commit: bool = True) -> str:
     deciding = {
         name: value
         for name, value in args.items()
+        # a flag of another version that is not known here may decide as well
         if name not in FLAGS or not FLAGS[name].bookkeeping
     }
     settings = [
@@ -95,6 +97,7 @@ def group_runs(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
         for run in alike:
             first_of_seed.setdefault(run.seed, run)
         groups.append(_group(list(first_of_seed.values()), left_out))
+        # a repeated seed in a mean would count the same noise twice
         for run in alike:
             first = first_of_seed[run.seed]
             if run is not first:
@@ -120,6 +123,7 @@ def _group(runs: list[RunRecord], notes: list[str]) -> Group:
     name = name_of(runs)
     if len(runs) == 1:
         return Group(name, runs, members=runs)
+    # a run that was cut short has a worse score for a reason that is not noise
     done = [run for run in runs if run.status == "completed"]
     if left := [run for run in runs if run.status != "completed"]:
         notes.append(f"{name}: its mean leaves out {names(left)}, which did not complete")

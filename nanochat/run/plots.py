@@ -107,6 +107,7 @@ def png(draw: Callable[["Figure"], None], width: float, height: float, dark: boo
         "axes.unicode_minus": True,
     }
     with matplotlib.rc_context(style):
+        # pyplot would keep every figure and look for a display
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
@@ -127,6 +128,7 @@ def points(lines: Sequence[dict], name: str, axis: str = "step") -> tuple[np.nda
         for line in lines
         if finite_number(line.get(axis)) is not None and finite_number(line.get(name)) is not None
     }
+    # a resumed run writes some steps again, later in the file
     order = sorted(found)
     return np.array(order, dtype=np.float64), np.array([found[x] for x in order], dtype=np.float64)
 
@@ -137,6 +139,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     At the start, where a loss falls fast, only as many steps after it as there are before it; at
     the end, where it hardly moves, whatever steps exist."""
     n = len(values)
+    # differences of running sums: one pass, however wide the mean is
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(n)
     reach = np.minimum(max(SMOOTHING_STEPS, int(n * SMOOTHING_SHARE)) // 2, at)

@@ -73,11 +73,13 @@ def read_summary(path: str | Path) -> RunSummary:
     """The facts of a run. Raises one of DAMAGES if config.json or summary.json is unreadable."""
     path = Path(path)
     config = RunFolder(path).read_config()
+    # the summary is first written when training begins; until then the lock decides
     summary = {"status": "running"}
     if (path / "summary.json").exists():
         summary = read_json(path / "summary.json", "run folder")
     at = _progress(path, summary)
     status = summary["status"]
+    # a process that is killed cannot say so, but it loses its lock
     if status == "running" and not is_held(path / ".lock"):
         status = "died"
     parameters = steps = None
@@ -88,6 +90,7 @@ def read_summary(path: str | Path) -> RunSummary:
     depth = config["args"]["depth"]
     scores = {name: summary.get(name) for name in ("val_bpb", "min_val_bpb", "core_metric")}
     numbers = (*at.values(), depth, parameters, steps, *scores.values())
+    # what follows formats and sorts these
     if not all(value is None or isinstance(value, int | float) for value in numbers):
         raise ValueError("a number in config.json or summary.json is not a number")
     seconds = at["total_training_time"]
@@ -162,6 +165,7 @@ def find(folder: Path, levels: int, problems: list[str]) -> Iterator[Path]:
         if run.holds_run():
             yield folder
             return
+        # checkpoints without a config.json are a damaged run, not a folder of runs
         if remains := run.remains():
             files = ", ".join(remains)
             problems.append(f"{folder}: not a run (it holds {files}, but no config.json)")
@@ -172,6 +176,7 @@ def find(folder: Path, levels: int, problems: list[str]) -> Iterator[Path]:
     except DAMAGES as error:
         problems.append(f"{folder}: not a run ({reason_of(error)})")
         return
+    # a run folder is never searched for further runs, a folder of runs only so deep
     if levels:
         for path in below:
             yield from find(path, levels - 1, problems)
@@ -355,8 +360,10 @@ def _refuse_what_is_no_run(path: Path) -> None:
         raise UsageError(
             f"{path}: cannot be read (permission denied); ask its owner, or name another run folder"
         )
+    # even a single file of a run is worth a report
     if (path / "config.json").exists() or RunFolder(path).remains():
         return
+    # the most common mistake is to name --out-dir instead of a run in it
     below = sorted(folder.parent.name for folder in path.glob("*/config.json"))
     remedy = "name a run folder, for example out/d4"
     if below:
@@ -369,6 +376,7 @@ def _config(path: Path, problems: list[str]) -> dict:
     config = _object(path / "config.json", problems)
     if not config:
         return {}
+    # a config that is half understood would be worse than none: groups are formed by it
     if config.get("format") == FORMAT and isinstance(config.get("args"), dict):
         return config
     why = "was not written by nanochat"
@@ -396,10 +404,12 @@ def _numbers(summary: dict, lines: list[dict]) -> dict[str, int | float | None]:
     last = lines[-1] if lines else {}
     numbers = {}
     for name in ("step", "tokens", "total_training_flops", "total_training_time"):
+        # the summary waits for evaluations, the lines are written at every step
         both = (finite_number(summary.get(name)), finite_number(last.get(name)))
         numbers[name] = max((value for value in both if value is not None), default=None)
     for name in ("val_bpb", "min_val_bpb", "tok_per_sec", "mfu", "peak_memory_bytes"):
         numbers[name] = finite_number(summary.get(name))
+    # without a summary the lines still tell the scores
     if not summary:
         evaluated = {}
         for line in lines:
@@ -416,6 +426,7 @@ def _object(path: Path, problems: list[str]) -> dict:
     """The JSON object of a file; {} and a problem where there is none."""
     try:
         value = read_json(path, "run folder")
+    # deeply nested brackets exhaust the parser
     except (UsageError, RecursionError) as error:
         problems.append(in_a_line(error).removeprefix("run folder: "))
         return {}
@@ -449,6 +460,7 @@ def _evaluations(folder: Path, problems: list[str]) -> list[Evaluation]:
     for path in sorted(folder.glob("*.json")):
         problems_before = len(problems)
         report = _object(path, problems)
+        # the folder may hold other JSON files, such as one of an interrupted copy
         scores = any(isinstance(report.get(part), dict) for part in ("core", "bpb"))
         if scores or isinstance(report.get("samples"), list):
             found.append(Evaluation(path.name, report))
@@ -469,6 +481,7 @@ def _cores(config: dict, answers: list[dict], evaluations: list[Evaluation]) -> 
     """The newest result of core.jsonl, then those of RUN/evaluations, newest first."""
     found = []
     if answers:
+        # each evaluation adds a line for each task; those of earlier steps stay in the file
         newest = answers[-1]["step"]
         mine = [line for line in answers if line["step"] == newest]
         found.append(
@@ -500,6 +513,7 @@ def _preferred(cores: list[CoreResult], evaluations_first: bool) -> CoreResult |
     ordered = sorted(
         cores, key=lambda core: evaluations_first and not core.source.startswith("evaluations")
     )
+    # a complete result of an earlier step says more than one that was cut short
     with_metric = [core for core in ordered if core.core_metric is not None]
     return next(iter(with_metric or ordered), None)
 

@@ -47,7 +47,7 @@ def student_quantile(p: float, df: float) -> float:
 
     With t = sqrt(df) tan(a), the probability of 0..t is an integral of cos^(df-1) over 0..a;
     Simpson's rule gives it to 1e-9, and bisection inverts it."""
-    # `nanochat runs` reads this package too and starts faster without numpy
+    # only some of what imports this module needs quantiles, and numpy slows down the start
     import numpy as np
 
     factor = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
@@ -59,6 +59,7 @@ def student_quantile(p: float, df: float) -> float:
         at = np.linspace(0, angle, 2001)
         return factor * float(weights @ np.cos(at) ** (df - 1)) * angle / 2000 / 3
 
+    # an angle below pi/2 stands for any t, so the search is bounded
     low = 0.0
     high = math.pi / 2
     for _ in range(60):
@@ -85,6 +86,7 @@ def welch(
     spread_second = statistics.variance(second) / len(second)
     difference = statistics.fmean(second) - statistics.fmean(first)
     squared = spread_first + spread_second
+    # equal numbers: df would be 0/0
     if squared == 0:
         return MeanDifference(difference, difference, difference, None)
     df = squared**2 / (spread_first**2 / (len(first) - 1) + spread_second**2 / (len(second) - 1))

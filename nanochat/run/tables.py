@@ -10,9 +10,12 @@ def short(number: float | None) -> str:
     for unit in ("", "k", "M"):
         # 999.5 would be rounded to 1000, which belongs to the next unit
         if number < 999.5:
-            return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
+            digits = ".3g" if unit else ".0f"
+            return f"{number:{digits}}{unit}"
         number /= 1000
-    return f"{number:.3g}B" if number < 999.5 else f"{number:,.0f}B"
+    if number < 999.5:
+        return f"{number:.3g}B"
+    return f"{number:,.0f}B"
 
 
 def fixed(number: float | None, digits: int = 4) -> str:
@@ -26,11 +29,12 @@ def aligned(rows: Sequence[Sequence[str | None]], left: int = 1) -> str:
     The first `left` columns are aligned to the left, the others to the right."""
     filled = [["-" if cell is None else cell for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in filled) for i in range(len(filled[0]))]
+    # no blanks at the ends of lines: they wrap in narrow terminals
+    sides = ["<"] * left + [">"] * (len(widths) - left)
     lines = []
     for row in filled:
         cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     from nanochat.apps.sweep.train_runs import Stop
 
     stop = Stop()
+    # from here on Ctrl-C must not end this process before the training that it started
     stop.listen()
     settings = Settings.read(args.kind, args.folder, args.flags, os.environ)
     return sweep(settings, sys.stdin.read(), stop)

@@ -46,6 +46,7 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
     names = ", ".join(run.name for run in runs)
     print(f"{settings.kind}: {len(runs)} runs in {settings.folder}: {names}", flush=True)
     train_all(runs, settings, to_retry, stop)
+    # read anew: another process may have trained some of them
     rows = results.collect(runs)
     scaling = None
     if settings.kind == "scaling_laws" and not stop.asked:
@@ -58,6 +59,7 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
         "runs": [row.as_json() for row in rows],
     }
     record_path = settings.folder / "results.json"
+    # a stop is not a result: the runs are recorded, means and laws are not
     if stop.asked:
         write_json(record_path, record)
         print("stopped; start it again to continue", flush=True)
@@ -66,6 +68,7 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
         found = conclude_scaling(settings.folder, scaling)
     else:
         found = CONCLUSIONS[settings.kind](settings.folder, rows)
+    # before anything else is printed: a broken pipe must not cost the results
     write_json(record_path, {**record, **found.record})
     if scaling is not None and scaling.no_prediction:
         print(scaling.no_prediction)
@@ -73,6 +76,7 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
     if failed:
         print(f"FAILED: {', '.join(failed)} (RETRY=1 tries again)")
     print(f"results: {record_path}")
+    # the last line of the output, for scripts and people who keep only that
     line = results.result_line(
         runs=len(rows),
         completed=len(results.completed(rows)),
@@ -87,6 +91,7 @@ def _check_prediction(wanted: str, runs: Sequence[Run]) -> None:
     """UsageError for a PREDICT that is a budget and not beyond those that are run."""
     if not wanted or is_depth(wanted):
         return
+    # a prediction within the range of the runs proves nothing
     largest = max(flags.parse(run.flags).target_flops for run in runs)
     if float(wanted) <= largest:
         raise UsageError(
@@ -120,6 +125,7 @@ def _failures(settings: Settings, runs: Sequence[Run]) -> dict[str, float]:
 def conclude_miniseries(folder: Path, rows: Sequence[Row]) -> Conclusion:
     """`nanochat compare` of the completed runs, with its pictures in FOLDER/compare."""
     done = results.completed(rows)
+    # results that were measured are reported even if the comparison fails
     values = {f"{row.name}_val_bpb": row.facts.val_bpb for row in done}
     for row in done:
         if row.facts.core_metric is not None:
@@ -197,6 +203,7 @@ def _fit_and_predict(
     settings: Settings, rows: Sequence[Row], to_retry: dict[str, float], stop: Stop
 ) -> Scaling:
     """Fit the laws, and train the run that PREDICT asks for."""
+    # before the prediction's own run, which must not take part in the fit
     fit, draws = fit_points(points_of(rows))
     no_prediction = ""
     if settings.predict:
@@ -215,6 +222,7 @@ def conclude_scaling(folder: Path, scaling: Scaling) -> Conclusion:
     outcomes = read_outcomes(folder)
     for outcome in outcomes:
         print(outcome.in_words())
+    # without a single completed run there is nothing to draw
     if fit.budgets:
         picture = folder / "scaling_laws.png"
         draw_picture(fit, outcomes, picture)

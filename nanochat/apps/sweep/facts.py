@@ -48,10 +48,12 @@ class Facts:
 
 def read_facts(path: Path) -> Facts:
     """The facts of a run folder, which may be missing or damaged."""
+    # a damaged folder counts as a failure: it is reported, and RETRY=1 tries it again
     try:
         facts = _of_run(path) if RunFolder(path).holds_run() else Facts()
     except DAMAGES as error:
         facts = _damaged("run folder", error)
+    # an older note may be left of a run that was then resumed by hand
     if facts.status in ("completed", "running"):
         return facts
     # a process that could not even start leaves no summary, only the sweep's note
@@ -63,6 +65,7 @@ def read_facts(path: Path) -> Facts:
     except FileNotFoundError:
         return facts
     except DAMAGES as error:
+        # another process may be writing it, or the disk was full
         damaged = _damaged(FAILURE, error)
         return replace(facts, status="failed", reason=damaged.reason, failed_at=0.0)
 
@@ -91,6 +94,7 @@ def _of_run(path: Path) -> Facts:
         scaling_parameters=plan["scaling_parameters"],
         step=run.step,
         tokens=tokens,
+        # not the planned ones: a run may have been stopped early
         flops=tokens and tokens * plan["flops_per_token"],
         epochs=tokens and tokens / config["data"]["tokens_per_epoch"],
         seconds=run.total_training_time,

@@ -72,6 +72,7 @@ class Outcome:
     @property
     def inside(self) -> bool | None:
         """Whether the interval holds what was measured."""
+        # without an interval nothing was claimed that could be wrong
         if self.measured is None or self.prediction.interval_95 is None:
             return None
         low, high = self.prediction.interval_95
@@ -101,6 +102,7 @@ class Outcome:
 
 def read_outcomes(folder: Path) -> list[Outcome]:
     """Every prediction in folder/predictions, by name, with its run."""
+    # predictions of earlier sweeps over this folder too: they are never forgotten
     found = []
     for path in sorted((folder / "predictions").glob("*.json")):
         prediction = Prediction.from_json(read_json(path, "prediction"))
@@ -128,9 +130,11 @@ def plan_prediction(
     if fit.N_opt is None:
         raise UsageError(f"PREDICT={wanted}: no prediction: {fit.why_not}")
     done = completed(rows)
+    # the tokenizer's size is known only once a run has trained or loaded it
     config = read_json(Path(done[0].path) / "config.json", "run folder")
     vocabulary = config["model"]["vocab_size"]
 
+    # sizes come from the model itself, built without memory, rather than from a formula
     def model(depth: int) -> Any:
         args = flags.parse([*settings.common, f"--depth={depth}"])
         return meta_model(model_config(args, vocabulary))
@@ -168,6 +172,7 @@ def plan_prediction(
 def _best_depth(wished: float, shallowest: int, model: Any) -> int:
     """The depth, from `shallowest` on, whose N is nearest to the one wished for, by its ratio."""
     depth = shallowest
+    # N grows with depth, so the first two on both sides of the wished one are the candidates
     while depth < MAX_DEPTH and model(depth + 1).scaling_parameters() < wished:
         depth += 1
     distances = {
@@ -215,7 +220,9 @@ def predict_and_train(
     )
     words = [f"--depth={prediction.depth}", f"--target-flops={prediction.flops!r}"]
     run = make_run(settings.folder, f"predictions/{name}", words, settings.common)
+    # a started run has to have been started with these flags
     check("scaling_laws", [run], [])
+    # a missing run may shift the laws
     if failed := [row.name for row in rows if row.facts.status == "failed"]:
         print(f"without the failed runs {', '.join(failed)}", flush=True)
 

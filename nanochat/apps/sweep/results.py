@@ -57,6 +57,7 @@ def _cells(row: Row) -> list[str | None]:
     facts = row.facts
     ratio = flops = None
     if facts.tokens:
+        # D/N of what was trained so far
         ratio = fixed(facts.tokens / facts.scaling_parameters, 1)
     if facts.flops:
         flops = f"{facts.flops:.2e}"
@@ -84,6 +85,7 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     ]
     if repeats := [row.name for row in rows if (row.facts.epochs or 0) > 1]:
         lines.append(f"more than one pass over the data: {', '.join(repeats)}")
+    # a sweep that takes days may be continued after an update
     by_commit: dict[str, list[str]] = {}
     for row in rows:
         if row.facts.git_commit:
@@ -144,6 +146,7 @@ def ablation(rows: Iterable[Row]) -> list[Variant]:
 
     Pairs of runs with the same seed see the same data in the same order, so that their difference
     varies less than either of them."""
+    # dicts keep the order of the lines
     by_variant: dict[str, dict[str, Facts]] = {}
     for row in rows:
         variant, seed = row.name.split("/")
@@ -153,6 +156,7 @@ def ablation(rows: Iterable[Row]) -> list[Variant]:
 
 def _variant(name: str, of_seed: dict[str, Facts], baseline: dict[str, Facts]) -> Variant:
     done = {seed: facts for seed, facts in of_seed.items() if facts.completed}
+    # a variant that breaks often is a result too, so the number of failures is shown
     left = [facts.status for facts in of_seed.values() if not facts.completed]
     counts = [f"{left.count(word)} of {len(of_seed)} {word}" for word in dict.fromkeys(left)]
     spreads = {
@@ -162,6 +166,7 @@ def _variant(name: str, of_seed: dict[str, Facts], baseline: dict[str, Facts]) -
     variant = Variant(name, ", ".join(counts) or "completed", **spreads)
     if name == BASELINE:
         return variant
+    # a seed that only one side completed would shift the mean by the noise of that seed
     pairs = [
         (facts, baseline[seed])
         for seed, facts in done.items()
@@ -181,6 +186,7 @@ def _paired(pairs: Sequence[tuple[Facts, Facts]], what: str) -> PairedDifference
     found = spread([mine - base for mine, base in both if mine is not None and base is not None])
     if found.sd is None:
         return PairedDifference(found.mean, None, None, found.n)
+    # the pairs are independent of each other, so their mean varies by 1/sqrt(n)
     se = found.sd / math.sqrt(found.n)
     return PairedDifference(found.mean, se, se * two_sided_quantile(found.n - 1), found.n)
 
@@ -194,6 +200,7 @@ def ablation_table(variants: Sequence[Variant]) -> str:
         seconds = variant.seconds_difference
         percent = 0.0
         if seconds is not None and seconds.mean is not None:
+            # the baseline's mean over the same seeds, which the difference gives back
             percent = 100 / (variant.seconds.mean - seconds.mean)
         rows.append(
             (
@@ -231,6 +238,7 @@ def _with_reach(
 
 def result_line(**values: Any) -> str:
     """The last line of a script: RESULT name=value ...; None as null, numbers with six digits."""
+    # null rather than None: scripts read the values as JSON
     words = [
         f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={json.dumps(value)}"
         for name, value in values.items()

@@ -267,6 +267,7 @@ class _Draws:
 def fit_points(points: Iterable[Point]) -> tuple[Fit, FitDraws | None]:
     """Fit parabolas and power laws to completed runs. The draws are for predict(), None where the
     noise cannot be measured."""
+    # by label rather than by FLOPs, which differ a little from run to run as steps are whole
     by_budget: dict[str, list[Point]] = {}
     for point in points:
         by_budget.setdefault(point.budget, []).append(point)
@@ -275,6 +276,8 @@ def fit_points(points: Iterable[Point]) -> tuple[Fit, FitDraws | None]:
     )
     fitted = [p for p in parabolas if p.curve is not None]
     used = [p for p in fitted if not p.left_out]
+    # a parabola takes three of a budget's degrees of freedom; also those whose minimum is of no
+    # use tell the noise
     dof = sum(len(p.loss) - 3 for p in fitted)
     noise = None
     if dof:
@@ -355,6 +358,7 @@ def _parabola(label: str, points: Sequence[Point]) -> _Parabola:
     points = sorted(points, key=lambda point: point.N)
     ln_n = np.log([p.N for p in points])
     loss = np.array([p.loss for p in points])
+    # whole steps: the runs of a budget differ by up to a step
     flops = float(np.exp(np.mean(np.log([p.flops for p in points]))))
     n = np.exp(ln_n)
     if len(set(n)) < MIN_RUNS:
@@ -366,6 +370,7 @@ def _parabola(label: str, points: Sequence[Point]) -> _Parabola:
     center = float(ln_n.mean())
     x = ln_n - center
     design = np.stack([np.ones_like(x), x, x**2], axis=1)
+    # kept, because the bootstrap applies it to thousands of noisy losses
     solve = np.linalg.pinv(design)
     # at equal FLOPs ln D is nearly a line in ln N; the square is for attention, whose share changes
     # with the width
@@ -388,6 +393,7 @@ def _why_left_out(ln_n: np.ndarray, loss: np.ndarray, minimum: np.ndarray | None
     if minimum[2] <= 0:
         return "the parabola goes below zero; its points are too far from one"
     found = short(float(np.exp(minimum[0])))
+    # beyond the runs a parabola is a guess, however well it fits them
     if not ln_n[0] <= minimum[0] <= ln_n[-1]:
         below = minimum[0] < ln_n[0]
         side = "below" if below else "above"
@@ -398,6 +404,7 @@ def _why_left_out(ln_n: np.ndarray, loss: np.ndarray, minimum: np.ndarray | None
             f"{more} models"
         )
     end = {ln_n[0]: "shallower", ln_n[-1]: "deeper"}.get(ln_n[loss.argmin()])
+    # then the loss is still falling at that end, and the parabola's minimum is an accident
     if end and loss.min() < minimum[2]:
         return (
             f"the parabola has its minimum inside the range of depths, at N = {found}, but the run "
@@ -409,6 +416,7 @@ def _why_left_out(ln_n: np.ndarray, loss: np.ndarray, minimum: np.ndarray | None
 def _draw(used: Sequence[_Parabola], noise: float, dof: int) -> _Draws | None:
     """The minima of parabolas through noisy losses; None if no draw is left."""
     generator = np.random.default_rng(SEED)
+    # one size for a whole draw: it is a single unknown, not one for each run
     sizes = noise * np.sqrt(dof / generator.chisquare(dof, DRAWS))
     coefficients = []
     for p in used:
@@ -497,6 +505,7 @@ def fit_loss(ln_c: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarr
         better = (error < best[0]) & (slope > 0)
         best[:, better] = np.stack([error, floor, slope, gammas])[:, better]
 
+    # a grid, since for small gammas the error is too flat for a gradient to follow
     for gamma in GAMMAS:
         attempt(np.full(len(losses), gamma))
     grid = GAMMAS[1] / GAMMAS[0]
@@ -594,6 +603,7 @@ def _loss_line(
 def best_budget(fit: Fit, n: float) -> float:
     """The FLOPs for which a model of N = n is the best. UsageError if the law does not rise."""
     law = fit.N_opt
+    # only noise can give such a law
     if law.exponent <= 0:
         raise UsageError(
             f"N_opt does not rise with the budget (exponent {law.exponent:.3f}), so no budget "
@@ -621,7 +631,9 @@ def predict(fit: Fit, draws: FitDraws | None, flops: float, n: float) -> Expecte
         + factors * np.exp(-gammas * x)
         + draws.curvature * (math.log(n) - levels - slopes * x) ** 2
     )
+    # the run that is predicted has noise of its own, besides the uncertainty of the laws
     low, high = _interval(losses + draws.noise * draws.normal)
+    # percentiles of skewed draws need not hold the value itself
     return Expected(expected, (min(low, expected), max(high, expected)))
 
 
@@ -655,6 +667,7 @@ def in_words(fit: Fit) -> str:
     if fit.noise is not None:
         noise = f"; noise of a run {fit.noise:.4f} ({fit.degrees_of_freedom} degrees of freedom)"
     lines.append(f"intervals: {fit.intervals}{noise}")
+    # what has no minimum cannot be counted, and it would lie far out
     if (fit.draws_without_minimum or 0) > 0.01:
         lines.append(
             f"in {fit.draws_without_minimum:.0%} of the draws a budget had no minimum; they are "

@@ -33,10 +33,12 @@ def draw_laws(figure: "Figure", fit: Fit, outcomes: Sequence[Outcome]) -> None:
     _draw_parabolas(left, fit.budgets)
     used = [budget for budget in fit.budgets if budget.N_opt is not None]
     if fit.why_not:
+        # an empty part with a reason, rather than a picture of another shape
         for axes in (middle, right):
             axes.text(0.5, 0.5, "no power law", transform=axes.transAxes, ha="center", color=GREY)
             axes.set(xticks=[], yticks=[])
     else:
+        # the lines reach as far as the predictions that they make
         last = max([used[-1].flops, *(outcome.prediction.flops for outcome in outcomes)])
         ends = np.array([used[0].flops / 1.5, last * 1.5])
         _draw_power_laws(middle, fit, used, ends)
@@ -62,11 +64,13 @@ def _draw_parabolas(axes: "Axes", budgets: Sequence[Budget]) -> None:
     from matplotlib import colormaps
 
     for i, budget in enumerate(budgets):
+        # the last part of the map is too pale on white
         color = colormaps["viridis"](0.85 * i / max(1, len(budgets) - 1))
         n = np.array(budget.N)
         label = f"{budget.flops:.3g} FLOPs" + (" (left out)" if budget.left_out else "")
         axes.plot(n, budget.loss, "o", color=color, markersize=4.5, label=label)
         if budget.coefficients is not None:
+            # only between the runs: beyond them the parabola means nothing
             along = np.linspace(np.log(n.min()), np.log(n.max()), 100)
             axes.plot(
                 np.exp(along),
@@ -161,7 +165,9 @@ def _draw_loss(
         # one entry in the legend for all of them
         _draw_outcome(axes, outcome, with_label=i == 0)
     measured = [outcome.measured for outcome in outcomes if outcome.measured is not None]
+    # intervals of predictions may be very wide, and would flatten the curve
     seen = [*values, *law.at(ends), *measured]
+    # some room even if all values are equal
     margin = 0.15 * (max(seen) - min(seen)) + 0.002
     plots.log_scale(axes, "x", *ends)
     axes.set_ylim(min(seen) - margin, max(seen) + margin)

@@ -63,6 +63,7 @@ class Settings:
         if bundle := environ.get("CORE_BUNDLE", ""):
             common += [f"--core-bundle={bundle}", f"--core-metric-every={AT_THE_END}"]
         predict = environ.get("PREDICT", "")
+        # refused now, not after hours of training
         if predict:
             is_depth(predict)
         return cls(

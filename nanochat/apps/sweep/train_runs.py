@@ -148,6 +148,7 @@ def check(kind: str, runs: Iterable[Run], given: Sequence[str]) -> None:
 
 def _run_problems(kind: str, run: Run, yours: set[str]) -> list[str]:
     """What is wrong with one run."""
+    # all flags together, as train.py will see them
     args = flags.parse(run.argv)
     problems = check_flags(args)
     own = flags.parse(run.flags).given
@@ -270,6 +271,7 @@ def _train(run: Run, was: str, settings: Settings, stop: Stop, lock: IO[str]) ->
     began = time.monotonic()
     resumed = "" if was == "not started" else f", which was {was}"
     print(f"{run.name}: training{resumed}; {log_path}", flush=True)
+    # appended: a resumed run continues its log
     with open(log_path, "ab") as log:
         start = log.tell()
         code = stop.call(command(run, settings.train_py, settings.processes), log, lock)
@@ -278,6 +280,7 @@ def _train(run: Run, was: str, settings: Settings, stop: Stop, lock: IO[str]) ->
     # torchrun ends with 1 whatever its workers end with, so there the summary decides
     stopped = settings.processes > 1 and code != 0 and status == "stopped"
     stop.asked = stop.asked or code == EXIT_STOPPED or stopped
+    # the run's own word comes first, its exit code second
     facts = read_facts(run.path)
     took = human_time(time.monotonic() - began)
     if code == 0 and facts.completed:
