@@ -596,6 +596,8 @@ def train_to_its_end(prepared: Prepared, stop: signals.StopSignals) -> int:
     stop.at_once = False
     log, saver, clock = take_run_folder(prepared)
     with contextlib.ExitStack() as workers:
+        # closed in the opposite order: the folder is released last
+        workers.callback(log.folder.release)
         workers.callback(log.close)
         if saver:
             workers.callback(saver.close)
@@ -686,7 +688,7 @@ def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
         tokens_per_epoch=text.tokens_per_epoch,
         untrained_vocabulary=None if run.source else text.tokenizer.vocab_size,
     )
-    text.rows.cache.report = log.message
+    text.rows.cache.report = log.progress.message
     if not log.writes:
         return log, None, clock
 
@@ -717,7 +719,7 @@ def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
     )
     log.config = run.config
     log.summarize("running")
-    saver = Saver(run.folder.path, args.keep_last, log.message, log.records, best_bpb)
+    saver = Saver(run.folder.path, args.keep_last, log.progress.message, log.records, best_bpb)
     return log, saver, clock
 
 

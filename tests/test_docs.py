@@ -1,4 +1,5 @@
-"""The documents keep their word: commands parse, the file map is the tree, imports flow down and do nothing."""
+"""The documents keep their word: commands parse, the file map is the tree, imports flow down and do
+no work."""
 
 import ast
 import re
@@ -8,35 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 
 import train
 from nanochat.__main__ import APPS
-from nanochat.run import plan as plans
+from nanochat.run.checks import check_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# each module may import those of lower layers and of its own, never of a higher one
-LAYERS = [
-    {"common", "signals", "hardware", "ranks"},
-    {"attention", "loss", "fp8", "fp16", "tokenizer", "runlog", "hub", "track"},
-    {"corpus"},
-    {"model", "hf_model", "optim", "schedules", "data", "fit"},
-    {"checkpoint", "evaluate", "engine", "core", "plan"},
-    {"start", "faults", "profiling"},
-    {
-        "sample",
-        "report",
-        "compare",
-        "plots",
-        "runs",
-        "doctor",
-        "bench",
-        "export",
-        "tokenizer_app",
-        "data_app",
-        "evaluate_app",
-    },
-]
+# From the lowest to the highest: a module imports from its own layer and from those before it.
+FLOOR = {"common", "hardware", "ranks", "signals"}
+LAYERS = ["floor", "model", "optim", "data", "run", "eval", "apps"]
+HEAVY = (
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "rustbpe",
+    "tensorboard",
+    "torchao",
+    "transformers",
+    "triton",
+    "wandb",
+)
 
 
 def shell_blocks(text):
@@ -44,12 +38,14 @@ def shell_blocks(text):
 
 
 def commands(text):
-    """Argument lists of the commands in a shell text: comments cut, continuation lines joined, variables left as they are."""
+    """Argument lists of the commands in a shell text: comments cut, continuation lines joined,
+    variables left as they are."""
     for line in text.replace("\\\n", " ").splitlines():
         try:
             words = shlex.split(line, comments=True)
         except ValueError:
-            continue  # a line of a multi-line construct
+            # a line of a multi-line construct
+            continue
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         if words:
@@ -72,9 +68,11 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_commands_parse(words, tmp_path, monkeypatch):
-    """Every train.py command passes its flag checks, every nanochat command names an app whose parser takes the flags."""
+    """Every train.py command passes its flag checks, every nanochat command names an app whose
+    parser takes the flags."""
     monkeypatch.chdir(tmp_path)
-    for name in re.findall(r"[\w./]+\.(?:txt|json)", " ".join(words)):  # text of the reader's
+    # files of the reader's
+    for name in re.findall(r"[\w./]+\.(?:txt|json)", " ".join(words)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / "out" / "d4").mkdir(parents=True)
@@ -83,7 +81,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
         if "--help" in words:
             return
         args = train.parse_args(words[words.index("train.py") + 1 :])
-        assert plans.check_flags(args) == []
+        assert check_flags(args) == []
         return
     rest = words[words.index("nanochat") + 1 :]
     assert rest[0] in APPS
@@ -138,12 +136,30 @@ def test_file_map_is_the_tree():
 
 def test_python_example_runs(tmp_path):
     """README's lines for Python, on a run made here in place of the one they name."""
-    import small
-
     assert small.run(tmp_path) == 0
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     assert len(example.strip().splitlines()) <= 10
     exec(compile(example.replace("out/quickstart", str(tmp_path / "run")), "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_torchrun_is_told_where_its_flags_end(words):
+    """Its own parser also reads what stands behind the script, and refuses --run."""
+    if any("torchrun" in word or "torch.distributed.run" in word for word in words):
+        assert words[words.index("train.py") - 1] == "--"
+
+
+def modules():
+    """{dotted name: path} of the product's modules."""
+    paths = [path for folder in ("nanochat", "tasks") for path in (ROOT / folder).rglob("*.py")]
+    names = {}
+    for path in paths:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts).removesuffix(".__init__")] = path
+    return names
+
+
+MODULES = modules()
 
 
 def imports_of(path):
@@ -151,61 +167,66 @@ def imports_of(path):
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module + "." + alias.name for alias in node.names] + [node.module]
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             continue
-        inside = {name.split(".")[1] for name in names if name.startswith("nanochat.")}
-        found |= {name for name in inside if (ROOT / "nanochat" / f"{name}.py").exists()}
-        found |= {"train"} & {name.split(".")[0] for name in names}
-    return found
+        found |= {name for name in names if name in MODULES or name == "train"}
+    return found - {"nanochat", "tasks", *(f"nanochat.{layer}" for layer in LAYERS)}
 
 
-def test_imports_flow_down():
-    modules = {path.stem for path in (ROOT / "nanochat").glob("*.py")} - {
-        "__init__",
-        "__main__",
-        "export_modeling",
-    }
-    assert modules == set().union(*LAYERS), "put a new module in its layer"
-    for i, layer in enumerate(LAYERS):
-        allowed = set().union(*LAYERS[: i + 1])
-        for module in layer:
-            wrong = imports_of(ROOT / "nanochat" / f"{module}.py") - allowed
-            assert not wrong, f"{module} imports {wrong}"
-    for path in (ROOT / "tasks").glob("*.py"):
-        assert imports_of(path) <= {"common"}
+def layer_of(module):
+    """Index in LAYERS; -1 for tasks, which the floor may not import."""
+    top = module.split(".")[1]
+    if module.startswith("tasks."):
+        return -1
+    return LAYERS.index("floor" if top in FLOOR else top)
+
+
+def app_of(module):
+    """The command that a module under nanochat/apps belongs to."""
+    return module.split(".")[2]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"nanochat", "nanochat.__main__"}))
+def test_imports_flow_down(module):
+    if module in ("tasks", *(f"nanochat.{layer}" for layer in LAYERS)):
+        assert MODULES[module].read_text().count("import ") == 0, "a layer's folder holds no code"
+        return
+    imported = imports_of(MODULES[module])
+    assert "train" not in imported
+    if module.startswith("tasks."):
+        allowed = {name for name in imported if layer_of(name) in (-1, 0)}
+    else:
+        mine = layer_of(module)
+        allowed = {name for name in imported if layer_of(name) <= mine}
+    assert imported == allowed
+    if module.startswith("nanochat.apps."):
+        apps = {app_of(name) for name in imported if name.startswith("nanochat.apps.")}
+        assert apps <= {app_of(module)}, "an app imports no other app"
+
+
+def test_every_app_is_a_module_named_like_it():
+    named = {app_of(name) for name in MODULES if name.startswith("nanochat.apps.")}
+    assert named == set(APPS)
 
 
 def test_importing_does_no_work_and_help_needs_no_torch():
-    """Light modules leave torch alone, so that --help is instant; nothing heavy or optional is imported by any module."""
-    apps = ", ".join(f"nanochat.{module}" for module in sorted(LAYERS[-1]))
-    light = (
-        f"import sys, train, nanochat, nanochat.__main__, {apps}; assert 'torch' not in sys.modules"
+    """Light modules leave torch alone, so that --help is instant; no module imports what is heavy
+    or optional."""
+    light = ["train", "nanochat", "nanochat.__main__", "nanochat.run.flags"]
+    light += [f"nanochat.apps.{name}" for name in APPS]
+    no_torch = f"import sys, {', '.join(light)}; assert 'torch' not in sys.modules"
+    # kernels are Triton's, and an exported model's code belongs to transformers
+    every = [name for name in sorted(MODULES) if ".kernels." not in name and "modeling" not in name]
+    nothing_heavy = (
+        f"import sys, {', '.join(every)}\n"
+        f"assert not set(sys.modules) & {set(HEAVY)}, set(sys.modules) & {set(HEAVY)}"
     )
-    modules = ", ".join(f"nanochat.{module}" for layer in LAYERS for module in sorted(layer))
-    heavy = (
-        f"import sys, {modules}\n"
-        "for name in ('wandb', 'datasets', 'torchao', 'matplotlib', 'triton', 'pyarrow', 'rustbpe', 'transformers',"
-        " 'tensorboard'):\n"
-        "    assert name not in sys.modules, name"
-    )
-    for code in (light, heavy):
+    for code in (no_torch, nothing_heavy):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_loop_is_readable():
-    lines = (ROOT / "train.py").read_text().splitlines()
-    assert len(lines) <= 600
-
-
-def test_no_line_is_too_long():
-    for path in [
-        ROOT / "train.py",
-        *(ROOT / "nanochat").rglob("*.py"),
-        *(ROOT / "tests").glob("*.py"),
-        *(ROOT / "tasks").glob("*.py"),
-    ]:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            assert len(line) <= 140, f"{path.name}:{number}"
+def test_no_python_in_runs():
+    assert not list((ROOT / "runs").rglob("*.py"))

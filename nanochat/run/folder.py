@@ -73,6 +73,12 @@ class RunFolder:
                 "wait for it, stop it, or give another --model-tag"
             ) from None
 
+    def release(self) -> None:
+        """Let another process claim the folder."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
     def read_config(self) -> dict[str, Any]:
         """config.json of the run. UsageError if a newer version wrote it or it is damaged."""
         config = read_json(self.config_path, "run folder")

@@ -67,7 +67,7 @@ class RunLog:
         self.untrained_vocabulary = untrained_vocabulary
         self.progress = Progress(state.step, plan.num_iterations, quiet=not writes)
         self.metrics, self.samples, self.core = (
-            Record(folder.path / f"{name}.jsonl", self.message)
+            Record(folder.path / f"{name}.jsonl", self.progress.message)
             for name in ("metrics", "samples", "core")
         )
         self.config: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class RunLog:
             config,
             config["wandb_id"],
             self.state.step,
-            self.message,
+            self.progress.message,
             read_lines(self.metrics.path) if wanted else (),
         )
 
