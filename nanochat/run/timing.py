@@ -28,6 +28,7 @@ class Entry:
     @property
     def median(self) -> float:
         """The median of the seconds."""
+        # Not the mean: one interruption by another program would move it.
         return statistics.median(self.seconds)
 
 
@@ -43,6 +44,7 @@ def timed(
     from nanochat import hardware
 
     seconds = []
+    # The first call compiles, fills caches and allocates memory that later ones reuse.
     for _ in range(repeats + 1):
         if before is not None:
             before()

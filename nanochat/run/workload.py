@@ -121,6 +121,7 @@ def open_setup(
     backend, _ = pick_backend(
         attention, device_type, compute_dtype, shape.head_dim, no_compiler=no_compiler
     )
+    # Asked on the meta device: a refusal should not wait for weights to be drawn.
     if shape.fp8:
         fp8.require(meta_model(config), device_type, compute_dtype, no_compiler)
     return Setup(
@@ -132,8 +133,10 @@ class TrainingStep:
     """A model in training mode with its optimizer and one batch of made-up tokens, warmed up."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.device = setup, setup.device
-        config, shape = setup.config, setup.shape
+        self.setup = setup
+        self.device = setup.device
+        config = setup.config
+        shape = setup.shape
         self.model = build(config, setup.device, setup.dtype, setup.attention, seed=1).train()
         self.model.checkpointing = shape.activation_checkpointing
         if shape.fp8:
@@ -141,7 +144,7 @@ class TrainingStep:
         if setup.compiled:
             self.model.compile_parts()
         groups = self.model.parameter_groups()
-        settings = {name: MATRICES if name == "matrices" else ADAMW for name in groups}
+        settings = dict.fromkeys(groups, ADAMW) | {"matrices": MATRICES}
         # Muon's products are in bf16 or fp32, as in train.py: fp16 could overflow in them.
         muon_dtype = torch.float32 if setup.dtype == torch.float16 else setup.dtype
         self.optimizer = Optimizer(groups, settings, muon_dtype)
@@ -150,8 +153,11 @@ class TrainingStep:
             (shape.device_batch_size, config.max_seq_len + 1),
             generator=torch.Generator().manual_seed(1),
         ).to(setup.device)
-        self.inputs, self.targets = ids[:, :-1], ids[:, 1:]
+        # Views of one tensor, as in a training row: the target of a token is the one after it.
+        self.inputs = ids[:, :-1]
+        self.targets = ids[:, 1:]
         self.scaler = LossScaler(enabled=setup.dtype == torch.float16)
+        # Everything that is compiled is compiled here, so that no timing contains it.
         started = time.perf_counter()
         for _ in range(2):
             self.step()
@@ -181,6 +187,7 @@ class TrainingStep:
 
     def time_step(self, repeats: int) -> Entry:
         """A whole step."""
+        # Gradients are dropped outside the timing, so that the peak memory does not count old ones.
         tokens = self.setup.tokens
         return measured(
             "step",
@@ -198,7 +205,10 @@ class TrainingStep:
 
     def time_forward(self, repeats: int) -> Entry:
         """The forward pass, in which the head's loss already computes its gradients."""
-        tokens, head_flops = self.setup.tokens, self.setup.head_flops
+        tokens = self.setup.tokens
+        head_flops = self.setup.head_flops
+        # A third of the FLOPs of training, but for the head: the two products of its gradients
+        # belong to the forward pass here.
         return measured(
             "forward",
             self.loss,
@@ -211,8 +221,10 @@ class TrainingStep:
 
     def time_backward(self, repeats: int) -> Entry:
         """The backward pass, of a forward pass that is not timed."""
-        tokens, losses = self.setup.tokens, []
+        tokens = self.setup.tokens
+        losses = []
 
+        # Each graph can be used once, so each backward pass gets a forward pass of its own.
         def forward() -> None:
             losses.append(self.loss())
             self.optimizer.zero_grad()
@@ -234,6 +246,7 @@ class TrainingStep:
         """The optimizer's part of a step, always with the same gradients."""
         self.optimizer.zero_grad()
         loss = self.forward_backward()
+        # The update consumes the gradients; computing them anew each time would take much longer.
         gradients = [parameter.grad for parameter in self.optimizer.parameters]
 
         def restore() -> None:
@@ -249,7 +262,7 @@ class TrainingStep:
         """FLOPs of orthogonalisation: three products in each of its iterations."""
         matrices = self.model.parameter_groups()["matrices"].values()
         shapes = [sorted(matrix.shape) for matrix in matrices]
-        # X X^T, its square, and the square times X, for X of `small` rows and `large` columns
+        # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
         per_iteration = sum(2 * small * small * (2 * large + small) for small, large in shapes)
         return len(POLAR_EXPRESS) * per_iteration
 
@@ -261,7 +274,10 @@ def windows_of(config: GPTConfig) -> list[int]:
 
 def ways_of_attention(setup: Setup) -> dict[str, Callable[..., torch.Tensor]]:
     """{name: function(q, k, v, window=...)} of the backends that run here, and of plain PyTorch."""
-    function = torch.compile(attention, dynamic=False) if setup.compiled else attention
+    function = attention
+    if setup.compiled:
+        # In isolation, where the model compiles it together with its block.
+        function = torch.compile(attention, dynamic=False)
     names = usable_backends(
         setup.device.type,
         dtype=setup.dtype,
@@ -278,9 +294,12 @@ def ways_of_attention(setup: Setup) -> dict[str, Callable[..., torch.Tensor]]:
 
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """nanochat.model.attention.attention() as plain PyTorch, with all scores in memory together."""
-    (T, H, D), S = q.shape[1:], k.size(1)
+    T, H, D = q.shape[1:]
+    S = k.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # Each key/value head serves a group of query heads.
     k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
+    # fp32, because a softmax over thousands of bf16 scores would lose digits.
     scores = (q @ k.mT * D**-0.5).float()
     scores = scores.masked_fill(~visible(T, S, window, q.device), float("-inf"))
     return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
@@ -290,7 +309,10 @@ def time_attention(
     setup: Setup, name: str, window: int, function: Callable[..., torch.Tensor], repeats: int
 ) -> Entry:
     """function(q, k, v, window=...) forward and backward, on tensors of the model's shape."""
-    config, B, T = setup.config, setup.shape.device_batch_size, setup.config.max_seq_len
+    config = setup.config
+    B = setup.shape.device_batch_size
+    T = config.max_seq_len
+    # Drawn on the CPU, so that all devices get the same numbers.
     generator = torch.Generator().manual_seed(2)
     q, k, v, upstream = (
         torch.randn(B, T, heads, config.head_dim, generator=generator)
@@ -299,6 +321,7 @@ def time_attention(
         for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head)
     )
 
+    # Otherwise the passes would add to the gradients of the ones before.
     def forget() -> None:
         q.grad = k.grad = v.grad = None
 
@@ -312,7 +335,7 @@ def time_attention(
         repeats,
         forget,
         tokens=B * T,
-        # no causal halving, as in the FLOPs of a model
+        # No causal halving, as in the FLOPs of a model.
         flops=12 * config.n_head * config.head_dim * window * B * T,
         note="forward and backward",
     )
@@ -326,9 +349,12 @@ def chosen_loss(setup: Setup) -> str:
 def time_loss(setup: Setup, name: str, backend: str | None, repeats: int) -> Entry:
     """The head's loss with its gradients. backend: of nanochat.model.loss; None: plain PyTorch,
     with the logits of all tokens in memory together."""
-    V, C, N = setup.config.vocab_size, setup.config.width, setup.tokens
+    V = setup.config.vocab_size
+    C = setup.config.width
+    N = setup.tokens
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(N, C, generator=generator).to(setup.device, setup.dtype).requires_grad_()
+    # Scaled so that logits are about 1, as those of a model are early in training.
     weight = (torch.randn(V, C, generator=generator) * C**-0.5).to(setup.device).requires_grad_()
     targets = torch.randint(V, (N,), generator=generator).to(setup.device)
 

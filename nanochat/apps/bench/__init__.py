@@ -14,6 +14,7 @@ from nanochat.apps.bench.table import Result, differences, line, read_results
 from nanochat.common import EXIT_COMPLETED, UsageError, human_time, write_json
 from nanochat.data.tokenizer import MIN_BPE_VOCAB
 from nanochat.run.flags import FLAGS, flag
+from nanochat.run.timing import Entry
 
 if TYPE_CHECKING:
     from nanochat.run.workload import Setup, TrainingStep
@@ -32,7 +33,10 @@ PARTS = (
 )
 # Minutes long, so it runs only when it is named.
 ON_REQUEST = ("saving",)
-SAVING_STEPS, SAVE_EVERY = 600, 50
+# Eleven saves, ten of them with the memory of the copy in place.
+SAVING_STEPS = 600
+SAVE_EVERY = 50
+# The other parts use tensors of the model's shapes, so they need not wait for its compilation.
 NEED_MODEL = {"step", "forward", "backward", "optimizer", "decode", "core", "saving"}
 NEED_TOKENIZER = {"data", "core", "start-up"}
 # Flags of train.py that bench takes too, and the defaults that suit a laptop.
@@ -56,6 +60,7 @@ TRAIN_FLAGS = (
     "device_batch_size",
 )
 OWN_DEFAULTS = {"depth": 4, "max_seq_len": 512, "vocab_size": 4096, "device_batch_size": 16}
+# train.py can derive these two, so its help explains values that bench does not take.
 OWN_HELP = {
     "vocab_size": "tokens in the vocabulary",
     "device_batch_size": "rows per forward and backward pass",
@@ -120,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="CORE bundle for the part core; empty: the cached one, if it exists",
     )
+    # From the table of train.py's flags, so that spelling, choices and help stay the same.
     group = parser.add_argument_group("as in train.py")
     for name in TRAIN_FLAGS:
         row = FLAGS[name]
@@ -153,6 +159,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
             f"--n-kv-head={args.n_kv_head}: must be at least 1, or -1 for as many as query heads; "
             f"give one of these"
         )
+    # Refused now: after minutes of timing it would be too late.
     parent = os.path.dirname(os.path.abspath(args.out))
     if args.out and (os.path.isdir(args.out) or not os.path.isdir(parent)):
         raise UsageError(
@@ -205,6 +212,7 @@ def words_for_train(values: dict[str, Any]) -> list[str]:
         value, default = values[name], FLAGS[name].default
         # train.py refuses windows for a llama; bench, like the model, ignores them.
         ignored = values["arch"] == "llama" and name in ("window_pattern", "short_window")
+        # Left out where it is the default: train.py refuses some flags whenever they are given.
         if value == default or ignored:
             continue
         if not isinstance(default, bool):
@@ -231,21 +239,36 @@ def describe(setup: "Setup", peak_flops: float, training: "TrainingStep | None")
     return f"{text}\nfirst two steps (compilation): {human_time(training.warm_up_seconds)}"
 
 
-def core_bundle_for(args: Namespace, report: Callable[[str], None]) -> Path | None:
+def core_bundle_for(only: list[str], given: str, report: Callable[[str], None]) -> Path | None:
     """The folder of the CORE bundle if core is to be timed and the bundle exists, else None.
 
-    It is downloaded only where --only names nothing else. Raises UsageError, Unavailable."""
-    if "core" not in args.only:
+    given: --core-bundle. It is downloaded only where --only names nothing else. Raises UsageError
+    and Unavailable."""
+    if "core" not in only:
         return None
     from nanochat.eval.core_bundle import find_bundle
 
-    folder = find_bundle(args.core_bundle, report, download=args.only == ["core"])
+    # Whoever asks for this part alone wants the download; it is not a side effect of all parts.
+    folder = find_bundle(given, report, download=only == ["core"])
     if folder is None:
         report(
             "core: skipped, because its bundle is not cached; name one with --core-bundle, or "
             "download it with --only=core"
         )
     return folder
+
+
+def as_json(setup: "Setup", peak_flops: float, entries: list[Entry]) -> dict[str, Any]:
+    """The content of --out: everything that was measured, and what it was measured on."""
+    from nanochat import hardware
+
+    return {
+        "settings": setup.settings(),
+        "hardware": hardware.describe(setup.device),
+        "peak_flops": peak_flops,
+        "flops_per_token": setup.flops_per_token,
+        "results": [dataclasses.asdict(Result.of(entry, peak_flops)) for entry in entries],
+    }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -274,7 +297,9 @@ def main(argv: Sequence[str]) -> int:
         compile=args.compile,
         attention=args.attention,
     )
-    core_bundle = core_bundle_for(args, report)
+    # Before anything takes long, since a bundle that is missing is an error.
+    core_bundle = core_bundle_for(args.only, args.core_bundle, report)
+    # Before the model is built, so that all of the machine is free.
     peak = hardware.measured_peak(setup.device, setup.dtype)
     training = TrainingStep(setup) if NEED_MODEL & set(args.only) else None
     report(describe(setup, peak, training))
@@ -297,13 +322,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Measured again, because other programs may have slowed the first measurement down.
     peak = max(peak, hardware.measured_peak(setup.device, setup.dtype))
-    content = {
-        "settings": setup.settings(),
-        "hardware": hardware.describe(setup.device),
-        "peak_flops": peak,
-        "flops_per_token": setup.flops_per_token,
-        "results": [dataclasses.asdict(Result.of(entry, peak)) for entry in entries],
-    }
+    content = as_json(setup, peak, entries)
     if args.out:
         write_json(Path(args.out), content)
     if args.json:

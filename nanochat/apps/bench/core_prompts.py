@@ -41,11 +41,13 @@ def time_core(model: "Decoder", folder: Path, repeats: int) -> Iterator[Entry]:
                 answer_naively(model, prompt, device)
 
     def ours() -> None:
+        # Copying the weights is part of an evaluation, so it is timed too.
         inference = for_inference(model)
         for label, of_task in prompts.items():
             for batch in batches(of_task, BATCH_TOKENS[device.type]):
                 answers_of(inference, batch, tasks[label].kind, device)
 
+    # In training mode large layers would run in fp8 if --fp8 was given.
     model.eval()
     naive_seconds, seconds = _alternating(naive, ours, min(repeats, MOST_REPEATS), device)
     model.train()
@@ -70,7 +72,7 @@ def _alternating(
             function()
             hardware.synchronize(device.type)
             seconds.append(time.perf_counter() - started)
-    # the first call of each warms up
+    # The first call of each warms up.
     return times[0][1:], times[1][1:]
 
 
@@ -84,6 +86,7 @@ def answer_naively(model: "Decoder", prompt: Prompt, device: torch.device) -> No
     hits = logits.argmax(-1)[:, :-1] == ids[:, 1:]
     for r, (row, start) in enumerate(zip(prompt.rows, prompt.starts, strict=True)):
         span = slice(start - 1, len(row) - 1)
+        # item() waits for the device, as an evaluation that reads each answer does.
         nats[r, span].mean().item()
         hits[r, span].all().item()
 
@@ -106,6 +109,7 @@ def _prompts(folder: Path, config: GPTConfig) -> tuple[dict[str, Task], dict[str
 def longest_and_others(task: Task, examples: list[dict]) -> list[int]:
     """Places of EXAMPLES examples of a task: those with the longest prompts, by characters, which
     decide the memory, and others of all lengths."""
+    # Characters stand for tokens: tokenizing whole tasks to choose among them would take minutes.
     alone = [len(json.dumps(example)) for example in examples]
     sizes = []
     for i, size in enumerate(alone):

@@ -28,8 +28,10 @@ from nanochat.run.workload import (
     windows_of,
 )
 
+# Samples drawn together: one is limited by memory bandwidth, eight share the reading of weights.
 DECODE_ROWS = (1, 8)
 DECODE_TOKENS = 32
+# A first compilation takes minutes on a slow machine; beyond this, something hangs.
 START_UP_SECONDS = 900
 # The smallest vocabulary that the data part trains a tokenizer for.
 LEAST_VOCAB = 300
@@ -84,13 +86,17 @@ def _loss(bench: Bench) -> Iterator[Entry]:
 
 def _data(bench: Bench) -> Iterator[Entry]:
     """Text to token ids in the cache, and cached ids to batches."""
-    setup, threads = bench.setup, os.cpu_count()
-    rows, row_tokens = setup.shape.device_batch_size, setup.config.max_seq_len
+    setup = bench.setup
+    threads = os.cpu_count()
+    rows = setup.shape.device_batch_size
+    row_tokens = setup.config.max_seq_len
     with temporary_base_dir() as folder:
         corpus = open_corpus(str(python_text(folder)))
         tokenizer = fit_tokenizer(corpus, "bpe", max(setup.config.vocab_size, LEAST_VOCAB))
         shard = corpus.train[0]
-        seconds, n_tokens = [], 0
+        seconds = []
+        n_tokens = 0
+        # A new cache each time, because it remembers lengths; and no file to be found in it.
         for _ in range(bench.repeats):
             cache = TokenCache(tokenizer, threads)
             started = time.perf_counter()
@@ -100,22 +106,25 @@ def _data(bench: Bench) -> Iterator[Entry]:
         yield Entry("tokenize", seconds, n_tokens, note="and write to the cache")
 
         reader = Rows(corpus, TokenCache(tokenizer, threads), row_tokens, seed=1)
+        # Other rows every time: the same ones would come from the processor's caches.
         steps = itertools.count()
 
         def batch() -> None:
             reader.batch(next(steps), rows, 0, rows, 0, 1)
 
         entry = measured("rows", batch, setup.device, bench.repeats, tokens=setup.tokens)
-        # Measured on the training device, where no batch is yet.
+        # What was measured is of the training device, and these batches are not there yet.
         yield replace(entry, memory_bytes=None)
 
 
 def _decode(bench: Bench) -> Iterator[Entry]:
     """Sampling with a cache of keys and values, after a prompt of half the context."""
-    model, setup = bench.training.model, bench.setup
+    model = bench.training.model
+    setup = bench.setup
     prompt = bench.training.inputs[0, : setup.config.max_seq_len // 2].tolist()
 
     def decode(rows: int) -> None:
+        # Tokens are drawn while the iterator is consumed.
         for _ in generate_ids(model, prompt, DECODE_TOKENS, num_samples=rows):
             pass
 
@@ -142,6 +151,7 @@ def _start_up(bench: Bench) -> Iterator[Entry]:
     and then with a filled cache of kernels."""
     with temporary_base_dir() as folder:
         text = python_text(folder)
+        # Three, as the first one reads Python's files from the disk.
         help_seconds = [_seconds_of_train(["--help"], folder) for _ in range(3)]
         yield Entry("start-up, --help", help_seconds)
         words = [
@@ -155,6 +165,7 @@ def _start_up(bench: Bench) -> Iterator[Entry]:
             "--no-save",
             "--overwrite",
         ]
+        # A cold start happens once: afterwards the cache is warm.
         for name, n in (("start-up, first step, cold", 1), ("start-up, first step, warm", 2)):
             seconds = [_seconds_of_train(words, folder) for _ in range(n)]
             yield Entry(name, seconds, note="from the command to the end of step 1")
@@ -162,6 +173,7 @@ def _start_up(bench: Bench) -> Iterator[Entry]:
 
 def _seconds_of_train(words: list[str], folder: Path) -> float:
     """Seconds that a process of train.py takes. Raises UsageError if it fails."""
+    # Under the temporary folder, so that the first start finds no compiled kernels.
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "kernels")}
     started = time.perf_counter()
     process = subprocess.run(

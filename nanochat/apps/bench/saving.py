@@ -40,7 +40,9 @@ def time_saving(training: TrainingStep, n_steps: int, save_every: int) -> Iterat
     two steps."""
     times = measure_saving(training, n_steps, save_every)
     state = f"{human_bytes(times.state_bytes)} of state"
-    first, later = times.stalls[:1], times.stalls[1:]
+    # The first save allocates the memory that later ones reuse, which happens once in a run.
+    first = times.stalls[:1]
+    later = times.stalls[1:]
     if first:
         yield Entry("save, first stall", first, note=f"{state}; also allocates the copy's memory")
     if later:
@@ -65,7 +67,8 @@ def cost_of(times: Times, n_steps: int) -> float:
 
 def measure_saving(training: TrainingStep, n_steps: int, save_every: int) -> Times:
     """Train for n_steps, with a checkpoint written to a temporary folder every save_every."""
-    times, device_type = Times(), training.device.type
+    times = Times()
+    device_type = training.device.type
     with tempfile.TemporaryDirectory(prefix="nanochat-bench-") as folder:
         records = [Record(Path(folder) / f"{name}.jsonl") for name in ("metrics", "samples")]
         saver = Saver(folder, 1, print, records)
@@ -78,6 +81,7 @@ def measure_saving(training: TrainingStep, n_steps: int, save_every: int) -> Tim
                     for tensor in part.values()
                 ]
                 times.state_bytes = sum(tensor.nbytes for tensor in tensors)
+                # Right before the save, so that both find the machine in the same state.
                 times.copies.append(seconds_of_copy(tensors))
                 started = time.perf_counter()
                 saver.save(step, "permanent", training.model, state, {"tokenizer": "none"})
@@ -90,6 +94,7 @@ def measure_saving(training: TrainingStep, n_steps: int, save_every: int) -> Tim
             seconds = time.perf_counter() - started
             if step > WARM_UP_STEPS:
                 (times.steps_during_save if busy else times.steps_alone).append(seconds)
+        # The folder is deleted next; no thread may still write to it.
         saver.wait()
         saver.close()
     return times

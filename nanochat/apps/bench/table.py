@@ -31,6 +31,7 @@ class Result:
     @classmethod
     def of(cls, entry: Entry, peak_flops: float) -> "Result":
         """The result of an entry on a device with this peak, in FLOP/s."""
+        # None, not 0: a rate that does not exist must not look like a slow one.
         tokens_per_sec = flops_per_sec = share_of_peak = None
         if entry.tokens is not None:
             tokens_per_sec = entry.tokens / entry.median
@@ -67,6 +68,7 @@ def read_results(path: str) -> Earlier:
     """The JSON of an earlier run. Raises UsageError."""
     content = read_json(Path(path), "results of nanochat bench")
     try:
+        # Only these are needed, so files of versions with other figures can be compared with too.
         seconds = {entry["name"]: entry["seconds"] for entry in content["results"]}
         if not all(value > 0 for value in seconds.values()):
             raise ValueError("a time that is not positive")
@@ -79,6 +81,7 @@ def read_results(path: str) -> Earlier:
 
 def differences(settings: dict[str, Any], earlier: Earlier) -> str:
     """A sentence about the settings in which an earlier run differs; empty if there are none."""
+    # Only settings of this version: ones that it has dropped say nothing about its own run.
     differing = [name for name in settings if settings[name] != earlier.setting(name)]
     if not differing:
         return ""
@@ -96,6 +99,7 @@ def line(result: Result, earlier: Earlier | None) -> str:
         flops = f"{result.flops_per_sec / 1e12:.3f} TFLOP/s {result.share_of_peak:>4.0%}"
     if result.peak_memory_bytes:
         memory = human_bytes(result.peak_memory_bytes)
+    # Fixed widths and empty cells, so that the lines of a long run form columns as they appear.
     cells = [
         f"{result.name:<28}",
         f"{short_time(result.seconds):>8}",
@@ -105,6 +109,7 @@ def line(result: Result, earlier: Earlier | None) -> str:
         f"{memory:>10}",
         result.note,
     ]
+    # A part may be new, or may not have been asked for in the earlier run.
     if earlier is not None:
         before = earlier.seconds.get(result.name)
         if before is None:

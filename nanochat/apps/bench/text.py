@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Enough to train a tokenizer on, little enough to be tokenized in seconds.
 TEXT_BYTES = 8 << 20
 
 
@@ -29,8 +30,10 @@ def temporary_base_dir() -> Iterator[Path]:
 def python_text(folder: Path) -> Path:
     """Write a file with about TEXT_BYTES of the standard library's source to
     the folder, one document a source file."""
+    # The standard library exists on every machine, with no network.
     library = Path(os.__file__).parent
-    texts, size = [], 0
+    texts = []
+    size = 0
     for path in sorted(library.glob("*.py")) + sorted(library.glob("*/*.py")):
         texts.append(path.read_text(encoding="utf-8", errors="replace"))
         size += len(texts[-1])

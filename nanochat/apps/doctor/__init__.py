@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str]) -> Namespace:
     """The flags. Raises UsageError for a flag that does not belong to what is asked for."""
     args = build_parser().parse_args(argv)
+    # Only flags that were given are in there: one that equals its default is refused as well.
     given = vars(args)
     gpu = "gpu" in given
     for name in REPORT_FLAGS if gpu else GPU_FLAGS:
@@ -95,9 +96,11 @@ def main(argv: Sequence[str]) -> int:
     """Print the report. Returns 0 if training can work here, 1 if something it needs is missing;
     with --gpu 1 if something is wrong. Raises UsageError for wrong flags, or no GPU for --gpu."""
     args = parse_args(argv)
+    # An empty --only means all, and a trailing comma is no check.
     if args.gpu:
         names = [name for name in args.only.split(",") if name]
         return check_gpu(args.out, names or list(CHECKS), args.minutes)
+    # Problems go into the report and the exit code, so a broken machine gets a whole report.
     facts = examine(args.out_dir, args.quick)
     print(json.dumps(facts.as_json(), indent=2) if args.json else as_text(facts))
     return EXIT_FAILED if facts.needed else EXIT_COMPLETED

@@ -11,8 +11,10 @@ from nanochat.common import human_bytes
 if TYPE_CHECKING:
     from nanochat.apps.doctor.machine import Machine
 
-# Free bytes of a disk: worth a remark; too few for a small run.
-LITTLE_DISK, TOO_LITTLE_DISK = 10 * 2**30, 200 * 2**20
+# Free bytes of a disk that are worth a remark: checkpoints and caches of large models take more.
+LITTLE_DISK = 10 * 2**30
+# Free bytes of a disk that are too few even for a small run.
+TOO_LITTLE_DISK = 200 * 2**20
 # Free bytes of the training device that are worth a remark.
 LITTLE_MEMORY = 6 * 2**30
 # Share of a GPU's memory; with less of it free, others are using the GPU.
@@ -55,6 +57,7 @@ def slow(facts: Facts) -> list[Remark]:
     """What will be slow or cramped here."""
     remarks = []
     machine = facts.machine
+    # Without a working torch little is known, and needed() has the reason.
     if machine is not None:
         if machine.device != "cuda" and facts.has_nvidia_gpu:
             remarks.append(_unused_gpu(machine))
@@ -103,6 +106,7 @@ def _slow_cpu(machine: "Machine") -> Iterator[Remark]:
             "choose a small --depth and a --target-minutes budget",
         )
     if machine.threads < machine.cores:
+        # Often set by a cluster or a container image without the user's knowledge.
         limited = os.environ.get("OMP_NUM_THREADS")
         yield Remark(
             "everything on the CPU",
@@ -112,6 +116,7 @@ def _slow_cpu(machine: "Machine") -> Iterator[Remark]:
 
 
 def _no_bf16(machine: "Machine") -> Remark:
+    # fp16 has a narrow range: only training can scale its loss to stay within it.
     how = "fp32"
     if machine.dtype == "float16":
         how = "fp16 in training, with loss scaling, and in fp32 elsewhere"
@@ -123,6 +128,7 @@ def _no_bf16(machine: "Machine") -> Remark:
 
 
 def _too_deep(machine: "Machine") -> Remark:
+    # Deeper models do not fit either, so the shallowest says it all.
     least = min(depth for depth, rows in machine.rows_that_fit.items() if rows == 0)
     return Remark(
         "larger models",
@@ -133,6 +139,7 @@ def _too_deep(machine: "Machine") -> Remark:
 
 
 def _compiler_remedy(machine: "Machine") -> str:
+    # There is nothing to install: torch itself does not support it well.
     if machine.device == "mps":
         return "--no-compile silences this"
     if "triton" in machine.compiler_problem:

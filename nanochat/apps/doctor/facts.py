@@ -52,6 +52,8 @@ class Facts:
             "device": None,
             "missing": self.missing,
         }
+        # Scripts can tell from `device` alone whether the keys of the machine are there. Its value
+        # keeps its place when they are added.
         if self.machine is not None:
             content |= dataclasses.asdict(self.machine)
         return content | {
@@ -73,6 +75,7 @@ def gather(out_dir: str, quick: bool) -> Facts:
     machine = torch_error = None
     if packages["torch"] is not None:
         try:
+            # Importing it imports torch, which fails first in a broken installation.
             from nanochat.apps.doctor.machine import examine_machine
 
             machine = examine_machine(quick)
@@ -87,6 +90,7 @@ def gather(out_dir: str, quick: bool) -> Facts:
         torch_error=torch_error,
         machine=machine,
         disk={
+            # Not created: a check changes nothing.
             "caches": disk(lambda: base_dir(make=False)),
             "runs": disk(lambda: Path(out_dir)),
         },

@@ -48,6 +48,7 @@ CHECKS = {
     "resume-fp8": 120,
     "tiles": 150,
 }
+# Of the first one, which describes the machine; the start of CUDA is included.
 MACHINE_SECONDS = 120
 # A check takes at least this long to start and compile.
 LEAST_SECONDS = 20
@@ -79,9 +80,11 @@ def rows_of_process(command: Sequence[str], seconds: float, cut_off: bool = Fals
     A process that fails or takes too long adds a wrong row. cut_off: the limit is shorter than the
     check may take, because --minutes ends, so reaching it is not wrong."""
     environment = os.environ | {
+        # Deterministic products need it before CUDA is initialised.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
+    # Files, not pipes: a process that outlives its check may hold a pipe open for ever.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command,
@@ -90,6 +93,7 @@ def rows_of_process(command: Sequence[str], seconds: float, cut_off: bool = Fals
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=errors,
+            # A group of its own, so that everything the check starts can be killed with it.
             start_new_session=True,
         )
         code = None
@@ -148,6 +152,7 @@ def check_gpu(out: str, names: Sequence[str], minutes: float, toy: bool | None =
     _check_request(path, names, toy)
     began = time.monotonic()
     command = [sys.executable, "-m", "nanochat.apps.doctor.gpu_checks"]
+    # A process too: a parent that used the GPU would hold memory during all checks.
     rows = rows_of_process([*command, "machine"], MACHINE_SECONDS)
     _print_rows(rows, toy)
     described = bool(rows) and rows[0].facts is not None
@@ -167,6 +172,7 @@ def check_gpu(out: str, names: Sequence[str], minutes: float, toy: bool | None =
         rows += [replace(row, check=name) for row in new]
         print(f"-- {name}: {time.monotonic() - started:.0f} s", flush=True)
         _print_rows(new, toy)
+        # After each check, so that an interruption loses none of the results.
         write_json(path, [row.as_json() for row in rows])
     last = conclusions({row.what: row.value for row in rows}, toy)
     write_json(path, [row.as_json() for row in rows + last])

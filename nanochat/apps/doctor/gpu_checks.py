@@ -40,6 +40,7 @@ from nanochat.run.workload import (
 )
 
 # Tokens of the step that speeds of training are given for.
+# It is accumulated from passes, so the update is paid once for many of them.
 BATCH_TOKENS = 2**19
 # Tokens of a pass of attention, whatever the length of a row.
 ATTENTION_TOKENS = 32768
@@ -49,6 +50,7 @@ ROWS_BYTES = 75e9
 REPORT_SECONDS = 25
 # Of losses on two ranks against one: their sums round differently.
 MOST_NATS = 1e-3
+# Needs no network and no optional package: text of this machine, one token a byte.
 COMMON_TRAINING = (
     "--data=python",
     "--tokenizer=byte",
@@ -56,6 +58,7 @@ COMMON_TRAINING = (
     "--core-metric-every=-1",
     "--seed=1",
 )
+# Deeper, as layers of depth 8 are too small for fp8, and therefore shorter.
 IN_FP8 = ("--fp8", "--depth=16", "--num-iterations=40", "--save-every=20", "--eval-every=20")
 # What a kind of training changes in the shape; "triton" is attention by our kernel, in bf16.
 KINDS = {
@@ -193,6 +196,7 @@ def check_machine(sizes: Sizes) -> Iterator[Row]:
             "TFLOP/s",
             f"best of 5, n = {n}",
         )
+    # Larger than any cache of a GPU, so that its memory is what is measured.
     source = torch.zeros(sizes.copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = statistics.median(timed(lambda: target.copy_(source), device, 5))
@@ -222,6 +226,7 @@ def row_of_pytest(text: str) -> Row:
     """The row of what pytest printed."""
     lines = text.strip().splitlines() or ["no output"]
     counts = re.compile(r"\d+ (passed|failed|skipped|error|deselected)")
+    # Plugins may print after the summary.
     last = next((line for line in reversed(lines) if counts.search(line)), lines[-1])
     count = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
@@ -230,14 +235,15 @@ def row_of_pytest(text: str) -> Row:
         "tests of kernels passed",
         passed,
         note="; ".join([last, *failed[:5]]),
+        # None passed: they were skipped or deselected, so nothing is known of the kernels.
         wrong=bool(failed or count.get("failed") or count.get("error") or not passed),
     )
 
 
 def rows_at_once(depth: int, memory_bytes: float) -> int:
-    """Rows per pass of a depth on a GPU with so much memory."""
+    """Rows per pass of a depth on a GPU with so much memory; 0: not known, as on a CPU."""
     rows = ROWS[depth]
-    while rows > 1 and memory_bytes < ROWS_BYTES * rows / ROWS[depth]:
+    while memory_bytes and rows > 1 and memory_bytes < ROWS_BYTES * rows / ROWS[depth]:
         rows //= 2
     return rows
 
@@ -256,6 +262,7 @@ def check_training(
     label = "listed dense bf16"
     if not peak:
         peak, label = hardware.measured_peak(setup.device, setup.dtype), "measured"
+    # The figures would be those of another program.
     if sizes.compile and not setup.compiled:
         yield Row(f"d{depth} {kind}", None, note="not compiled", wrong=True)
     yield from rows_of_training(TrainingStep(setup), f"d{depth} {kind}", peak, label, sizes.repeats)
@@ -277,6 +284,7 @@ def rows_of_training(
     memory = hardware.peak_memory_bytes(setup.device)
     # From here on, gradients are held for the timings of the update.
     update = training.time_update(repeats)
+    # A step is n passes and one update; n steps in full would take minutes for the same figure.
     n = max(1, BATCH_TOKENS // setup.tokens)
     seconds = n * micro.median + update.median
     speed = n * setup.tokens / seconds
@@ -294,6 +302,7 @@ def rows_of_training(
     mfu = 100 * speed * setup.flops_per_token / peak
     yield Row(f"{name} MFU", mfu, "%", f"of the {label} peak, {peak / 1e12:.4g} TFLOP/s")
     yield Row(f"{name} memory", memory / 2**30, "GiB", "peak of the whole process")
+    # The update does not depend on how the passes compute.
     if name.endswith(" bf16"):
         flops = update.flops / update.median / 1e12
         note = f"of the step; {1000 * update.median:.2f} ms, {flops:.0f} TFLOP/s of its products"
@@ -304,6 +313,7 @@ def rows_of_training(
 def check_attention(T: int, sizes: Sizes) -> Iterator[Row]:
     """Every backend over ATTENTION_TOKENS, six heads of 128 channels, forward and backward, with a
     short window and with full context."""
+    # The same number of tokens at every length, so that times can be compared.
     length = min(T, sizes.most_tokens_per_row)
     setup = sizes.setup(
         12, ATTENTION_TOKENS // T, T=T, window_pattern="SL", short_window=length // 2
@@ -354,6 +364,7 @@ def check_loss(sizes: Sizes) -> Iterator[Row]:
 
     yield from attempt("loss, plain PyTorch", partial(row, "loss, plain PyTorch", None))
     for chunk in sizes.loss_chunks:
+        # Of this process, which ends with the check.
         loss.CHUNK_LOGITS = {"cpu": chunk, "cuda": chunk}
         for backend in sizes.loss_backends:
             name = f"loss {backend}, chunks of 2^{chunk.bit_length() - 1}"
@@ -382,6 +393,7 @@ def train(folder: str, sizes: Sizes, *flags: str, ranks: int = 1) -> None:
     """Run train.py in a process of its own, or in `ranks` of them under torchrun. Raises
     RuntimeError with its last lines if it fails."""
     start = [sys.executable]
+    # Without "--" torchrun's own parser would take some of train.py's flags for its own.
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
     words = [str(ROOT / "train.py"), *COMMON_TRAINING, *sizes.training, f"--out-dir={folder}"]
@@ -444,6 +456,7 @@ def same_again(
 ) -> Row:
     """The row of a run against the same one resumed at step `half`: losses by step, weights by
     name."""
+    # The line of step `half` holds the loss of the first update after the checkpoint.
     steps = [step for step in whole if step >= half]
     same = sum(whole[step] == again.get(step) for step in steps)
     equal = sum(bool((weights[name] == weights_again[name]).all()) for name in weights)
@@ -458,6 +471,7 @@ def same_again(
 
 def check_ranks(sizes: Sizes) -> Iterator[Row]:
     """Two ranks against one: losses of fp32 steps with the same batches."""
+    # fp32, because ranks sum in another order, and bf16 would hide an error of that size.
     flags = ("--no-save", "--eval-every=-1", "--save-every=-1", "--dtype=float32", "--no-compile")
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2):
@@ -489,6 +503,7 @@ def check_tiles() -> Iterator[Row]:
         forward = partial(flash_attention.forward, q, k, v, window)
         backward = partial(flash_attention.backward, upstream, q, k, v, out, lse, window)
         for which in flash_attention.PASSES:
+            # The other backward pass keeps its tile, so its time is the same in every row.
             calls = {}
             for tile in flash_attention.candidates(which, D, 2, capability):
                 if which == "forward":
@@ -511,6 +526,7 @@ def faster_tiles(what: str, calls: Mapping[tuple, Callable], both: str) -> Itera
         except Exception:
             # It does not compile, or does not fit: not a choice.
             continue
+        # The one in use comes first, and is the measure if it runs at all.
         used = used or seconds
         if best is None or seconds < best:
             best = seconds
@@ -546,6 +562,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--peak", type=float, default=0, help="listed FLOP/s; 0: measure it")
     parser.add_argument("--memory", type=float, default=0, help="bytes of one GPU")
     args = parser.parse_args(argv)
+    # From the environment, which the processes of the checks inherit.
     sizes = TOY if is_toy() else FULL
     # Whatever else prints goes to the other stream, which is kept for the last words of a failure.
     with contextlib.redirect_stdout(sys.stderr):

@@ -20,9 +20,11 @@ GOALS = {
     "full context / window, triton, T = 2048": 1.0,
     "full context / window, flex, T = 2048": 1.0,
 }
+# Goals that are upper limits; the others are lower limits.
 AT_MOST = {"d12 optimizer share"}
 # Depths that are trained, and rows of 2,048 tokens per pass on 75 GB.
 ROWS = {12: 32, 20: 16, 24: 16}
+# Tokens of a row, whatever length a toy's check is named after.
 TOY_LENGTH = 32
 
 
@@ -68,6 +70,7 @@ class Row:
         """The row as a line; with its goal, unless it is a toy's."""
         figure = "" if self.value is None else f"{self.value:>10,.4g} {self.unit}"
         text = f"{self.what:<52} {figure:<20}"
+        # A missed goal is news, not a fault: it is shown and leaves the exit code alone.
         goal = GOALS.get(self.what)
         if goal is not None and self.value is not None and not toy:
             met = self.value <= goal if self.what in AT_MOST else self.value >= goal
@@ -126,6 +129,7 @@ def conclusions(found: dict[str, float | None], toy: bool = False) -> list[Row]:
 
 
 def _ratio(name: str, of: float | None, to: float | None) -> list[Row]:
+    # Nothing to say where one of the two was not measured.
     return [Row(name, of / to, "times")] if of and to else []
 
 
@@ -146,11 +150,13 @@ def _ratios_of_attention(
     """Rows of one length. by_window: {window: {way: milliseconds}}."""
     full, short = by_window.get(full_window, {}), by_window[min(by_window)]
     ours = full.get("triton")
+    # blocked is ours too, meant for CPUs.
     libraries = [
         value for way, value in full.items() if way not in ("triton", "plain PyTorch", "blocked")
     ]
     rows = _ratio(f"plain PyTorch / triton, T = {T}", full.get("plain PyTorch"), ours)
     rows += _ratio(f"best library / triton, T = {T}", min(libraries, default=None), ours)
+    # A check that was cut off may have only one of the two windows.
     if len(by_window) > 1:
         for way, value in full.items():
             rows += _ratio(f"full context / window, {way}, T = {T}", value, short.get(way))

@@ -20,8 +20,11 @@ from nanochat.run.plan import model_config
 
 # Models for which the rows per pass are estimated, all with train.py's default shape.
 DEPTHS = (4, 8, 12, 16, 20, 24, 32)
+# The largest vocabulary that train.py derives, and so the largest memory.
 VOCAB_SIZE = 32768
+# Where the estimate stops: enough to show that memory is not the limit.
 MOST_ROWS = 512
+# Generous: a slow machine may take long to import torch and to start the compiler.
 COMPILE_SECONDS = 90
 COMPILE_TEST = """
 import sys, torch
@@ -73,7 +76,9 @@ def examine_machine(quick: bool) -> Machine:
     dtype, reason = hardware.pick_dtype("auto", device_type, training=True)
     bf16_cpu = hardware.cpu_multiplies_bf16()
     free_memory_bytes = hardware.free_memory(device)
-    gpus, rows = [], None
+    gpus = []
+    # Estimated for GPUs only: on a CPU the compiler and the data take memory that is not counted.
+    rows = None
     if device_type == "cuda":
         gpus = [gpu_facts(index) for index in range(torch.cuda.device_count())]
         rows = rows_that_fit(free_memory_bytes, dtype)
@@ -133,6 +138,7 @@ def measured_flops(device: torch.device, quick: bool, bf16_cpu: bool) -> dict[st
         n = 1024 if small else 4096
         if on_cpu:
             n //= 2
+        # Not every device multiplies every dtype, and what torch raises then differs.
         try:
             flops[name] = hardware.matmul_flops(device, hardware.DTYPES[name], n, repeats=2)
         except Exception:
@@ -151,6 +157,7 @@ def cpu_name() -> str:
 
 def usable_cores() -> int:
     """Cores that this process may use, after its affinity mask and its container's quota."""
+    # macOS has no affinity masks.
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -184,6 +191,7 @@ def trial_compilation(
             return f"the trial compilation could not be started ({error})"
     if done.returncode == 0:
         return None
+    # The last line that names an error is the cause; the rest are frames and advice.
     errors = [line for line in done.stderr.splitlines() if "Error" in line or "error:" in line]
     reason = errors[-1].strip()[:200] if errors else f"exit code {done.returncode}"
     return f"compiling a small function failed: {reason}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def as_text(facts: Facts) -> str:
     """The facts as aligned lines, then what is needed and what will be slow."""
     lines = [f"{name:<18} {value}" for name, value in _pairs(facts)]
+    # Last, where a terminal ends up: what to do something about.
     if facts.needed:
         lines += ["", "training needs these, and they are missing here:"]
         lines += [f"  {problem}" for problem in facts.needed]
@@ -33,6 +34,7 @@ def _pairs(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "python", f"{facts.python}, {facts.system}"
     versions = [f"{name} {version}" for name, version in facts.packages.items() if version]
     yield "packages", ", ".join(versions)
+    # The commands can be pasted into a shell, which would take >= for a redirection unquoted.
     for name in facts.missing:
         package = (NEEDED | OPTIONAL)[name]
         text = f"{name} ({package.purpose}): pip install '{package.requirement}'"
@@ -44,6 +46,7 @@ def _pairs(facts: Facts) -> Iterator[tuple[str, str]]:
             yield what, f"{place.path}: {place.problem}"
         else:
             yield what, f"{place.path}: {human_bytes(place.free_bytes)} free, writable"
+    # Not a problem by itself: many machines that train are offline.
     hub = facts.dataset_hub
     if hub.problem:
         yield (
@@ -69,6 +72,7 @@ def _pairs_of_machine(machine: "Machine") -> Iterator[tuple[str, str]]:
         f"{machine.device} in {machine.dtype} ({machine.dtype_reason}), "
         f"{human_bytes(machine.free_memory_bytes)} of memory free",
     )
+    # Depths that do not fit are listed among what will be slow.
     if machine.rows_that_fit:
         fitting = [
             f"{rows} at depth {depth}" for depth, rows in machine.rows_that_fit.items() if rows
