@@ -1,8 +1,12 @@
-"""The optimizer in one process: each update rule against a plain version of it, and its state. Ranks: test_ranks.py."""
+"""The optimizer in one process: each update rule against a plain version of it, and its state.
+Ranks: test_ranks.py."""
+
+import math
 
 import pytest
 import torch
 
+from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer, muon_update, orthogonalize
 
 ADAMW = {"lr": 0.02, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
@@ -23,8 +27,14 @@ def give_gradients(parameters, seed, scale=1.0):
         p.grad = scale * randn(*p.shape, seed=1000 * seed + i)
 
 
+def reduce(optimizer):
+    """Reduce the gradients that were given; returns their norm."""
+    return optimizer.reduce(torch.zeros(()), LossScaler(enabled=False))[1]
+
+
 def with_spectrum(shape, smallest, seed=0):
-    """(three fp64 matrices of Frobenius norm 1, their U V^T): singular values fall geometrically to `smallest`."""
+    """(three fp64 matrices of Frobenius norm 1, their U V^T): singular values fall geometrically to
+    `smallest`."""
     U, _, Vt = torch.linalg.svd(randn(3, *shape, seed=seed).double(), full_matrices=False)
     steps = torch.linspace(0, 1, min(shape), dtype=torch.float64)
     values = smallest**steps
@@ -37,8 +47,9 @@ def with_spectrum(shape, smallest, seed=0):
 @pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, slack):
-    """Five steps of Polar Express put every singular value above 1.02e-3 of the Frobenius norm in [0.8589, 1.1411]: the
-    extremes of its scalar polynomial, as the next test computes them. The scale of the gradient does not matter."""
+    """Five steps of Polar Express put every singular value above 1.02e-3 of the Frobenius norm in
+    [0.8589, 1.1411]: the extremes of its scalar polynomial, as the next test computes them. The
+    scale of the gradient does not matter."""
     matrices, polar = with_spectrum(shape, smallest=0.01)
     assert torch.linalg.svdvals(matrices).min() > 1.02e-3
     for scale in (1e-3, 1.0, 1e3):
@@ -54,7 +65,8 @@ def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, s
 
 
 def polar_express(values):
-    """What orthogonalisation does to singular values, in fp64: five odd quintics after a division by 1.02 norms."""
+    """What orthogonalisation does to singular values, in fp64: five odd quintics after a division
+    by 1.02 norms."""
     values = values / (1.02 * values.square().sum(-1, keepdim=True).sqrt() + 1e-6)
     for a, b, c in [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -71,13 +83,13 @@ def test_polynomial_band():
     grid = torch.cat(
         (torch.logspace(-5, 0, 20001, dtype=torch.float64)[:, None], torch.zeros(20001, 1)), dim=1
     )
-    grid[:, 1] = (
-        (1 - grid[:, 0].square()).clamp_min(0).sqrt()
-    )  # a second value makes the norm of each pair 1
+    # a second value makes the norm of each pair 1
+    grid[:, 1] = (1 - grid[:, 0].square()).clamp_min(0).sqrt()
     first = polar_express(grid)[:, 0]
     band = first[grid[:, 0] >= 1.02e-3]
     assert 0.8588 < band.min() < 0.8590 and 1.1410 < band.max() < 1.1412
-    assert first[0] < 0.02  # a direction five orders below the norm is noise and stays small
+    # a direction five orders below the norm is noise and stays small
+    assert first[0] < 0.02
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -92,7 +104,7 @@ def test_orthogonalize_acts_on_singular_values_only(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_matrices_stay_zero_beside_others(dtype):
+def test_zero_matrices_stay_zero_next_to_others(dtype):
     stack = randn(3, 8, 12)
     stack[1] = 0
     result = orthogonalize(stack, dtype)
@@ -106,7 +118,8 @@ def test_zero_matrices_stay_zero_beside_others(dtype):
 
 
 def reference_muon(gradients, mu, beta2):
-    """Updates of one matrix for a list of gradients in fp64: Nesterov, SVD, NorMuon, one neuron at a time."""
+    """Updates of one matrix for a list of gradients in fp64: Nesterov, SVD, NorMuon, one neuron at
+    a time."""
     rows, columns = gradients[0].shape
     momentum = torch.zeros(rows, columns, dtype=torch.float64)
     neurons = rows if rows >= columns else columns
@@ -126,7 +139,8 @@ def reference_muon(gradients, mu, beta2):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_muon_update_equals_the_plain_one(shape):
-    """Three stacked matrices for four steps, each with its own scale of gradients and with unequal neurons."""
+    """Three stacked matrices for four steps, each with its own scale of gradients and with unequal
+    neurons."""
     mu, beta2, N = 0.9, 0.8, 3
     uneven = torch.logspace(0, -1, max(shape))
     uneven = uneven[:, None] if shape[0] >= shape[1] else uneven[None, :]
@@ -142,14 +156,14 @@ def test_muon_update_equals_the_plain_one(shape):
         for n in range(N):
             expected, norm = references[n][step]
             torch.testing.assert_close(update[n].double(), expected, atol=5e-5, rtol=0)
-            assert (
-                abs(update[n].norm() / norm - 1) < 1e-5
-            )  # the Frobenius norm that orthogonalisation gave
+            # the Frobenius norm that orthogonalisation gave
+            assert abs(update[n].norm() / norm - 1) < 1e-5
 
 
 @pytest.mark.parametrize("shape, factor", [((32, 8), 2.0), ((8, 32), 1.0), ((12, 12), 1.0)])
 def test_muon_step_moves_against_the_update_by_lr(shape, factor):
-    """lr is the spectral norm of a step; tall matrices move by sqrt(rows / columns) more: sqrt(32 / 8) = 2."""
+    """lr is the spectral norm of a step; tall matrices move by sqrt(rows / columns) more:
+    sqrt(32 / 8) = 2."""
     weights = {"a": parameter(*shape, seed=1), "b": parameter(*shape, seed=2)}
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = Optimizer({"matrices": weights}, {"matrices": MUON}, torch.float32)
@@ -162,7 +176,7 @@ def test_muon_step_moves_against_the_update_by_lr(shape, factor):
         MUON["beta2"],
         torch.float32,
     )
-    optimizer.reduce()
+    reduce(optimizer)
     optimizer.step(lr_multiplier=0.5, mu=0.9)
     for i, name in enumerate(weights):
         torch.testing.assert_close(
@@ -171,8 +185,9 @@ def test_muon_step_moves_against_the_update_by_lr(shape, factor):
 
 
 def test_cautious_decay_only_where_update_and_weight_agree():
-    """The gradient is orthogonal already, so the update has its signs. With lr 0.1 and decay 0.25 the entries 2 and
-    0.5, whose updates are positive like they are, lose 0.1 x 0.25 x 2 = 0.05 and 0.1 x 0.25 x 0.5 = 0.0125 more."""
+    """The gradient is orthogonal already, so the update has its signs. With lr 0.1 and decay 0.25
+    the entries 2 and 0.5, whose updates are positive like they are, lose 0.1 x 0.25 x 2 = 0.05 and
+    0.1 x 0.25 x 0.5 = 0.0125 more."""
     weight = torch.tensor([[2.0, -3.0], [0.5, 4.0]])
     gradient = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     after = []
@@ -181,7 +196,7 @@ def test_cautious_decay_only_where_update_and_weight_agree():
         settings = {"lr": 0.1, "beta2": 0.9, "weight_decay": decay}
         optimizer = Optimizer({"matrices": {"p": p}}, {"matrices": settings}, torch.float32)
         p.grad = gradient.clone()
-        optimizer.reduce()
+        reduce(optimizer)
         optimizer.step(1.0, 0.9)
         after.append(p.detach())
     assert torch.equal((weight - after[0]).sign(), gradient)
@@ -194,7 +209,8 @@ def test_cautious_decay_only_where_update_and_weight_agree():
 
 
 def test_adamw_equals_torch_over_20_steps():
-    """Two groups with their own settings, odd shapes, gradients of mixed scale, a schedule through lr_multiplier."""
+    """Two groups with their own settings, odd shapes, gradients of mixed scale, a schedule through
+    lr_multiplier."""
     second_settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.0}
     shapes = {"table": (7, 5), "head": (3, 11), "lambdas": (3,), "one": (1,)}
     ours = {name: parameter(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
@@ -221,7 +237,7 @@ def test_adamw_equals_torch_over_20_steps():
         multiplier = 1 - step / 25
         for side in (ours, theirs):
             give_gradients(side.values(), seed=step, scale=10.0 ** -(step % 4))
-        optimizer.reduce()
+        reduce(optimizer)
         optimizer.step(multiplier, mu=0.9)
         for group, lr in zip(reference.param_groups, base):
             group["lr"] = lr * multiplier
@@ -234,7 +250,8 @@ def test_adamw_equals_torch_over_20_steps():
 
 
 def mixed(seed=0, settings_of_matrices=MUON):
-    """(optimizer, {name: parameter}): three matrices of one shape, one of another, a table and lambdas."""
+    """(optimizer, {name: parameter}): three matrices of one shape, one of another, a table and
+    lambdas."""
     matrices = {f"m{i}": parameter(6, 10, seed=seed + i) for i in range(3)} | {
         "tall": parameter(9, 4, seed=seed + 3)
     }
@@ -247,7 +264,7 @@ def run(optimizer, parameters, steps, multiplier=1.0):
     for step in steps:
         optimizer.zero_grad()
         give_gradients(parameters.values(), seed=step)
-        optimizer.reduce()
+        reduce(optimizer)
         optimizer.step(multiplier, mu=0.9)
 
 
@@ -266,8 +283,9 @@ def copied(state):
     }
 
 
-def test_reduce_returns_the_norm_and_clip_scales_to_it():
-    """A large eps makes AdamW depend on the scale of its gradients, as Muon's momentum does anyway."""
+def test_reduce_returns_loss_and_norm_and_clip_scales_to_it():
+    """A large eps makes AdamW depend on the scale of its gradients, as Muon's momentum does
+    anyway."""
     limit = 0.5
     p, q = parameter(5, 3, seed=1), parameter(4, 6, seed=2)
     ours = {"p": p, "q": q}
@@ -278,9 +296,10 @@ def test_reduce_returns_the_norm_and_clip_scales_to_it():
     give_gradients(ours.values(), seed=7)
     theirs.grad, unclipped_q = p.grad.clone(), q.grad.clone()
     expected = (p.grad.square().sum() + q.grad.square().sum()).sqrt()
-    norm = optimizer.reduce()
-    torch.testing.assert_close(norm, expected)
-    assert norm > limit and norm.ndim == 0
+    loss, norm = optimizer.reduce(torch.tensor(2.5), LossScaler(enabled=False))
+    assert loss == 2.5 and isinstance(loss, float)
+    torch.testing.assert_close(torch.tensor(norm), expected)
+    assert norm > limit and isinstance(norm, float)
     optimizer.clip(norm, limit)
     optimizer.step(1.0, mu=0.9)
     theirs.grad *= limit / expected
@@ -296,12 +315,24 @@ def test_reduce_returns_the_norm_and_clip_scales_to_it():
     torch.testing.assert_close(momentum, (1 - 0.9) * unclipped_q * limit / expected)
 
 
+def test_reduce_unscales_the_gradients():
+    """By the power of two that they were multiplied by, so that nothing is rounded."""
+    (plain, first), (scaled, second) = mixed(), mixed()
+    run(plain, first, [1])
+    give_gradients(second.values(), seed=1)
+    for p in second.values():
+        p.grad *= 2.0**12
+    scaled.reduce(torch.zeros(()), LossScaler(enabled=True, state=[2.0**12, 0]))
+    scaled.step(1.0, mu=0.9)
+    assert same(values(first), values(second))
+
+
 def test_clip_leaves_gradients_below_the_limit_alone():
     (plain, first), (clipped, second) = mixed(), mixed()
     run(plain, first, [1])
     give_gradients(second.values(), seed=1)
-    norm = clipped.reduce()
-    clipped.clip(norm, 2 * norm.item())
+    norm = reduce(clipped)
+    clipped.clip(norm, 2 * norm)
     clipped.step(1.0, mu=0.9)
     assert same(values(first), values(second))
 
@@ -328,7 +359,7 @@ def test_dropped_gradients_leave_no_trace():
     before, state = values(first), copied(skipping.state())
     give_gradients(first.values(), seed=99)
     first["m0"].grad[0, 0] = float("nan")
-    assert not skipping.reduce().isfinite()
+    assert not math.isfinite(reduce(skipping))
     skipping.drop_gradients()
     assert all(part.grad is None for part in skipping.parts)
     skipping.zero_grad()
@@ -372,7 +403,8 @@ def test_settings_must_name_exactly_the_groups(settings):
 
 
 def test_matrices_may_be_trained_by_adamw():
-    """--optimizer=adamw gives group 'matrices' AdamW's settings; then every parameter equals torch's AdamW."""
+    """--optimizer=adamw gives group 'matrices' AdamW's settings; then every parameter equals
+    torch's AdamW."""
     optimizer, parameters = mixed(settings_of_matrices=ADAMW)
     theirs = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
     reference = torch.optim.AdamW(
