@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from nanochat.eval.generation import generate_ids
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
-from nanochat.run import log as runlog
+from nanochat.run.folder import RunFolder, status_of
+from nanochat.run.metrics import Record
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -70,7 +72,7 @@ def make_run(folder, shape, kind="bpe", step=7):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    folder = runlog.RunFolder(folder)
+    folder = RunFolder(folder)
     folder.path.mkdir()
     folder.write_config(
         {
@@ -82,7 +84,7 @@ def make_run(folder, shape, kind="bpe", step=7):
     )
     tokenizer.save(folder.path / "tokenizer")
     checkpoint.save(folder.path, step, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
-    metrics = runlog.Metrics(folder.path / "metrics.jsonl")
+    metrics = Record(folder.path / "metrics.jsonl")
     metrics.write(step=step, **{"val/bpb": 1.2345})
     metrics.close()
     return folder.path
@@ -192,39 +194,72 @@ def test_generation_is_ours_with_and_without_the_cache(made, name):
     )  # beams change rows: what the cache keeps for smear must go with them
 
 
-@pytest.mark.parametrize("name", ["llama", "speedrun"])
-def test_left_padding_changes_nothing(made, name):
-    _, folder = made[name]
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_left_padding_changes_nothing(made, name, use_cache):
+    run, folder = made[name]
+    ours, our_tokenizer = nanochat.load(run)
     model, tokenizer = load_hf(folder)
     texts = ["def f(x):", "d", "the plain words"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     assert batch["attention_mask"].min() == 0 and set(batch) == {"input_ids", "attention_mask"}
-    together = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": use_cache}
+    together = model.generate(**batch, **options)
     for row, text in zip(together, texts, strict=True):
         alone = tokenizer(text, return_tensors="pt")
-        n = alone["input_ids"].size(1)
+        ids = alone["input_ids"][0].tolist()
+        n = len(ids)
         with torch.no_grad():
-            logits = model(alone["input_ids"]).logits[
-                0
-            ]  # without a mask, so that its positions are not counted by one
+            # without a mask, so that its positions are not counted by one
+            logits = model(alone["input_ids"]).logits[0]
             padded = model(**batch).logits[texts.index(text)][-n:]
         torch.testing.assert_close(padded, logits, atol=1e-5, rtol=0)
-        expected = model.generate(**alone, max_new_tokens=12, do_sample=False)[0].tolist()
+        expected = model.generate(**alone, **options)[0].tolist()
+        steps = generate_ids(ours, ids, 12, temperature=0, stop_id=our_tokenizer.bos)
+        assert expected == ids + [step[0] for step in steps]
         assert row[batch["input_ids"].size(1) - n :].tolist()[: len(expected)] == expected
 
 
-def test_speedrun_cache_may_be_cut_back_and_read_in_pieces(made):
+def cache_of(output):
+    """The cache that a model returned; transformers 5.24 renamed past_key_values to cache."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_speedrun_cache_may_be_cut_back_and_read_in_pieces(made, name):
     model, _ = load_hf(made["speedrun"][1])
     ids = tokens(2, 20, model.config.vocab_size)
     with torch.no_grad():
         whole = model(ids).logits
-        cache = model(ids[:, :13], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :13], use_cache=True))
         cache.crop(-4)
         pieces = [
-            model(ids[:, a:b], past_key_values=cache).logits
-            for a, b in ((9, 10), (10, 16), (16, 20))
+            model(ids[:, a:b], **{name: cache}).logits for a, b in ((9, 10), (10, 16), (16, 20))
         ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole[:, 9:], atol=1e-5, rtol=0)
+
+
+def test_speedrun_refuses_arguments_it_does_not_know(made):
+    model, _ = load_hf(made["speedrun"][1])
+    ids = tokens(1, 5, model.config.vocab_size)
+    with pytest.raises(TypeError, match="does not know kv_cache, token_type_ids"):
+        model(ids, token_type_ids=torch.zeros_like(ids), kv_cache=3)
+    first, second = (cache_of(model(ids, use_cache=True)) for _ in range(2))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=first, past_key_values=second)
+    with pytest.raises(ValueError, match="cache_position"):
+        model(ids, cache_position=torch.arange(1, 6))
+    plain = model(ids).logits
+    neutral = model(
+        ids,
+        kv_cache=None,
+        inputs_embeds=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        is_causal=True,
+        cache_position=torch.arange(5),
+    )
+    assert torch.equal(neutral.logits, plain)
 
 
 def test_speedrun_refuses_what_it_would_get_wrong(made):
@@ -320,6 +355,81 @@ def test_a_difference_is_a_failure_that_leaves_nothing(made, tmp_path, monkeypat
     )
     assert export.main([str(run), str(tmp_path / "out")]) == 1
     assert "differ" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_what_it_compared(made):
+    for name in ("llama", "speedrun"):
+        run, folder = made[name]
+        said = export.verify(folder, *nanochat.load(run))
+        version = transformers.__version__
+        assert said.startswith(f"verified with transformers {version}: largest logit difference")
+        assert "greedy generate() as ours over" in said and "of 3 prompts in a batch" in said
+
+
+DROPS_CACHE = """
+def prepare(self, input_ids, **kwargs):
+    return {"input_ids": input_ids[:, -1:]}
+
+NanochatSpeedrunForCausalLM.prepare_inputs_for_generation = prepare
+"""
+IGNORES_MASK = """
+seen = NanochatSpeedrunForCausalLM._seen
+
+def see_all(self, window, start, attention_mask, T, device):
+    return seen(self, window, start, None, T, device)
+
+NanochatSpeedrunForCausalLM._seen = see_all
+"""
+RAISES = """
+def prepare(self, input_ids, **kwargs):
+    return {"input_ids": input_ids, "kv": 1}
+
+NanochatSpeedrunForCausalLM.prepare_inputs_for_generation = prepare
+"""
+
+
+@pytest.mark.parametrize(
+    "name, code, message",
+    [
+        ("cache", DROPS_CACHE, "failed: generate.. in .* differ from ours"),
+        ("mask", IGNORES_MASK, "failed: left-padded batched generate.. in .* differ from ours"),
+        ("raises", RAISES, "failed: generate.. in .* fails .TypeError: .*kv"),
+    ],
+)
+def test_wrong_generation_fails_the_export(
+    made, tmp_path, monkeypatch, capsys, name, code, message
+):
+    """Each of these models computes the right logits when it is called without padding."""
+    right = shutil.copyfile
+
+    def copy(source, target, **options):
+        right(source, target, **options)
+        if Path(source).name == "modeling_nanochat.py":
+            with open(target, "a", encoding="utf-8") as file:
+                file.write(code)
+
+    monkeypatch.setattr(export.shutil, "copyfile", copy)
+    assert export.main([str(made["speedrun"][0]), str(tmp_path / name)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["alone", "batch"])
+def test_wrong_generation_of_a_llama_fails_the_export(made, tmp_path, monkeypatch, capsys, mode):
+    right = transformers.LlamaForCausalLM.generate
+
+    def generate(self, input_ids, **options):
+        """Tokens beside the right ones, of one prompt or of a batch."""
+        found = right(self, input_ids, **options)
+        if (len(input_ids) == 1) == (mode == "alone"):
+            found.sequences[:, input_ids.size(1)] += 1
+        return found
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    assert export.main([str(made["llama"][0]), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert ("left-padded batched" in error) == (mode == "batch") and "prompt of" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_transformers_it_says_that_nothing_was_compared(
@@ -493,7 +603,7 @@ def test_back_to_a_run_gives_the_same_weights(made, tmp_path, name):
     assert nanochat.generate(
         before, tokenizer, "def", temperature=0, max_new_tokens=9
     ) == nanochat.generate(after, same, "def", temperature=0, max_new_tokens=9)
-    assert runlog.status_of(tmp_path / "run") == "completed"
+    assert status_of(tmp_path / "run") == "completed"
     assert checkpoint.load_optimizer(tmp_path / "run", 0) == {}
     assert export.main([str(tmp_path / "run"), str(tmp_path / "again")]) == 0  # and once more there
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (

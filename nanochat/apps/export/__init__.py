@@ -1,10 +1,11 @@
 """`nanochat export`: a run as a Hugging Face folder that transformers loads, and such a folder back as a run.
 
-A llama run becomes a plain Llama folder; a speedrun run also carries its modelling file (export_modeling.py). Data files
+A llama run becomes a plain Llama folder; a speedrun run also carries its modelling file (modeling_nanochat.py). Data files
 are safetensors and JSON, in both directions. The folder is loaded again and compared before it gets its name."""
 
 import argparse
 import atexit
+import inspect
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanochat.common import (
     EXIT_COMPLETED,
@@ -25,10 +27,15 @@ from nanochat.common import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.model.gpt import GPT
+
 TOLERANCE = 1e-5  # of logits in fp32, relative to the largest one
 # Sharp models amplify rounding beyond that. What rounding alone does is measured: the same model by two attention backends.
 ROUNDING_FACTOR = 4
 VERIFY_TOKENS = 512  # per row of the comparison, at most
+GENERATED_TOKENS = 16  # per prompt of the comparison, at most
 SPEEDRUN_CODE = "modeling_nanochat.py"
 TOKENIZER_SAMPLE = (
     "Plain words, then don't and it's; 12 345,67 numbers.\r\n\tdef f(x):\n\n        return x  # blanks   \u00a0 end\n"
@@ -356,7 +363,7 @@ def export_hf(run, out, step, dtype):
 
     from nanochat import load
     from nanochat.run import loading
-    from nanochat.run.log import RunFolder
+    from nanochat.run.folder import RunFolder
 
     with new_folder(out) as folder:
         if (run / "generation_config.json").exists():
@@ -392,7 +399,7 @@ def export_hf(run, out, step, dtype):
         )
         write_tokenizer(tokenizer, model.config.max_seq_len, folder)
         if not llama:
-            shutil.copyfile(Path(__file__).with_name("export_modeling.py"), folder / SPEEDRUN_CODE)
+            shutil.copyfile(Path(__file__).with_name(SPEEDRUN_CODE), folder / SPEEDRUN_CODE)
         write_atomic(
             folder / "README.md",
             model_card(run, RunFolder(run).read_config(), step, model, tokenizer, dtype),
@@ -490,9 +497,9 @@ def _shown(value):
 
 def measured(run, step, metric, summary_name):
     """A number measured at exactly this step, from metrics.jsonl or summary.json; None if there is none."""
-    from nanochat.run.log import Metrics
+    from nanochat.run.metrics import Record
 
-    if (found := Metrics(Path(run) / "metrics.jsonl").value_at(step, metric)) is not None:
+    if (found := Record(Path(run) / "metrics.jsonl").value_at(step, metric)) is not None:
         return found
     path = Path(run) / "summary.json"
     summary = read_json(path, "run folder") if path.exists() else {}
@@ -502,24 +509,31 @@ def measured(run, step, metric, summary_name):
 # ---- does it compute the same? ----
 
 
-def verify(folder, model, tokenizer):
-    """Load the folder as a user would and compare it with our model and tokenizer. Returns a sentence to print.
+def verify(folder: Path, model: "GPT", tokenizer: "Tokenizer") -> str:
+    """Load the folder as a user would and compare it with our model and tokenizer.
 
-    Logits of random ids in fp32, read at once and in two parts through the cache, and ids of sample text. ExportFailed on
-    a difference beyond rounding. Without transformers the sentence says that nothing was compared."""
+    Compared are the logits of random ids in fp32, read in one pass and in two parts through the
+    cache; what generate() continues greedily, one prompt alone and several padded on the left, with
+    our own greedy generation; and the ids of sample text. Returns a sentence to print that names
+    what was compared; without transformers it says that nothing was. Raises ExportFailed on a
+    difference beyond rounding."""
     import torch
 
     from nanochat.eval.hf_model import quiet
 
-    # the modelling file is copied into a cache when it runs: for this once not into the user's
+    # The modelling file is copied into a cache when it runs: for this once not into the user's.
     if "transformers" not in sys.modules and "HF_MODULES_CACHE" not in os.environ:
         os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
     try:
         import transformers
     except ImportError:
-        return "not verified: that needs the package transformers (pip install transformers), then export again"
+        return (
+            "not verified: that needs the package transformers (pip install transformers), "
+            "then export again"
+        )
     options = {"local_files_only": True, "trust_remote_code": model.config.arch != "llama"}
+    name = f"transformers {transformers.__version__}"
     with quiet(transformers):
         try:
             theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -528,63 +542,166 @@ def verify(folder, model, tokenizer):
             their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # whatever it is, a user would meet it too
             raise ExportFailed(
-                f"transformers {transformers.__version__} does not load it ({type(error).__name__}: {error}); "
+                f"{name} does not load it ({type(error).__name__}: {error}); "
                 "releases from 4.57 on do"
             ) from error
-        return _compared(
-            theirs.eval(), report, their_tokenizer, model, tokenizer, transformers.__version__
-        )
+        if wrong := {key: list(names) for key, names in report.items() if names}:
+            raise ExportFailed(f"{name} reports weights that do not fit: {wrong}")
+        with torch.no_grad():
+            logits = _compare_logits(theirs.eval(), model, tokenizer, name)
+            generated = _compare_generation(theirs, their_tokenizer, model, tokenizer, name)
+    _compare_tokenizers(their_tokenizer, tokenizer, name)
+    return f"verified with {name}: {logits}; {generated}; same token ids of sample text"
 
 
-def _compared(theirs, report, their_tokenizer, model, tokenizer, version):
+def _random_ids(model, tokenizer):
+    """Two rows of random ids, BOS first, as long as the comparison reads."""
     import torch
 
-    if wrong := {name: list(keys) for name, keys in report.items() if keys}:
-        raise ExportFailed(f"transformers reports weights that do not fit: {wrong}")
-
     n = max(2, min(model.config.max_seq_len, VERIFY_TOKENS))
-    ids = torch.randint(model.config.vocab_size, (2, n), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, n), generator=generator)
     ids[:, 0] = tokenizer.bos
-    with torch.no_grad():
-        logits, again = (_logits(model, ids, backend) for backend in ("blocked", "sdpa"))
-        whole = theirs(ids).logits
-        first = theirs(ids[:, : n // 2], use_cache=True)
-        second = theirs(ids[:, n // 2 :], past_key_values=first.past_key_values)
-    difference = max(
-        (logits - found).abs().max().item()
-        for found in (whole, torch.cat((first.logits, second.logits), dim=1))
-    )
-    largest, rounding = logits.abs().max().item(), (logits - again).abs().max().item()
-    if not difference <= max(
-        TOLERANCE * max(1.0, largest), ROUNDING_FACTOR * rounding
-    ):  # written so that NaN fails
-        raise ExportFailed(
-            f"the logits in transformers differ from ours by up to {difference:.1e} (largest logit {largest:.1f}; rounding "
-            f"alone makes {rounding:.1e})"
-        )
+    return ids
 
-    sample = TOKENIZER_SAMPLE + tokenizer.bos_text
-    if tokenizer.kind == "char":
-        sample = "".join(c for c in sample if c.encode("utf-8") in set(tokenizer.tokens))
-    expected = tokenizer.encode(sample)
-    if (
-        their_tokenizer(sample, add_special_tokens=False)["input_ids"] != expected
-        or their_tokenizer(sample)["input_ids"] != [tokenizer.bos, *expected]
-        or their_tokenizer.decode(expected) != sample
-    ):
+
+def _reference(model, ids):
+    """Our logits of ids (B, T), and the largest difference that rounding can explain."""
+    found = []
+    for backend in ("blocked", "sdpa"):
+        for block in model.blocks:
+            block.attention.backend = backend
+        found.append(model(ids))
+    rounding = (found[0] - found[1]).abs().max().item()
+    largest = found[0].abs().max().item()
+    return found[0], max(TOLERANCE * max(1.0, largest), ROUNDING_FACTOR * rounding)
+
+
+def _compare_logits(theirs, model, tokenizer, name):
+    """Compare logits in one pass and in two parts through the cache; what to print about it."""
+    import torch
+
+    ids = _random_ids(model, tokenizer)
+    half = ids.size(1) // 2
+    logits, bound = _reference(model, ids)
+    # transformers 5.24 renamed past_key_values to cache, for arguments and for results
+    known = inspect.signature(theirs.forward).parameters
+    argument = "cache" if "cache" in known else "past_key_values"
+    whole = theirs(ids).logits
+    first = theirs(ids[:, :half], use_cache=True)
+    cache = first["cache"] if "cache" in first else first["past_key_values"]
+    second = theirs(ids[:, half:], **{argument: cache})
+    parts = torch.cat((first.logits, second.logits), dim=1)
+    difference = max((logits - found).abs().max().item() for found in (whole, parts))
+    largest = logits.abs().max().item()
+    if not difference <= bound:  # written so that NaN fails
         raise ExportFailed(
-            "the tokenizer in transformers gives other ids or another text than ours"
+            f"the logits in {name} differ from ours by up to {difference:.1e}; "
+            f"rounding explains {bound:.1e} (largest logit {largest:.1f})"
         )
     return (
-        f"verified with transformers {version}: largest logit difference {difference:.1e} "
-        f"(largest logit {largest:.1f}, {ids.numel()} tokens, with and without cache), same token ids"
+        f"largest logit difference {difference:.1e} (largest logit {largest:.1f}, "
+        f"{ids.numel()} tokens, with and without cache)"
     )
 
 
-def _logits(model, ids, backend):
-    for block in model.blocks:
-        block.attention.backend = backend
-    return model(ids)
+def _compare_generation(theirs, their_tokenizer, model, tokenizer, name):
+    """Compare greedy generate(), alone and padded, with ours; what to print about it.
+
+    The logits behind each new token are compared as well: a poor model repeats itself, and its
+    tokens alone would say little."""
+    from nanochat.eval.generation import generate_ids
+
+    row = _random_ids(model, tokenizer)[0].tolist()
+    longest = len(row) // 2
+    n_new = min(GENERATED_TOKENS, len(row) - longest)
+    prompts = [row[:length] for length in sorted({longest, max(1, longest // 3), 1}, reverse=True)]
+    # a context of two tokens leaves one length: the batch then is two equal rows, without padding
+    prompts = prompts if len(prompts) > 1 else prompts * 2
+    ours = [
+        [
+            step[0]
+            for step in generate_ids(model, prompt, n_new, temperature=0, stop_id=tokenizer.bos)
+        ]
+        for prompt in prompts
+    ]
+    counts = []
+    for kind, n_rows in (("", 1), ("left-padded batched ", len(prompts))):
+        batch = their_tokenizer.pad({"input_ids": prompts[:n_rows]}, return_tensors="pt")
+        try:
+            found = theirs.generate(
+                **batch,
+                max_new_tokens=n_new,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        except Exception as error:  # whatever it is, a user would meet it too
+            raise ExportFailed(
+                f"{kind}generate() in {name} fails ({type(error).__name__}: "
+                f"{error}); try another release of transformers"
+            ) from error
+        new_ids = found.sequences[:, batch["input_ids"].size(1) :].tolist()
+        counts.append(
+            sum(
+                _compare_row(
+                    ids,
+                    [step[i] for step in found.logits],
+                    prompts[i],
+                    ours[i],
+                    model,
+                    tokenizer.bos,
+                    f"{kind}generate() in {name}",
+                )
+                for i, ids in enumerate(new_ids)
+            )
+        )
+    return (
+        f"greedy generate() as ours over {counts[0]} new tokens of one prompt and, padded on "
+        f"the left, over {counts[1]} of {len(prompts)} prompts in a batch"
+    )
+
+
+def _compare_row(new_ids, their_logits, prompt, ours, model, bos, what):
+    """Compare what one prompt became with ours; returns how many new tokens were compared."""
+    import torch
+
+    new_ids = new_ids[: new_ids.index(bos) + 1] if bos in new_ids else new_ids
+    logits, bound = _reference(model, torch.tensor([prompt + new_ids]))
+    logits = logits[0, len(prompt) - 1 : -1]
+    difference = (torch.stack(their_logits[: len(new_ids)]).float() - logits).abs().max().item()
+    if not difference <= bound:  # written so that NaN fails
+        raise ExportFailed(
+            f"{what} reads a prompt of {len(prompt)} tokens wrongly: its logits "
+            f"differ from ours by up to {difference:.1e}; rounding explains "
+            f"{bound:.1e}. Try another release of transformers"
+        )
+    if new_ids == ours:
+        return len(ours)
+    pairs = enumerate(zip(new_ids, ours, strict=False))
+    same = next((i for i, (found, expected) in pairs if found != expected), None)
+    # two tokens whose logits differ by rounding only may swap places: what follows is another text
+    if same is None or not logits[same, ours[same]] - logits[same, new_ids[same]] <= 2 * bound:
+        raise ExportFailed(
+            f"{what} continues a prompt of {len(prompt)} tokens with the ids "
+            f"{new_ids}; ours are {ours}. Try another release of transformers"
+        )
+    return same + 1
+
+
+def _compare_tokenizers(theirs, tokenizer, name):
+    """Compare the ids of sample text, and the text of those ids. Raises ExportFailed."""
+    sample = TOKENIZER_SAMPLE + tokenizer.bos_text
+    if tokenizer.kind == "char":
+        known = set(tokenizer.tokens)
+        sample = "".join(c for c in sample if c.encode("utf-8") in known)
+    expected = tokenizer.encode(sample)
+    if (
+        theirs(sample, add_special_tokens=False)["input_ids"] != expected
+        or theirs(sample)["input_ids"] != [tokenizer.bos, *expected]
+        or theirs.decode(expected) != sample
+    ):
+        raise ExportFailed(f"the tokenizer in {name} gives other ids or another text than ours")
 
 
 # ---- Hugging Face to a run ----
@@ -719,7 +836,7 @@ def import_hf(source, out):
     from nanochat import load
     from nanochat.model.build import meta_model
     from nanochat.run import checkpoint
-    from nanochat.run import log as runlog
+    from nanochat.run.folder import RunFolder, provenance, write_summary
 
     config = llama_from(
         read_json(source / "config.json", "Hugging Face folder"), source / "config.json"
@@ -750,7 +867,7 @@ def import_hf(source, out):
         model.init_weights(0)
         model.load_state_dict(weights)
         tokenizer.save(folder / "tokenizer")
-        runlog.RunFolder(folder).write_config(
+        RunFolder(folder).write_config(
             {
                 # the flags that would make this shape
                 "args": {
@@ -770,11 +887,11 @@ def import_hf(source, out):
                     "vocab_size": tokenizer.vocab_size,
                     "fingerprint": tokenizer.fingerprint,
                 },
-                **runlog.provenance(),
+                **provenance(),
             }
         )
         checkpoint.save(folder, 0, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
-        runlog.write_summary(
+        write_summary(
             folder,
             status="completed",
             reason=f"imported from {source}",
