@@ -310,7 +310,7 @@ def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
     assert f"data: {order()[1]}: Error while downloading from the server" in printed
     assert (
         f"{order()[3]}: the server answers 503; trying again" in printed
-        and "reading ahead failed, training goes on" in printed
+        and "reading ahead failed, training continues" in printed
     )
     assert losses(tmp_path) == reference
     assert bodies(hub).count(order()[1]) == 2

@@ -236,6 +236,9 @@ def _hidden_bar(progress: _Progress) -> type:
     from tqdm import tqdm
 
     class HiddenBar(tqdm):
+        # or each class would start a thread that watches its bars
+        monitor_interval = 0
+
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **(options | {"disable": True}))
             self.counted = self.n or 0

@@ -97,7 +97,7 @@ class Ahead:
     ) -> None:
         # a cache of its own, since a TokenCache is for one thread
         threads = max(1, rows.cache.threads // 2)
-        cache = TokenCache(rows.cache.tokenizer, threads, rows.cache.lengths, report=report)
+        cache = TokenCache(rows.cache.tokenizer, threads, rows.cache.lengths, report=self._say)
         self.rows = rows
         self.own = Rows(rows.corpus, cache, rows.T, rows.seed)
         self.last_row = last_row
@@ -107,6 +107,9 @@ class Ahead:
             target=self._run, args=(first_row,), name="data-ahead", daemon=True
         )
         self.thread.start()
+
+    def _say(self, line: str) -> None:
+        self.report(line)
 
     def _run(self, row: int) -> None:
         reported = ""
@@ -120,7 +123,7 @@ class Ahead:
                 # once, not at every attempt
                 if str(error) != reported:
                     reported = str(error)
-                    self.report(f"reading ahead failed, training continues: {error}")
+                    self._say(f"reading ahead failed, training continues: {error}")
                 self.stopped.wait(AHEAD_RETRY_SECONDS)
 
     def _is_past_the_end(self, row: int) -> bool:
@@ -136,5 +139,13 @@ class Ahead:
         return self.own.ends[self.own.reading]
 
     def close(self) -> None:
-        """Ask the thread to end, without waiting: it may be in the middle of a download."""
+        """Ask the thread to end, without waiting: it may be in the middle of a download.
+
+        Until it ends it reports nothing more, and keeps nothing of the run alive."""
         self.stopped.set()
+        self.report = _ignore
+        self.rows = self.own
+
+
+def _ignore(line: str) -> None:
+    """What a thread that is left behind reports to."""
