@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError, printable
 
@@ -19,14 +20,14 @@ APPS = {
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
-LATER = ("serve", "client", "dpo", "jobs")
+LATER = ("serve", "client", "sft", "dpo", "jobs", "certify", "verify")
 USAGE = (
     "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n"
     + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())
 )
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run an app. Returns its exit code; 2 for wrong usage or input."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
@@ -48,9 +49,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
+    # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

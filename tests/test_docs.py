@@ -114,23 +114,20 @@ def test_run_scripts_end_with_a_result():
 
 
 def test_file_map_is_the_tree():
-    """README lists exactly the files of the product that git would track."""
-    block = README.split("## Files")[1].split("```")[1]
-    listed = {line.split()[0] for line in block.strip().splitlines() if line.strip()}
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    shown = {
-        path
-        for path in tracked
-        if path.startswith(("nanochat/", "tasks/", "runs/"))
-        or "/" not in path
-        and not path.startswith(".")
-    }
+    """README lists exactly the files of the product that git would track, by folder."""
+    table = README.split("## Files")[1].split("\n## ")[0]
+    listed = set()
+    for row in re.findall(r"^\| `(.*?)` \|.*\| (.*) \|$", table, re.MULTILINE):
+        folder, files = row
+        listed |= {folder.removeprefix("./") + name for name in re.findall(r"`(.*?)`", files)}
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    product = ("nanochat/", "tasks/", "runs/")
+    shown = set()
+    for path in git.stdout.split():
+        at_the_top = "/" not in path and not path.startswith(".")
+        if (at_the_top or path.startswith(product)) and (ROOT / path).exists():
+            shown.add(path)
     assert listed == shown
 
 
