@@ -1,4 +1,4 @@
-"""The shell scripts around train.py: restart.sh goes on after failures, requeue.slurm queues a stopped run again."""
+"""The scripts around train.py: restart.sh restarts it, requeue.slurm requeues it, speedrun.sh."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 import small
 
 ROOT = Path(__file__).resolve().parent.parent
-# Notes its arguments, and ends with the exit code that codes.json names for this start; "wait": when it is told to stop.
+# Notes its arguments, and ends with the exit code that codes.json names for this start; "wait":
+# when a signal asks it to stop.
 COMMAND = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -56,8 +57,8 @@ def test_restart(tmp_path, codes, code, starts):
     assert ("giving up" in shown) == (starts == 3 and code == 1)
 
 
-def test_restart_told_to_stop(tmp_path):
-    """The signal reaches the run, whose exit code is handed on; it is not started again."""
+def test_restart_passes_a_signal_on(tmp_path):
+    """The run's exit code is returned; it is not started again."""
     process = start(tmp_path, ["wait", 0])
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGTERM)
@@ -65,7 +66,7 @@ def test_restart_told_to_stop(tmp_path):
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
-def test_restart_told_to_stop_in_the_pause(tmp_path):
+def test_restart_stops_in_the_pause(tmp_path):
     """It does not start again, nor wait for the pause to end."""
     process = start(tmp_path, [1, 0], PAUSE="1000")
     assert "exit code 1; starting again in 1000 s" in process.stderr.readline()
@@ -82,7 +83,8 @@ def test_restart_forgives_failures_after_a_long_run(tmp_path):
     assert len((tmp_path / "starts").read_text().splitlines()) == 3
 
 
-# Stands for srun: writes the summary that the test names, if any, and waits to be told if that is asked for.
+# Stands for srun: writes the summary that the test names, if any, and waits for a signal if there
+# is a file named wait.
 SRUN = """#!/bin/bash
 echo "$@" >> srun_calls
 if [ -e new_summary.json ]; then mkdir -p out/d4; mv new_summary.json out/d4/summary.json; fi
@@ -92,7 +94,8 @@ exit "$(cat code)"
 
 
 def requeue(folder, *flags, before=None, after=None, code=1, told=False, restarts=0):
-    """The finished job script, with stand-ins for Slurm's commands. before, after: summaries of an earlier job and of this one."""
+    """The job script with stand-ins for Slurm's commands; returns (exit code, whether it requeued,
+    standard error). before, after: summaries of an earlier job and of this one."""
     for name in ("runs", "out/d4"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "srun_calls").write_text("")
@@ -154,16 +157,16 @@ def test_requeue(tmp_path, status, requeued, code):
 @pytest.mark.parametrize(
     "what, more, requeued, code",
     [
-        ("refused at once", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
+        ("refused immediately", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
         (
             "complete since an earlier job",
             {"before": {"status": "completed", "step": 9}, "code": 0},
             False,
             0,
         ),
-        ("told to stop before there was a summary", {"told": True}, True, 0),
+        ("stopped before there was a summary", {"told": True}, True, 0),
         (
-            "told to stop before it wrote a new one",
+            "stopped before it wrote a new one",
             {"before": {"status": "stopped", "step": 3}, "told": True},
             True,
             0,
@@ -172,13 +175,13 @@ def test_requeue(tmp_path, status, requeued, code):
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else None,
 )
-def test_requeue_does_not_go_by_what_an_earlier_job_said(tmp_path, what, more, requeued, code):
+def test_requeue_ignores_the_summary_of_an_earlier_job(tmp_path, what, more, requeued, code):
     assert requeue(tmp_path, **more)[:2] == (code, requeued)
 
 
 def test_requeue_ends_where_no_step_is_done(tmp_path):
-    """Three times in a row at most; a step done, or a new submission, and it counts from there."""
-    went_on = [
+    """Three times in a row at most; a step, or a new submission, starts the count again."""
+    requeued = [
         requeue(tmp_path, after={"status": "stopped", "step": step}, restarts=restarts)[1]
         for step, restarts in (
             (0, 0),
@@ -193,7 +196,7 @@ def test_requeue_ends_where_no_step_is_done(tmp_path):
             (6, 3),
         )
     ]
-    assert went_on == [True, True, True, True, False, True, True, True, True, False]
+    assert requeued == [True, True, True, True, False, True, True, True, True, False]
 
 
 def test_requeue_has_one_way_to_name_the_folder(tmp_path):
@@ -209,7 +212,8 @@ def test_scripts_are_sound_shell(path):
 
 
 def test_speedrun_at_toy_size(tmp_path):
-    """The real commands in their order, on text of this repository; started again, the run is complete and is told so."""
+    """The real commands in their order, on text of this repository; a second start finds the run
+    complete."""
     root = tmp_path / "tree"
     root.mkdir()
     for name in ("runs", "nanochat", "tasks"):
@@ -245,15 +249,12 @@ def test_speedrun_at_toy_size(tmp_path):
     words = dict(
         word.split("=") for word in done.stdout.splitlines()[-1].removeprefix("RESULT ").split()
     )
-    assert (
-        -1 < float(words["core_low"]) <= float(words["core"]) <= float(words["core_high"]) < 1
-        and float(words["val_bpb"]) > 1
-    )
+    low, core, high = (float(words[name]) for name in ("core_low", "core", "core_high"))
+    assert -1 < low <= core <= high < 1 and float(words["val_bpb"]) > 1
     assert "planned: " in done.stderr and (root / "out" / "speedrun-d2" / "report.html").exists()
     again = run("2", "1", "--num-iterations=20")
-    assert again.returncode == 0 and "is complete at step 20" in again.stdout + again.stderr, (
-        again.stdout + again.stderr
-    )
+    said = again.stdout + again.stderr
+    assert again.returncode == 0 and "is complete at step 20" in said, said
     refused = run("2", "0")
     assert refused.returncode == 2 and "GPUS=0" in refused.stderr
 
