@@ -63,7 +63,9 @@ class HubFile:
                 "size": len(self.content),
                 "oid": blob_sha1(self.content),
             }
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n".encode()
+        version = "https://git-lfs.github.com/spec/v1"
+        size = len(self.content)
+        pointer = f"version {version}\noid sha256:{self.sha256}\nsize {size}\n".encode()
         return {
             "type": "file",
             "path": path,
@@ -81,7 +83,8 @@ class Repo:
     closed: str = ""
 
     def commit(self, revision):
-        """(sha, files) of a branch name, a full sha or the start of one; None if there is no such revision."""
+        """(sha, files) of a branch name, a full sha or the start of one; None if there is no such
+        revision."""
         if revision == "main":
             revision = list(self.commits)[-1]
         found = [sha for sha in self.commits if len(revision) >= 7 and sha.startswith(revision)]
@@ -98,7 +101,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request. start, end: the range of the file's bytes that were sent, for bodies of files, else None."""
+    """One answered request. start, end: the range of the file's bytes that were sent, for bodies of
+    files, else None."""
 
     method: str
     path: str
@@ -110,7 +114,8 @@ class Request:
 
 
 class HubServer:
-    """See the module docstring. requests: list of Request in order; page_size: entries of one page of a tree listing."""
+    """See the module docstring. requests: list of Request in order; page_size: entries of one page
+    of a tree listing."""
 
     def __init__(self, port=0, page_size=1000):
         self.port, self.page_size = port, page_size
@@ -136,9 +141,11 @@ class HubServer:
         self.thread.join()
 
     def add(self, repo, files, lfs=True, closed=""):
-        """Commit {path: bytes} on top of what the repository holds (None deletes a path) and return the commit's sha.
+        """Commit {path: bytes} on top of what the repository holds (None deletes a path) and return
+        the commit's sha.
 
-        lfs: whether data files are in LFS; documents and scripts never are. closed: "", "private" or "gated"."""
+        lfs: whether data files are in LFS; documents and scripts never are. closed: "", "private"
+        or "gated"."""
         held = self.repos.setdefault(repo, Repo())
         held.closed = closed
         tree = dict(list(held.commits.values())[-1]) if held.commits else {}
@@ -162,7 +169,8 @@ class HubServer:
         self.urls[path] = HubFile(content, False)
 
     def fault(self, path, kind, times=None, **options):
-        """Answer wrongly the next `times` requests whose path contains `path`; see the module docstring."""
+        """Answer wrongly the next `times` requests whose path contains `path`; see the module
+        docstring."""
         self.faults.append(Fault(path, kind, times, options))
 
     def take_fault(self, path, kinds):
@@ -181,7 +189,8 @@ class HubServer:
 
 
 REPO = r"([^/]+(?:/[^/]+)?)"
-# (pattern, method), first match wins; matched before unquoting, since a revision with a slash arrives with %2F
+# (pattern, method), first match wins; matched before unquoting, since a revision with a slash
+# arrives with %2F
 ROUTES = [
     (rf"/api/datasets/{REPO}/tree/([^/]+)(?:/(.*))?", "tree"),
     (rf"/api/datasets/{REPO}/paths-info/([^/]+)()", "paths_info"),
@@ -226,7 +235,8 @@ class Handler(BaseHTTPRequestHandler):
     # answers
 
     def send(self, status, body=b"", headers=None, sent=None):
-        # before anything goes out, so that a client that has its answer finds the request in the log
+        # before anything goes out, so that a client that has its answer finds the request in the
+        # log
         self.log(status, sent)
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -342,9 +352,8 @@ class Handler(BaseHTTPRequestHandler):
         link = {}
         if last < len(listed):
             path = quote(self.request_path, safe="/%")
-            link = {
-                "Link": f'<{self.hub.url}{path}?recursive={str(recursive).lower()}&expand=false&cursor={last}>; rel="next"'
-            }
+            query = f"recursive={str(recursive).lower()}&expand=false&cursor={last}"
+            link = {"Link": f'<{self.hub.url}{path}?{query}>; rel="next"'}
         self.send_json(listed[first:last], link)
 
     def paths_info(self, repo, revision, _):
@@ -381,7 +390,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_file(
                 file, {"X-Repo-Commit": sha, "ETag": f'"{blob_sha1(file.content)}"'}
             )
-        # another name for this host: clients must take it for another site, as the hub's CDN is, and send no token there
+        # another name for this host: clients must take it for another site, as the hub's CDN is,
+        # and send no token there
         location = f"http://localhost:{self.hub.port}/cdn/datasets/{repo}/resolve/{sha}/{quote(path)}?Signature=0123"
         self.send(
             302,

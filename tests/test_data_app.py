@@ -1,4 +1,5 @@
-"""`nanochat data`: what it says is right, what it fetches is what a run reads, what it mixes has the shares asked for."""
+"""`nanochat data`: what it says is right, what it fetches is what a run reads, what it mixes has
+the shares asked for."""
 
 import argparse
 import errno
@@ -47,7 +48,7 @@ def inspect(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -133,7 +134,7 @@ def test_all_that_is_wrong_is_said(tmp_path, monkeypatch):
         app.main(["inspect", str(tmp_path / "none")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # inspect
 
 
@@ -206,7 +207,8 @@ def test_inspect_fetches_only_the_listing(hub, capsys):
 
 
 def test_inspect_of_large_files(hub, capsys, monkeypatch):
-    """A large single file is not fetched unasked either, though its held-out part cannot be told without."""
+    """A large single file is not fetched unasked either, though its held-out part cannot be told
+    without."""
     monkeypatch.setattr(inspection, "SMALL_FILE_BYTES", 1000)
     hub.add(CLIMBMIX, shards())
     hub.add("me/one", {"data.parquet": parquet(documents(1, 9000))})
@@ -221,7 +223,7 @@ def test_inspect_of_large_files(hub, capsys, monkeypatch):
     assert [name for name in bodies(hub) if name.endswith(".parquet")] == ["data.parquet"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fetch and tokenize
 
 
@@ -250,7 +252,8 @@ def test_fetch_takes_as_many_shards_as_the_tokens_need(hub, capsys, tokens, n):
 
 
 def test_fetch_estimates_large_shards_low(hub, monkeypatch):
-    """Where only a part of the text is counted, the number of shards may be one too large, never too small."""
+    """Where only a part of the text is counted, the number of shards may be one too large, never
+    too small."""
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(fetch, "COUNT_BYTES", 300)
     assert (
@@ -261,7 +264,8 @@ def test_fetch_estimates_large_shards_low(hub, monkeypatch):
 
 
 def test_fetch_has_the_text_of_the_tokenizer_too(hub, tmp_path):
-    """BPE is fitted to the first shard of a large data set, whatever the seed; once it is made that is not needed."""
+    """BPE is fitted to the first shard of a large data set, whatever the seed; once it is made that
+    is not needed."""
     hub.add(CLIMBMIX, shards())
     sample_bytes = token_cache.BPE_SAMPLE_BYTES
     token_cache.BPE_SAMPLE_BYTES = 100
@@ -351,13 +355,14 @@ def test_local_text(tmp_path, capsys):
     assert "built 0 token files" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mix
 
 
 @pytest.fixture
 def two_sources(tmp_path):
-    """Two folders of 2,000 documents in four files each; a document says where it is from. The last file is held out."""
+    """Two folders of 2,000 documents in four files each; a document says where it is from. The last
+    file is held out."""
     return [
         write(
             tmp_path / name,
@@ -371,7 +376,8 @@ def two_sources(tmp_path):
 
 
 def mixed(folder):
-    """({"train" or "val": [(text, source)]}, sources.json) of a folder that mix wrote, as train.py sees it."""
+    """({"train" or "val": [(text, source)]}, sources.json) of a folder that mix wrote, as train.py
+    sees it."""
     import pyarrow.parquet
 
     corpus = open_corpus(str(folder))
@@ -397,7 +403,8 @@ def share(rows, name):
 
 
 def test_mix(two_sources, tmp_path, capsys):
-    """Shares, sizes, no document twice, the held-out file from held-out documents, shuffled, and train.py's rules for a folder."""
+    """Shares, sizes, no document twice, the held-out file from held-out documents, shuffled, and
+    train.py's rules for a folder."""
     a, b = two_sources
     out = tmp_path / "deep" / "out"
     assert (
@@ -433,7 +440,7 @@ def test_mix(two_sources, tmp_path, capsys):
         switches = sum(x[1] != y[1] for x, y in zip(rows, rows[1:], strict=False))
         assert switches > len(rows) / 5, "the sources take turns"
     for path in out.glob("train_*.parquet"):
-        texts = set(list(iterate_documents(path)))
+        texts = set(iterate_documents(path))
         rows = [row for row in found["train"] if row[0] in texts]
         assert share(rows, a) == pytest.approx(0.75, abs=0.02)
         assert sum(len(text.encode()) for text in texts) == pytest.approx(50_000, abs=600)
@@ -465,7 +472,8 @@ def test_mix_depends_on_its_seed_alone(two_sources, tmp_path):
 
 
 def test_a_source_that_runs_out(two_sources, tmp_path, capsys):
-    """The others fill its place, and the shares really reached are said; with --repeat it is drawn from again."""
+    """The others fill its place, and the shares really reached are said; with --repeat it is drawn
+    from again."""
     a, b = two_sources
     small_one = write(
         tmp_path / "small",
@@ -591,7 +599,8 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
 @pytest.mark.parametrize(
     "error, passes",
     [
-        # passes: with the error itself, else as Unavailable; the relative names are below the temporary folder
+        # passes: with the error itself, else as Unavailable; the relative names are below the
+        # temporary folder
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (OSError(errno.EROFS, "Read-only file system"), False),
         (OSError(errno.ENOSPC, "No space left on device", "deep/a"), False),
@@ -606,7 +615,8 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
     ids=repr,
 )
 def test_new_folder_tells_its_errors_from_the_bodys(tmp_path, monkeypatch, error, passes):
-    """What the body says of other files is not taken for a fault of the folder; nothing is left in any case."""
+    """What the body says of other files is not taken for a fault of the folder; nothing is left in
+    any case."""
     with (
         pytest.raises(type(error) if passes else Unavailable) as caught,
         new_folder(tmp_path / "out") as folder,
@@ -679,7 +689,8 @@ def test_mix_without_pyarrow(two_sources, tmp_path, monkeypatch):
 
 
 def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
-    """Of a source of many documents no more are held than a shard's worth, twice: the buffer, and the file to write."""
+    """Of a source of many documents no more are held than a shard's worth, twice: the buffer, and
+    the file to write."""
     held, most = 0, 0
     corpus = Corpus(
         "", [SimpleNamespace(documents=lambda report: counted(5000), fingerprint="x")], [], ""

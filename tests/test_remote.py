@@ -1,4 +1,5 @@
-"""train.py end to end on data sets of the hub (tests/hub_server.py): what is requested and when, resuming with and without
+"""train.py end to end on data sets of the hub (tests/hub_server.py): what is requested and when,
+resuming with and without
 a network, and every fault as the user of train.py meets it."""
 
 import gzip
@@ -22,10 +23,9 @@ from nanochat import hardware
 from nanochat.apps import data as data_app
 from nanochat.common import base_dir, sha256_hex
 from nanochat.data import clients, download, prefetch, sources
-from nanochat.data.prefetch import Ahead, Prefetcher
+from nanochat.data.prefetch import Ahead
 from nanochat.data.rows import Rows
 from nanochat.data.sources import PARQUET_TEXT_FACTOR, Corpus, open_corpus
-from nanochat.data.token_cache import DataFailed
 from nanochat.run import checkpoint
 from nanochat.run.metrics import Record
 
@@ -48,7 +48,8 @@ huggingface_hub.file_download.time = huggingface_hub.utils._http.time = clock
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """An empty base folder; anything is a large data set; short pauses. No download outlives its test."""
+    """An empty base folder; anything is a large data set; short pauses. No download outlives its
+    test."""
     limit(monkeypatch, tmp_path / "base")
     yield
     for thread in threading.enumerate():
@@ -142,7 +143,8 @@ def eventually(condition):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Losses of a run all of whose shards were fetched and tokenized before it, and which had no network."""
+    """Losses of a run all of whose shards were fetched and tokenized before it, and which had no
+    network."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         limit(patch, folder / "base")
@@ -159,12 +161,13 @@ def reference(tmp_path_factory):
     return losses(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what is requested, and when
 
 
 def test_shards_are_fetched_while_training(hub, tmp_path, reference, monkeypatch):
-    """The first step needs the validation shard and the first; in the end those are here that the horizon needs, no others."""
+    """The first step needs the validation shard and the first; in the end those are here that the
+    horizon needs, no others."""
     hub.add(CLIMBMIX, shards())
     at_start = []
     begin = Ahead.__init__
@@ -192,7 +195,8 @@ def test_nothing_is_fetched_beyond_the_horizon(hub, tmp_path):
 
 
 def test_fetched_ahead_by_the_app(hub, tmp_path, reference):
-    """`nanochat data tokenize --tokens` has exactly what the run reads: the run asks for no file and makes no token file."""
+    """`nanochat data tokenize --tokens` has exactly what the run reads: the run asks for no file
+    and makes no token file."""
     hub.add(CLIMBMIX, shards())
     flags = ["climbmix", "--tokenizer=byte", "--max-seq-len=32", f"--tokens={STEPS * 256}"]
     assert data_app.main(["fetch", *flags]) == 0
@@ -216,13 +220,14 @@ def test_more_than_one_epoch(hub, tmp_path):
     assert sorted(bodies(hub)) == sorted(shards(3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resuming
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run (in run/) that was killed at step 18, and its base folder; its last checkpoint, step 16, is inside the third shard."""
+    """A run (in run/) that was killed at step 18, and its base folder; its last checkpoint, step
+    16, is inside the third shard."""
     folder = tmp_path_factory.mktemp("killed")
     with HubServer(int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as server:
         server.add(CLIMBMIX, shards())
@@ -261,7 +266,8 @@ def test_resume_without_a_network(killed, tmp_path, reference, monkeypatch, caps
 
 
 def test_resume_with_everything_deleted(hub, killed, tmp_path, reference):
-    """Downloads and token files are gone: those before the place of the run are not needed, their lengths are in the checkpoint."""
+    """Downloads and token files are gone: those before the place of the run are not needed, their
+    lengths are in the checkpoint."""
     hub.add(CLIMBMIX, shards())
     hub.add(
         CLIMBMIX,
@@ -293,12 +299,13 @@ def test_a_new_commit_does_not_change_a_resumed_run(hub, tmp_path, reference, mo
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # faults
 
 
 def test_a_fault_that_passes(hub, tmp_path, reference, capsys, monkeypatch):
-    """Reading ahead fails on the fourth shard, reports it, and has it a little later; training has gone on."""
+    """Reading ahead fails on the fourth shard, reports it, and has it a little later; training has
+    gone on."""
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(download, "ATTEMPTS", 2)
     hub.fault(order()[1], "cut", 1, after=700)
@@ -335,7 +342,8 @@ def failed_as_it_should(folder, output, step=12):
 
 
 def test_a_shard_that_never_comes(hub, tmp_path, reference, capsys):
-    """The run saves at the last step that it has data for, exits with 1, and goes on when the fault is gone."""
+    """The run saves at the last step that it has data for, exits with 1, and goes on when the fault
+    is gone."""
     hub.add(CLIMBMIX, shards())
     hub.fault(order()[2], "status", None, code=500)
     assert small.run(tmp_path, *FLAGS) == 1
@@ -397,25 +405,6 @@ def test_a_shard_that_is_no_text(hub, tmp_path, capsys):
     assert checkpoint.steps_of(tmp_path / "run")[-1] == 12
 
 
-def test_waiting_for_data_can_be_interrupted():
-    """A loop that is told to stop does not wait for a download."""
-    come, stop = threading.Event(), threading.Event()
-
-    def batches():
-        yield 1
-        come.wait(10)
-        yield 2
-
-    prefetcher = Prefetcher(batches(), interrupted=stop.is_set)
-    assert next(prefetcher) == 1
-    stop.set()
-    with pytest.raises(DataFailed, match="asked to stop"):
-        next(prefetcher)
-    come.set()
-    assert next(prefetcher) == 2
-    prefetcher.close()
-
-
 def test_a_signal_while_waiting_for_a_shard(hub, tmp_path, monkeypatch, reference):
     """SIGTERM while the third shard does not come: saved at once, exit code 75."""
     hub.add(CLIMBMIX, shards())
@@ -464,7 +453,8 @@ def test_a_shard_that_is_needed_before_the_start(hub, tmp_path, capsys, name):
 
 
 def test_a_disk_that_is_too_small(hub, tmp_path, capsys, monkeypatch):
-    """There is room for the first shards but not for all that the horizon needs: said before the start, with numbers."""
+    """There is room for the first shards but not for all that the horizon needs: said before the
+    start, with numbers."""
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=6000))
     assert small.run(tmp_path, *FLAGS) == 2
@@ -499,7 +489,7 @@ def test_a_disk_that_fills_up_while_training(hub, tmp_path, capsys, monkeypatch,
     assert losses(tmp_path) == reference
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # other data sets
 
 
@@ -527,7 +517,8 @@ def test_a_column_of_csv_files_with_a_validation_split(hub, tmp_path):
 def test_jsonl_with_a_config_and_a_split(hub, tmp_path):
     lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()
     readme = (
-        "---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n- config_name: new\n  data_files:\n"
+        "---\nconfigs:\n- config_name: old\n  data_files: old/*.jsonl\n"
+        "- config_name: new\n  data_files:\n"
         "  - split: extra\n    path: new/*.jsonl\n---\n"
     )
     hub.add(
@@ -559,7 +550,8 @@ def test_a_single_file_holds_out_its_last_tenth(hub, tmp_path):
 
 
 def test_endings_in_upper_case(hub):
-    """The same rule as on this machine, also for the estimate of the text's size. (Which files make a split is what datasets
+    """The same rule as on this machine, also for the estimate of the text's size. (Which files make
+    a split is what datasets
     says, and it passes over formats in upper case, not over compressions.)"""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     hub.add(
@@ -586,7 +578,8 @@ def test_tinystories_by_name(hub, tmp_path):
 
 
 def test_shakespeare_by_name(hub, tmp_path, monkeypatch):
-    """One text, cut by characters, its tokenizer made of its characters; then once more without a network."""
+    """One text, cut by characters, its tokenizer made of its characters; then once more without a
+    network."""
     text = (
         "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n"
         * 60

@@ -1,4 +1,5 @@
-"""Tokenizers: reversible, special tokens never read from text, byte counts from raw bytes; GPT-2's ids are OpenAI's."""
+"""Tokenizers: reversible, special tokens never read from text, byte counts from raw bytes; GPT-2's
+ids are OpenAI's."""
 
 import json
 import random
@@ -122,7 +123,8 @@ def test_split_pattern(text, pieces):
 
 
 def test_vocabulary_size_from_the_data_size():
-    # 55 MiB / 12,800 = 4,521, nearest power of two 4,096; 1.1 MB -> 87 -> the floor; 100 GB -> the ceiling
+    # 55 MiB / 12,800 = 4,521, nearest power of two 4,096; 1.1 MB -> 87 -> the floor; 100 GB -> the
+    # ceiling
     sizes = {1: 512, 1_115_394: 512, 57_875_898: 4096, 100 * 10**9: 32768}
     assert {n: derived_vocab_size(n) for n in sizes} == sizes
 
@@ -169,7 +171,8 @@ def test_files_of_earlier_versions_stay_valid():
 
 
 def test_endless_blanks_are_encoded_and_trained_on():
-    """The regex engines give up beyond a million; shorter runs are not cut, so that their ids stay what they were."""
+    """The regex engines give up beyond a million; shorter runs are not cut, so that their ids stay
+    what they were."""
     text = "x" + " " * 1_200_000 + "y"
     bpe = train_tokenizer("bpe", [text + "ab" * 9], 270)
     ids, short = bpe.encode_batch([text, "x  y"], threads=2)
@@ -178,7 +181,7 @@ def test_endless_blanks_are_encoded_and_trained_on():
     assert _blanks_cut(" " * 500_000) == [" " * 500_000]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GPT-2's format
 
 
@@ -190,7 +193,8 @@ def write_gpt2_folder(
     newline="\n",
     change=None,
 ):
-    """A small tokenizer in GPT-2's files. change: called with the {token: id} object before it is written."""
+    """A small tokenizer in GPT-2's files. change: called with the {token: id} object before it is
+    written."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [
         *gpt2_byte_characters(),
@@ -347,7 +351,8 @@ def test_gpt2_is_the_pinned_one(gpt2):
 
 @needs_gpt2
 def test_gpt2_ids_are_those_of_another_implementation(gpt2):
-    """Hugging Face's, which splits by the first published pattern and joins by merges.txt: shared text, random Unicode."""
+    """Hugging Face's, which splits by the first published pattern and joins by merges.txt: shared
+    text, random Unicode."""
     other = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(
         str(GPT2_FOLDER / "encoder.json"), str(GPT2_FOLDER / "merges.txt")
     )

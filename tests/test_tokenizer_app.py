@@ -174,7 +174,7 @@ def test_compare_names_every_wrong_tokenizer(text, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UsageError,
-        match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no tokenizer",
+        match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no token",
     ):
         app.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
     with pytest.raises(UsageError, match="merge 0"):
@@ -195,7 +195,8 @@ def test_compare_names_every_wrong_tokenizer(text, tmp_path):
 
 @needs_gpt2
 def test_compare_with_gpt2(text, tmp_path, capsys, monkeypatch):
-    """The ratio is to GPT-2's wherever it is in the table; it is added when it is at hand, and only then."""
+    """The ratio is to GPT-2's wherever it is in the table; it is added when it is at hand, and only
+    then."""
     row, gpt2 = compare(capsys, text, "byte", GPT2_FOLDER)["tokenizers"]
     assert gpt2["ratio_to_gpt2"] == 1 and row["ratio_to_gpt2"] == 1 / gpt2["bytes_per_token"] < 0.5
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
