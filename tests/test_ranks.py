@@ -1,13 +1,16 @@
-"""Two gloo processes against one: the optimizer on half a batch each, its state across world sizes, and ranks.py.
+"""Two gloo processes against one: the optimizer on half a batch each, its state across world
+sizes, and ranks.py.
 
-Run as a script, with the environment torchrun gives, this file is the worker: python test_ranks.py FOLDER. One launch
-serves all tests: importing torch twice is most of their time."""
+Run as a script, with the environment that torchrun sets, this file is the worker:
+python test_ranks.py FOLDER. One launch serves all tests: importing torch twice is most of their
+time."""
 
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +21,19 @@ from nanochat import ranks
 from nanochat.common import UsageError
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
+from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
+from nanochat.ranks import Agreed
+from nanochat.signals import Stopped
 
 WORLD = 2
 TIMEOUT_SECONDS = 120
-STEPS, HALFWAY = 10, 5
-BEGUN = []  # parts whose exchange had begun after each backward pass
-# Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 tables of 2,013 elements.
+STEPS = 10
+HALFWAY = 5
+# Parts whose exchange had begun after each backward pass.
+BEGUN = []
+# Odd on purpose: 3 layers give stacks of 3 matrices, a width of 33 and a vocabulary of 61 tables of
+# 2,013 elements.
 CONFIG = GPTConfig(
     depth=3,
     width=33,
@@ -41,7 +50,8 @@ MATRICES = {"muon": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.05}, "adamw": A
 
 
 def settings_for(kind):
-    # a tiny eps would turn the rounding noise of lambdas with near-zero gradients into full-size steps
+    # a tiny eps would turn the rounding noise of lambdas with near-zero gradients into full-size
+    # steps
     return {
         "matrices": MATRICES[kind],
         "embedding": ADAMW,
@@ -52,7 +62,8 @@ def settings_for(kind):
 
 
 def start(kind):
-    """(model, optimizer) with noise on every weight, so that no gradient is zero for being multiplied by zero."""
+    """(model, optimizer) with noise on every weight, so that no gradient is zero for being
+    multiplied by zero."""
     model = build(CONFIG, "cpu", seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -62,26 +73,32 @@ def start(kind):
 
 
 def train(model, optimizer, steps, early=False):
-    """Train on this rank's rows of each batch of 4; returns the gradient norms. Clipping acts in every step. early: gradients travel
-    while others are made, but on rank 1 in step 2, which as after a failure to read has none at first."""
+    """Train on this rank's rows of each batch of 4; returns (losses, gradient norms). Clipping acts
+    in every step.
+
+    early: gradients travel while others are computed, but on rank 1 in step 2, which as after a
+    failure to read has none at first."""
     rows = 4 // ranks.world_size()
     mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
+    losses = []
     norms = []
     for step in steps:
-        ids = torch.randint(
-            CONFIG.vocab_size, (4, 14), generator=torch.Generator().manual_seed(step)
-        )[mine]
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(CONFIG.vocab_size, (4, 14), generator=generator)[mine]
         optimizer.zero_grad()
         late = step == 2 and ranks.rank() == 1
-        for micro in range(2):  # in two passes, of which the second is the last
+        # in two passes, of which the second is the last
+        for micro in range(2):
             optimizer.early = early and micro == 1 and not late
-            (model(ids[:, :-1], ids[:, 1:]).mean() / 2).backward()
+            loss = model(ids[:, :-1], ids[:, 1:]).mean()
+            (loss / 2).backward()
             BEGUN.append(optimizer.begun)
-        norm = optimizer.reduce()
+        mean_loss, norm = optimizer.reduce(loss.detach(), LossScaler(enabled=False))
         optimizer.clip(norm, 0.3)
         optimizer.step(lr_multiplier=1 - step / (2 * STEPS), mu=0.85 + 0.01 * step)
-        norms.append(norm.item())
-    return norms
+        losses.append(mean_loss)
+        norms.append(norm)
+    return losses, norms
 
 
 def snapshot(model, optimizer):
@@ -99,12 +116,13 @@ def whole_run(kind, early=False):
     """All steps from the start, with a snapshot halfway and one at the end."""
     model, optimizer = start(kind)
     BEGUN.clear()
-    norms = train(model, optimizer, range(HALFWAY), early)
+    losses, norms = train(model, optimizer, range(HALFWAY), early)
     halfway = snapshot(model, optimizer)
-    norms += train(model, optimizer, range(HALFWAY, STEPS), early)
+    more_losses, more_norms = train(model, optimizer, range(HALFWAY, STEPS), early)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        "norms": norms,
+        "losses": losses + more_losses,
+        "norms": norms + more_norms,
         "halfway": halfway,
         "end": snapshot(model, optimizer),
         "begun": list(BEGUN),
@@ -123,6 +141,31 @@ def resumed_run(kind, halfway):
     return snapshot(model, optimizer)
 
 
+def what_is_agreed(device, **mine):
+    """What ranks.agree() returns, or "stopped"."""
+    try:
+        return ranks.agree(device, **mine)
+    except Stopped:
+        return "stopped"
+
+
+def agreements(device, me):
+    """Outcomes of exchanges before a step, one per case."""
+    agree = partial(what_is_agreed, device)
+    quiet = {"stop": False, "no_data": "", "save": False, "steps": None}
+    mine = partial(dict, quiet)
+    return {
+        "nothing": agree(**quiet),
+        "rank 1 is asked to stop": agree(**mine(stop=me == 1)),
+        "rank 1 has no data": agree(**mine(no_data="gone" if me == 1 else "")),
+        "one stops, the other has no data": agree(
+            **mine(stop=me == 0, no_data="gone" if me == 1 else "")
+        ),
+        "by rank 0's clock": agree(**mine(save=me == 0, steps=10**15 + 1 if me == 0 else 7)),
+        "by rank 1's clock": agree(**mine(save=me == 1, steps=7 if me == 1 else None)),
+    }
+
+
 def worker(folder):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -134,6 +177,8 @@ def worker(folder):
         "world_size": ranks.world_size(),
         "sum": ranks.sum_over_ranks(torch.tensor([1.0, me])).tolist(),
         "from_rank0": ranks.from_rank0({"rank": me, "path": folder}),
+        "from_all": ranks.from_all(f"rank {me}"),
+        "agreed": agreements(device, me),
     }
     ranks.print0("one line")
     results = {"facts": facts}
@@ -148,8 +193,10 @@ def worker(folder):
 
 
 def launch(folder):
-    """Run the workers and return what each printed. The store they meet at lives here, as with torchrun: no port can be
-    lost between choosing it and using it. A worker that hangs or fails takes the other one with it."""
+    """Run the workers and return what each printed.
+
+    The store they meet at lives here, as with torchrun: no port can be lost between choosing it and
+    using it. A worker that hangs or fails takes the other one with it."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     root = Path(__file__).resolve().parents[1]
     common = {
@@ -166,18 +213,11 @@ def launch(folder):
     try:
         for rank, (out, err) in enumerate(logs):
             env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (
-                open(out, "w") as stdout,
-                open(err, "w") as stderr,
-            ):  # not pipes: a full one would stall its worker
-                workers.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, str(folder)],
-                        stdout=stdout,
-                        stderr=stderr,
-                        env=env,
-                    )
-                )
+            command = [sys.executable, __file__, str(folder)]
+            # not pipes: a full one would stall its worker
+            with open(out, "w") as stdout, open(err, "w") as stderr:
+                process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env)
+            workers.append(process)
         deadline = time.monotonic() + TIMEOUT_SECONDS
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in workers]
     except subprocess.TimeoutExpired:
@@ -186,9 +226,8 @@ def launch(folder):
         for process in workers:
             process.kill()
             process.wait()
-    assert codes == [0] * WORLD, f"exit codes {codes} (None: hung)\n" + "\n".join(
-        err.read_text() for _, err in logs
-    )
+    errors = "\n".join(err.read_text() for _, err in logs)
+    assert codes == [0] * WORLD, f"exit codes {codes} (None: hung)\n{errors}"
     return [out.read_text() for out, _ in logs]
 
 
@@ -200,24 +239,18 @@ def runs(tmp_path_factory):
     for kind, run in single.items():
         torch.save(run, folder / f"single_{kind}.pt")
     printed = launch(folder)
-    return {
-        "single": single,
-        "printed": printed,
-        "ranks": [
-            torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)
-        ],
-    }
+    results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {"single": single, "printed": printed, "ranks": results}
 
 
 def assert_close(got, expected, what):
-    """Snapshots equal to 1e-5 in the weights, and to 1e-4 of its largest element in every state tensor.
+    """Snapshots equal to 1e-5 in the weights, and to 1e-4 of its largest element in every state
+    tensor.
 
-    One weight in a thousand may be off by one step's decay: cautious decay is on or off by the sign of an update, and
-    rounding decides that of an update near zero."""
-    assert (
-        got["weights"].keys() == expected["weights"].keys()
-        and got["state"].keys() == expected["state"].keys()
-    )
+    One weight in a thousand may be off by one step's decay: cautious decay is on or off by the sign
+    of an update, and rounding decides that of an update near zero."""
+    assert got["weights"].keys() == expected["weights"].keys()
+    assert got["state"].keys() == expected["state"].keys()
     for name, weight in expected["weights"].items():
         errors = (got["weights"][name] - weight).abs()
         assert (errors > 1e-5).float().mean() <= 1e-3 and errors.max() < 1e-3, f"{what}: {name}"
@@ -229,7 +262,8 @@ def assert_close(got, expected, what):
 
 
 def test_the_configuration_does_not_divide_evenly():
-    """What the tests below rely on: shares that are short on the last rank, and parameters smaller than the world."""
+    """What the tests below rely on: shares that are short on the last rank, and parameters smaller
+    than the world."""
     model, _ = start("muon")
     groups = model.parameter_groups()
     stacks = Counter(parameter.shape for parameter in groups["matrices"].values())
@@ -253,8 +287,10 @@ def test_two_ranks_equal_one(runs, kind):
     assert moved > 1e-3
     for rank in range(WORLD):
         result = runs["ranks"][rank][kind]
+        assert result["losses"] == pytest.approx(single["losses"], rel=1e-5)
         assert result["norms"] == pytest.approx(single["norms"], rel=1e-5)
-        assert min(single["norms"]) > 0.3  # clipping acted
+        # clipping acted
+        assert min(single["norms"]) > 0.3
         assert_close(result["halfway"], single["halfway"], "halfway")
         assert_close(result["end"], single["end"], "end")
 
@@ -262,7 +298,7 @@ def test_two_ranks_equal_one(runs, kind):
 @pytest.mark.parametrize("kind", MATRICES)
 def test_ranks_agree_bit_for_bit(runs, kind):
     first, second = (result[kind] for result in runs["ranks"])
-    assert first["norms"] == second["norms"]
+    assert first["losses"] == second["losses"] and first["norms"] == second["norms"]
     for moment in ("halfway", "end", "resumed_from_single"):
         for name, weight in first[moment]["weights"].items():
             assert torch.equal(weight, second[moment]["weights"][name])
@@ -272,25 +308,25 @@ def test_ranks_agree_bit_for_bit(runs, kind):
 
 @pytest.mark.parametrize("kind", MATRICES)
 def test_gradients_that_travel_early_are_the_same(runs, kind):
-    """With == . In the first step their order is learnt; afterwards all are on their way when the backward pass ends."""
+    """With ==. In the first step their order is learnt; afterwards all are on their way when the
+    backward pass ends."""
     for rank, results in enumerate(runs["ranks"]):
-        early, late = results[f"{kind}, early"], results[kind]
+        early = results[f"{kind}, early"]
+        late = results[kind]
         assert early["norms"] == late["norms"]
         assert all(
             torch.equal(early["end"]["weights"][name], weight)
             for name, weight in late["end"]["weights"].items()
         )
-        order, n = early["order"], len(early["order"])
-        assert (
-            order[0] == "head.weight" and order[-1] == "embedding.weight"
-        )  # as backward passes make them; a stack when it is whole
+        order = early["order"]
+        # as backward passes compute them; a stack when it is whole
+        assert order[0] == "head.weight" and order[-1] == "embedding.weight"
         assert order.index("value_embeddings.2.weight") < order.index("blocks.0.mlp.down.weight")
-        expected = (
-            {step: [0, n] for step in range(STEPS)}
-            | {0: [0, 0]}
-            | ({2: [0, 0]} if rank == 1 else {})
-        )
-        assert early["begun"] == sum(expected.values(), []) and not any(late["begun"])
+        travels_late = {0, 2} if rank == 1 else {0}
+        expected = []
+        for step in range(STEPS):
+            expected += [0, 0 if step in travels_late else len(order)]
+        assert early["begun"] == expected and not any(late["begun"])
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -312,7 +348,31 @@ def test_functions_on_two_ranks(runs):
         assert (facts["device"], facts["rank"], facts["world_size"]) == ("cpu", rank, WORLD)
         assert facts["sum"] == [2.0, 1.0]
         assert facts["from_rank0"]["rank"] == 0
+        assert facts["from_all"] == ["rank 0", "rank 1"]
     assert runs["printed"] == ["one line\n", ""]
+
+
+@pytest.mark.parametrize(
+    "case, agreed",
+    [
+        ("nothing", Agreed("", False, None)),
+        ("rank 1 is asked to stop", "stopped"),
+        ("rank 1 has no data", Agreed("gone", False, None)),
+        ("one stops, the other has no data", "stopped"),
+        ("by rank 0's clock", Agreed("", True, 10**15 + 1)),
+        ("by rank 1's clock", Agreed("", False, None)),
+    ],
+)
+def test_all_ranks_hear_the_same_before_a_step(runs, case, agreed):
+    assert [result["facts"]["agreed"][case] for result in runs["ranks"]] == [agreed] * WORLD
+
+
+def test_agreeing_with_oneself():
+    device = torch.device("cpu")
+    mine = {"no_data": "gone", "save": True, "steps": 12}
+    assert ranks.agree(device, stop=False, **mine) == Agreed("gone", True, 12)
+    with pytest.raises(Stopped):
+        ranks.agree(device, stop=True, **mine)
 
 
 def test_functions_in_one_process_are_the_identity(capsys):
@@ -320,8 +380,10 @@ def test_functions_in_one_process_are_the_identity(capsys):
     assert ranks.setup("cpu") == torch.device("cpu") and not dist.is_initialized()
     tensor = torch.tensor([1.0, 2.0])
     assert ranks.sum_over_ranks(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
-    value = lambda: None  # noqa: E731  (cannot be pickled, so it cannot have travelled)
+    # cannot be pickled, so it cannot have travelled
+    value = (part for part in "ab")
     assert ranks.from_rank0(value) is value
+    assert ranks.from_all(value) == [value]
     ranks.from_rank0(None)
     ranks.close()
     ranks.print0("a", 1, sep="-")
@@ -347,7 +409,8 @@ class Words:
 @pytest.mark.parametrize("step_seconds, seconds", [(0.0, 3), (4.0, 8), (60.0, 20)])
 def test_the_wait_for_last_words_fits_the_usual_step(monkeypatch, step_seconds, seconds):
     """A rank that takes a whole step to find out has time to say so; rank 3 never does."""
-    now, store = [0.0], Words(**{"last_word/2": "ValueError: x"})
+    now = [0.0]
+    store = Words(**{"last_word/2": "ValueError: x"})
     monkeypatch.setattr(ranks, "world_size", lambda: 4)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -378,4 +441,5 @@ def test_several_ranks_on_mps_are_a_usage_error(monkeypatch):
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
     sys.stdout.flush()
-    os._exit(0)  # as train.py ends: gloo's threads may abort an interpreter that is on its way out
+    # as train.py ends: gloo's threads may abort an interpreter that is on its way out
+    os._exit(0)
