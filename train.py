@@ -78,6 +78,7 @@ def derive_plan(
     UsageError for a warm-up that is longer than the run."""
     from nanochat.run.plan import Horizon, Plan, size_of
 
+    # N, and the tokens of the reference model that all rules are scaled from.
     size = size_of(config, args.aspect_ratio)
     T = config.max_seq_len
 
@@ -103,6 +104,7 @@ def derive_plan(
     #    T_epoch, arXiv 2405.13698).
     decay_factor = schedules.decay_factor(batch_tokens, tokens, size.reference_tokens)
 
+    # What the flags give are the rates of the reference; the factors apply to all of them.
     base = schedules.BaseRates.from_flags(args)
     plan = Plan(
         horizon=horizon.name,
@@ -213,6 +215,7 @@ def train(session: Session) -> str:
     args, plan, state = session.args, session.plan, session.state
     model, optimizer, scaler = session.model, session.optimizer, session.scaler
     log, clock, keeper = session.log, session.clock, session.keeper
+    # What the round before has decided.
     rolling_due = False
     ended_early = ""
 
@@ -304,6 +307,7 @@ def evaluate(session: Session) -> str:
         log.line(**{"val/bpb": None, "val/loss": None, "reason": str(error)})
         log.summarize("running")
         return ""
+    # Before the line is written: the rule for an early end counts this evaluation too.
     better = scores.add_bpb(result.bpb)
     reason = early_end(args.stop_at_bpb, args.patience, result.bpb, scores.stale_evaluations)
     # the model that these rules are there for
@@ -397,6 +401,7 @@ def locate_fault(session: Session, micro_batches: list) -> str:
     from nanochat.optim.step import forward_backward
     from nanochat.run import faults
 
+    # The passes are repeated with the dropout that they had, so the step counts as not done.
     state, n = session.state, len(micro_batches)
     session.optimizer.zero_grad()
 
@@ -443,6 +448,7 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
         raise UsageError("\n".join(problems))
     if args.dry_run:
         return dry_run(args)
+    # Before the first tensor: determinism, kernel caches and the heap are set up per process.
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
     device = ranks.setup(device_type)
@@ -471,9 +477,11 @@ def dry_run(args: Namespace) -> int:
     from nanochat.run.resume import source_of_weights
     from nanochat.run.runtime import pick_runtime, runtime_in_words
 
+    # Its shape and context replace the flags', as in a real run.
     source = source_of_weights(args) if args.init_from else None
     if source:
         vars(args).update(source.flags)
+    # From the data sheet, since that GPU need not be in this machine.
     gpu = hardware.listed_gpu(args.gpu) if args.gpu else None
     if gpu:
         device_type = "cuda"
@@ -522,6 +530,7 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     from nanochat.run.training_text import open_text
 
     args = run.args
+    # Refused before any text is read: a compute dtype or backend that this machine lacks.
     runtime = pick_runtime(args, device.type)
     # on CPUs the peak is measured, so all ranks take rank 0's
     peak = from_rank0_or_raise(lambda: hardware.peak_flops(device))
@@ -573,6 +582,7 @@ def open_plan(run: OpenedRun, text: TrainingText, machine: Machine) -> tuple[GPT
     config = GPTConfig(**run.config["model"])
     plan = Plan.from_config(run.config)
     if run.extending:
+        # The batch is frozen, so only the number of steps may come out longer.
         at_this_batch = {**vars(args), "total_batch_size": plan.total_batch_tokens}
         fresh = derive_plan(Namespace(**at_this_batch), config, text.tokens_per_epoch, machine)
         extend(run, plan, fresh)
@@ -621,6 +631,7 @@ def train_and_save(session: Session) -> tuple[str, str]:
     leave whose state is saved ends here."""
     from nanochat.data.token_cache import DataFailed
 
+    # Every way to leave with a state that can be saved; others raise past this.
     status, reason = "completed", ""
     try:
         reason = train(session)
@@ -672,6 +683,7 @@ def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
 
     run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
     args, runtime = run.args, planned.runtime
+    # Nothing was refused so far, so from here the run exists.
     from_rank0_or_raise(lambda: take_folder(run.folder, run.step))
     clock = Clock(
         save_minutes=args.save_every_minutes,
@@ -743,6 +755,7 @@ def build_session(
     args, plan, state = run.args, planned.plan, log.state
     if log.writes:
         log.open_trackers(run.config, args.run, args.tensorboard)
+    # Building and compiling take minutes and leave nothing to save: a signal ends them directly.
     stop.at_once = True
     stop.check()
     model, optimizer, scaler = build_parts(prepared)
@@ -816,6 +829,7 @@ def build_parts(prepared: Prepared) -> tuple[Decoder, Optimizer, LossScaler]:
         optimizer.load(checkpoint.load_optimizer(run.folder.path, run.step))
     elif run.source:
         checkpoint.load_model(args.init_from, run.source.step, model)
+    # Only training mode uses fp8 and compiled blocks.
     model.train()
     if runtime.fp8_recipe:
         fp8.convert(model, runtime.fp8_recipe)
@@ -846,6 +860,7 @@ def warm_up(
         seed = stream_seed(args.seed, "warm-up") if args.dropout else None
         forward_backward(model, scaler, batch, accumulation, device, seed)
 
+    # Whatever changes the memory of a row is part of the key.
     facts = hardware.describe(device)
     key = [vars(planned.config), *map(str, planned.runtime), args.activation_checkpointing, facts]
     is_given = args.device_batch_size != -1
@@ -892,6 +907,7 @@ def batches_of_steps(prepared: Prepared, step: int, device_batch: int) -> Iterat
 
 def run(argv: Sequence[str] | None = None) -> int:
     """parse_args() and main(), with errors as messages and exit codes."""
+    # Before torch is imported, which takes seconds in which Ctrl-C should be heard.
     stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
         return main(parse_args(argv), stop)

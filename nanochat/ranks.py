@@ -58,6 +58,7 @@ def setup(device_type: str) -> torch.device:
                 f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node"
             )
         device = torch.device("cuda", local_rank())
+        # NCCL and torch's defaults both take the current device.
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         if device_type == "mps":
@@ -104,6 +105,7 @@ def from_rank0(value: T) -> T:
     """Rank 0's value of a small picklable Python object, on every rank."""
     if world_size() == 1:
         return value
+    # broadcast_object_list() fills a list in place.
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -118,6 +120,7 @@ def from_rank0_or_raise(action: Callable[[], T]) -> T:
             result = action()
         except (UsageError, Unavailable) as error:
             problem = error
+    # One exchange for both, so that no rank waits for a result that never comes.
     result, problem = from_rank0((result, problem))
     if problem is not None:
         raise problem
@@ -154,6 +157,7 @@ def agree(
     was asked to stop."""
     if world_size() > 1:
         is_first = rank() == 0
+        # A sum says all four things: any for the first two, rank 0's for the others.
         mine = [stop, bool(no_data), save and is_first, (steps or 0) if is_first else 0]
         # exact for any number of steps that a run can have
         votes = torch.tensor(mine, dtype=torch.float64, device=device)

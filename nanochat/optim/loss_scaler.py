@@ -37,10 +37,14 @@ class LossScaler:
 
         Adds to the gradients, which come out scaled. Returns the micro-batch's mean loss in nats,
         not scaled, detached."""
+        # Not the scaled path with a factor of 1: the loss would round its gradients at another
+        # size, and runs of earlier versions would not continue bit for bit.
         if not self.enabled:
             loss = model(inputs, targets, reduction="mean")
             (loss / accumulation).backward()
             return loss.detach()
+        # The loss makes its gradients before this factor arrives; it is announced, so that they are
+        # rounded at the size that they will have.
         factor = self.scale / accumulation
         loss = model(inputs, targets, reduction="mean", upstream=factor)
         (loss * factor).backward()
@@ -57,6 +61,8 @@ class LossScaler:
         scale was lowered, which may mend that."""
         if not self.enabled:
             return False
+        # An overflow starts the count again, so that a scale that is just too large is tried
+        # rarely.
         self.good_steps = self.good_steps + 1 if finite else 0
         lowered = not finite and self.scale > MIN_SCALE
         if lowered:

@@ -47,6 +47,7 @@ def orthogonalize(matrices_NxRxC: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     stays zero."""
     X = matrices_NxRxC.to(dtype)
     tall = X.size(-2) > X.size(-1)
+    # An upper bound of the largest singular value, with the safety factor of the coefficients.
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     X = X / (norm * 1.02 + 1e-6).to(dtype)
     for a, b, c in POLAR_EXPRESS:
@@ -77,10 +78,12 @@ def muon_update(
     wide ones: in the other direction orthogonalisation already equalises the norms.
 
     mu: momentum. beta2: of the second moment. dtype: of the products."""
+    # A running mean, so that the size of the momentum does not depend on mu.
     momentum_NxRxC.lerp_(grad_NxRxC, 1 - mu)
     update = orthogonalize(torch.lerp(grad_NxRxC, momentum_NxRxC, mu), dtype).float()
     along = -1 if update.size(-2) >= update.size(-1) else -2
     squares = update.square().mean(dim=along, keepdim=True)
+    # In fp32: bf16 could not add a twentieth of a small number to a large one.
     second_NxS.lerp_(squares, 1 - beta2)
     scale = second_NxS.clamp_min(1e-10).rsqrt()
     before = squares.sum(dim=(-2, -1), keepdim=True)
@@ -117,6 +120,7 @@ class MatrixStack:
         self.dtype = dtype
         shape = self.parameters[0].shape
         device = self.parameters[0].device
+        # Whole matrices, since orthogonalisation needs all of one.
         self.padded = round_up(len(self.names), world_size())
         self.share = self.padded // world_size()
         self.first = rank() * self.share
@@ -148,10 +152,12 @@ class MatrixStack:
         decay = self.settings["weight_decay"]
         beta2 = self.settings["beta2"]
         update = muon_update(self.grad, self.momentum, self.second, mu, beta2, self.dtype)
+        # Stacked anew each step: the model's layers own their weights, not the optimizer.
         own = self._own([parameter.data for parameter in self.parameters])
         # cautious decay: only where the update already moves the weight towards zero
         # (arXiv 2510.12402)
         kept = own * (update * own > 0) if decay else None
+        # Tall matrices take larger steps, so that each changes its outputs by as much.
         own -= lr * max(1.0, own.size(-2) / own.size(-1)) ** 0.5 * update
         if decay:
             own -= lr * decay * kept
@@ -230,6 +236,7 @@ class FlatParameter:
         """Update this rank's elements. mu is Muon's and plays no part."""
         flat = self._flat(self.parameter.data)
         own = self._own(flat)
+        # torch's own fused kernel: one pass over the elements, on CPUs too.
         adamw(
             [own],
             [self.grad],
@@ -311,6 +318,7 @@ class Optimizer:
         have "beta1" is AdamW's (lr, beta1, beta2, eps, weight_decay); one without is Muon's (lr in
         units of spectral norm per update, beta2, weight_decay). dtype: of Muon's products, bfloat16
         or float32."""
+        # A group without settings would silently not be trained.
         assert set(groups) == set(settings), "every parameter group needs settings, and only these"
         self.parts: list[Part] = []
         for group, members in groups.items():
@@ -318,6 +326,7 @@ class Optimizer:
                 for name, parameter in members.items():
                     self.parts.append(FlatParameter(name, parameter, settings[group]))
                 continue
+            # One batched product for all layers keeps a GPU busy where one matrix does not.
             by_shape: dict[torch.Size, dict[str, torch.nn.Parameter]] = {}
             for name, parameter in members.items():
                 by_shape.setdefault(parameter.shape, {})[name] = parameter
@@ -372,6 +381,7 @@ class Optimizer:
 
         scaler: unscales the gradients first. Returns the mean loss and the norm of the averaged
         gradient."""
+        # Before averaging: the sum of scaled gradients could overflow.
         scaler.unscale(self.parameters)
         if self.order is None:
             # that in which rank 0's first backward pass made them; parts that it did not watch last
@@ -383,9 +393,11 @@ class Optimizer:
         for part in self.order:
             if arrived(part) is not None:
                 part.grad /= world_size()
+        # Ready for the next backward pass, whose gradients start to travel again.
         self.early = False
         self.made = {}
         self.begun = 0
+        # Each rank has the squares of its share only; their sum is the whole.
         squares = torch.stack([torch.linalg.vector_norm(part.grad) for part in self.parts])
         sums = torch.stack((loss.float() / world_size(), squares.square().sum()))
         loss, squares = sum_over_ranks(sums)

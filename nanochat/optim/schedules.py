@@ -50,6 +50,7 @@ Group = dict[str, float]  # settings of one parameter group, as optim.Optimizer 
 def derive_batch_tokens(tokens: float, reference_tokens: float) -> int:
     """B for a horizon of D tokens: B_ref (D / D_ref)^0.383 as a power of two (arXiv 2505.13738), at
     most D / MIN_STEPS."""
+    # Powers of two, which every power-of-two number of devices and rows divides.
     published = math.log2(REFERENCE_BATCH_TOKENS * (tokens / reference_tokens) ** 0.383)
     most = math.log2(max(1, tokens / MIN_STEPS))
     return 2 ** max(0, min(round(published), math.floor(most)))
@@ -96,6 +97,7 @@ class BaseRates:
     def from_flags(cls, args: argparse.Namespace) -> "BaseRates":
         """Those of the flags; -1 stands for the rate that suits --arch or --optimizer."""
 
+        # 0 is a rate that freezes a group, so only -1 stands for the default.
         def given_or(value: float, default: float) -> float:
             return default if value == -1 else value
 
@@ -130,6 +132,7 @@ def group_settings(
             "weight_decay": weight_decay,
         }
 
+    # Orthogonalised updates have the same size at every width, so Muon's rate does not follow it.
     if base.optimizer == "muon":
         lr = base.matrix_lr * lr_factor
         matrices = {"lr": lr, "beta2": MUON_BETA2, "weight_decay": decay}
@@ -189,6 +192,7 @@ def lr_multiplier(
 
     trapezoid: linear warm-up, constant, linear warm-down to final_lr_frac. cosine: linear warm-up,
     then half a cosine."""
+    # Divided by one more, so that neither the first step is wasted nor the last one repeated.
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if shape == "cosine":

@@ -25,8 +25,11 @@ def forward_backward(
 
     batch: (inputs, targets), int64 (rows, tokens). dropout_seed: of the micro-batch, so that
     resuming needs no generator state; None without dropout."""
+    # The seed says all about the masks of this pass: the same step draws the same ones, whatever
+    # ran before it.
     if dropout_seed is not None:
         torch.manual_seed(dropout_seed)
+    # Pinned memory, where the rows come from it, makes this copy overlap with the passes before.
     inputs, targets = (torch.as_tensor(ids).to(device, non_blocking=True) for ids in batch)
     return scaler.backward(model, inputs, targets, accumulation)
 
@@ -44,8 +47,10 @@ def accumulate(
     dropout_seed(micro): of each micro-batch. During the last one, gradients may travel to the other
     ranks as soon as they are made, unless they have to be unscaled first."""
     n = len(micro_batches)
+    # Summed on the device: reading each loss would wait for its pass.
     loss = torch.zeros((), device=device)
     for micro, batch in enumerate(micro_batches):
+        # Gradients of earlier passes are not whole yet.
         optimizer.early = micro == n - 1 and not scaler.enabled
         seed = dropout_seed(micro)
         loss += forward_backward(model, scaler, batch, n, device, seed) / n

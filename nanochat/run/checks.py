@@ -16,6 +16,7 @@ from nanochat.model.config import width_for
 from nanochat.run import trackers
 from nanochat.run.flags import flag, range_problems
 
+# What kernels are made for; others work and are slower.
 USUAL_HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_DEPTH = 1000
 MAX_WIDTH = 2**17
@@ -44,6 +45,7 @@ def check_flags(args: argparse.Namespace) -> list[str]:
 
     args: from flags.parse()."""
     problems = _Problems(args)
+    # All of them, not the first: whoever mends one flag should not meet the next one afterwards.
     problems += range_problems(args)
     _check_paths(args, problems)
     _check_model(args, problems)
@@ -62,6 +64,7 @@ def _exists(path: str) -> bool:
 
 
 def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
+    # A path would put the run where `nanochat runs` and --resume do not look for it.
     is_name = os.path.basename(args.model_tag) == args.model_tag
     problems.require(
         "model_tag",
@@ -81,6 +84,7 @@ def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
         f"give a path, python, {', '.join(KNOWN)}, or hf:<dataset>",
     )
     problems.require("out_dir", args.out_dir, "empty", "name a folder, or leave the flag out")
+    # The folder may not exist yet: then its nearest existing parent has to be writable.
     parent = os.path.abspath(args.out_dir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -112,6 +116,7 @@ def _check_model(args: argparse.Namespace, problems: _Problems) -> None:
         "needs --arch=llama",
         "add that, or leave it out",
     )
+    # Their defaults are for speedrun models, so only given values contradict.
     for name in ("window_pattern", "short_window"):
         problems.require(
             name,
@@ -143,6 +148,8 @@ def _check_head_dim(args: argparse.Namespace, problems: _Problems) -> None:
     # what follows divides by these
     if min(args.depth, args.aspect_ratio, args.head_dim) < 1:
         return
+    # Width is rounded up to whole heads: one head larger than the width would silently be the
+    # width.
     nominal = args.depth * args.aspect_ratio
     fitting = [dim for dim in USUAL_HEAD_DIMS if dim <= nominal] or [nominal]
     nearest = " or ".join(map(str, fitting[-2:]))
@@ -187,10 +194,12 @@ def _check_tokenizer(args: argparse.Namespace, problems: _Problems) -> None:
 
 
 def _check_batch(args: argparse.Namespace, problems: _Problems) -> None:
+    # With --device-batch-size=-1 the rows per pass are chosen later, and always divide.
     devices = args.gpus if args.dry_run else ranks.world_size()
     unit = args.max_seq_len * max(1, args.device_batch_size) * devices
     if unit <= 0 or args.total_batch_size <= 0:
         return
+    # Both neighbours are named, so that nobody has to do the division.
     below = args.total_batch_size // unit * unit
     nearest = " or ".join(str(n) for n in (below, below + unit) if n)
     problems.require(
@@ -242,6 +251,7 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         "contradicts --resume-from-step",
         "give one of the two",
     )
+    # Rules that look at evaluations would never fire.
     for name in ("stop_at_bpb", "patience"):
         problems.require(
             name,
@@ -270,6 +280,7 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
 
 
 def _check_planning(args: argparse.Namespace, problems: _Problems) -> None:
+    # Without --dry-run they would be ignored, and a request is never ignored.
     for name in ("gpus", "gpu", "json"):
         problems.require(
             name,
@@ -295,6 +306,7 @@ def core_metric_flags(args: argparse.Namespace, device_type: str) -> tuple[int, 
     """(--core-metric-every, --core-metric-max-per-task), where "auto" is what suits the device.
 
     UsageError for a bundle that nothing would read."""
+    # On a CPU an evaluation of all examples takes longer than a small run trains.
     on_cuda = device_type == "cuda"
     every = args.core_metric_every
     if every == "auto":

@@ -88,6 +88,7 @@ class _Trace:
     def _look_at(self, tensor: torch.Tensor, where: str) -> None:
         if not tensor.is_floating_point() or not tensor.numel():
             return
+        # One number for both questions, and one wait for the device.
         largest = tensor.detach().abs().max().item()  # NaN if there is one
         if not math.isfinite(largest):
             kind = "NaN" if math.isnan(largest) else "inf"
@@ -122,6 +123,7 @@ def locate(model: torch.nn.Module, rerun: Callable[[], Any]) -> str:
             return (
                 f"the weights {name} hold {len(bad)} non-finite {numbers}, the first at [{where}]"
             )
+    # Compiled code would run past the hooks.
     trace = _Trace(model)
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -131,6 +133,7 @@ def locate(model: torch.nn.Module, rerun: Callable[[], Any]) -> str:
         return f"the step could not be repeated to locate the fault ({error})"
     finally:
         trace.close()
+    # Non-finite before exploding: the first is the fault, the second may be how it came about.
     kinds = sorted(trace.first.items(), reverse=True)
     return "; ".join(f"the first {kind} value: {where}" for kind, where in kinds)
 
@@ -198,6 +201,7 @@ def conclude(located: str, state: TrainState, folder: Path, rows: Rows, rows_per
     text = f"{steps} in a row had a non-finite loss or gradient; {located}"
     if ranks.rank() != 0:
         return text
+    # Hashes say that a file is what was written, not that its numbers are good.
     good = checkpoint.newest_finite(folder)
     newest = "none" if good is None else f"step {good}"
     text += f"; the last good checkpoint is {newest}"
@@ -205,6 +209,7 @@ def conclude(located: str, state: TrainState, folder: Path, rows: Rows, rows_per
     path = folder / f"fault_step_{step:06d}.json"
     decode = rows.cache.tokenizer.decode
     try:
+        # Decoded, because the culprit may be a strange document rather than arithmetic.
         batch = [
             {"row": number, "text": decode(rows.row(number)[1:].tolist())}
             for number in range(step * rows_per_step, (step + 1) * rows_per_step)
@@ -228,6 +233,7 @@ def spike(loss: float, recent: list[float], finite: bool = True) -> float | None
         # losses that hardly move are no measure
         spread = max(statistics.pstdev(recent), 1e-3 * abs(mean))
         z = (loss - mean) / spread
+    # In place: the list is part of the state that checkpoints hold.
     recent.append(loss)
     del recent[:-SPIKE_WINDOW]
     return z if z is not None and z > SPIKE_Z else None
@@ -278,6 +284,7 @@ class Watchdog:
     def _stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = []
+        # Its own stack would only show that it is looking.
         for ident, frame in sys._current_frames().items():
             if ident != self.thread.ident:
                 stack = "".join(traceback.format_stack(frame)).rstrip()

@@ -12,6 +12,8 @@ from nanochat.common import UsageError, read_json, write_json
 from nanochat.run.metrics import finite_or_null
 
 FORMAT = 1
+# What --overwrite deletes, config.json first: without it the folder holds no run, so that a
+# deletion that is interrupted never leaves half of a run that looks whole.
 FILES = (
     "config.json",
     "metrics.jsonl",
@@ -42,6 +44,7 @@ class RunFolder:
         if not self.config_path.exists():
             return False
         config = read_json(self.config_path, "run folder")
+        # Another program's config.json may be anything; its folder is never taken over.
         if not isinstance(config, dict) or not {"format", "args"} <= set(config):
             raise UsageError(
                 f"run folder: {self.config_path} was not written by nanochat; give another "
@@ -57,6 +60,7 @@ class RunFolder:
     def claim(self) -> None:
         """Create the folder and hold it until the process ends. UsageError if it cannot be written
         or another process holds it."""
+        # The folder may be read-only, or its parent may be a file.
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until the end)
@@ -66,6 +70,8 @@ class RunFolder:
                 "give another --out-dir"
             ) from None
         try:
+            # Released by the system when the process ends, however it ends: no stale lock can be
+            # left.
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(
@@ -98,6 +104,7 @@ class RunFolder:
         writes stay."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
+        # Of faults that stopped the run that is deleted.
         for path in self.path.glob("fault_step_*.json"):
             path.unlink()
         for name in FOLDERS:
@@ -133,7 +140,9 @@ def provenance() -> dict[str, Any]:
 def _git_commit() -> str | None:
     if not shutil.which("git"):
         return None
+    # The commit of this source tree, not of the folder that the user happens to be in.
     root = Path(__file__).resolve().parent.parent.parent
+    # A subprocess, because git is no dependency and may be missing.
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     git = subprocess.run(command, capture_output=True, text=True)
     return git.stdout.strip() if git.returncode == 0 else None

@@ -42,15 +42,20 @@ class Keeper:
 
         hold: the step before was skipped, so what follows it may be no good either: the state is
         written only after a good step."""
+        # What a run resumes from is saved already; only its final kind may be new.
         if not self.enabled or (state.step == self.first_step and kind != "final"):
             return
+        # On the way out the state may have been saved a moment ago, for another reason.
         if kind == "rolling" and self.newest[0] == state.step and not self.newest[2]:
             return
         self.newest = (state.step, kind, hold)
+        # Every rank holds a share of it.
         optimizer_state = self.optimizer.state()
         if self.saver:
+            # A copy, since the thread that reads ahead goes on adding to it.
             state.shard_tokens = dict(self.cache.lengths)
             self.saver.save(state.step, kind, self.model, optimizer_state, asdict(state), hold)
+        # On every rank, though only rank 0's clock is asked: ranks that differ are hard to debug.
         self.clock.note_save()
 
     def rolling_due(self) -> bool:

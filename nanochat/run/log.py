@@ -66,6 +66,8 @@ class RunLog:
         self.tokens_per_epoch = tokens_per_epoch
         self.untrained_vocabulary = untrained_vocabulary
         self.progress = Progress(state.step, plan.num_iterations, quiet=not writes)
+        # Their trouble goes to the screen, not through this object: they would keep it, and with it
+        # the lock on the folder, alive.
         self.metrics, self.samples, self.core = (
             Record(folder.path / f"{name}.jsonl", self.progress.message)
             for name in ("metrics", "samples", "core")
@@ -85,6 +87,8 @@ class RunLog:
         self.config = config
         if not self.writes:
             return
+        # Trackers are given the lines that they lack; reading a long file for none would be a
+        # waste.
         wanted = tensorboard or run_name != "dummy"
         self.trackers = Trackers(
             self.folder.path,
@@ -107,6 +111,7 @@ class RunLog:
 
     def position(self) -> dict[str, Any]:
         """What every line of metrics begins with: the state after `step` updates."""
+        # Derived, not counted: a resumed run cannot drift from an uninterrupted one.
         tokens = self.state.step * self.plan.total_batch_tokens
         return {
             "step": self.state.step,
@@ -127,6 +132,7 @@ class RunLog:
         """A training step: the line of the state before the update, with the loss of the update,
         the live line, and what is remarkable. Called before the state counts it."""
         state = self.state
+        # Of all ranks together: a step takes as long on each.
         speed = self.plan.total_batch_tokens / result.seconds
         mfu = self._mfu(speed)
         values = {
@@ -144,6 +150,7 @@ class RunLog:
         if scaler.enabled:
             values["train/loss_scale"] = scaler.scale
         if not result.finite:
+            # A bad loss always makes bad gradients; the reverse points at the backward pass.
             culprit = "gradient" if math.isfinite(result.loss) else "loss"
             values["skipped"] = f"non-finite {culprit}"
         self.line(**values)
@@ -166,12 +173,14 @@ class RunLog:
 
     def _show(self, result: StepResult, speed: float, mfu: float, clock: Clock) -> None:
         """The live line after a step."""
+        # After a skipped step the average would stay NaN.
         if self.smooth_loss is None or not result.finite:
             self.smooth_loss = result.loss
         else:
             self.smooth_loss = SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * result.loss
         done = self.state.step + 1
         steps = self.plan.num_iterations
+        # Before the number of steps is known there is no end to estimate.
         left = None if steps is None else clock.seconds_for(steps - done)
         text = f"loss {self.smooth_loss:.4f} | {speed:,.0f} tok/s | mfu {mfu:.1f}%"
         self.progress.update(done, steps, text, left)
@@ -183,6 +192,7 @@ class RunLog:
 
     def sample(self, prompt: str, text: str | None, problem: str) -> None:
         """A text sample, or why it could not be drawn."""
+        # Null with a reason, never an empty text that looks like a sample.
         reason = {"reason": problem} if problem else {}
         self.samples.write(step=self.state.step, prompt=prompt, text=text, **reason)
         if problem:
@@ -196,6 +206,7 @@ class RunLog:
         if not self.writes:
             return
         plan = self.plan
+        # Written down before the next step: a resumed run must not measure again.
         self.config["plan"] = plan.as_dict()
         self.summarize("running")
         self.trackers.update_config(self.config)
@@ -211,6 +222,7 @@ class RunLog:
             return {}
         state = self.state
         scores = self.scores
+        # A run that has not trained has no speed; 0 would be a measurement.
         speed = None
         if state.training_seconds:
             speed = state.step * self.plan.total_batch_tokens / state.training_seconds
@@ -229,6 +241,7 @@ class RunLog:
         }
         try:
             # again: a full disk may have refused it when the steps were fixed
+            # The summary never stands beside a config that is older than it.
             self.folder.write_config(self.config)
             write_summary(self.folder.path, **summary)
         except OSError as error:

@@ -31,6 +31,7 @@ class Record:
         self.path = Path(path)
         self.report = report
         self.file = None
+        # Where the last whole line ends: what is torn behind it can be cut.
         self.size = 0  # bytes written
         self.kept: list[str] = []  # lines that the disk has not taken yet
         self.refused = False  # whether that has been reported
@@ -50,6 +51,7 @@ class Record:
             value = parsed(line)
             if value is not None and value["step"] < step:
                 kept.append(line + "\n")
+        # Written anew and renamed, so that a crash in the middle leaves the old file.
         temporary = self.path.with_suffix(".partial")
         with open(temporary, "w", encoding="utf-8") as f:
             f.write("".join(kept))
@@ -62,6 +64,7 @@ class Record:
         that is reported once."""
         try:
             with self.lock:
+                # Kept first, then written: a line that the disk refuses is still in order.
                 self.kept.append(json.dumps(finite_or_null(values), allow_nan=False) + "\n")
                 self._write_kept()
         except OSError as error:
@@ -77,6 +80,8 @@ class Record:
         content = "".join(self.kept).encode()
         if not content:
             return
+        # Opened late: a run that is refused before its first step leaves no file.
+        # Unbuffered, so that a kill loses no line that was written.
         if self.file is None:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by close())
             self.size = self.file.seek(0, os.SEEK_END)
@@ -98,6 +103,8 @@ class Record:
 
     def value_at(self, step: int | None, name: str) -> Any:
         """The value of that name that was written last for a step, or None."""
+        # A value may stand several times, for example null for a failed evaluation and then a
+        # number.
         found = None
         for line in read_lines(self.path):
             if line["step"] == step and line.get(name) is not None:
@@ -127,6 +134,8 @@ def lines_of(path: Path | str) -> list[str]:
 def parsed(line: str) -> Line | None:
     """The object in a line; None for a torn or foreign one."""
     try:
+        # A step that is no number comes from another program, or from a torn line that still
+        # parses.
         value = json.loads(line)
         return value if isinstance(value["step"], int) else None
     except (ValueError, TypeError, KeyError):

@@ -20,6 +20,7 @@ ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
     """The GPTConfig that the flags of the model describe."""
+    # The one dial: width follows from depth, heads from width.
     width = width_for(args.depth, args.aspect_ratio, args.head_dim)
     heads = width // args.head_dim
     return GPTConfig(
@@ -30,6 +31,7 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
         n_kv_head=heads if args.n_kv_head == -1 else args.n_kv_head,
         vocab_size=vocab_size,
         max_seq_len=args.max_seq_len,
+        # Other programs know no llama with windows or shifted keys.
         window_pattern="L" if args.arch == "llama" else args.window_pattern,
         short_window=short_window(args.short_window, args.max_seq_len),
         dropout=args.dropout,
@@ -73,10 +75,12 @@ class ModelSize:
 
 def size_of(config: GPTConfig, aspect_ratio: int) -> ModelSize:
     """The ModelSize of a config. aspect_ratio: of the run, which the reference model shares."""
+    # Counted on the meta device: shapes without memory, however large the model.
     model = meta_model(config)
     depth = schedules.REFERENCE_DEPTH
     width = width_for(depth, aspect_ratio, config.head_dim)
     heads = width // config.head_dim
+    # Only depth and width differ, so that vocabulary and context weigh the same in both.
     reference = dataclasses.replace(config, depth=depth, width=width, n_head=heads, n_kv_head=heads)
     reference_parameters = meta_model(reference).scaling_parameters()
     return ModelSize(
@@ -107,6 +111,7 @@ class Horizon:
 
         total_batch_size: tokens a step as given, or -1. Steps alone say nothing about tokens: the
         batch is then that of the default ratio."""
+        # In the order of precedence, each with its own unit.
         if self.name == "num_iterations":
             if total_batch_size != -1:
                 return self.value * total_batch_size
@@ -162,6 +167,7 @@ class Plan:
         values = dict(config["plan"])
         defaults = {name: row.default for name, row in FLAGS.items()}
         args = argparse.Namespace(**{**defaults, **config["args"]})
+        # asdict() has turned the schedule into a dict.
         schedule = values.pop("schedule", None)
         values["schedule"] = Schedule(**schedule) if schedule else Schedule.from_flags(args)
         values.setdefault("horizon_value", getattr(args, values["horizon"]))
@@ -209,6 +215,8 @@ class Plan:
         not begin in the past."""
         self.num_iterations = steps
         self.tokens = steps * self.total_batch_tokens
+        # Steps that are over keep the learning rates that they had, also when a resume repeats
+        # them.
         if done:
             self.fixed_at = done
             self.warmup_before = self.warmup_steps
@@ -223,6 +231,8 @@ class Plan:
         warmdown_steps = self.warmdown_steps
         steps = self.num_iterations
         shape = self.schedule.shape
+        # While a time budget is measured the end is not in sight: no warm-down, and no cosine,
+        # which would have to know how far to fall.
         if steps is None or step < self.fixed_at:
             warmup_steps = self.warmup_steps if steps is None else self.warmup_before
             warmdown_steps = 0
@@ -234,8 +244,10 @@ class Plan:
     def checkpoint_due(self, step: int, last: bool, every: int) -> str:
         """The kind of checkpoint that the state after `step` updates gets whatever the clock says,
         or "". every: --save-every."""
+        # From the strongest reason to the weakest: a checkpoint has one kind.
         if last:
             return "final"
+        # From here a longer horizon can extend the run: afterwards the learning rate has fallen.
         if step == self.warmdown_begins:
             return "before_warmdown"
         if due(every, step, last):
@@ -252,6 +264,7 @@ class Plan:
 def due(every: int, step: int, last: bool) -> bool:
     """Whether something that happens every so many steps, and at the end, is due after `step`
     updates. every: -1 for never."""
+    # At step 0 there is nothing yet to save, to score or to sample.
     if every == -1 or step == 0:
         return False
     return last or step % every == 0

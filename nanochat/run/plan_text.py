@@ -59,6 +59,8 @@ def fit_plan(
     """Choose the rows that a device takes per pass. free_bytes: of one device.
 
     UsageError if a given number does not fit the batch or the memory, or if no row fits."""
+    # Estimated here and measured before step 0: the plan has to be printed before anything is
+    # built.
     step_memory = memory.StepMemory(
         config=config,
         parameters=plan.parameters,
@@ -95,6 +97,7 @@ def fit_plan(
 
 def as_json(run: PlannedRun) -> dict[str, Any]:
     """The plan as numbers, for --json."""
+    # What of the model gains by fp8 is decided by shapes alone, so it can be planned anywhere.
     converted = fp8.large_layers(meta_model(run.config)) if run.runtime.fp8_recipe else {}
     return {
         "model": dataclasses.asdict(run.config),
@@ -118,6 +121,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
 
 def format_plan(run: PlannedRun) -> str:
     """The plan as an aligned block of lines."""
+    # The order in which each follows from what is above it.
     sections = {
         "model": _model_lines(run),
         "parameters": _parameter_lines(run.plan),
@@ -131,6 +135,7 @@ def format_plan(run: PlannedRun) -> str:
         title = section
         for name, value in entries.items():
             lines.append(f"  {title:<11} {name:<26} {value}")
+            # The section is named on its first line only.
             title = ""
     return "\n".join(lines)
 
@@ -141,6 +146,7 @@ Lines = dict[str, Any]
 def _model_lines(run: PlannedRun) -> Lines:
     config = run.config
     derivation = f"{run.depth} x {run.aspect_ratio}, rounded up to heads of {config.head_dim}"
+    # Full context is written as a window without limit.
     windows = [str(min(window, config.max_seq_len)) for window in config.windows()]
     return {
         "arch": config.arch,
@@ -165,6 +171,7 @@ def _horizon_lines(run: PlannedRun) -> Lines:
     steps = plan.num_iterations
     if steps is None:
         steps = "fixed once the speed is measured"
+        # At the assumed speed; the first steps will measure it.
         tokens += " (estimate)"
     epochs = f"{plan.tokens / run.tokens_per_epoch:.2f}"
     if plan.tokens > run.tokens_per_epoch:
@@ -192,6 +199,7 @@ def _batch_lines(run: PlannedRun) -> Lines:
 def _optimizer_lines(plan: Plan) -> Lines:
     lines: Lines = {}
     for name, group in plan.groups.items():
+        # A group may be empty: a tied head belongs to the embedding.
         if plan.parameters[name]:
             lines[name] = ", ".join(f"{key} {value:.4g}" for key, value in group.items())
     schedule = plan.schedule
@@ -228,5 +236,6 @@ def long_run_advice(run: PlannedRun) -> str:
         return advice + budget
     # time grows with the parameters, about depth^3, and at a fixed ratio so do the tokens
     power = 6 if run.plan.horizon == "target_param_data_ratio" else 3
+    # Solved for the depth that would take two days.
     depth = int(run.depth * (LONG_RUN_SECONDS / seconds) ** (1 / power))
     return f"{advice}--depth={max(1, min(run.depth - 1, depth))}, or {budget}"

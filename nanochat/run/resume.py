@@ -60,11 +60,13 @@ def open_run(args: argparse.Namespace, device_type: str) -> OpenedRun:
     """Open the run that the flags name; every rank calls it. args: checked, from flags.parse().
 
     UsageError for whatever would lose a run or continue another one silently."""
+    # Rank 0 decides: --init-from may be on a disk that only it sees in time.
     tag = args.model_tag or ranks.from_rank0_or_raise(lambda: default_tag(args))
     args.model_tag = tag
     folder = RunFolder(os.path.join(args.out_dir, tag))
     step, config = ranks.from_rank0_or_raise(lambda: claim_run(args, folder))
     run = OpenedRun(args, folder, step or 0, config)
+    # From here on run.args are the run's own flags, as far as they may not change.
     if config:
         run.args, run.changed, run.extending = merge_with_run(args, config)
         run.over = is_over(run.args, config, folder, step)
@@ -76,6 +78,8 @@ def open_run(args: argparse.Namespace, device_type: str) -> OpenedRun:
         ranks.print0(f"{folder.path} holds no run yet: starting a new one")
     args = run.args
     if args.init_from and not run.step:
+        # A run that was stopped before its first checkpoint begins again with the very same
+        # weights.
         began_with = config["init_from"]["step"] if config else None
         run.source = ranks.from_rank0_or_raise(lambda: source_of_weights(args, folder, began_with))
         vars(args).update(run.source.flags)
@@ -113,6 +117,7 @@ def claim_run(args: argparse.Namespace, folder: RunFolder) -> tuple[int | None, 
             )
         folder.claim()
     step = wanted_step(args, folder)
+    # The lock is held exactly where the folder holds a run that was claimed.
     continues = resuming and folder.lock is not None
     return step, folder.read_config() if continues else None
 
@@ -226,6 +231,7 @@ def merge_with_run(
     Returns (args, words on what changed, True if the horizon did). UsageError for given flags that
     a resumed run may not change."""
     merged = argparse.Namespace(**{**vars(args), **config["args"]})
+    # What belongs to this start of the program does not come from the run.
     for name, row in FLAGS.items():
         if row.on_resume == START:
             setattr(merged, name, getattr(args, name))
@@ -267,6 +273,7 @@ def fit_to_machine(args: argparse.Namespace, config: Config, world_size: int) ->
     words = []
     if world_size != was["world_size"]:
         words.append(f"{world_size} ranks (was {was['world_size']})")
+    # The batch is frozen; only how it is dealt out may follow the machine.
     rows = config["plan"]["rows_per_step"] // world_size
     given = args.device_batch_size
     if not words and given == -1:
@@ -329,6 +336,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
         )
     named = f"{flag(fresh.horizon)}={fresh.horizon_value}"
     _refuse_shorter(named, folder, was, fresh)
+    # Weights from after that point have been trained at falling rates, which a longer run has not.
     falls_at = was - plan.warmdown_steps
     if fresh.num_iterations is not None:
         falls_at = min(falls_at, fresh.num_iterations - fresh.warmdown_steps)
@@ -345,6 +353,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
         )
     plan.horizon = fresh.horizon
     plan.horizon_value = fresh.horizon_value
+    # fix_steps() would derive it from the new length.
     warmup_steps = plan.warmup_steps
     if fresh.num_iterations is None:
         plan.num_iterations = None
@@ -364,6 +373,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
 def _refuse_shorter(named: str, folder: RunFolder, steps: int, fresh: Plan) -> None:
     """Raise UsageError unless the fresh plan is longer than the run, which has so many steps."""
     if fresh.num_iterations is None:
+        # From the metrics, which know of steps after the last checkpoint too.
         times = [line["total_training_time"] for line in read_lines(folder.path / "metrics.jsonl")]
         spent = max(times, default=0.0)
         if fresh.budget_seconds <= spent:
@@ -443,6 +453,7 @@ def _renew_config(run: OpenedRun, plan: Plan, left_its_curve: bool) -> None:
     """Change the config where this start of the run differs from earlier ones. left_its_curve: it
     continues from before what it has drawn already."""
     config = run.config
+    # All other flags stay as they were at the first start: config.json tells how the run began.
     config["args"] |= {name: getattr(run.args, name) for name in RECORDED_ON_RESUME}
     is_extended = run.extended_from is not None
     if is_extended:
@@ -493,6 +504,7 @@ def source_of_weights(
     folder = RunFolder(args.init_from)
     named = f"--init-from={args.init_from}"
     _refuse_source(args, folder, own)
+    # Read before the weights, since a newer version's folder is refused by its format.
     config = folder.read_config()
     if step is None:
         step = checkpoint.newest_intact(folder.path, report=_warn)
@@ -517,6 +529,7 @@ def source_of_weights(
     ]
     if differing:
         raise UsageError(f"{named}: its model has {', '.join(differing)}; leave these flags out")
+    # Rotary positions have no weights, so the context may differ from the source's.
     T = args.max_seq_len if "max_seq_len" in args.given else model.max_seq_len
     model = dataclasses.replace(
         model,

@@ -45,11 +45,13 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
     dtype, dtype_reason = hardware.pick_dtype(
         args.dtype, device_type, training=True, capability=capability
     )
+    # A GPU that is only planned for has whatever compiler its machine has.
     no_compiler = None
     if not args.compile:
         no_compiler = "--no-compile"
     elif gpu is None:
         no_compiler = hardware.compiler_missing(device_type)
+    # Attention may need the compiler, so it is chosen after it.
     backend, backend_reason = pick_backend(
         args.attention, device_type, dtype, args.head_dim, capability, no_compiler
     )
@@ -64,6 +66,7 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
 
 def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devices: int) -> str:
     """The line that says what computes how, and why."""
+    # Every choice stands with its reason: what was asked for, or what this machine can do.
     loss, loss_reason = pick_loss(device_type, runtime.compiled)
     numbers = f"{runtime.dtype_name} ({runtime.dtype_reason})"
     if runtime.dtype == torch.float16:

@@ -17,6 +17,7 @@ def bar(items: list[Any], text: str, unit: str) -> Iterable[Any]:
     anything."""
     if not items:
         return items
+    # A bar in a log file would be thousands of lines.
     if not sys.stdout.isatty():
         print(f"{text}: {len(items)} {unit}s", flush=True)
         return items
@@ -39,7 +40,9 @@ class Progress:
         self.quiet = quiet
         self.now = now
         self.bar = None
+        # So that the first update is shown.
         self.shown_at = -math.inf
+        # Only one process may own the live line.
         self.live = sys.stdout.isatty() and not quiet
         if self.live:
             from tqdm import tqdm
@@ -59,9 +62,11 @@ class Progress:
             return
         eta = "eta ?" if seconds_left is None else f"eta {human_time(seconds_left)}"
         if self.bar is not None:
+            # The number of steps may only now be known, or may have changed.
             self.bar.total = steps
             self.bar.set_description_str(f"{text} | {eta}", refresh=False)
             self.bar.update(step - self.bar.n)
+        # The first steps show that it works and how fast; later ones only that it still does.
         elif step <= FIRST_STEPS or step == steps or self._is_time():
             self.shown_at = self.now()
             of = f"{step}/{steps}" if steps else f"{step}"

@@ -28,6 +28,8 @@ class TrainState:
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], step: int, tokenizer: str) -> "TrainState":
         """The state in a checkpoint's state.json, or that of a run that begins, from {}."""
+        # Checkpoints of other versions may hold more, or less: what is missing starts at its
+        # default.
         names = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in saved.items() if name in names}
         return cls(**{**known, "step": step, "tokenizer": tokenizer})
@@ -40,6 +42,7 @@ class TrainState:
         self.step += 1
         self.training_seconds += seconds
         self.loss_scaler = loss_scaler
+        # One good step shows that the weights are still good.
         if finite:
             self.skipped_in_a_row = 0
             return
@@ -63,6 +66,7 @@ class Scores:
     @classmethod
     def from_lines(cls, lines: Iterable[Mapping[str, Any]]) -> "Scores":
         """The scores that a run had after these lines of its metrics.jsonl."""
+        # The lines of one step are in the order in which the loop wrote them, and so is this.
         scores = cls()
         for line in lines:
             if "val/bpb" in line:
@@ -74,6 +78,7 @@ class Scores:
     def add_bpb(self, bpb: float | None) -> bool:
         """Note validation bits per byte, None where the evaluation failed. Returns whether they
         are the lowest so far."""
+        # The latest value is shown even where it is none: an old one would look like a new result.
         self.val_bpb = bpb
         if bpb is None:
             return False

@@ -42,6 +42,8 @@ def open_text(run: OpenedRun) -> TrainingText:
     corpus = _open_corpus(run)
     print0("\n".join(describe_corpus(corpus)))
     tokenizer = _open_tokenizer(run, corpus)
+    # With the lengths of shards that were read before, finding a row needs no shard but its own:
+    # what is no longer on disk need not be fetched again.
     lengths = run.saved_state.get("shard_tokens")
     cache = TokenCache(tokenizer, torch.get_num_threads(), lengths)
     rows = Rows(corpus, cache, args.max_seq_len, args.seed)
@@ -50,15 +52,20 @@ def open_text(run: OpenedRun) -> TrainingText:
         wanted = [*corpus.val, *rows.first_shards()]
         cache.prepare(wanted, lambda shards: bar(shards, "tokenizing", "shard"))
 
+    # Rank 0 alone, with all cores; the others would repeat the same work or wait on its locks.
     from_rank0_or_raise(tokenize)
     if run.config:
+        # Frozen, since for a large corpus they are estimates from what was on disk at the first
+        # start.
         tokens_per_epoch = run.config["data"]["tokens_per_epoch"]
         compressed = run.config["data"]["compressed_bpb"]
     else:
         tokens_per_epoch = rows.tokens_per_epoch()
         compressed = from_rank0_or_raise(lambda: compressed_bits_per_byte(corpus.val))
+    # The pieces are cut once, so that every evaluation of a run scores the same text.
     most = args.eval_tokens if args.eval_tokens != -1 else sys.maxsize
     pieces = held_out_pieces(corpus.val, cache, args.max_seq_len, most)
+    # An evaluation of nothing would fail at the first one, hours later.
     if not pieces and args.eval_every != -1:
         raise UsageError(
             f"--data={args.data}: no text is left to validate on; give more text, or --val-data, "
@@ -82,6 +89,7 @@ def _open_corpus(run: OpenedRun) -> Corpus:
     """The corpus of --data, which has to be that of a resumed run."""
     args = run.args
     was = run.config["data"] if run.config else {}
+    # A resumed run reads the very revision that it began with, even if the dataset has moved on.
     revision = was.get("revision", "")
     corpus = from_rank0_or_raise(lambda: open_corpus(args.data, args.val_data, revision, print0))
     if run.config and corpus.fingerprint != was["fingerprint"]:
