@@ -195,8 +195,10 @@ def _queries_seeing(key, offset, T, window, QUERIES: tl.constexpr, KEYS: tl.cons
 
     offset: position of the first query."""
     first = key - offset
+    first_whole = first + KEYS - 1
+    end_whole = first + window
     end = tl.minimum(first + KEYS - 1 + window, T)
-    return _stretches(first, first + KEYS - 1, first + window, end, QUERIES)
+    return _stretches(first, first_whole, end_whole, end, QUERIES)
 
 
 @triton.jit
