@@ -1,4 +1,5 @@
-"""SIGTERM in every phase of a run: exit code 75, nothing lost, and the resumed run is the uninterrupted one."""
+"""SIGTERM in every phase of a run: exit code 75, nothing lost, and the resumed run is the
+uninterrupted one."""
 
 import os
 import re
@@ -11,17 +12,15 @@ import pytest
 import small
 import torch
 
+import train
 from nanochat import signals
-from nanochat.data import sources
 from nanochat.data.token_cache import TokenCache
-from nanochat.eval import bpb as evaluate
-from nanochat.eval import generation as engine
+from nanochat.eval import bpb, generation
 from nanochat.model import build
 from nanochat.model.gpt import GPT
-from nanochat.optim import optimizer as optim
-from nanochat.run import checkpoint
-from nanochat.run import log as runlog
-from nanochat.run import plan as plans
+from nanochat.optim.optimizer import Optimizer
+from nanochat.run import checkpoint, training_text
+from nanochat.run.folder import RunFolder
 from nanochat.run.saver import Saver
 
 # Sends SIGTERM to every rank when rank 0 reaches the n-th call of a function.
@@ -30,10 +29,11 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import train
 from nanochat import ranks, signals
-from nanochat.eval import generation as engine, bpb as evaluate
+from nanochat.eval import bpb, generation
 from nanochat.model.gpt import GPT
 owner, name, n = {owner}, {name!r}, {n}
-original, count = getattr(owner, name), [0]
+original = getattr(owner, name)
+count = [0]
 def send(*args, **kwargs):
     count[0] += 1
     if count[0] == n:
@@ -48,16 +48,17 @@ signals.exit_with(run)
 """
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    assert small.run(folder) == 0
-    return folder
+@pytest.fixture
+def finished():
+    """A folder with one uninterrupted run of 12 steps."""
+    return small.finished()
 
 
 def send_at(monkeypatch, owner, name, call=1):
-    """Raise SIGTERM in this process when owner.name is called for the n-th time. Returns how often it was called."""
-    original, count = getattr(owner, name), [0]
+    """Raise SIGTERM in this process when owner.name is called for the n-th time. Returns how often
+    it was called."""
+    original = getattr(owner, name)
+    count = [0]
 
     def send(*args, **kwargs):
         count[0] += 1
@@ -72,18 +73,18 @@ def send_at(monkeypatch, owner, name, call=1):
 @pytest.mark.parametrize(
     "phase, owner, name, call, stands_at",
     [
-        ("reading data", sources, "open_corpus", 1, None),
+        ("reading data", training_text, "open_corpus", 1, None),
         ("tokenizing", TokenCache, "_build", 1, None),
-        ("planning", plans, "make_plan", 1, None),
-        ("making the run folder", runlog.RunFolder, "write_config", 1, 0),
+        ("planning", train, "derive_plan", 1, None),
+        ("creating the run folder", RunFolder, "write_config", 1, 0),
         ("building", build, "build", 1, 0),
         ("compiling", GPT, "forward", 1, 0),
-        ("a step", optim.Optimizer, "reduce", 3, 3),
-        ("evaluating", evaluate, "pad", 1, 5),
-        ("sampling", engine, "sample_next", 9, 6),
+        ("a step", Optimizer, "reduce", 3, 3),
+        ("evaluating", bpb, "pad", 1, 5),
+        ("sampling", generation, "sample_next", 9, 6),
         ("saving", checkpoint, "_compare", 1, None),
         ("the last save", checkpoint, "_compare", 7, None),
-        ("the last sample", engine, "generate_text", 6, 12),
+        ("the last sample", generation, "generate_text", 6, 12),
     ],
 )
 def test_a_signal_in_every_phase(
@@ -100,18 +101,16 @@ def test_a_signal_in_every_phase(
     else:
         summary = small.summary(tmp_path)
         assert summary["status"] == "stopped" and summary["reason"] == "asked to stop by a signal"
-        assert stands_at is None or summary["step"] == stands_at
+        assert stands_at in (None, summary["step"])
     assert small.run(tmp_path, "--resume") == 0
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert small.timeless(small.lines(tmp_path, name=file)) == small.timeless(
-            small.lines(finished, name=file)
-        )
-    mine, theirs = small.weights(tmp_path, 12), small.weights(finished, 12)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        expected = small.timeless(small.lines(finished, name=file))
+        assert small.timeless(small.lines(tmp_path, name=file)) == expected
+    small.assert_same_weights(tmp_path, 12, "run", finished)
     assert small.summary(tmp_path)["status"] == "completed"
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path, finished, monkeypatch):
+def test_a_second_interrupt_leaves_immediately(tmp_path, finished, monkeypatch):
     """Without waiting for anything; what was saved before is whole."""
     count = [0]
     original = GPT.forward
@@ -139,8 +138,9 @@ def interrupts(*_, **__):
 
 @pytest.mark.parametrize("name, at_call", [("finish", 1), ("wait", 4)])
 def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypatch, name, at_call):
-    """The summary does not go on to say that the run is running."""
-    original, count = getattr(Saver, name), [0]
+    """The summary does not keep the status of a run that is running."""
+    original = getattr(Saver, name)
+    count = [0]
 
     def interrupted(self, *args):
         count[0] += 1
@@ -154,7 +154,7 @@ def test_a_second_interrupt_while_the_last_save_is_waited_for(tmp_path, monkeypa
 
 
 def test_a_second_interrupt_while_a_run_ends_that_has_no_step_yet(tmp_path, monkeypatch):
-    """The first comes while the model is compiled, the second while what is under way is waited for."""
+    """The first comes during the warm-up, the second while saves in progress are waited for."""
     send_at(monkeypatch, GPT, "forward", 1)
     monkeypatch.setattr(Saver, "wait", interrupts)
     assert small.run(tmp_path) == 75
@@ -162,91 +162,100 @@ def test_a_second_interrupt_while_a_run_ends_that_has_no_step_yet(tmp_path, monk
 
 
 def test_an_error_after_a_signal_is_not_hidden(tmp_path, monkeypatch):
-    """Only a lost exchange is taken for the others' having been told to stop as well."""
+    """Only a lost exchange is taken as a sign that the other ranks were asked to stop as well."""
+    original = torch.Tensor.backward
+    count = [0]
 
     def backward(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("a bug")
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a bug")
+        original(self)
 
-    original, count = torch.Tensor.backward, [0]
-    monkeypatch.setattr(
-        torch.Tensor,
-        "backward",
-        lambda self: count.append(0) or (backward if len(count) == 4 else original)(self),
-    )
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
     with pytest.raises(RuntimeError, match="a bug"):
         small.run(tmp_path)
-    assert (
-        small.summary(tmp_path)["status"] == "failed"
-        and "a bug" in small.summary(tmp_path)["reason"]
-    )
+    summary = small.summary(tmp_path)
+    assert summary["status"] == "failed" and "a bug" in summary["reason"]
 
 
 def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
-    """During the set-up, when the other ranks were told as well."""
+    """During the set-up, when the other ranks were asked as well."""
+    original = signals.StopSignals.__init__
+    stops = []
+
+    def begin_and_note(self, **options):
+        stops.append(self)
+        original(self, **options)
 
     def open_corpus(*args):
         stops[0].at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
         raise torch.distributed.DistError("connection reset")
 
-    original, stops = signals.StopSignals.__init__, []
-    monkeypatch.setattr(
-        signals.StopSignals,
-        "__init__",
-        lambda self, **options: stops.append(self) or original(self, **options),
-    )
-    monkeypatch.setattr(sources, "open_corpus", open_corpus)
+    monkeypatch.setattr(signals.StopSignals, "__init__", begin_and_note)
+    monkeypatch.setattr(training_text, "open_corpus", open_corpus)
     monkeypatch.setattr("nanochat.ranks.world_size", lambda: 2)
     monkeypatch.setattr("nanochat.ranks.setup", lambda device_type: torch.device(device_type))
     monkeypatch.setattr("nanochat.ranks.from_rank0", lambda value: value)
     assert small.run(tmp_path) == 75
 
 
-def exit_code(body):
-    """Of a process that calls signals.exit_with() of a function with that body; it imports no torch."""
-    script = (
-        "import atexit, os, signal\nfrom nanochat import signals\natexit.register(os.abort)\n"
-        f"def run():\n{body}\nsignals.exit_with(run)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=small.ROOT, capture_output=True, text=True, timeout=60
-    )
+# Imports no torch; a clean-up at its end would abort.
+EXIT = """
+import atexit, os, signal
+from nanochat import signals
+atexit.register(os.abort)
+def run():
+    {body}
+signals.exit_with(run)
+"""
+
+
+def ended(*statements):
+    """A finished process that called signals.exit_with() of a function with these statements."""
+    script = EXIT.format(body="\n    ".join(statements))
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=small.ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_the_exit_code_stands_whatever_comes_after(name):
     """A signal after all is done, and a clean-up that aborts."""
-    done = exit_code(
-        f"    signals.StopSignals(speaks=False).restore()\n    os.kill(os.getpid(), signal.{name})\n"
-        f"    print('said')\n    return 75"
+    done = ended(
+        "signals.StopSignals(speaks=False).restore()",
+        f"os.kill(os.getpid(), signal.{name})",
+        "print('done')",
+        "return 75",
     )
-    assert (done.returncode, done.stdout) == (75, "said\n"), done.stderr
+    assert (done.returncode, done.stdout) == (75, "done\n"), done.stderr
 
 
 def test_an_unforeseen_error_is_shown_and_its_exit_code_stands():
-    done = exit_code("    1 / 0")
+    done = ended("1 / 0")
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_train_ends_that_way(monkeypatch):
-    ended = []
-    monkeypatch.setattr(signals, "exit_with", ended.append)
+    called = []
+    monkeypatch.setattr(signals, "exit_with", called.append)
     runpy.run_path(str(small.ROOT / "train.py"), run_name="__main__")
-    assert [run.__name__ for run in ended] == ["run"]
+    assert [run.__name__ for run in called] == ["run"]
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_what_a_second_interrupt_does_is_said_only_where_it_is_heard(ignored):
+def test_what_a_second_interrupt_does_is_printed_only_where_it_is_heard(ignored):
     """A shell starts what runs in its background with SIGINT ignored."""
-    before = "signal.signal(signal.SIGINT, signal.SIG_IGN); " if ignored else ""
-    done = exit_code(
-        f"    {before}stop = signals.StopSignals(speaks=True); stop.at_once = False\n"
-        f"    os.kill(os.getpid(), signal.SIGTERM)\n    return 0"
+    done = ended(
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)" if ignored else "pass",
+        "stop = signals.StopSignals(speaks=True)",
+        "stop.at_once = False",
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "return 0",
     )
-    assert "stopping after this step" in done.stderr and ("Ctrl-C again" in done.stderr) == (
-        not ignored
-    )
+    assert "stopping after this step" in done.stderr
+    assert ("Ctrl-C again" in done.stderr) == (not ignored)
 
 
 @pytest.mark.parametrize(
@@ -254,27 +263,24 @@ def test_what_a_second_interrupt_does_is_said_only_where_it_is_heard(ignored):
     [
         ("GPT", "forward", 4, 3),
         pytest.param("GPT", "forward", 1, 0, marks=pytest.mark.slow),
-        pytest.param("evaluate", "pad", 1, 5, marks=pytest.mark.slow),
-        pytest.param("engine", "sample_next", 9, 6, marks=pytest.mark.slow),
+        pytest.param("bpb", "pad", 1, 5, marks=pytest.mark.slow),
+        pytest.param("generation", "sample_next", 9, 6, marks=pytest.mark.slow),
     ],
     ids=["a step", "compiling", "evaluating", "sampling"],
 )
 def test_a_signal_on_two_ranks(tmp_path, owner, name, n, step):
-    """Each rank that gets there is told; both exit with 75 at the same step, and two ranks continue exactly."""
+    """Each rank that gets there is asked; both exit with 75 at the same step, which is saved."""
     script = tmp_path / "sender.py"
     script.write_text(SENDER.format(root=str(small.ROOT), owner=owner, name=name, n=n))
-    done = small.run_torchrun(
-        tmp_path, 2, "--device-batch-size=4", script=script
-    )  # given, so that there is one pass of warm-up
+    # given, so that there is one pass of warm-up
+    done = small.run_torchrun(tmp_path, 2, "--device-batch-size=4", script=script)
     assert sorted(re.findall("rank . exits with ..", done.stdout)) == [
         "rank 0 exits with 75",
         "rank 1 exits with 75",
     ], done.stderr
-    assert "-15" not in done.stderr, (
-        "torchrun's own signal, when one rank is done, does not hide that"
-    )
-    assert (
-        small.summary(tmp_path)["status"] == "stopped" and small.summary(tmp_path)["step"] == step
-    )
+    # torchrun's own signal, when one rank is done, does not hide that
+    assert "-15" not in done.stderr
+    summary = small.summary(tmp_path)
+    assert (summary["status"], summary["step"]) == ("stopped", step)
     if step:
         assert checkpoint.steps_of(tmp_path / "run")[-1] == step
