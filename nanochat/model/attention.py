@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UsageError
+from nanochat.model.kernels import TRITON_HEAD_DIMS
 
 BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
 # Queries that share one slice of keys in the blocked path: small blocks skip more of what is
@@ -20,8 +21,6 @@ BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
 QUERY_BLOCK = 256
 SHORT_QUERY_BLOCK = 128
 SHORT_WINDOW = 256
-# What nanochat/model/kernels/flash_attention.py supports.
-TRITON_HEAD_DIMS = (16, 32, 64, 128)
 # The package that a backend needs, and how to get it.
 PACKAGES = {
     "flex": ("triton", "pip install triton"),

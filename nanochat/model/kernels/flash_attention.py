@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanochat.model.attention import TRITON_HEAD_DIMS
+from nanochat.model.kernels import TRITON_HEAD_DIMS
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # exp2 and log2 are the hardware's instructions; exp and log would multiply by these anyway.
