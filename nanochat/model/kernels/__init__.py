@@ -2,6 +2,6 @@
 
 They import triton, so the functions that use them import them."""
 
-# Head dims that the attention kernel is compiled for. Here, because modules with kernels need Triton,
-# and the choice of a backend must not.
+# Head dims that the attention kernel is compiled for. Here, because modules with kernels need
+# Triton, and the choice of a backend must not.
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
