@@ -110,14 +110,18 @@ def label_problem(labels: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. path: its file of examples; kind: one of KINDS; shots: few-shot examples before
-    each; chance: accuracy of guessing, 0 to 1."""
+    """One of the 22 tasks, as a bundle describes it."""
 
     label: str
+    # of its examples
     path: Path
+    # one of KINDS
     kind: str
+    # few-shot examples before each example
     shots: int
+    # between the context or query and what continues it
     delimiter: str
+    # accuracy of guessing, 0 to 1
     chance: float
 
 
@@ -137,13 +141,13 @@ def published_yaml() -> str:
 
 
 class Bundle(NamedTuple):
-    """What a bundle's folder holds of the 22 tasks, in published order.
+    """What a bundle's folder holds of the 22 tasks, in published order."""
 
-    tasks: {label: Task}. problems: {label: why it cannot be used}. remarks: sentences on what
-    differs from the published bundle."""
-
+    # by label
     tasks: dict[str, Task]
+    # why a task cannot be used, by label
     problems: dict[str, str]
+    # sentences on what differs from the published bundle
     remarks: list[str]
 
 
@@ -241,13 +245,13 @@ def _task(
 
 
 class Examples(NamedTuple):
-    """Examples of a task.
+    """Examples of a task."""
 
-    examples: parsed lines. total: how many the file has, of which `examples` may be a part.
-    malformed: lines that are not examples."""
-
+    # parsed lines, or a part of them
     examples: list[dict]
+    # how many examples the file holds
     total: int
+    # how many of its lines are none
     malformed: int
 
 
@@ -311,19 +315,21 @@ def _options_key(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example as token ids.
+    """One example as token ids."""
 
-    index: its place among the task's examples. gold: the right choice. rows: int32 (T,) each, all
-    different; starts: where the scored span of each begins (1 or later); it ends with the row.
-    row_of: the row of each choice. shared: leading ids that all rows have in common and that lie
-    before every scored prediction. cropped: ids that were left out."""
-
+    # its place among the task's examples
     index: int
+    # the right choice
     gold: int
+    # int32 (T,) each, all different
     rows: list[np.ndarray]
+    # where the scored span of each row begins, 1 or later; it ends with the row
     starts: list[int]
+    # the row of each choice
     row_of: list[int]
+    # leading ids that all rows have in common and that lie before every scored prediction
     shared: int
+    # ids that were left out
     cropped: int
 
 
@@ -453,30 +459,16 @@ def metric(centered_accuracies: Iterable[float]) -> float:
 
 
 class Answered(Protocol):
-    """What interval() reads of a task's result."""
+    """The answers to a task's examples; a result has more fields than these."""
 
+    # a 0 or 1 for each example
     correct: str
+    # accuracy of guessing
     chance: float
+    # from fingerprint_of()
     fingerprint: str
+    # of the examples, within the bundle
     file: str
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers to a task's examples, as files of results have them.
-
-    correct: a 0 or 1 for each example. chance: accuracy of guessing. fingerprint: from
-    fingerprint_of(). file: the examples' file, within the bundle."""
-
-    correct: str
-    chance: float
-    fingerprint: str
-    file: str
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Answers":
-        """From a line of core.jsonl, or a task in the JSON of nanochat evaluate."""
-        return cls(entry["correct"], entry["chance"], entry["fingerprint"], entry["file"])
 
 
 def interval(
@@ -492,6 +484,7 @@ def interval(
     Raises ValueError if the two evaluations cannot be paired."""
     if others is not None:
         _check_pairs(results, others)
+    # CORE is a sum over files, whose examples are drawn independently
     draws = np.zeros(RESAMPLES)
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     for worth in _worth_of_examples(results, others):

@@ -1,6 +1,6 @@
-"""The CORE evaluation once more, one example at a time and with nothing clever in it, to check nanochat/eval/core.py against.
+"""The CORE evaluation again, one example at a time, to check nanochat/eval/core.py against.
 
-It shares no code with nanochat: whatever the two get wrong, they do not get wrong in the same lines."""
+It shares no code with nanochat, so that both cannot be wrong in the same lines."""
 
 import csv
 import json
@@ -13,10 +13,11 @@ import yaml
 
 
 def evaluate(bundle, model, tokenizer, max_per_task=None, labels=None, crop=False):
-    """{label: {"answers", "correct", "accuracy", "centered"}} of the tasks in a bundle's folder, or of those in `labels`.
+    """{label: {"answers", "correct", "accuracy", "centered"}} of a bundle's tasks, or of `labels`.
 
-    The lists have one entry per example, in shuffled order. An answer is the number of the chosen option, or for language
-    modelling whether the continuation was predicted. crop: prompts keep to the context the model was trained on."""
+    The lists have one entry per example, in shuffled order. An answer is the number of the chosen
+    option, or for language modelling whether the continuation was predicted. crop: prompts are
+    cropped to the sequence length that the model was trained on."""
     bundle = Path(bundle)
     chances, results = read_chances(bundle), {}
     limit = model.config.max_seq_len if crop else 10 * model.config.max_seq_len
@@ -86,7 +87,7 @@ def common(rows):
 
 
 def rows_and_starts(task, examples, index, tokenizer, limit):
-    """The token ids of an example's prompts, and where the scored span of each begins (it ends with the row).
+    """The token ids of an example's prompts, and where the scored span of each begins.
 
     limit: the most tokens that a prompt may have."""
 
@@ -118,7 +119,7 @@ def rows_and_starts(task, examples, index, tokenizer, limit):
 
 @torch.no_grad()
 def answer(task, examples, index, model, tokenizer, limit):
-    """What the model answers to one example: the number of an option, or whether it predicts the continuation."""
+    """The answer to one example: the number of an option, or whether it is predicted."""
     rows, starts = rows_and_starts(task, examples, index, tokenizer, limit)
     longest = max(map(len, rows))
     logits_BxTxV = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
@@ -137,7 +138,9 @@ def answer(task, examples, index, model, tokenizer, limit):
 
 
 def mean_loss(logits_NxV, targets_N):
-    """Mean cross-entropy in nats, infinite for no tokens; the mean is exact, so that equal losses of any number of tokens stay equal."""
+    """Mean cross-entropy in nats, infinite for no tokens.
+
+    The mean is exact, so that equal losses of any number of tokens stay equal."""
     if not len(targets_N):
         return math.inf
     log_probabilities_NxV = logits_NxV.log_softmax(dim=-1)

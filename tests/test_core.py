@@ -1,4 +1,4 @@
-"""Answers to CORE prompts, against an implementation that shares no code (naive_core.py) and against examples worked out by hand."""
+"""Answers to CORE prompts, against naive_core.py, which shares no code, and worked examples."""
 
 import dataclasses
 import json
@@ -139,8 +139,10 @@ def test_bf16_answers_are_nearly_those_of_fp32(bundle):
 
 
 class Pairs(torch.nn.Module):
-    """Knows which byte likes to follow which: the logit of a liked pair is 4, of all others 0. Mean losses can be counted: of b
-    bytes, of which h are liked, it is log(256 + e^4) - 4 h / b where one byte is liked after each, more or less."""
+    """A model whose logit is 4 for a liked pair of bytes and 0 for all others.
+
+    The mean loss of b bytes, of which h are liked, is log(256 + e^4) - 4 h / b, more or less, where
+    one byte is liked after each."""
 
     compute_dtype = torch.float32
 
@@ -163,7 +165,7 @@ LIKED = ["ab", "bc", "cd", " x", "xy", "de"]
 
 
 def answer_of(kind, example, others=(), limit=640, delimiter=" ", liked=LIKED):
-    """(answer, empty spans, scored text of each row) of one example, with others to draw two shots from."""
+    """(answer, empty spans, scored text of each row) of one example; two shots are of `others`."""
     examples = [example, *others]
     task = Task("made up", None, kind, 2, delimiter, 0.0)
     [prompt] = prompts_of(task, examples, BYTES, limit, [0])
@@ -524,7 +526,7 @@ def test_given_bundles(bundle, tmp_path):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """A server with the files of a bundle where the published ones would be, and the names that they are checked by."""
+    """A server with a bundle's files in place of the published ones, and their checksums."""
     bundle = small.core_bundle(tmp_path)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setattr(download, "BACKOFF_S", 0.0)
@@ -575,11 +577,12 @@ def test_failed_download_leaves_no_half_bundle(published, tmp_path, kind):
 
 
 def test_published_files_are_named_by_their_content():
-    """The table of the download against the files at hand; hellaswag's is another text of the same examples."""
+    """The checksums, on the shared files; its hellaswag is another text of the same examples."""
     if not (small.SHARED / "core").is_dir():
         pytest.skip("needs the shared CORE bundle")
     content = (small.SHARED / "core/eval_meta_data.csv").read_bytes()
-    assert core_bundle.CHANCES == (blob_sha1(content), len(content))
+    checksum = blob_sha1(content), len(content)
+    assert checksum == core_bundle.CHANCES
     for uri, (blob, n_bytes) in core_bundle.EXAMPLES.items():
         content = (small.SHARED / "core/eval_data" / uri).read_bytes()
         assert "hellaswag" in uri or (blob, n_bytes) == (blob_sha1(content), len(content)), uri

@@ -1,8 +1,9 @@
-"""The CORE tasks without a model: bundles as they come, prompts token by token, few-shot draws, statistics on worked examples."""
+"""The CORE tasks without a model: bundles, prompts token by token, few-shot draws, statistics."""
 
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ ABCD = [
     choice("C", "0", "1", gold=1),
     choice("D", "0", "1"),
 ]
-# examples, settings, rows with their scored spans, which of them each choice has, shared tokens, tokens left out
+# examples, settings, rows with their scored spans, the row of each choice, shared tokens,
+# cropped tokens
 CHOICES = {
     "plain": (
         [choice("Sky is", "red", "blue", gold=1)],
@@ -312,7 +314,8 @@ SCHEMAS = {
         0,
     ),
 }
-# examples, settings, text without the continuation, text with it, its row with the scored span, shared tokens, tokens left out
+# examples, settings, text without the continuation, text with it, its row with the scored span,
+# shared tokens, cropped tokens
 CONTINUATIONS = {
     "plain": ([lm("I like", "tea")], {}, "I like", "I like tea", "^I like| tea", 6, 0),
     "an answer on its own line": (
@@ -621,7 +624,7 @@ def file_of(folder, *lines):
     "limit, order", [(-1, "badcfe"), (6, "badcfe"), (7, "badcfe"), (3, "bad"), (1, "b"), (0, "")]
 )
 def test_examples_are_shuffled_then_cut(tmp_path, limit, order):
-    """Shuffled also where nothing is cut: the place in the list decides on the few-shot examples."""
+    """Shuffled even if nothing is cut: places in the list decide on the few-shot examples."""
     task = task_of(
         LM, path=file_of(tmp_path, *(json.dumps(lm(letter, "1")) for letter in "abcdef"))
     )
@@ -720,7 +723,7 @@ def test_a_line_nested_too_deep_to_parse_is_malformed(tmp_path):
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 @pytest.mark.parametrize("kind", core.KINDS)
 def test_half_a_character_is_malformed_or_gets_tokens(tmp_path, kind, tokenizer):
-    r"""JSON can hold half of a surrogate pair (\ud83d), which has no UTF-8 form; one such line must not end an evaluation."""
+    r"""Half of a surrogate pair (\ud83d) has no UTF-8 form; one such line ends no evaluation."""
     line = json.dumps(GOOD[kind]).replace('"x"', r'"\ud83d"')
     task = task_of(kind, path=file_of(tmp_path, json.dumps(GOOD[kind]), line))
     examples, total, malformed = core.read_examples(task)
@@ -786,6 +789,7 @@ PERCENT = {
     "boolq": (62, 62),
     "bigbench_language_identification": (9.1, 25),
 }
+PUBLISHED_PIQA = "published are 10, multiple_choice, '\\nAnswer: '"
 V1 = {label: percent for label, (percent, _) in PERCENT.items()}
 V2 = {label: percent for label, (_, percent) in PERCENT.items()}
 
@@ -802,7 +806,7 @@ def table(percent):
 
 
 def bundle(folder, tasks=None, percent=V1):
-    """A complete bundle of one example a file, or with other tasks (their entries) and other chance levels. Returns its folder."""
+    """The folder of a bundle of one example a file. tasks, percent: other entries and chances."""
     for entry in entries().values():
         path = folder / "eval_data" / entry["dataset_uri"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1001,15 +1005,15 @@ def test_other_tasks_may_have_any_label(tmp_path, label):
     [
         (
             {"num_fewshot": [5]},
-            "piqa: 5 shots, multiple_choice, delimiter '\\nAnswer: '; published are 10, multiple_choice, '\\nAnswer: '",
+            "piqa: 5 shots, multiple_choice, delimiter '\\nAnswer: '; " + PUBLISHED_PIQA,
         ),
         (
             {"continuation_delimiter": " "},
-            "piqa: 10 shots, multiple_choice, delimiter ' '; published are 10, multiple_choice, '\\nAnswer: '",
+            "piqa: 10 shots, multiple_choice, delimiter ' '; " + PUBLISHED_PIQA,
         ),
         (
             {"icl_task_type": "schema"},
-            "piqa: 10 shots, schema, delimiter '\\nAnswer: '; published are 10, multiple_choice, '\\nAnswer: '",
+            "piqa: 10 shots, schema, delimiter '\\nAnswer: '; " + PUBLISHED_PIQA,
         ),
     ],
 )
@@ -1125,7 +1129,7 @@ def test_published_examples():
 
 @needs_core
 def test_published_order():
-    """Literal texts: whoever shuffles, cuts or draws otherwise measures something else under the same name."""
+    """Literal texts: another shuffle, cut or draw measures something else under the same name."""
     tasks, _, _ = core.read_bundle(CORE_FOLDER)
     examples, _, _ = core.read_examples(tasks["copa"])
     assert [example["query"] for example in examples[:3]] == [
@@ -1136,12 +1140,13 @@ def test_published_order():
     examples, _, _ = core.read_examples(tasks["arc_easy"], 500)
     text = core.texts_of(tasks["arc_easy"], examples, 7)[3]
     assert text.startswith(
-        "Question: Which calculation is used to determine acceleration?\nAnswer: divide change in velocity by change in "
-        "time\n\nQuestion: "
+        "Question: Which calculation is used to determine acceleration?\n"
+        "Answer: divide change in velocity by change in time\n\nQuestion: "
     )
     assert text.endswith(
         "\n\nQuestion: Which tool is best used to observe a soil sample?\nAnswer: hand lens\n\n"
-        "Question: Which event is an example of conduction?\nAnswer: Cold water is heated in a microwave oven."
+        "Question: Which event is an example of conduction?\n"
+        "Answer: Cold water is heated in a microwave oven."
     )
     assert text.count("\nAnswer: ") == 11
 
@@ -1150,7 +1155,7 @@ def test_published_order():
 
 
 def result(correct, chance=0.25, file="a.jsonl", fingerprint="f"):
-    return core.Answers(correct, chance, fingerprint, file)
+    return SimpleNamespace(correct=correct, chance=chance, fingerprint=fingerprint, file=file)
 
 
 def answers(right, wrong):
@@ -1203,10 +1208,12 @@ def test_metric():
 @pytest.mark.parametrize(
     "results, middle, half",
     [
-        # accuracy 0.7, standard error sqrt(0.7 * 0.3 / 400) = 0.02291, both on the scale of 1 / 0.75; 1.96 of them
+        # accuracy 0.7, standard error sqrt(0.7 * 0.3 / 400) = 0.02291; both times 1 / 0.75, and
+        # 1.96 standard errors
         ([result(answers(280, 120))], 0.6, 0.05988),
         ([result(answers(280, 120), chance=0)], 0.7, 0.04491),
-        # the centered ones: 0.6, 0.2, 0.25; standard errors 0.03055, 0.04899, 0.02165: the root of the sum of squares, over 3
+        # centered: 0.6, 0.2, 0.25; standard errors 0.03055, 0.04899, 0.02165: the root of the sum
+        # of their squares, over 3
         (
             [
                 result(answers(280, 120)),
@@ -1260,7 +1267,7 @@ def test_interval_without_variance(correct, chance, expected):
 
 
 def test_tasks_of_one_file_are_resampled_together():
-    """Two identical columns vary as one does, two opposite ones not at all; columns of different files half cancel."""
+    """Two identical columns vary as one, two opposite ones not at all; of two files, less."""
     column, opposite = answers(240, 160), "0" * 240 + "1" * 160
     one = width(result(column))
     assert width(result(column), result(column)) == pytest.approx(one, rel=1e-9)
@@ -1286,7 +1293,9 @@ def test_a_run_against_itself_and_against_its_opposite():
 
 
 def test_difference_of_runs_that_mostly_agree():
-    """Of 400 examples 30 are right in the first only, 10 in the second only: 0.05 with a standard error of sqrt(0.0975 / 400)."""
+    """Of 400 examples, 30 are right in the first only and 10 in the second only.
+
+    The difference is 0.05, its standard error sqrt(0.0975 / 400)."""
     first, second = answers(30, 10) + answers(180, 180), "0" * 30 + "1" * 10 + answers(180, 180)
     low, high = core.interval({"a": result(first)}, {"a": result(second)})
     assert (low + high) / 2 == pytest.approx(0.06667, abs=0.004)

@@ -1,4 +1,4 @@
-"""Generation: cached against uncached, the choice of tokens on worked examples, streams of text, the sample app."""
+"""Generation: cached against uncached, worked choices of tokens, streams of text, the app."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ BOS = 256
 
 
 def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
-    """A model of about 250k parameters whose every parameter, also those that start at zero, is away from it."""
+    """A model of about 250k parameters, none of which is left at its initial zero."""
     shape = {
         "width": 64,
         "head_dim": 16,
@@ -51,7 +51,7 @@ def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The tensors here are too small to share out; on a busy machine threads would only wait for each other."""
+    """Threads would only wait for each other: the tensors here are too small to share."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,7 +74,7 @@ def drain(*args, **kwargs):
     return list(generate_ids(*args, **kwargs))
 
 
-# ------------------------------------------------------------------------------------- cached equals uncached
+# ---- cached equals uncached ----
 
 # prompt tokens, window pattern, short window, key/value heads (of 4), max_seq_len
 CACHE_CASES = [
@@ -182,7 +182,7 @@ def test_cache_refuses_what_does_not_fit(model):
         layer.append(one_row, one_row)
 
 
-# ------------------------------------------------------------------------------------- choosing a token
+# ---- choosing a token ----
 
 LOGITS = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()  # most likely first: tokens 1, 3, 2, 0
 
@@ -277,7 +277,7 @@ def test_repetition_penalty_counts_prompt_and_new_tokens(model, monkeypatch):
     assert drain(model, [BOS, 5], 3, temperature=0, repetition_penalty=10) == [[6], [7], [5]]
 
 
-# ------------------------------------------------------------------------------------- streams of ids
+# ---- streams of ids ----
 
 
 def test_seed_decides_the_text(model):
@@ -380,7 +380,7 @@ def test_all_unusable_settings_are_named(model):
     ]
 
 
-# ------------------------------------------------------------------------------------- streams of text
+# ---- streams of text ----
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +430,7 @@ def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypat
     assert generate_texts(model, bytes_tokenizer, "", 2, 3, temperature=0) == ["h", "ijk"]
 
 
-# ------------------------------------------------------------------------------------- nanochat sample
+# ---- nanochat sample ----
 
 
 @pytest.fixture

@@ -153,11 +153,13 @@ def main(argv: list[str]) -> int:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
     }
+    # all problems at once, and before the model is loaded, which may take a while
     problems = _sampling_problems(sampling, args.num_samples)
     if args.step != "best" and args.step < -1:
         problems.append(
             f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest"
         )
+    # an unreadable file is one more line, not the end of the check
     prompts = []
     try:
         prompts = read_prompts(args.prompt, args.prompts_file)
@@ -166,6 +168,7 @@ def main(argv: list[str]) -> int:
     if problems:
         raise UsageError("\n".join(problems))
 
+    # here, not above: they import torch
     from nanochat import load
     from nanochat.eval.generation import NotNumbers, check_prompts, generate_text, generate_texts
 
@@ -175,6 +178,7 @@ def main(argv: list[str]) -> int:
 
     def samples_of(prompt: str) -> Iterator[Iterable[str]]:
         """The samples of a prompt, each in pieces to print."""
+        # drawn while it is printed; several samples share each step and end at different ones
         if args.num_samples == 1:
             yield generate_text(model, tokenizer, prompt, **sampling)
             return

@@ -13,13 +13,13 @@ from nanochat.ranks import rank, world_size
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """The result of an evaluation, over all ranks.
+    """The result of an evaluation, over all ranks."""
 
-    bpb: nats of all scored tokens / (ln 2 * their UTF-8 bytes). loss: nats per scored token.
-    tokens, bytes: those scored; special tokens count as neither."""
-
+    # nats of all scored tokens / (ln 2 * their UTF-8 bytes)
     bpb: float
+    # nats per scored token
     loss: float
+    # those scored; special tokens count as neither
     tokens: int
     bytes: int
 

@@ -47,55 +47,59 @@ Progress = Callable[[float, str, float], None]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The result of one task. Its fields are those of a line of core.jsonl, in their order.
+    """The result of one task. Its fields are those of a line of core.jsonl, in their order."""
 
-    accuracy, centered, stderr: None for a task that failed, and stderr for a single example.
-    n: examples evaluated, of `examples` in the file, without the malformed lines. chance: accuracy
-    of guessing. shots: few-shot examples before each. empty_spans: choices without a scored token.
-    cropped: prompts that were longer than the limit. correct: a 0 or 1 for each example; answers:
-    the choices. file: within the bundle. fingerprint: tasks.core.fingerprint_of(). reason: why the
-    task failed, or None."""
-
+    # None for a task that failed
     accuracy: float | None
     centered: float | None
+    # None for a single example, too
     stderr: float | None
+    # examples evaluated
     n: int
+    # accuracy of guessing
     chance: float
+    # few-shot examples before each
     shots: int
+    # examples in the file, and lines of it that are none
     examples: int
     malformed: int
+    # choices without a scored token
     empty_spans: int
+    # prompts that were longer than the limit
     cropped: int
+    # a 0 or 1 for each example, and the choices
     correct: str
     answers: list[int]
+    # of the examples, within the bundle
     file: str
+    # shared by evaluations that can be paired by example
     fingerprint: str
+    # why the task failed, or None
     reason: str | None
     seconds: float
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """The result of an evaluation, the same on all ranks.
+    """The result of an evaluation, the same on all ranks."""
 
-    core_metric, low, high: the metric and its 95% bootstrap interval, None with a reason unless all
-    22 tasks were evaluated. n: examples of all tasks. baselines: as in Core. tasks: by label."""
-
+    # None, with a reason, unless all 22 tasks were evaluated
     core_metric: float | None
+    # 95% bootstrap interval of core_metric
     low: float | None
     high: float | None
+    # examples of all tasks
     n: int
     reason: str | None
     seconds: float
+    # chance levels: "v1" or "v2", or "" where the bundle was never read
     baselines: str
+    # by label
     tasks: dict[str, TaskResult]
 
 
 class Core:
-    """The tasks of a bundle and their prompts for one tokenizer, written when first needed.
-
-    tasks: {label: Task}. problems: {label: why it cannot be evaluated}. remarks: sentences on what
-    differs from the published bundle. tokens_of: {label: tokens, estimated by describe()}."""
+    """The tasks of a bundle and their prompts for one tokenizer, written when first needed."""
 
     def __init__(
         self,
@@ -120,14 +124,17 @@ class Core:
         if problem := label_problem(labels):
             raise UsageError(problem)
         bundle = read_bundle(folder, baselines)
+        # those that will be evaluated, by label; describe() takes out what turns out to be unusable
         self.tasks: dict[str, Task] = {
             label: task for label, task in bundle.tasks.items() if label in labels
         }
+        # why a task cannot be evaluated, by label, for every one of the 22 that is not in tasks
         self.problems: dict[str, str] = {
             label: bundle.problems.get(label, LEFT_OUT)
             for label in LABELS
             if label not in self.tasks
         }
+        # sentences on what differs from the published bundle
         self.remarks: list[str] = bundle.remarks
         self.folder = Path(folder)
         self.tokenizer = tokenizer
@@ -137,6 +144,7 @@ class Core:
         self.threads = threads
         self.keep = keep
         self.shares = shares
+        # tokens of a task's prompts, by label, estimated by describe()
         self.tokens_of: dict[str, float] = {}
         self._examples: dict[str, Examples] = {}
         self._prompts: dict[str, list[Prompt]] = {}
@@ -197,6 +205,7 @@ class Core:
             else:
                 self.tokens_of[label] = len(examples) * sum(map(tokens_of, sampled)) / len(sampled)
                 n_examples += len(examples)
+        # one rank's disk may lack a file that another's has; only what all can evaluate is left
         for problems in from_all(self.problems):
             self.problems = {**problems, **self.problems}
         self.tasks = {
@@ -267,6 +276,7 @@ def evaluate(
     tokens_done = 0.0
     results = {}
 
+    # shares of tokens, not of tasks: some tasks are many times longer than others
     def report(label: str, share_of_task: float) -> None:
         done = tokens_done + share_of_task * core.tokens_of.get(label, 0.0)
         if share := done / max(tokens_in_all, 1.0):
@@ -280,6 +290,7 @@ def evaluate(
             )
             tokens_done += core.tokens_of.get(label, 0.0)
     finally:
+        # also when Stopped passes: the caller saves and may evaluate again
         model.train(was_training)
     return _summary(core, results, time.monotonic() - started)
 
@@ -348,6 +359,7 @@ def _open_task(core: Core, label: str) -> _Opened:
     except Exception as error:
         # reported to the other ranks instead of raised: without this share the task is lost
         problem = f"{type(error).__name__}: {in_a_line(error)}"
+    # ranks that read different examples would add up answers to different questions
     views = from_all((len(found.examples), fingerprint, problem))
     problem = next((view[2] for view in views if view[2]), None)
     if problem is None and len(set(views)) > 1:
@@ -391,6 +403,7 @@ def _evaluate_task(
         # not raised here: the other ranks would wait for this one's answers
         failure = f"{label}: {type(error).__name__}: {in_a_line(error)}"
         cause = error
+    # one exchange a task: counts and answers are exact in fp64
     sums = torch.cat((torch.tensor([n_empty, n_cropped], dtype=torch.float64), answers))
     sums = sum_or_leave(
         sums,
@@ -420,6 +433,7 @@ def _task_result(
     correct = []
     accuracy = centered_accuracy = stderr = None
     if opened.problem is None:
+        # the answer to language modelling is whether the continuation was predicted
         if task.kind == "language_modeling":
             golds = [1] * len(examples)
         else:
@@ -476,6 +490,7 @@ def open_for_training(
             folder, tokenizer, len_limit(config), max_per_task=max_per_task, threads=threads
         )
     except (UsageError, Unavailable) as error:
+        # a bundle that was asked for by name must exist; the default one is optional
         if bundle:
             raise
         print0(f"CORE: cannot be measured, training continues without it: {error}")

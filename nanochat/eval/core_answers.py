@@ -26,24 +26,23 @@ CALL_TOKENS = 256
 
 
 class Answer(NamedTuple):
-    """The answer to a prompt.
+    """The answer to a prompt."""
 
-    choice: the choice with the smallest mean loss; for language modelling 1 if every token of the
-    continuation is the most likely one, else 0. n_empty: choices without a scored token, which are
-    never chosen over others."""
-
+    # the choice with the smallest mean loss; for language modelling 1 if every token of the
+    # continuation is the most likely one, else 0
     choice: int
+    # choices without a scored token, which are never chosen over others
     n_empty: int
 
 
 class _Tail(NamedTuple):
-    """What a row of a prompt holds behind the shared beginning.
+    """What a row of a prompt holds behind the shared beginning."""
 
-    row: its place among the R rows of the batch; ids: int32 (T,); start: where the scored span
-    begins in ids (0: its first token is predicted by the beginning)."""
-
+    # place among the R rows of the batch
     row: int
+    # int32 (T,)
     ids: np.ndarray
+    # where the scored span begins in ids, 1 or later: the id before it predicts it
     start: int
 
 
@@ -57,6 +56,7 @@ def batches(prompts: list[Prompt], batch_tokens: int) -> Iterator[list[Prompt]]:
 
     They have similar lengths, so that little is padded, and at most batch_tokens tokens, padding
     included (one prompt at least)."""
+    # prompts of similar lengths are neighbours, and those without a beginning come last
     order = sorted(
         prompts, key=lambda prompt: (prompt.shared, max(map(len, prompt.rows))), reverse=True
     )

@@ -85,6 +85,7 @@ def find_bundle(
     Raises UsageError if `given` is not a bundle, Unavailable if the download fails."""
     if given:
         return _given_bundle(given)
+    # a folder with this name is complete
     folder = base_dir() / "core"
     if folder.is_dir():
         return folder
@@ -123,13 +124,16 @@ def _download(folder: Path, report: Callable[[str], None]) -> None:
     report("CORE: downloading its bundle of 22 tasks (about 50 MB), once")
     files = {"eval_meta_data.csv": RemoteFile("", "", CHANCES_URL, CHANCES[1], "", CHANCES[0])}
     for uri, (blob, n_bytes) in EXAMPLES.items():
+        # the table lacks the size of one file
         n_bytes = n_bytes or content_length(EXAMPLES_URL + uri, report)
         files[f"eval_data/{uri}"] = RemoteFile("", "", EXAMPLES_URL + uri, n_bytes, "", blob)
     paths = {name: file.fetch(report) for name, file in files.items()}
+    # it gets its name when it is complete
     with new_folder(folder) as partial:
         for name, path in paths.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(path.read_bytes())
         (partial / "core.yaml").write_text(published_yaml(), encoding="utf-8")
+    # the downloads would otherwise take the space a second time
     for path in paths.values():
         path.unlink()

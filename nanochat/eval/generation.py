@@ -59,10 +59,12 @@ def sample_next(
             "try an earlier checkpoint"
         )
     if repetition_penalty != 1 and seen_BxV is not None:
+        # dividing a negative logit would make its token more likely
         penalised_BxV = torch.where(
             logits_BxV > 0, logits_BxV / repetition_penalty, logits_BxV * repetition_penalty
         )
         logits_BxV = torch.where(seen_BxV, penalised_BxV, logits_BxV)
+    # the limit of a small temperature, without a division by zero
     if temperature == 0:
         return logits_BxV.argmax(-1)
 
@@ -158,6 +160,7 @@ def check_prompt(model: Decoder, prompt_ids: list[int], max_new_tokens: int) -> 
 
     A model has positions for a prompt and its continuation together."""
     vocab_size = model.config.vocab_size
+    # the rotary table is longer than the sequence length of training
     reach = model.rope_cos.size(0)
     if not prompt_ids:
         raise UsageError("the prompt has no tokens; start it with the tokenizer's BOS")
@@ -248,6 +251,7 @@ def generate_ids(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
     }
+    # a generator function would run its checks only when the first step is read
     return _steps(
         model, prompt_ids, max_new_tokens, sampling, seed, num_samples, stop_id, use_cache
     )
@@ -266,6 +270,7 @@ def _steps(
     """generate_ids() with settings that are usable. A generator runs only when it is read."""
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
+    # tokens that the repetition penalty applies to
     seen_BxV = torch.zeros(num_samples, model.config.vocab_size, dtype=torch.bool)
     seen_BxV[:, prompt_ids] = True
     running = [True] * num_samples
@@ -365,6 +370,7 @@ def draw_samples(
 
     stop: a signals.StopSignals; once stop.requested is set nothing more is yielded, and no part of
     a text. A sample that fails is yielded without a text and with its problem."""
+    # tiny models of tests have positions for few tokens
     n_tokens = min(SAMPLE_TOKENS, 4 * model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         pieces = []
@@ -404,6 +410,7 @@ def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
             prompts = [line.rstrip("\n") for line in f]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--sample-prompts={path}: cannot be read as text ({error})") from None
+    # raises now what would otherwise fail at the first sample, hours later
     for prompt in prompts:
         tokenizer.encode(prompt)
     return prompts

@@ -25,6 +25,7 @@ DEFAULT_POSITIONS = 2048
 @contextlib.contextmanager
 def quiet(transformers: types.ModuleType) -> Iterator[None]:
     """Silence the progress bars, advice and log lines of transformers and what it imports."""
+    # for the loggers of the libraries that transformers imports, too
     logging.disable(logging.WARNING)
     verbosity = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
@@ -95,6 +96,7 @@ def load(
 @torch.no_grad()
 def _is_causal(model: "HuggingFaceModel", device: torch.device) -> bool:
     """Whether the last token leaves the logits before it unchanged, up to rounding."""
+    # two texts that differ in the last token only
     ids_BxT = torch.zeros(2, 8, dtype=torch.int64, device=device)
     ids_BxT[1, -1] = model.config.vocab_size - 1
     first, second = model.hidden(ids_BxT)[:, :-1].float()
@@ -156,7 +158,7 @@ class HuggingFaceTokenizer:
                 f"{folder}: its tokenizer has neither a BOS nor an end-of-text token, one of which "
                 f"must begin every text"
             )
-        # ids may have gaps
+        # not len(tokenizer): ids may have gaps
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:

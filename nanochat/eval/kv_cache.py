@@ -11,11 +11,7 @@ from nanochat.model.config import GPTConfig
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers of fixed size.
-
-    keys, values: (B, capacity, K, D), of which `length` positions are filled. key_before: the last
-    position's key as it was before shifting, rotating and normalising, (B, 1, K, D); None before
-    the first position and in models that shift no keys. lengths: see KVCache."""
+    """Keys and values of one layer, in buffers of fixed size."""
 
     def __init__(
         self,
@@ -27,8 +23,12 @@ class LayerCache:
         dtype: torch.dtype,
         lengths: list[int] | None = None,
     ) -> None:
+        """lengths: see KVCache."""
+        # the last position's key before it was shifted, rotated and normalised, (B, 1, K, D);
+        # None before the first position and in models that shift no keys
         self.key_before: Tensor | None = None
         self.lengths = lengths
+        # (B, capacity, K, D), of which `length` positions are filled
         self.keys = torch.empty(
             batch_size, capacity, n_kv_head, head_dim, device=device, dtype=dtype
         )
@@ -87,11 +87,7 @@ class LayerCache:
 
 
 class KVCache:
-    """What a model remembers of the tokens it has read: keys and values, and what smear needs.
-
-    layers: a LayerCache for each block. length: positions read so far. previous_embedding: the
-    normalised embedding of the last token, (B, 1, C); None before the first and in models without
-    smear."""
+    """What a model remembers of the tokens it has read: keys and values, and what smear needs."""
 
     def __init__(
         self,
@@ -113,7 +109,10 @@ class KVCache:
         ]
         self.batch_size = batch_size
         self.lengths = lengths
+        # positions read so far
         self.length = 0
+        # the normalised embedding of the last token, (B, 1, C); None before the first and in
+        # models without smear
         self.previous_embedding: Tensor | None = None
 
     def positions(self, T: int) -> slice:

@@ -27,11 +27,13 @@ def sum_or_leave(
     Returns (N,) float64.
     Raises Stopped on every rank if any was asked to stop, else EvaluationFailed on every rank if
     any failed: a rank that raised on its own would leave the others waiting for its sums."""
+    # in the same exchange as the sums: a second one would cost as much again
     votes = torch.tensor([stopped, bool(failure)], dtype=torch.float64)
     # NCCL sums only tensors in GPU memory; MPS has no float64
     meeting_place = device if device.type == "cuda" else torch.device("cpu")
     total = sum_over_ranks(torch.cat((votes, sums)).to(meeting_place)).cpu()
     any_stopped, any_failed = total[:2].tolist()
+    # a stop comes first: a resumed run repeats the evaluation, which a failure would put on record
     if any_stopped:
         raise Stopped
     if any_failed:

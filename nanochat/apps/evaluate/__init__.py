@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from nanochat.apps.evaluate.config import is_foreign, read_config
 from nanochat.common import (
@@ -11,6 +12,15 @@ from nanochat.common import (
     step_argument,
     valid_unicode,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from nanochat.apps.evaluate.measure import Machine
+    from nanochat.apps.evaluate.report import Report
+    from nanochat.apps.evaluate.subject import Subject
 
 # a flag that concerns one measurement -> the flag that asks for that measurement
 PART_OF = {
@@ -173,6 +183,7 @@ def _flag_problems(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     problems = []
     if not (args.core or args.bpb or args.sample):
         problems.append("nothing to measure: add --core, --bpb or --sample")
+    # a flag without its measurement would change nothing: refused, not ignored
     for name, part in PART_OF.items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, part):
             problems.append(f"{_flag(name)}: belongs to --{part}; add that, or omit the flag")
@@ -216,6 +227,7 @@ def _run_problems(run: str, *, step: int | str, sample: bool, bpb: bool, data: s
             f"--sample: {run} is a Hugging Face folder, which cannot be sampled from; "
             f"`nanochat export` turns a Llama into a run"
         )
+    # only a run of train.py records the text it was validated on
     if bpb and not data and (foreign or "data" not in config):
         kind = "is a Hugging Face folder" if foreign else "was imported"
         problems.append(f"--bpb: {run} {kind} and has no text of its own; name one with --data")
@@ -228,6 +240,7 @@ def main(argv: list[str]) -> int:
     Raises one UsageError with a line for every unusable flag, before anything is measured."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    # all of them at once, and before a model is loaded: a second one would cost another start
     problems = _flag_problems(args, parser)
     for run in args.runs:
         problems += _run_problems(
@@ -241,29 +254,18 @@ def main(argv: list[str]) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     """main() with flags that are usable; imports what computes."""
     from nanochat import hardware, ranks
-    from nanochat.apps.evaluate.measure import Machine, draw, measure_bpb, measure_core
-    from nanochat.apps.evaluate.report import (
-        Report,
-        as_json,
-        as_text,
-        check_writable,
-        difference,
-        results_folder,
-        write,
-    )
+    from nanochat.apps.evaluate.measure import Machine
+    from nanochat.apps.evaluate.report import as_json, check_writable, results_folder, write
     from nanochat.apps.evaluate.subject import open_subject
     from nanochat.eval.core_bundle import find_bundle
-    from nanochat.eval.generation import check_prompts
 
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
     device = ranks.setup(device_type)
     dtype, _ = hardware.pick_dtype(args.dtype, device_type)
-    dtype_name = str(dtype).removeprefix("torch.")
-    # with --json the JSON is all that is printed
+    # with --json, the JSON is all that is printed
     say = _silent if args.json else ranks.print0
     machine = Machine(device, args.batch_tokens, say, show_progress=not args.json)
-    prompts = args.prompt or [""]
     # found out before hours of work, not after
     folders = [results_folder(args.out, run) for run in args.runs]
     ranks.from_rank0_or_raise(lambda: check_writable(folders))
@@ -273,40 +275,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     reports = []
     for run, folder in zip(args.runs, folders, strict=True):
         subject = open_subject(run, args.step, device, dtype)
-        say(f"{subject.title}: {device_type} x {ranks.world_size()}, {dtype_name}")
-        if args.sample:
-            check_prompts(subject.model, subject.tokenizer, prompts, args.max_tokens)
-        bpb = core = samples = compared = None
-        if args.bpb:
-            bpb = measure_bpb(subject, machine, data=args.data, eval_tokens=args.eval_tokens)
-        if args.core:
-            core = measure_core(
-                subject,
-                machine,
-                bundle=bundle,
-                labels=args.tasks,
-                max_per_task=args.max_per_task,
-                baselines=args.baselines,
-                crop=args.core_crop,
-            )
-        if args.sample:
-            samples = draw(subject, prompts, max_tokens=args.max_tokens, seed=args.seed)
-        if reports and args.core:
-            compared = difference(core.result, reports[0].run, reports[0].core.result)
-        report = Report(
-            title=subject.title,
-            run=str(run),
-            step=subject.step,
-            device=hardware.describe(device),
-            ranks=ranks.world_size(),
-            dtype=dtype_name,
-            bpb=bpb,
-            core=core,
-            samples=samples,
-            difference=compared,
-        )
+        first = reports[0] if reports else None
+        report = _report_of(args, subject, machine, dtype, bundle, first)
         reports.append(report)
-        say(as_text(report))
+        # rank 0 writes; a disk that is full ends all ranks
         path = ranks.from_rank0_or_raise(
             lambda folder=folder, report=report: write(report, folder, name_run=bool(args.out))
         )
@@ -317,6 +289,60 @@ def _evaluate(args: argparse.Namespace) -> int:
     if any(report.failed() for report in reports):
         return EXIT_FAILED
     return EXIT_COMPLETED
+
+
+def _report_of(
+    args: argparse.Namespace,
+    subject: "Subject",
+    machine: "Machine",
+    dtype: "torch.dtype",
+    bundle: "Path | None",
+    first: "Report | None",
+) -> "Report":
+    """Measure and print all that the flags ask for. first: the report to compare CORE with."""
+    from nanochat import hardware, ranks
+    from nanochat.apps.evaluate.measure import draw, measure_bpb, measure_core
+    from nanochat.apps.evaluate.report import Report, as_text, difference
+    from nanochat.eval.generation import check_prompts
+
+    device = machine.device
+    dtype_name = str(dtype).removeprefix("torch.")
+    machine.say(f"{subject.title}: {device.type} x {ranks.world_size()}, {dtype_name}")
+    prompts = args.prompt or [""]
+    # samples come last, and a prompt that is too long should not cost the rest
+    if args.sample:
+        check_prompts(subject.model, subject.tokenizer, prompts, args.max_tokens)
+    bpb = core = samples = compared = None
+    if args.bpb:
+        bpb = measure_bpb(subject, machine, data=args.data, eval_tokens=args.eval_tokens)
+    if args.core:
+        core = measure_core(
+            subject,
+            machine,
+            bundle=bundle,
+            labels=args.tasks,
+            max_per_task=args.max_per_task,
+            baselines=args.baselines,
+            crop=args.core_crop,
+        )
+        if first is not None:
+            compared = difference(core.result, first.run, first.core.result)
+    if args.sample:
+        samples = draw(subject, prompts, max_tokens=args.max_tokens, seed=args.seed)
+    report = Report(
+        title=subject.title,
+        run=subject.run,
+        step=subject.step,
+        device=hardware.describe(device),
+        ranks=ranks.world_size(),
+        dtype=dtype_name,
+        bpb=bpb,
+        core=core,
+        samples=samples,
+        difference=compared,
+    )
+    machine.say(as_text(report))
+    return report
 
 
 def _silent(text: str) -> None:

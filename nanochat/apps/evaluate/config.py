@@ -14,6 +14,7 @@ def read_config(run: str) -> dict:
     if not path.exists():
         raise UsageError(f"{run}: it has no config.json; {remedy}")
     config = read_json(path, str(run))
+    # JSON may be anything, and so may config.json in a folder named by mistake
     is_run = isinstance(config, dict) and isinstance(config.get("args"), dict)
     if not (is_run or (isinstance(config, dict) and is_foreign(config))):
         raise UsageError(

@@ -33,14 +33,14 @@ MAX_EXPONENT = 700
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how to compute.
-
-    batch_tokens: --batch-tokens. say: prints a line, on rank 0. show_progress: a progress bar may
-    be shown on a terminal."""
+    """Where and how to compute."""
 
     device: torch.device
+    # --batch-tokens
     batch_tokens: int
+    # prints a line, on rank 0
     say: Callable[[str], None]
+    # on a terminal, by a bar
     show_progress: bool
 
     def batch_tokens_for(self, subject: Subject) -> int:
@@ -69,6 +69,7 @@ def measure_bpb(subject: Subject, machine: Machine, *, data: str, eval_tokens: i
         name = subject.config["data"]["name"]
     row_tokens = subject.model.config.max_seq_len
     limit = sys.maxsize if eval_tokens == -1 else eval_tokens
+    # token files are cached by the fingerprint of one of our tokenizers
     if subject.foreign:
         pieces = _foreign_pieces(shards, subject.tokenizer, row_tokens, limit)
     else:
@@ -127,6 +128,7 @@ def _shards_of_run(subject: Subject, say: Callable[[str], None]) -> list:
     corpus = ranks.from_rank0_or_raise(
         lambda: open_corpus(args["data"], args["val_data"], recorded.get("revision", ""), say)
     )
+    # bits per byte of another text would pass for those of the run
     if corpus.fingerprint != recorded["fingerprint"]:
         raise UsageError(
             f"--bpb: the text of {subject.folder} ({recorded['name']}) has changed since the run "
@@ -152,6 +154,7 @@ def _foreign_pieces(shards: list, tokenizer: Any, row_tokens: int, max_tokens: i
                     f"--bpb: the tokenizer of {tokenizer.folder} encodes {found:,} of a document's "
                     f"{n_bytes:,} bytes; bits per byte need a tokenizer that keeps text as it is"
                 )
+            # the last document is cut where the tokens end
             ids = ids[:left].astype(np.int64)
             pieces += [
                 np.concatenate(([tokenizer.bos], ids[start : start + row_tokens]))
@@ -191,9 +194,11 @@ def measure_core(
         labels=labels,
         baselines=baselines,
         threads=os.cpu_count() or 1,
+        # one evaluation: no reason to hold prompts
         keep=False,
         shares=not subject.foreign,
     )
+    # rank 0 may have to measure it, and the estimate is printed once
     peak, _ = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(machine.device))
     flops = ASSUMED_MFU * peak * ranks.world_size()
     for line in core.describe(subject.model.flops_per_token(), flops):

@@ -30,28 +30,31 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class BpbReport:
-    """Bits per byte over text. reason: why there is none, or None. data: the name of the text."""
+    """Bits per byte over text."""
 
+    # why there are no numbers, or None
     reason: str | None
     bpb: float | None
+    # nats per token
     loss: float | None
     tokens: int
     bytes: int
     perplexity: float | None
+    # name of the text
     data: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class CoreReport:
-    """A CORE result, with how it was asked for.
-
-    limit: tokens of a prompt at most. failed: a task that was asked for is missing."""
+    """A CORE result, with how it was asked for."""
 
     result: CoreResult
+    # tokens of a prompt at most
     limit: int
     baselines: str
     max_per_task: int
+    # whether a task that was asked for is missing
     failed: bool
 
 
@@ -65,28 +68,31 @@ class Sample:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in CORE to another run.
+    """A difference in CORE to another run."""
 
-    core_metric: None if one of the two has none. low, high: 95% interval, paired by example, None
-    if examples cannot be paired. reason: why something is None."""
-
+    # the other run
     to: str
+    # None if one of the two has no CORE
     core_metric: float | None
+    # why something is None
     reason: str | None
+    # 95% interval, paired by example; None if examples cannot be paired
     low: float | None
     high: float | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one model; None for what was not asked for.
+    """All results of one model; None for what was not asked for."""
 
-    title: for people. device: from hardware.describe(). ranks: number of processes."""
-
+    # for people
     title: str
+    # folder of the run, as it was given
     run: str
     step: int | None
+    # from hardware.describe()
     device: dict[str, Any]
+    # number of processes
     ranks: int
     dtype: str
     bpb: BpbReport | None
@@ -124,6 +130,7 @@ def results_folder(out: str, run: str) -> Path:
 def check_writable(folders: list[Path]) -> None:
     """Raises UsageError if a folder, which need not exist yet, cannot be written."""
     for folder in (folder.absolute() for folder in folders):
+        # what does not exist yet is created in the innermost folder that does
         existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         problem = ""
         if not existing.is_dir():
@@ -150,7 +157,7 @@ def write(report: Report, folder: Path, name_run: bool) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         path = str(folder / name)
         number = 1
-        # the .json is written last
+        # it is written last, so a .json stands for three files
         while os.path.exists(f"{path}.json"):
             number += 1
             path = f"{folder / name}_{number}"

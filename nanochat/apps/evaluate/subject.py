@@ -18,15 +18,18 @@ LOGITS_SHARE = 8
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its tokenizer, ready to be evaluated.
+    """A model with its tokenizer, ready to be evaluated."""
 
-    config: the folder's config.json. step: of the checkpoint, None for a Hugging Face model.
-    title: for people."""
-
+    # as the user named it
+    run: str
     folder: Path
+    # the folder's config.json
     config: dict
+    # whether it is a Hugging Face model
     foreign: bool
+    # of the checkpoint, None for a Hugging Face model
     step: int | None
+    # for people
     title: str
     model: Any
     tokenizer: Any
@@ -39,12 +42,12 @@ def open_subject(run: str, step: int | str, device: torch.device, dtype: torch.d
     config = read_config(run)
     if is_foreign(config):
         model, tokenizer = hf_model.load(run, device, dtype)
-        return Subject(Path(run), config, True, None, str(run), model, tokenizer)
+        return Subject(run, Path(run), config, True, None, str(run), model, tokenizer)
     # chosen once for all ranks: a run that is still training may save another one meanwhile
     found = from_rank0_or_raise(lambda: loading.step_of(run, None if step == -1 else step))
     model, tokenizer = loading.load_run(run, found, device.type, str(dtype).removeprefix("torch."))
     title = f"{run}, step {found}"
-    return Subject(Path(run), config, False, found, title, model.to(device), tokenizer)
+    return Subject(run, Path(run), config, False, found, title, model.to(device), tokenizer)
 
 
 def default_batch_tokens(foreign: bool, max_seq_len: int, device_type: str) -> int:
