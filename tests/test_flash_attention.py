@@ -316,7 +316,7 @@ class TestInterpreted:
     def test_what_cannot_be_had_is_refused(self):
         q, k, v, _ = inputs(10, 20, 4, 2, 32)
         for wrong, reason in (
-            ((q[..., :24], k[..., :24], v[..., :24]), "head dims of"),
+            ((q[..., :24], k[..., :24], v[..., :24]), "takes head dims"),
             ((q, k.half(), v), "not 32, torch.float32"),
             ((q.double(), k.double(), v.double()), "float64"),
             ((q[:, :, :3], k, v), "do not fit together"),
