@@ -193,6 +193,7 @@ def run_train(*, data: str, out: str, kind: str, vocab_size: int, max_bytes: int
             f"{folder}: cannot be created ({error.strerror}); name a folder that can be written"
         ) from None
     began = time.perf_counter()
+    # kept in the cache too, where train.py finds it for the same text
     fitted = fit_tokenizer(corpus, kind, vocab_size)
     seconds = time.perf_counter() - began
     _save_new(fitted, folder)
@@ -349,6 +350,7 @@ def _is_gpt2(row: Measurement) -> bool:
 
 def _with_ratios(rows: list[Measurement]) -> list[Measurement]:
     """The rows with their ratio_to_gpt2, where one of them is of GPT-2's tokenizer."""
+    # GPT-2's may have been named by a folder
     reference = next((row.bytes_per_token for row in rows if _is_gpt2(row)), None)
     if not reference:
         return rows
@@ -383,6 +385,7 @@ def open_tokenizer(name: str, names: tuple[str, ...] = NAMES_WITHOUT_DATA) -> "T
     if name == "gpt2":
         return gpt2_tokenizer()
     folder = Path(name)
+    # a folder may have the name of a kind, and then it is meant
     if not folder.exists() and name in NAMES:
         raise UsageError(
             f"{name}: is a kind that is fitted to data; name a folder that `nanochat tokenizer "
@@ -392,6 +395,7 @@ def open_tokenizer(name: str, names: tuple[str, ...] = NAMES_WITHOUT_DATA) -> "T
         raise UsageError(
             f"{name}: no such folder, and not a name of a tokenizer ({', '.join(names)})"
         )
+    # the file itself is accepted for its folder
     if folder.is_file() and folder.name in (TOKENIZER_FILE, "encoder.json"):
         folder = folder.parent
     return read_tokenizer(folder)
@@ -513,6 +517,7 @@ def _description(tokenizer: "Tokenizer", text: str | None) -> Iterator[str]:
         for label, token in zip(labels, longest, strict=True):
             yield f"{label:<14} {len(token):>3} bytes  {shown(token)}"
     if text is not None:
+        # bytes of tokens, not of the text: a char tokenizer may refuse, none may lose any
         ids = tokenizer.encode(text)
         n_bytes = sum(len(tokenizer.token_bytes(i)) for i in ids)
         rate = f", {n_bytes / len(ids):.2f} bytes a token" if ids else ""

@@ -98,12 +98,14 @@ class RemoteFile:
         """SHA-256 of what identifies the content.
 
         The revision does not enter, so commits that change other files change nothing here."""
+        # stored runs and caches refer to it: neither the list nor its order may change
         identity = [self.repo, self.path, self.n_bytes, self.sha256 or self.etag]
         return sha256_hex(json.dumps(identity))
 
     def local_path(self) -> Path:
         """Where the file is or will be; other versions of it have other names. Reads nothing."""
         suffix = text_suffix(self.name) or Path(self.name).suffix
+        # the suffix says how the file is read, so it stays at the end
         stem = self.name.removesuffix(suffix)[:100]
         folder = _safe_name(self.origin.replace("/", "--"))
         return base_dir() / "hub" / folder / _safe_name(f"{stem}.{self.fingerprint[:12]}{suffix}")
@@ -182,6 +184,7 @@ def _verified(file: RemoteFile, folder: Path, report: Report) -> Path:
     """Path, in a folder that is emptied first, of a downloaded and verified file."""
     _delete(folder)
     folder.mkdir()
+    # huggingface_hub only warns of a disk that is too small
     free = shutil.disk_usage(folder).free
     if free < file.n_bytes:
         reason = (
@@ -284,6 +287,7 @@ def _from_hub(file: RemoteFile, folder: Path, report: Report) -> Path:
 
 def _from_url(file: RemoteFile, folder: Path, report: Report) -> Path:
     """Path of the file at a URL, requested once, in a folder. Raises as _from_hub()."""
+    # no token: it is meant for the hub alone
     session = clients.load_huggingface_hub().get_session()
     path = folder / "content"
     progress = _Progress(file, report)
@@ -302,6 +306,7 @@ def _from_url(file: RemoteFile, folder: Path, report: Report) -> Path:
         with path.open("wb") as f:
             for piece in response.iter_bytes():
                 received += len(piece)
+                # a server that sends without end would fill the disk
                 if received > file.n_bytes:
                     raise _wrong_size(file, received)
                 f.write(piece)
@@ -395,6 +400,7 @@ def status_problem(response: Any) -> Problem | None:
     if code in (401, 403):
         codes = f"{code}, {hub_code}" if hub_code else str(code)
         return Problem("denied", f"access is refused ({codes})")
+    # the hub says in a header of its own what it has not found
     if code == 404:
         missing = {
             "RepoNotFound": "there is no such dataset",
@@ -446,6 +452,7 @@ def problem_of(error: Exception) -> Problem:
 
 def _connection_problem(error: Exception) -> Problem:
     kind = type(error).__name__
+    # by name: the library that huggingface_hub is built on has changed, its names have not
     if "Timeout" in kind:
         return Problem("network", "the server did not answer in time")
     if "Connect" in kind:
@@ -491,12 +498,14 @@ def patiently(
         if failures >= attempts:
             times = f", {failures} times in a row" if failures > 1 else ""
             raise Problem(problem.kind, f"{problem.reason}{times}")
+        # a server that names a time knows better
         pause_s = problem.wait_s
         if pause_s is None:
             pause_s = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** (failures - 1))
         if pause_s > WAIT_MAX_S:
             wait = human_time(pause_s)
             raise Problem(problem.kind, f"{problem.reason} and to wait for {wait}")
+        # one line for each kind: a server that is down would fill the log
         if problem.kind not in reported:
             reported.add(problem.kind)
             report(f"data: {what}: {problem.reason}; trying again in {human_time(pause_s)}")
@@ -513,6 +522,7 @@ def _failed(file: RemoteFile, problem: Problem) -> DownloadFailed:
 
 def remedy(problem: Problem, repo: str) -> str:
     """What the user can do about a problem, as a sentence. repo: "" for a plain URL."""
+    # of a mirror, if HF_ENDPOINT names one
     endpoint = "huggingface.co"
     with contextlib.suppress(ImportError):
         import huggingface_hub.constants

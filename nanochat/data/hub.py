@@ -32,6 +32,7 @@ from nanochat.data.download import (
 )
 from nanochat.data.text import COMPRESSIONS, FORMATS, text_suffix
 
+# of the files in listings/: those of another version are listed again
 LISTING_VERSION = 1
 # files in one request for sizes and checksums
 PATHS_PER_REQUEST = 500
@@ -141,10 +142,12 @@ def resolve(spec: str, revision: str = "", report: Report = print) -> Listing:
     is requested. When the hub cannot be reached an earlier listing is used, and reported.
     Raises UsageError for what does not exist or cannot be read as text, DownloadFailed when the hub
     cannot be asked."""
+    # one file whose size and checksum are known: nothing to ask
     if spec == "shakespeare":
         return _shakespeare()
     parsed = _parse(spec)
     wanted = revision or parsed.revision
+    # a commit never changes, so its listing stays right; a branch or "" may have moved
     kept = _kept(spec, wanted)
     if kept and re.fullmatch("[0-9a-f]{40}", wanted):
         return kept
@@ -153,6 +156,7 @@ def resolve(spec: str, revision: str = "", report: Report = print) -> Listing:
         attempts = 2 if kept else None
         repo = parsed.repo
         commit = patiently(lambda: _commit(repo, wanted), repo, report, attempts=attempts)
+        # the newest commit is often one that was listed before
         listing = _kept(spec, commit)
         if listing is None:
             list_files = _list_known if spec in KNOWN else _list_any
@@ -191,6 +195,7 @@ def _parse(spec: str) -> _Spec:
             f"hf:<dataset>[@revision][:<config>[:<split>[:<column>]]], for example "
             f"hf:roneneldan/TinyStories, or one of {', '.join(KNOWN)}"
         )
+    # trailing fields may be left out, and any may be empty
     config, split, column = fields[1:] + [""] * (4 - len(fields))
     return _Spec(spec, repo, config, split or "train", column or "text", revision)
 
@@ -234,6 +239,7 @@ def _tree(repo: str, commit: str, folder: str, report: Report) -> list[RemoteFil
         response = patiently(_request(hub, url), repo, report)
         for entry in response.json():
             if entry["type"] == "file":
+                # large files are pointers in git: the size and the name that count are in "lfs"
                 lfs = entry.get("lfs") or {}
                 size = lfs.get("size", entry["size"])
                 digest = lfs.get("oid", "")
@@ -276,6 +282,7 @@ def model_file(repo: str, path: str, report: Report = print) -> RemoteFile:
         raise DownloadFailed(
             f"{path} of {repo} was not downloaded: {problem.reason}. {remedy(problem, repo)}"
         ) from None
+    # of a large file the hub states the SHA-256, of a small one git's blob name
     etag = found.etag or ""
     sha256 = etag if len(etag) == 64 else ""
     return RemoteFile(repo, found.commit_hash or "main", path, found.size, sha256, etag, "model")
@@ -288,6 +295,7 @@ def _list_known(spec: _Spec, commit: str, report: Report) -> Listing:
     known = KNOWN[spec.text]
     files = _tree(spec.repo, commit, known.folder, report)
     train = tuple(file for file in files if fnmatch.fnmatchcase(file.name, known.train))
+    # without a validation split the last file is set aside, the same one in every run
     if known.val:
         val = tuple(file for file in files if fnmatch.fnmatchcase(file.name, known.val))
     else:
@@ -326,8 +334,10 @@ def _list_any(spec: _Spec, commit: str, report: Report) -> Listing:
             f"{', '.join(features)}. Write hf:{spec.repo}:{spec.config}:{spec.split}:<column>"
         )
     train_paths = files[spec.split]
+    # the names that datasets use for it, the best first
     candidates = ("validation", "valid", "test")
     val_split = next((name for name in candidates if name in files and name != spec.split), "")
+    # some datasets name one file in several splits
     val_paths = [path for path in files.get(val_split, []) if path not in train_paths]
     found = _described(spec, commit, train_paths + val_paths, report)
     note = "validation: held out of the training files (there is no split for it)"
@@ -395,6 +405,7 @@ def _described(spec: _Spec, commit: str, paths: list[str], report: Report) -> di
     """{path: RemoteFile} with the sizes and checksums that the hub states."""
     api = clients.load_huggingface_hub().HfApi()
     found = {}
+    # the hub limits what one request may ask for
     for first in range(0, len(paths), PATHS_PER_REQUEST):
         page = paths[first : first + PATHS_PER_REQUEST]
         entries = patiently(
@@ -426,6 +437,7 @@ def _unreadable(
     if problem:
         return problem
     said = in_a_line(error)
+    # a script is code of strangers, which datasets refuses to run
     if "scripts are no longer supported" in said:
         return UsageError(
             f"--data={spec.text}: a script makes {spec.repo}, and it is not run; the hub keeps a "
@@ -478,6 +490,7 @@ def _listing_path(spec: str, revision: str) -> Path:
 
 def _keep(listing: Listing, wanted: str, report: Report) -> None:
     """Write a listing, where it is new, under its commit and under the revision asked for."""
+    # under the commit for resumed runs, under the name for a start without a network
     for revision in dict.fromkeys((listing.revision, wanted)):
         path = _listing_path(listing.spec, revision)
         if _kept(listing.spec, revision) == listing:

@@ -42,6 +42,7 @@ class Prefetcher(Generic[T]):
             try:
                 self.queue.put((item, error), timeout=0.1)
                 return
+            # nobody may read any more: look whether the consumer has closed
             except queue.Full:
                 continue
 
@@ -115,6 +116,7 @@ class Ahead:
         reported = ""
         while not self.stopped.is_set() and not self._is_past_the_end(row):
             if self.own.reading > self.rows.reading + AHEAD_SHARDS:
+                # far enough ahead: more would push out what training still needs
                 self.stopped.wait(0.5)
                 continue
             try:

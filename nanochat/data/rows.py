@@ -108,6 +108,7 @@ class Rows:
             )
         if self.corpus.eager:
             return rows * self.T
+        # shards of one data set are alike: tokens go with bytes of text
         counted_bytes = max(1, sum(shard.n_bytes for shard in counted))
         return round(rows * self.T * self.corpus.train_bytes / counted_bytes)
 
@@ -126,6 +127,7 @@ class Rows:
         """The Place of global row number `row`. UsageError if no shard is as long as a row."""
         while not self.ends or row >= self.ends[-1]:
             self._count_next_shard()
+        # shards without a whole row repeat an end, and are passed over
         place = bisect.bisect_right(self.ends, row)
         self.reading = place
         epoch, shard_index = self.visits[place]
@@ -159,6 +161,7 @@ class Rows:
             turn = int(generator.integers(self.T))
             row_order = generator.permutation(self.shard_rows(shard_index))
             begins = np.concatenate(([0], np.cumsum(np.diff(offsets)[order])))
+            # permutations of large shards take memory
             while len(self.plans) >= KEPT_PLANS:
                 self.plans.pop(next(iter(self.plans)))
             self.plans[key] = _ShardPlan(order, begins, turn, row_order)
@@ -197,6 +200,7 @@ class Rows:
 
         Both int64 (device_batch_size, T). A step takes rows_per_step consecutive rows, whatever the
         number of ranks and micro-batches."""
+        # ranks take neighbouring blocks, so that any split of a step reads the same rows
         first = step * rows_per_step + (micro * world_size + rank) * device_batch_size
         rows = np.stack([self.row(first + i) for i in range(device_batch_size)])
         return rows[:, :-1], rows[:, 1:]
@@ -214,6 +218,7 @@ def held_out_pieces(
     for shard in shards:
         ids, offsets = cache.tokens(shard)
         for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            # without the BOS that closes it
             document = ids[begin : min(end - 1, begin + left)].astype(np.int64)
             for start in range(0, len(document), row_tokens):
                 piece = document[start : start + row_tokens]
@@ -243,6 +248,7 @@ def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
     ]
     files = [file for shard in missing for file in shard.remote_files()]
     download = sum(file.n_bytes for file in files if not file.is_local())
+    # as TokenCache stores them
     id_bytes = 2 if cache.tokenizer.vocab_size <= 1 << 16 else 4
     tokens_per_byte = tokens_per_epoch / max(1, corpus.train_bytes)
     token_bytes = id_bytes * tokens_per_byte * sum(shard.n_bytes for shard in missing)

@@ -177,11 +177,13 @@ def file_shard(
 ) -> Shard:
     """A Shard of local files. hashes: their SHA-256, where they are known already."""
     known = hashes or {}
+    # by content, so that moved or touched text is the same text
     contents = [known.get(path) or sha256_file(path) for path in files]
     more = f" +{len(files) - 1}" if len(files) > 1 else ""
     n_bytes = part.n_bytes
     if n_bytes is None:
         n_bytes = sum(_text_bytes(path) for path in files)
+    # stored runs compare it: neither the list nor its order may change
     identity = [contents, part.first, part.last, part.cut_characters]
     return Shard(
         name=files[0].name + more,
@@ -279,6 +281,7 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
         train = [file_shard(files, train_part, hashes)]
         val = [file_shard(files, val_part, hashes)]
         return Corpus(pattern, train, val, note)
+    # one file is a shard of documents, or each file is a document
     if any(_has_several_documents(path) for path in files):
         held_out = 1
         note = f"held out: the last file, {files[-1].name}"
@@ -359,6 +362,7 @@ def _python_files() -> tuple[dict[str, Path], dict[Path, str]]:
     for name, path in _python_paths():
         content = path.read_bytes()
         digest = sha256_hex(content)
+        # many __init__.py are alike: a copy that is held out would be in training as well
         if digest in seen or not content.strip() or b"\0" in content:
             continue
         try:
@@ -376,10 +380,12 @@ def python_corpus(val_pattern: str = "") -> Corpus:
 
     2% of the files are held out, by hash of their names."""
     files, hashes = _python_files()
+    # by name, so that other versions of Python and torch hold out nearly the same files
     held_out = {name for name in files if int(sha256_hex(name)[:8], 16) % PYTHON_HELD_OUT == 0}
     train = _mixed([path for name, path in files.items() if name not in held_out], hashes)
     if val_pattern:
         return Corpus("python", train, _held_out_files(val_pattern), f"validation: {val_pattern}")
+    # in the order of the names, so that validation reads the same text on every machine
     val = _grouped([files[name] for name in sorted(held_out)], hashes)
     note = f"held out: {len(held_out)} of {len(files)} files, by hash of their names"
     return Corpus("python", train, val, note)
@@ -443,6 +449,7 @@ def _remote_shard(files: Iterable[RemoteFile], column: str = "text", part: Part 
         suffix, compression = text_format(files[0].name)
         is_packed = compression or suffix == ".parquet"
         n_bytes = round(files[0].n_bytes * (PARQUET_TEXT_FACTOR if is_packed else 1))
+    # what the hub states of the files: they need not be on this disk
     prints = [file.fingerprint for file in files]
     identity = [prints, part.first, part.last, part.cut_characters, column]
     return Shard(
@@ -509,6 +516,7 @@ def compressed_bits_per_byte(shards: list[Shard], max_bytes: int = 1 << 20) -> d
         text += document.encode("utf-8")
         if len(text) >= max_bytes:
             break
+    # a character may be cut: compressors see bytes
     text = bytes(text[:max_bytes])
     packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
     return {name: round(8 * len(content) / len(text), 4) for name, content in packed.items()}

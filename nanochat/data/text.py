@@ -80,6 +80,7 @@ def iterate_documents(path: str | Path, column: str = "text") -> Iterator[str]:
 
 def _split_text(text: str) -> list[str]:
     """The documents of a text, which END_OF_DOCUMENT separates where it stands on its own line."""
+    # most files are one document, which need not be split into lines
     if END_OF_DOCUMENT not in text:
         return [text]
     # read_text() refuses NUL, so that it can stand for the separator
@@ -91,6 +92,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
     """The field `column` of every line, which are read one at a time."""
     try:
         with path.open("rb") as f:
+            # a line at a time: the file may be larger than memory
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -142,6 +144,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
                 f"column, or for a dataset of the hub name it: "
                 f"hf:<dataset>:<config>:<split>:<column>"
             )
+        # only the one column is read from disk
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             yield from _strings(path, column, batch.column(0).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:

@@ -132,6 +132,7 @@ def _fitted(corpus: Corpus, kind: str, vocab_size: int) -> tuple[int, Path]:
     """(vocabulary size, folder where it is kept) of a tokenizer that is fitted to a corpus."""
     if kind == "bpe" and vocab_size == -1:
         vocab_size = derived_vocab_size(corpus.train_bytes)
+    # another pattern makes another tokenizer of the same text
     identity = [kind, vocab_size, SPLIT_PATTERN, corpus.fingerprint]
     return vocab_size, base_dir() / "tokenizers" / sha256_hex(json.dumps(identity))[:32]
 
@@ -266,6 +267,7 @@ class TokenCache:
 
     def _encode(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of a shard, as its file holds them."""
+        # half the disk for vocabularies up to 65,536
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         bos = np.array([self.tokenizer.bos], dtype=dtype)
         pieces = [np.empty(0, dtype)]
@@ -340,6 +342,7 @@ def trim_cache(folder: Path, keep: set[Path], limit_bytes: int = CACHE_LIMIT_BYT
 
     Other processes may do the same meanwhile."""
     files = []
+    # of all tokenizers, since the limit is for the whole cache
     for path in folder.glob("*/*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()

@@ -133,6 +133,7 @@ class Tokenizer:
         return [_joined([next(encoded) for _ in parts]) for parts in parts_of_texts]
 
     def _encode_characters(self, text: str) -> np.ndarray:
+        # one code point in four bytes: a lookup for all characters together
         points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         places = np.minimum(np.searchsorted(self._points, points), len(self._points) - 1)
         unknown = self._points[places] != points
@@ -265,6 +266,7 @@ def _complete(kind: str, tokens: list[bytes]) -> bool:
     if kind == "char":
         characters = {token for token in tokens if len(token.decode("utf-8")) == 1}
         return 0 < len(tokens) == len(characters)
+    # two ids of one token would make encoding depend on their order
     different = set(tokens)
     every_byte = {bytes([i]) for i in range(N_BYTES)} <= different
     if b"" in different or len(different) != len(tokens) or not every_byte:
@@ -314,6 +316,7 @@ def _from_gpt2_files(path: Path, encoder: dict[str, Any], merges_path: Path) -> 
 
 def _tokens_by_id(encoder: dict[str, Any]) -> list[str]:
     """The tokens of encoder.json as it writes them, <|endoftext|> last. Raises _NotGpt2Format."""
+    # a bool is an int in Python, and is no id
     by_id = {i: token for token, i in encoder.items() if type(i) is int}
     if not by_id or sorted(by_id) != list(range(len(encoder))):
         raise _NotGpt2Format(f"the ids should be 0 to {len(encoder) - 1}, each once")
@@ -377,6 +380,7 @@ def _check_merges(merges: list[tuple[str, ...]], by_id: list[str], tokens: list[
 def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """What the bytes of a token become by the merges before its own. ranks: {token: id}."""
     parts = [token[i : i + 1] for i in range(len(token))]
+    # as byte-pair encoding does it: the pair of the lowest rank first
     while len(parts) > 2:
         joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts[:-1], parts[1:], strict=True)]
         lowest = min(joined)
@@ -474,5 +478,6 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokeniz
         vocab_size - 1,
         pattern=SPLIT_PATTERN,
     )
+    # the order of the merges is the order of the ids
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     return Tokenizer("bpe", [token for _, token in ranks])

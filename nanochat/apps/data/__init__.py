@@ -93,6 +93,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
 def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
     """The arguments that `fetch` and `tokenize` share."""
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    # a small data set is taken whole, so that none is an answer too
     amount = command.add_mutually_exclusive_group()
     amount.add_argument(
         "--tokens",
@@ -211,6 +212,7 @@ def main(argv: list[str]) -> int:
     """Run the app with its arguments (without the app's name); returns the exit code.
 
     Raises UsageError and Unavailable."""
+    # commands are imported once they are known: --help and wrong flags need no numpy
     values = vars(build_parser().parse_args(argv))
     command = values.pop("command")
     if command == "inspect":
@@ -228,6 +230,7 @@ def _inspect(*, data: str, val_data: str, documents: int, as_json: bool) -> int:
 
     if documents < -1:
         raise UsageError(f"--documents {documents}: give a number of documents, 0 for none, or -1")
+    # 0 documents is a choice as well: then none is shown
     chosen = None if documents == -1 else documents
     return run_inspect(data, val_data, documents=chosen, as_json=as_json)
 
@@ -244,6 +247,7 @@ def _mix(
 ) -> int:
     from nanochat.apps.data.mix import Recipe, run_mix
 
+    # one shard is enough to validate on, however large the mix
     if val_bytes == -1:
         val_bytes = max(1, min(int(HELD_OUT_SHARE * train_bytes), shard_bytes))
     return run_mix(out, sources, Recipe(train_bytes, val_bytes, shard_bytes, seed, repeat))

@@ -103,12 +103,14 @@ def run_fetch(wanted: Wanted) -> int:
         print(f"{wanted.data} is on this disk: there is nothing to download")
         return EXIT_COMPLETED
     files = {file for shard in corpus.train + corpus.val for file in shard.remote_files()}
+    # to report only what this command has downloaded
     had = {file for file in files if file.is_local()}
     order = _reading_order(corpus, wanted.seed)
     n_shards = _shards_asked_for(wanted, corpus)
     to_fit = shards_to_fit(corpus, wanted.tokenizer, wanted.vocab_size)
     _check_room([*corpus.val, *to_fit, *order[:n_shards]], wanted)
     fetched = _Fetched()
+    # what a run needs before its first step comes first
     for shard in [*corpus.val, *to_fit]:
         fetched.fetch(shard)
     if n_shards is None:
@@ -148,6 +150,7 @@ def _fetch_enough(
         size = shard.n_bytes / BYTES_PER_TOKEN
         if fetched.fetch(shard) and cache:
             size = _counted_tokens(shard, cache)
+        # as rows hold them: the end of a shard is dropped
         tokens += size // wanted.max_seq_len * wanted.max_seq_len
     shards = f"{counted(n, 'training shard')} of {len(order):,}"
     enough = f"{shards}, enough for {min(wanted.tokens, tokens):,.0f} tokens"
@@ -201,6 +204,7 @@ def run_tokenize(wanted: Wanted) -> int:
     tokenizer = _fitted_tokenizer(wanted, corpus)
     cache = TokenCache(tokenizer, torch.get_num_threads(), report=say)
     tokenized = _Tokenized(cache)
+    # validation comes first, as in a run
     held_out = sum(tokenized.tokenize(shard) or 0 for shard in corpus.val)
     row_tokens = 0
     trained = 0
@@ -268,6 +272,7 @@ def _shards_asked_for(wanted: Wanted, corpus: Corpus) -> int | None:
 
 def _reading_order(corpus: Corpus, seed: int) -> list[Shard]:
     """The training shards in the order in which the first epoch of a run reads them."""
+    # the order needs the seed and the number of shards, and no token
     rows = Rows(corpus, cache=None, row_tokens=1, seed=seed)
     return [corpus.train[i] for i in rows.shard_order(0)]
 
@@ -294,6 +299,7 @@ def _counted_tokens(shard: Shard, cache: TokenCache) -> int:
     for document in shard.documents():
         size = len(document.encode("utf-8"))
         n_bytes += size
+        # the rest is read for its size only
         if counted_bytes < COUNT_BYTES:
             counted_bytes += size
             waiting.append(document)
@@ -315,6 +321,7 @@ def _check_token_files(shards: list[Shard], wanted: Wanted) -> None:
     """UsageError, with numbers, if the cache would not keep the token files of these shards."""
     # of bpe rather low, so that the estimate is high
     bytes_per_token = 1 if wanted.tokenizer in ("byte", "char") else 3
+    # of vocabularies up to 65,536, as nearly all are
     id_bytes = 2
     size = id_bytes * sum(shard.n_bytes for shard in shards) / bytes_per_token
     limit = token_cache.CACHE_LIMIT_BYTES

@@ -126,6 +126,7 @@ def run_inspect(data: str, val_data: str, *, documents: int | None, as_json: boo
 def facts(data: str, val_data: str, documents: int | None) -> Facts:
     """The Facts of a data set. Arguments as of run_inspect(); raises UsageError, DownloadFailed."""
     fetch = bool(documents)
+    # to look is not to download: only --documents asks for text
     corpus = _listed_corpus(data, val_data, fetch)
     shards = _sampled_shards(corpus, fetch)
     n_examples = EXAMPLES if documents is None else documents
@@ -159,6 +160,7 @@ def _listed_corpus(data: str, val_data: str, fetch: bool) -> Corpus:
     if is_remote(data) and not fetch and not val_data:
         with with_offline_advice():
             listing = resolve(data)
+        # splitting a single file needs its documents, and so the file
         if len(listing.train) == 1 and not listing.val:
             file = listing.train[0]
             if not file.is_local() and file.n_bytes > SMALL_FILE_BYTES:
@@ -187,6 +189,7 @@ def _sampled_documents(shards: list[Shard], n_examples: int) -> tuple[list[int],
     sizes = []
     examples = []
     for shard in shards:
+        # the beginnings of several shards, since neighbours are alike
         n = max(n_examples, SAMPLE_DOCUMENTS // len(shards))
         for document in itertools.islice(shard.documents(), n):
             sizes.append(len(document.encode("utf-8")))
@@ -198,6 +201,7 @@ def _sampled_documents(shards: list[Shard], n_examples: int) -> tuple[list[int],
 def _mixed_from(folder: str) -> list[MixedSource] | None:
     """The sources of a folder that `mix` wrote; None for any other data."""
     try:
+        # anything may be called so: what does not look like ours is passed over
         found = json.loads((Path(folder) / MIX_SUMMARY).read_text(encoding="utf-8"))
         return [
             MixedSource(source["source"], source["share"], source["licence"], source["fingerprint"])
@@ -223,6 +227,7 @@ def origin_of(data: str) -> Origin:
 def _side(shards: list[Shard]) -> Side:
     remote = [file for shard in shards for file in shard.remote_files()]
     here = [file for file in remote if file.is_local()]
+    # of local data every file is here
     n_local = sum(len(shard.files) for shard in shards)
     return Side(
         shards=len(shards),
@@ -245,6 +250,7 @@ def _lengths(sizes: list[int], n_shards: int) -> Lengths:
 
 def _beginning(document: str) -> list[str]:
     """The first lines of a document that are not blank, cut to a width."""
+    # blank lines would use up what little is shown
     lines = [line.rstrip() for line in document.split("\n") if line.strip()]
     return [
         line if len(line) <= EXAMPLE_WIDTH else line[: EXAMPLE_WIDTH - 4] + " ..."

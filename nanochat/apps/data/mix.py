@@ -100,6 +100,7 @@ def run_mix(out: str, given: list[str], recipe: Recipe) -> int:
     folder_name = Path(out)
     sources = _opened_sources(given, folder_name)
     with new_folder(folder_name) as folder:
+        # text packs to less, so this refuses only what may fail
         free = shutil.disk_usage(folder).free
         if recipe.train_bytes + recipe.val_bytes > free:
             raise UsageError(
@@ -199,6 +200,7 @@ def _refuse_shared_files(sources: list[Source]) -> None:
     for source in sources:
         for shard in source.corpus.train + source.corpus.val:
             for file in shard.files:
+                # by what it is, whatever pattern or folder names it
                 key = file.fingerprint if isinstance(file, RemoteFile) else file.resolve()
                 other = owner.setdefault(key, source)
                 if other is not source:
@@ -227,6 +229,7 @@ def draw(
         buffer_bytes = max(1, int(recipe.shard_bytes * source.weight / total))
         streams[source.name] = _shuffled(source, side, buffer_bytes, recipe, left_out)
     while active := [s for s in sources if not s.ran_out and s.n_bytes < round(s.budget)]:
+        # the furthest behind first: shares are right after any number of documents
         source = min(active, key=lambda source: source.n_bytes / source.weight)
         text = next(streams[source.name], None)
         if text is None:
@@ -236,6 +239,7 @@ def draw(
         content = text.encode("utf-8")
         room = round(source.budget) - source.n_bytes
         if len(content) > room:
+            # the last character may not fit whole
             text = content[:room].decode("utf-8", "ignore")
             content = text.encode("utf-8")
         if not text.strip():
@@ -270,6 +274,7 @@ def _shuffled(
     repeat = recipe.repeat and side == "train"
     while True:
         fingerprint = source.corpus.fingerprint
+        # by content: text that was moved or renamed is drawn alike
         seed = stream_seed(recipe.seed, "mix", side, fingerprint, source.passes)
         generator = np.random.default_rng(seed)
         source.passes += 1
@@ -284,6 +289,7 @@ def _shuffled(
             is_empty = False
             buffer.append(document)
             size += len(document)
+            # a full buffer gives one document for each that comes in
             while size > buffer_bytes:
                 taken = _take(buffer, int(generator.integers(len(buffer))))
                 size -= len(taken)
@@ -317,6 +323,7 @@ def write_documents(path: Path, documents: list[tuple[str, str]], seed: int) -> 
     The file is flushed to the disk."""
     import numpy as np
 
+    # documents were drawn in turn: in the file, sources are mixed at random
     generator = np.random.default_rng(stream_seed(seed, "mix", "order", path.stem))
     ordered = [documents[i] for i in generator.permutation(len(documents)).tolist()]
     if path.suffix == ".parquet":
