@@ -114,7 +114,7 @@ def backend_problem(
     if missing:
         return f"needs the package {package}, which is not installed ({source})"
     if backend == "flex" and no_compiler:
-        return f"computes all scores unless it is compiled ({no_compiler})"
+        return f"computes all scores when it is not compiled ({no_compiler})"
     capability = capability or torch.cuda.get_device_capability()
     return _gpu_problem(backend, dtype, *capability)
 

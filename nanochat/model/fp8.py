@@ -73,7 +73,7 @@ def require(
         problems.append(device_problem)
     if no_compiler and not EMULATE:
         problems.append(
-            f"slower than bfloat16 unless it is compiled ({no_compiler}); compile, or leave the "
+            f"slower than bfloat16 when it is not compiled ({no_compiler}); compile, or leave the "
             f"flag out"
         )
     if importlib.util.find_spec("torchao") is None:
