@@ -416,12 +416,12 @@ def test_without_torchao(monkeypatch):
         (
             ["--fp8"],
             [
-                "--dtype=float32: what --fp8 leaves alone is in bfloat16",
+                "--dtype=float32: layers that --fp8 does not convert compute in bfloat16",
                 "--fp8: slower",
                 "leave --no-compile out",
             ],
         ),
-        (["--fp8-recipe=rowwise"], ["--fp8-recipe=rowwise: belongs to --fp8"]),
+        (["--fp8-recipe=rowwise"], ["--fp8-recipe=rowwise: needs --fp8"]),
     ],
 )
 def test_refused_before_any_work(tmp_path, capsys, flags, words):
