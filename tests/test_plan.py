@@ -46,11 +46,11 @@ class Worked:
     weight_decay: float
 
 
-# (depth, aspect ratio, tokens a row, vocabulary): width w = depth x ratio, rounded up to whole heads
-# of 128; N = 12 depth w^2 + V w; D = 10.5 N; D_ref is D of depth 12 at the same ratio and vocabulary.
-# B = 2^round(19 + 0.383 log2(D / D_ref)), at most 2^floor(log2(D / 1500)); steps = round(D / B),
-# and then D = steps x B. Learning rates: x sqrt(max(B, 2^16) / 2^19), AdamW's also x sqrt(768 / w).
-# Decay: 0.2 x (B / 2^19) x (D_ref / D) / the factor of the learning rates.
+# The key: (depth, aspect ratio, tokens a row, vocabulary). Width w = depth x ratio, rounded up to
+# whole heads of 128; N = 12 depth w^2 + V w; D = 10.5 N; D_ref is D of depth 12 at the same ratio
+# and vocabulary. B = 2^round(19 + 0.383 log2(D / D_ref)), at most 2^floor(log2(D / 1500)).
+# Steps = round(D / B), and then D = steps x B. Learning rates: x sqrt(max(B, 2^16) / 2^19), those
+# of AdamW also x sqrt(768 / w). Decay: 0.2 x (B / 2^19) x (D_ref / D) / the first of these factors.
 WORKED = {
     # N = 12 x 4 x 256^2 + 32768 x 256 = 3,145,728 + 8,388,608; D = 121,110,528.
     # N_ref = 12 x 12 x 768^2 + 32768 x 768 = 84,934,656 + 25,165,824 = 110,100,480.
