@@ -215,7 +215,6 @@ def train(session: Session) -> str:
     args, plan, state = session.args, session.plan, session.state
     model, optimizer, scaler = session.model, session.optimizer, session.scaler
     log, clock, keeper = session.log, session.clock, session.keeper
-    # What the round before has decided.
     rolling_due = False
     ended_early = ""
 

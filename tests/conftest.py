@@ -1,4 +1,5 @@
-"""Set-up shared by all tests. Run pytest from the repository root; pyproject.toml puts it on the import path."""
+"""Set-up shared by all tests. Run pytest from the repository root; pyproject.toml puts it on the
+import path."""
 
 import atexit
 import os
@@ -10,8 +11,9 @@ import tempfile
 import pytest
 import torch
 
-# huggingface_hub and datasets read these once, when they are first imported, so they are set before any test module is.
-# Nothing listens on the port unless a test uses the fixture `hub`: without it, a test has no network.
+# huggingface_hub and datasets read these variables once, when they are first imported, so they are
+# set before any test module is. Nothing listens on the port unless a test uses the fixture `hub`:
+# without it, a test has no network.
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     HUB_PORT = free.getsockname()[1]
@@ -36,7 +38,8 @@ if (
 
 @pytest.fixture(scope="session", autouse=True)
 def settled_environment(tmp_path_factory):
-    """Caches and downloads go to a throw-away folder, results do not depend on the number of cores or on luck."""
+    """Caches and downloads go to a throw-away folder; results do not depend on the number of cores
+    or on luck."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path_factory.mktemp("nanochat_base")))
         for variable in (
@@ -52,7 +55,8 @@ def settled_environment(tmp_path_factory):
 
 @pytest.fixture
 def hub():
-    """A local stand-in for the Hugging Face hub (tests/hub_server.py), at the address that HF_ENDPOINT names."""
+    """A local stand-in for the Hugging Face hub (tests/hub_server.py), at the address that
+    HF_ENDPOINT names."""
     from hub_server import HubServer
 
     with HubServer(HUB_PORT) as server:
