@@ -175,7 +175,8 @@ def test_an_error_after_a_signal_is_not_hidden(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with pytest.raises(RuntimeError, match="a bug"):
-        small.run(tmp_path)
+        # given, so that the warm-up is one pass and the third is in a step
+        small.run(tmp_path, "--device-batch-size=8")
     summary = small.summary(tmp_path)
     assert summary["status"] == "failed" and "a bug" in summary["reason"]
 
