@@ -75,6 +75,8 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "small",
+        # imported by torch.use_deterministic_algorithms(), which every run calls
+        "torch._inductor",
         "safetensors.torch",
         "nanochat.run.resume",
         "nanochat.run.training_text",

@@ -113,9 +113,7 @@ def test_the_lines_of_a_run_give_its_scores_at_every_point(tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """The published bundle if there is one here, else a made-up one."""
-    if (small.SHARED / "core").is_dir():
-        return small.SHARED / "core"
+    """A made-up bundle, whose prompts are short."""
     return small.core_bundle(tmp_path_factory.mktemp("core"))
 
 
@@ -160,6 +158,17 @@ def test_core_metric_after_a_kill(tmp_path, measured, bundle):
         )
         assert without_seconds(mine) == without_seconds(expected)
     assert small.summary(tmp_path)["core_metric"] == small.summary(measured)["core_metric"]
+
+
+@pytest.mark.skipif(not (small.SHARED / "core").is_dir(), reason="needs the published bundle")
+def test_core_metric_of_the_published_bundle(tmp_path):
+    flags = ("--num-iterations=1", *CORE_FLAGS, "--eval-every=-1", "--no-save", "--save-every=-1")
+    assert small.run(tmp_path, *flags, f"--core-bundle={small.SHARED / 'core'}") == 0
+    lines = small.lines(tmp_path, name="core.jsonl")
+    assert [(line["step"], line["n"]) for line in lines] == [(1, 5)] * 22
+    summary = small.summary(tmp_path)
+    mean = sum(line["centered"] for line in lines) / 22
+    assert (summary["core_metric"], summary["core_metric_n"]) == (pytest.approx(mean), 110)
 
 
 def without_seconds(lines):
