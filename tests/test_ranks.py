@@ -420,8 +420,8 @@ def test_the_wait_for_last_words_fits_the_usual_step(monkeypatch, step_seconds, 
         if now[0] >= seconds - 0.5:
             store.set("last_word/1", ranks.LOST)
 
-    said = ranks.who_is_gone(step_seconds, clock=lambda: now[0], sleep=sleep)
-    assert said == f"rank 2 failed (ValueError: x) and rank 3 did not answer within {seconds} s"
+    found = ranks.who_is_gone(step_seconds, clock=lambda: now[0], sleep=sleep)
+    assert found == f"rank 2 failed (ValueError: x) and rank 3 did not answer within {seconds} s"
     assert store.words["last_word/0"] == ranks.LOST
 
 
