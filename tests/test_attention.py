@@ -121,7 +121,7 @@ def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("T", [1, 63, 65, 257, 1000])
+@pytest.mark.parametrize("T", [1, 63, 65, 257, 601])
 @pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 1, 64), (2, 2, 128), (4, 1, 128)])
 def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
     """The blocked path at windows 1, 31 and T: errors of outputs and all gradients against fp64 are

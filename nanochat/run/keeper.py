@@ -84,8 +84,3 @@ class Keeper:
     def finish(self) -> str:
         """Wait for the last save. Returns why it failed, or "", on every rank."""
         return from_rank0(self.saver.finish() if self.saver else "")
-
-    def close(self) -> None:
-        """End the thread that writes."""
-        if self.saver:
-            self.saver.close()

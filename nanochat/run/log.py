@@ -174,7 +174,7 @@ class RunLog:
     def _show(self, result: StepResult, speed: float, mfu: float, clock: Clock) -> None:
         """The live line after a step."""
         # After a skipped step the average would stay NaN.
-        if self.smooth_loss is None or not result.finite:
+        if self.smooth_loss is None or not math.isfinite(self.smooth_loss):
             self.smooth_loss = result.loss
         else:
             self.smooth_loss = SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * result.loss
