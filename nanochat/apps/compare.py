@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# every name that draw() writes: what is left of an earlier comparison is found by these
 PICTURES = ("curves.png", "core.png", "core_tasks.png")
 # up to so many runs or groups every pair is printed; of more each is compared with the best
 ALL_PAIRS = 8
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
     pictures: list[Path] = []
     if not args.no_plots:
         pictures = draw(comparison.groups, Path(args.out))
+        # a picture of other runs in the same folder would be taken for one of these
         comparison.warnings.extend(_stale_pictures(Path(args.out), pictures))
     if args.json:
         shown = comparison.as_json() | {
@@ -164,6 +166,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     found = []
     for own in all_parts:
         depth = 1
+        # the whole path tells them apart at the latest, since each folder is read once
         while depth < len(own) and sum(p[-depth:] == own[-depth:] for p in all_parts) > 1:
             depth += 1
         found.append(printable(os.path.join(*own[-depth:])))
@@ -215,6 +218,7 @@ class ExampleDifference(Difference):
     def as_json(self) -> dict[str, Any]:
         """What --json prints of it."""
         return {
+            # `from` is a keyword of Python, so the fields have other names than the keys
             "from": self.first,
             "to": self.second,
             "difference": self.difference,
@@ -239,6 +243,7 @@ class SeedDifference(Difference):
     def in_words(self) -> str:
         """The difference, and whether it exceeds the noise."""
         freedom = f"{self.df:.1f} degrees of freedom" if self.df is not None else "no spread at all"
+        # in the order of the subtraction
         basis = f" (n = {self.n[1]} and {self.n[0]} seeds, {freedom})"
         return self.line("the noise of the seeds", basis)
 
@@ -280,6 +285,7 @@ def _why_not_bpb(a: RunRecord, b: RunRecord) -> str:
     # other training text with the same held-out text is a fair comparison
     if not same_data and held_out(a) != held_out(b):
         return "the held-out texts differ"
+    # fewer tokens are the beginning of the held-out text, not a random part of it
     if dig(a.config, "args", "eval_tokens") != dig(b.config, "args", "eval_tokens"):
         return "--eval-tokens differs"
     return ""
@@ -323,6 +329,7 @@ def _seed_difference(a: Group, b: Group, score: Score, confidence: float) -> See
     )
     if without.reason:
         return without
+    # one number has no spread, so a group of one seed gives no interval
     if min(without.n) >= 2:
         found = welch(of_a, of_b, confidence)
         return replace(
@@ -341,6 +348,7 @@ def _seed_difference(a: Group, b: Group, score: Score, confidence: float) -> See
 def core_differences(groups: Sequence[Group]) -> list[ExampleDifference]:
     """Differences in CORE between runs of different groups, by a bootstrap paired by example."""
     members = [[run for run in group.members if run.core_metric is not None] for group in groups]
+    # runs of one group differ in nothing but the seed, so pairs within it would answer no question
     pairs = [
         pair
         for first, second in itertools.combinations(members, 2)
@@ -409,15 +417,11 @@ class Comparison:
         if per_task:
             yield [task_table(self.runs)]
         yield noise_of_examples(self.core)
-        yield [
-            *noise_of_seeds(self.val_bpb, self.groups, BPB),
-            # one seed each says nothing on CORE that the bootstrap has not said
-            *(
-                noise_of_seeds(self.core_seeds, self.groups, CORE)
-                if chance_differences(self.groups, CORE)
-                else []
-            ),
-        ]
+        of_seeds = noise_of_seeds(self.val_bpb, self.groups, BPB)
+        # one seed each says nothing on CORE that the bootstrap has not said
+        if chance_differences(self.groups, CORE):
+            of_seeds += noise_of_seeds(self.core_seeds, self.groups, CORE)
+        yield of_seeds
 
     def as_json(self) -> dict[str, Any]:
         """What --json prints of it."""
@@ -452,7 +456,8 @@ def run_as_json(run: RunRecord) -> dict[str, Any]:
     fields = "name path status reason seed depth parameters step steps tokens total_training_flops"
     fields += " total_training_time val_bpb min_val_bpb"
     found = {name: getattr(run, name) for name in fields.split()}
-    return found | {"core": run.core and core_as_json(run.core)}
+    core = None if run.core is None else core_as_json(run.core)
+    return found | {"core": core}
 
 
 def core_as_json(core: CoreResult) -> dict[str, Any]:
@@ -485,8 +490,8 @@ def held_out(run: RunRecord) -> str | None:
     found = dig(run.config, "data", "compressed_bpb")
     if not isinstance(found, dict):
         return None
-    # two texts that several compressors bring to the same size are the same text, whatever file
-    # they were read from
+    # a text that several compressors bring to the same sizes is the same text, from whatever file
+    # it was read
     return ", ".join(f"{name} {bits}" for name, bits in sorted(found.items()))
 
 
@@ -785,6 +790,7 @@ class Axis:
 STEP = Axis("step", "step")
 TIME = Axis("total_training_time", "training time")
 FLOPS = Axis("total_training_flops", "training FLOPs")
+# the three may rank runs differently: a larger model gains by step and may lose by time
 AXES = (STEP, TIME, FLOPS)
 # a run with fewer steps does not decide where axes begin
 FEW_STEPS = 20
@@ -895,6 +901,7 @@ def _ends(runs: Sequence[RunRecord], axis: Axis) -> list[float]:
         max((finite_number(line.get(axis.name)) or 0 for line in run.lines), default=0)
         for run in runs
     ]
+    # 0 has no place on a logarithmic axis
     return [end for end in ends if end]
 
 
@@ -903,6 +910,7 @@ def _set_range(axes: "Axes", axis: Axis, low: float, high: float) -> None:
 
     Logarithmic where ends differ so much that the shortest run would not be seen."""
     if axis is FLOPS or high > 30 * low:
+        # below that, the first few steps of the shortest run would take up most of the axis
         plots.log_scale(axes, "x", low / 50, high * 1.15)
     else:
         axes.set_xlim(0, high * 1.01)
@@ -1104,6 +1112,8 @@ def _draw_bar(
         edgecolor="white",
         hatch=plots.HATCHES[look.dash],
         linewidth=0,
+        # the mean of the seeds' errors, not the error of their mean: it shows the noise of the
+        # examples
         xerr=statistics.fmean(task.stderr or 0 for task in tasks),
         error_kw={"elinewidth": 1.1, "capsize": min(3, 10 * thick), "ecolor": "#30363d"},
     )

@@ -48,13 +48,29 @@ def _highest_first(value: float | None) -> float:
     return math.inf if value is None else -value
 
 
+def _by_bpb(run: ListedRun) -> float:
+    return _lowest_first(run.summary.val_bpb)
+
+
+def _by_time(run: ListedRun) -> float:
+    return _highest_first(run.summary.total_training_time)
+
+
+def _by_core(run: ListedRun) -> float:
+    return _highest_first(run.summary.core_metric)
+
+
+def _by_update(run: ListedRun) -> float:
+    return _highest_first(run.summary.updated)
+
+
 # keys of --sort; what has no value comes last
 SORTS: dict[str, Callable[[ListedRun], Any]] = {
     "name": _by_name,
-    "val_bpb": lambda run: _lowest_first(run.summary.val_bpb),
-    "time": lambda run: _highest_first(run.summary.total_training_time),
-    "core": lambda run: _highest_first(run.summary.core_metric),
-    "updated": lambda run: _highest_first(run.summary.updated),
+    "val_bpb": _by_bpb,
+    "time": _by_time,
+    "core": _by_core,
+    "updated": _by_update,
 }
 
 
@@ -87,6 +103,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     for folder in args.folders:
+        # a misspelled folder would otherwise pass for one without runs
         if not Path(folder).is_dir():
             raise UsageError(f"{folder}: no such folder; name the --out-dir of your runs")
     problems: list[str] = []
@@ -136,6 +153,7 @@ def table(runs: list[ListedRun]) -> str:
                 summary.status,
                 str(summary.depth),
                 short(summary.parameters),
+                # the steps of a time budget are not known before its speed has been measured
                 f"{summary.step or 0}/{summary.steps or '?'}",
                 short(summary.tokens),
                 "-" if seconds is None else human_time(seconds),
@@ -157,4 +175,5 @@ def _name(path: Path, folder: str) -> str:
 
 
 def _ago(seconds: float) -> str:
+    # a file written by a machine whose clock is ahead has a negative age: just now as well
     return human_time(seconds) + " ago" if seconds >= 60 else "just now"

@@ -25,6 +25,8 @@ from nanochat.data.sources import (
 # documents are measured from the beginnings of so many shards
 SAMPLE_SHARDS = 8
 SAMPLE_DOCUMENTS = 2000
+# _lengths() fills the fields p5_bytes to p95_bytes of Lengths by position, so the two change
+# together
 PERCENTILES = (5, 25, 50, 75, 95)
 EXAMPLE_LINES = 3
 EXAMPLE_WIDTH = 100
@@ -167,6 +169,7 @@ def _listed_corpus(data: str, val_data: str, fetch: bool) -> Corpus:
                 shard = Shard(
                     file.name, (file,), file.fingerprint, file.n_bytes, column=listing.column
                 )
+                # as split_file() will word it once the file is here
                 note = "the last tenth of the one file will be held out"
                 return Corpus(data, [shard], [], note, listing.revision)
     return open_corpus(data, val_data)
@@ -176,10 +179,12 @@ def _sampled_shards(corpus: Corpus, fetch: bool) -> list[Shard]:
     """Training shards, evenly spread, whose text is on this disk.
 
     If there is none, the first, if it may be downloaded."""
+    # a local shard has no remote files, and so counts as here
     here = [
         shard for shard in corpus.train if all(file.is_local() for file in shard.remote_files())
     ]
     if here:
+        # rounded up, so that at most SAMPLE_SHARDS are taken
         return here[:: ceil_div(len(here), SAMPLE_SHARDS)]
     return corpus.train[:1] if fetch else []
 
@@ -220,23 +225,37 @@ def origin_of(data: str) -> Origin:
         return Origin(what, "PSF-2.0 and BSD-3-Clause")
     if data.startswith("hf:"):
         repo = data.removeprefix("hf:").split(":")[0].split("@")[0]
+        # anybody may publish under any name, so only the page can say what it is and under which
+        # licence
         return Origin(url=f"https://huggingface.co/datasets/{repo}")
     return Origin()
 
 
 def _side(shards: list[Shard]) -> Side:
     remote = [file for shard in shards for file in shard.remote_files()]
+    text_bytes = sum(shard.n_bytes for shard in shards)
+    # of local data every file is here, and text is measured rather than estimated
+    if not remote:
+        n_files = sum(len(shard.files) for shard in shards)
+        return Side(
+            shards=len(shards),
+            text_bytes=text_bytes,
+            text_bytes_estimated=False,
+            files=n_files,
+            files_here=n_files,
+            file_bytes=None,
+            file_bytes_here=None,
+        )
     here = [file for file in remote if file.is_local()]
-    # of local data every file is here
-    n_local = sum(len(shard.files) for shard in shards)
     return Side(
         shards=len(shards),
-        text_bytes=sum(shard.n_bytes for shard in shards),
-        text_bytes_estimated=bool(remote),
-        files=len(remote) if remote else n_local,
-        files_here=len(here) if remote else n_local,
-        file_bytes=sum(file.n_bytes for file in remote) if remote else None,
-        file_bytes_here=sum(file.n_bytes for file in here) if remote else None,
+        text_bytes=text_bytes,
+        # the hub lists the sizes of the files, most of which are compressed
+        text_bytes_estimated=True,
+        files=len(remote),
+        files_here=len(here),
+        file_bytes=sum(file.n_bytes for file in remote),
+        file_bytes_here=sum(file.n_bytes for file in here),
     )
 
 
@@ -294,6 +313,7 @@ def _lines(found: Facts) -> Iterator[str]:
 
 def _side_line(side: Side) -> str:
     shards = counted(side.shards, "shard")
+    # local text: there is nothing to download, so the sizes of files would say nothing new
     if side.file_bytes is None:
         files = counted(side.files, "file")
         return f"{_text_size(side)} of text in {shards}, {files} on this disk"

@@ -51,6 +51,7 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
     scaling = None
     if settings.kind == "scaling_laws" and not stop.asked:
         scaling = _fit_and_predict(settings, rows, to_retry, stop)
+    # flushed, since `nanochat compare` prints to the same output from a process of its own
     print(results.table(rows), flush=True)
     record = {
         "sweep": settings.kind,
@@ -146,6 +147,7 @@ def conclude_seeds(folder: Path, rows: Sequence[Row]) -> Conclusion:
     values = {}
     noise = results.noise(rows)
     for name, found in noise.items():
+        # without CORE in any run there is nothing to print about it, but the record names it
         if found.n:
             deviation = "one run has no spread"
             if found.sd is not None:
@@ -188,6 +190,7 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
     left out."""
     return [
         Point(
+            # the name groups the runs, whose FLOPs differ by up to a step
             budget=row.name.split("/")[0],
             flops=row.facts.flops,
             N=row.facts.scaling_parameters,
@@ -248,15 +251,20 @@ def _scaling_values(fit: Fit, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "budgets": sum(budget.N_opt is not None for budget in fit.budgets),
         "budgets_left_out": sum(bool(budget.left_out) for budget in fit.budgets),
     }
-    for name, law in (("alpha", fit.N_opt), ("beta", fit.D_opt)):
-        values[name] = None if law is None else law.exponent
-        interval = None if law is None else law.exponent_95
-        values[f"{name}_low"], values[f"{name}_high"] = interval or (None, None)
-    values["ratio"] = None if fit.ratio is None else fit.ratio.tokens_per_parameter
-    interval = None if fit.ratio is None else fit.ratio.interval_95
-    values["ratio_low"], values["ratio_high"] = interval or (None, None)
-    values["E"] = None if fit.loss is None else fit.loss.E
-    values["gamma"] = None if fit.loss is None else fit.loss.gamma
+    # every name is there in every sweep, in this order, so that scripts need not ask for it
+    laws = (("alpha", fit.N_opt), ("beta", fit.D_opt))
+    for name in ("alpha", "beta", "ratio"):
+        values |= {name: None, f"{name}_low": None, f"{name}_high": None}
+    values |= {"E": None, "gamma": None}
+    for name, law in laws:
+        if law is not None:
+            values[name] = law.exponent
+            values[f"{name}_low"], values[f"{name}_high"] = law.exponent_95 or (None, None)
+    if fit.ratio is not None:
+        values["ratio"] = fit.ratio.tokens_per_parameter
+        values["ratio_low"], values["ratio_high"] = fit.ratio.interval_95 or (None, None)
+    if fit.loss is not None:
+        values |= {"E": fit.loss.E, "gamma": fit.loss.gamma}
     for outcome in outcomes:
         label = outcome.run.name
         values[f"predicted_{label}"] = outcome.prediction.val_bpb

@@ -19,7 +19,9 @@ import numpy as np
 from nanochat.common import UsageError
 from nanochat.run.tables import aligned, fixed, short
 
+# beyond each end of a 95% interval lie 100 of these
 DRAWS = 4000
+# fixed, so that the same runs always give the same intervals
 SEED = 1
 # exponents of the loss that are tried first
 GAMMAS = np.geomspace(0.005, 2.0, 80)
@@ -141,7 +143,7 @@ class Fit:
         found = asdict(self)
         for name in ("N_opt", "D_opt"):
             law = getattr(self, name)
-            found[name] = law and law.as_json()
+            found[name] = None if law is None else law.as_json()
         for name in ("draws_without_minimum", "curvature", "ln_flops_center"):
             if found[name] is None:
                 del found[name]
@@ -189,6 +191,7 @@ class _Curve:
     def minima(self, coefficients: np.ndarray) -> np.ndarray:
         """(..., 3) values ln N, ln D and loss at the minimum of (..., 3) coefficients."""
         level, slope, curvature = np.moveaxis(coefficients, -1, 0)
+        # where the derivative, slope + 2 curvature x, is 0
         x = -slope / (2 * curvature)
         return np.stack(
             [
@@ -226,8 +229,8 @@ class _Parabola:
             "left_out": self.left_out,
             "N": self.N.tolist(),
             "loss": self.loss.tolist(),
-            "center": curve and curve.center,
-            "coefficients": curve and curve.coefficients.tolist(),
+            "center": None if curve is None else curve.center,
+            "coefficients": None if curve is None else curve.coefficients.tolist(),
         }
         if self.minimum is None or self.left_out:
             return Budget(**shown)
@@ -276,8 +279,8 @@ def fit_points(points: Iterable[Point]) -> tuple[Fit, FitDraws | None]:
     )
     fitted = [p for p in parabolas if p.curve is not None]
     used = [p for p in fitted if not p.left_out]
-    # a parabola takes three of a budget's degrees of freedom; also those whose minimum is of no
-    # use tell the noise
+    # a parabola takes three of a budget's degrees of freedom; those whose minimum is unusable
+    # measure the noise as well
     dof = sum(len(p.loss) - 3 for p in fitted)
     noise = None
     if dof:
@@ -355,6 +358,7 @@ def _laws(
 
 def _parabola(label: str, points: Sequence[Point]) -> _Parabola:
     """The parabola of one budget, or why there is none."""
+    # the first and the last N bound the range in which a minimum counts
     points = sorted(points, key=lambda point: point.N)
     ln_n = np.log([p.N for p in points])
     loss = np.array([p.loss for p in points])
@@ -367,6 +371,7 @@ def _parabola(label: str, points: Sequence[Point]) -> _Parabola:
             f"depths"
         )
         return _Parabola(label, flops, n, loss, None, None, why)
+    # centred: ln N is large and varies little, so its columns 1, x and x^2 would be nearly parallel
     center = float(ln_n.mean())
     x = ln_n - center
     design = np.stack([np.ones_like(x), x, x**2], axis=1)
@@ -420,6 +425,7 @@ def _draw(used: Sequence[_Parabola], noise: float, dof: int) -> _Draws | None:
     sizes = noise * np.sqrt(dof / generator.chisquare(dof, DRAWS))
     coefficients = []
     for p in used:
+        # around the curve, not around the measured losses, which contain their noise already
         losses = p.curve.fitted + sizes[:, None] * generator.standard_normal((DRAWS, len(p.loss)))
         coefficients.append(losses @ p.curve.solve.T)
     # it opens upwards, and its minimum is positive
@@ -428,6 +434,7 @@ def _draw(used: Sequence[_Parabola], noise: float, dof: int) -> _Draws | None:
     )
     if not kept.any():
         return None
+    # the same draws of every budget, since a law in a draw needs all of its minima
     minima = [p.curve.minima(c[kept]) for p, c in zip(used, coefficients, strict=True)]
     return _Draws(
         minima=np.stack(minima, axis=1),
@@ -473,6 +480,7 @@ def _power_law(
 
 def _ratio(best: np.ndarray, minima: np.ndarray | None) -> Ratio:
     """D/N at the minima. best: (1, budgets, 3); minima: (draws, budgets, 3)."""
+    # the geometric mean, in which a ratio twice too large and one half as large cancel
     found = np.exp((best[..., 1] - best[..., 0]).mean(axis=1))
     interval = None
     if minima is not None:
@@ -509,7 +517,10 @@ def fit_loss(ln_c: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarr
     for gamma in GAMMAS:
         attempt(np.full(len(losses), gamma))
     grid = GAMMAS[1] / GAMMAS[0]
+    # 41 factors over one step of the grid each way are step^(1/20) apart, which is how far the
+    # second search has to reach
     for step in (grid, grid ** (1 / 20)):
+        # losses that do not fall have found nothing yet, and any start serves them
         around = np.where(np.isfinite(best[3]), best[3], GAMMAS[0])
         for factor in np.geomspace(1 / step, step, 41):
             attempt(around * factor)
@@ -537,6 +548,8 @@ def _loss(
     floors, _, gammas = drawn
     if not np.isfinite(floor):
         return _loss_line(ln_c, best, losses, "the loss does not fall with the budget", drawn)
+    # at the end of the grid the loss has all but stopped falling: E is then the last loss, not a
+    # floor
     at_end = GAMMAS[-1]
     if (
         gamma >= at_end
@@ -620,6 +633,7 @@ def predict(fit: Fit, draws: FitDraws | None, flops: float, n: float) -> Expecte
     if fit.loss is None:
         raise UsageError(f"no prediction: {fit.why_not}")
     away = math.log(n / fit.N_opt.at(flops))
+    # away from the optimum every budget is taken to have the mean curvature
     expected = float(fit.loss.at(flops) + fit.curvature * away**2)
     if draws is None:
         return Expected(expected, None)
