@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
         plot = "none: there is no training step to plot yet"
         # the page is written in any case: a run that failed at its start is worth reading about
         if run.steps_logged:
+            # replaced atomically: somebody may look at the picture of a run that is still training
             plot = folder / "loss.png"
             write_atomic(plot, plots.png(lambda figure: draw_loss_picture(figure, run), 11, 4.4))
         page = folder / "report.html"
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> int:
 def summary_rows(run: RunRecord) -> list[tuple[str, str]]:
     """(name, value) of what a run came to."""
     reason = f" ({run.reason})" if run.reason else ""
+    # the steps of a time budget are not known before its speed has been measured
     planned = "?" if run.steps is None else f"{run.steps:,}"
     rows = [
         ("status", run.status + reason),
@@ -120,6 +122,7 @@ def _bpb_and_best(run: RunRecord) -> str:
     """The last val_bpb and the lowest."""
     if run.val_bpb is None:
         return "none"
+    # both, since a last value above the best one tells of overfitting
     return f"{run.val_bpb:.4f}{shown(run.min_val_bpb, '.4f', ' (best ', ')')}"
 
 
@@ -144,6 +147,7 @@ def draw_steps(axes: "Axes", run: RunRecord, name: str, title: str) -> None:
     if not len(x):
         plots.say(axes, "none")
         return
+    # the raw values stay visible behind it, since smoothing alone would hide spikes
     smooth = plots.Curve(x, plots.smoothed(y), None, plots.Look(BLUE, "-"))
     axes.plot(x, y, color=BLUE, linewidth=0.7, alpha=0.35)
     plots.draw_curves(axes, [smooth], labels=False)
@@ -153,6 +157,7 @@ def draw_steps(axes: "Axes", run: RunRecord, name: str, title: str) -> None:
     usual_low, usual_high = np.quantile(late, [0.01, 0.99])
     room = 0.1 * (usual_high - usual_low)
     axes.set_ylim(min(low, usual_low - room), max(high, usual_high + room))
+    # the smoothed value, since the last step on its own may be an outlier
     last = smooth.y[-1]
     axes.set_title(
         f"{last:,.0f}" if abs(last) >= 1000 else f"{last:#.4g}",
@@ -176,6 +181,7 @@ def draw_bpb(axes: "Axes", run: RunRecord) -> None:
         plots.say(axes, "not evaluated yet")
         return
     axes.plot(x, y, color=ORANGE, marker="o", markersize=3.5, linewidth=1.6)
+    # beside the axes, where no curve can cover it
     axes.text(
         1.015,
         y[-1],
@@ -247,6 +253,7 @@ PICTURES = (
 
 # ---- the page ----
 
+# no scripts, no fonts, no addresses: the page has to work offline, years later, as an attachment
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -323,6 +330,7 @@ def as_page(run: RunRecord) -> str:
         headline(run),
         problem_list(run.problems),
     ]
+    # empty axes would look like a fault of the page, so a picture without data is left out
     pictures = [
         figure(picture, run)
         for picture in PICTURES
@@ -350,9 +358,11 @@ def escaped(value: Any) -> str:
 
 def _visible(char: str) -> str:
     """The character, or Unicode's picture of a control character."""
+    # U+2400 and the characters after it picture the control characters in their own order
     if ord(char) < 32 and char not in "\n\t":
         return chr(0x2400 + ord(char))
     if "\x7f" <= char < "\xa0":
+        # DEL, and the control characters from U+0080 on, of which Unicode has no pictures
         return "\u2421"
     return char
 
@@ -427,6 +437,7 @@ def figure(picture: Picture, run: RunRecord) -> str:
     """A curve for light pages and one for dark ones, of which a browser shows the fitting one."""
 
     def data(dark: bool) -> str:
+        # one image for each kind of page, since a PNG cannot follow the reader's colour scheme
         image = plots.png(lambda figure: picture.draw(figure.subplots(), run), 6.4, 3.5, dark=dark)
         return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
@@ -442,6 +453,7 @@ def figure(picture: Picture, run: RunRecord) -> str:
 
 def as_table(heading: Sequence[Any], rows: Iterable[Sequence[Any]], numbers: bool = True) -> str:
     """Rows of values as an HTML table; numbers: align all columns but the first to the right."""
+    # escaped here rather than by the callers, so that none of them can forget it
     cells = "".join(
         "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
@@ -504,6 +516,7 @@ def evaluations_part(run: RunRecord) -> str:
                 report.get("step", ""),
                 shown(bpb, ".4f"),
                 shown(core, ".4f"),
+                # an evaluation without CORE, or without the answers by example, has no interval
                 "" if None in (low, high) else f"{low:.4f} to {high:.4f}",
                 dig(report, "core", "n") or "",
             )
@@ -554,6 +567,7 @@ def settings_part(run: RunRecord) -> str:
         # about a hundred flags, most of which are off
         if value is not False and value not in (-1, "", None)
     }
+    # what has no table of its own; a new dict in config.json needs a line below to be shown
     other = {
         name: value
         for name, value in config.items()

@@ -115,6 +115,7 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="auto",
+        # float16 is left out: its range is made up for by loss scaling, which only training has
         choices=("auto", "bfloat16", "float32"),
         help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
         "(default %(default)s)",
@@ -126,9 +127,11 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
 
     Raises UsageError for a file that cannot be read or that holds no prompt."""
     if path is None:
+        # an empty prompt is a beginning as well: the model then starts a document of its own
         return given or [""]
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # a compressed or binary file opens without complaint, and only its content cannot be decoded
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--prompts-file {path}: cannot be read as UTF-8 text ({error}); "
@@ -145,6 +148,7 @@ def main(argv: list[str]) -> int:
 
     Raises one UsageError with a line for every unusable value, before the model is loaded."""
     args = build_parser().parse_args(argv)
+    # named as the arguments of generate_text(), so that one dict serves the check and the drawing
     sampling = {
         "max_new_tokens": args.max_tokens,
         "temperature": args.temperature,
@@ -174,6 +178,8 @@ def main(argv: list[str]) -> int:
 
     step = None if args.step == -1 else args.step
     model, tokenizer = load(args.run, step=step, device_type=args.device_type, dtype=args.dtype)
+    # all of them before the first is printed: one that is too long should not show up only at the
+    # end
     check_prompts(model, tokenizer, prompts, args.max_tokens)
 
     def samples_of(prompt: str) -> Iterator[Iterable[str]]:
@@ -185,6 +191,7 @@ def main(argv: list[str]) -> int:
         for text in generate_texts(model, tokenizer, prompt, args.num_samples, **sampling):
             yield [text]
 
+    # a single sample is printed bare, so that it can be piped as text
     titled = len(prompts) * args.num_samples > 1
     try:
         for p, prompt in enumerate(prompts, start=1):
@@ -201,10 +208,12 @@ def main(argv: list[str]) -> int:
 
 def _sampling_problems(sampling: dict[str, float], num_samples: int) -> list[str]:
     """A message for every unusable setting, by the name of its flag."""
+    # here for the same reason as in main(): this module imports torch
     from nanochat.eval.generation import option_problems
 
     problems = []
     for name, value, reason in option_problems(num_samples=num_samples, **sampling):
+        # the one flag whose name is shorter than the argument that it sets
         flag = "max-tokens" if name == "max_new_tokens" else name.replace("_", "-")
         problems.append(f"--{flag} {value}: {reason}")
     return problems
@@ -212,6 +221,7 @@ def _sampling_problems(sampling: dict[str, float], num_samples: int) -> list[str
 
 def _print_text(prompt: str, pieces: Iterable[str]) -> None:
     """Print a prompt and its continuation, each piece as soon as it is drawn."""
+    # flushed, so that text appears as it is drawn in a pipe as well
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

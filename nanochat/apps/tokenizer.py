@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanochat tokenizer",
         allow_abbrev=False,
+        # the epilog has one line for each command, which the default formatter would join
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a tokenizer, compare tokenizers on held-out text, or look into one.",
     )
@@ -117,6 +118,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     _add_max_bytes(compare)
     compare.add_argument(
         "--json",
+        # `json` is the module in the code that takes this value
         dest="as_json",
         action="store_true",
         help="print one JSON object instead of the table",
@@ -237,11 +239,15 @@ def _folder_problems(folder: Path) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         yield f"{folder}: is a file; name a folder for the tokenizer"
     elif any((folder / name).exists() for name in ("encoder.json", "merges.txt")):
+        # saving ours next to them would leave a folder with two tokenizers, of which readers take
+        # ours
         yield f"{folder}: holds the files of a tokenizer of GPT-2's kind; name another folder"
     elif (folder / TOKENIZER_FILE).exists():
         try:
             read_tokenizer(folder)
         except UsageError as error:
+            # even a damaged file stays: it may be all that is left of a tokenizer that runs depend
+            # on
             yield f"{error}; it is not overwritten, name another folder"
 
 
@@ -251,6 +257,7 @@ def _save_new(fitted: "Tokenizer", folder: Path) -> None:
 
     if (folder / TOKENIZER_FILE).exists():
         there = read_tokenizer(folder)
+        # the same text gives the same tokenizer, so repeating the command is no error
         if there.fingerprint != fitted.fingerprint:
             raise UsageError(
                 f"{folder} holds another tokenizer ({there.kind}, {there.vocab_size:,} ids, "
@@ -321,6 +328,7 @@ def _compared(
         name: saved[name] if name in saved else fit_tokenizer(corpus, name, -1)
         for name in names or ["bpe"]
     }
+    # GPT-2's is the yardstick that people know, but not worth a download that nobody asked for
     chosen |= _gpt2_if_here(chosen)
     texts = held_out_text(corpus, max_bytes)
     rows = [measure(name, tokenizer, texts) for name, tokenizer in chosen.items()]
@@ -345,6 +353,7 @@ def _gpt2_if_here(chosen: dict[str, "Tokenizer"]) -> dict[str, "Tokenizer"]:
 def _is_gpt2(row: Measurement) -> bool:
     from nanochat.data.tokenizer import GPT2_FINGERPRINT
 
+    # by content, since a folder may hold GPT-2's files under any name
     return row.fingerprint == GPT2_FINGERPRINT
 
 
@@ -414,6 +423,7 @@ def held_out_text(corpus: "Corpus", max_bytes: int) -> list[str]:
         left -= len(content)
         if left <= 0:
             break
+    # a cut within the first character of a document leaves nothing of it
     texts = [text for text in texts if text]
     if not texts:
         raise UsageError(
@@ -440,11 +450,13 @@ def measure(name: str, tokenizer: "Tokenizer", texts: list[str]) -> Measurement:
         # builds tiktoken's tables, which is not measured
         tokenizer.encode_batch([texts[0][:1000]])
         for batch in by_size(texts, BATCH_BYTES):
+            # only encoding is timed, not the check of the round trip below
             began = time.perf_counter()
             ids_of = tokenizer.encode_batch(batch)
             seconds += time.perf_counter() - began
             tokens += sum(len(ids) for ids in ids_of)
             for ids, text in zip(ids_of, batch, strict=True):
+                # compared as bytes, since a token may end in the middle of a character
                 restored = b"".join(map(tokenizer.token_bytes, ids.tolist()))
                 same = same and restored == text.encode("utf-8")
     except UsageError as error:

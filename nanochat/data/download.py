@@ -113,6 +113,7 @@ class RemoteFile:
     def is_local(self) -> bool:
         """Whether the file is complete on disk: it gets its name after its content is verified."""
         path = self.local_path()
+        # not hashed again: that would read every shard of the data at every start
         return path.is_file() and path.stat().st_size == self.n_bytes
 
     def fetch(self, report: Report = print) -> Path:
@@ -168,6 +169,7 @@ def _download(file: RemoteFile, path: Path, report: Report) -> None:
                 raise
             report(f"data: {file.name}: {problem.reason}; deleted, downloading it once more")
             content = _verified(file, folder, report)
+        # the final name stands for verified content, so the content has to be on the disk before it
         with content.open("rb") as f:
             os.fsync(f.fileno())
         content.replace(path)
@@ -354,6 +356,7 @@ def _verify(file: RemoteFile, path: Path) -> None:
         # files without a SHA-256 are plain git blobs, at most 19 MB
         content = path.read_bytes()
         blob = b"blob %d\0" % len(content) + content
+        # git's own hash; the argument allows it where insecure hashes are blocked
         found = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
         stated = file.etag
     else:

@@ -96,6 +96,7 @@ KNOWN = {
         1_115_394,
     ),
 }
+# at a fixed commit, so that size and checksum stay right
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
     "/data/tinyshakespeare/input.txt"
@@ -398,6 +399,7 @@ def _paths(spec: _Spec, commit: str, urls: Iterable[Any]) -> list[str]:
                 f"({', '.join(FORMATS)}, plain or compressed as {', '.join(COMPRESSIONS[1:])}); "
                 f"choose another config or dataset"
             )
+    # sorted, since the order of the shards decides what a seed reads, on every machine
     return sorted(set(paths))
 
 
@@ -484,6 +486,7 @@ def _problem_behind(error: BaseException | None) -> Problem | None:
 
 
 def _listing_path(spec: str, revision: str) -> Path:
+    # hashed, since a spec holds colons and slashes
     name = sha256_hex(json.dumps([spec, revision]))[:32]
     return base_dir() / "hub" / "listings" / f"{name}.json"
 
@@ -516,5 +519,6 @@ def _kept(spec: str, revision: str) -> Listing | None:
         train = tuple(RemoteFile(**file) for file in value.pop("train"))
         val = tuple(RemoteFile(**file) for file in value.pop("val"))
         return Listing(**value, train=train, val=val)
+    # a damaged listing is no fault to report: the hub is asked again
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -145,6 +145,7 @@ class Ahead:
 
         Until it ends it reports nothing more, and keeps nothing of the run alive."""
         self.stopped.set()
+        # the thread holds this object, and through these two would hold the run's log and its rows
         self.report = _ignore
         self.rows = self.own
 

@@ -139,6 +139,7 @@ class Rows:
         epoch, place = divmod(len(self.visits), len(self.shards))
         shard_index = self.shard_order(epoch)[place]
         end = (self.ends[-1] if self.ends else 0) + self.shard_rows(shard_index)
+        # a whole epoch without a row: without this the search in locate() would never end
         if place == len(self.shards) - 1 and end == 0:
             raise UsageError(
                 f"--data: none of {len(self.shards)} shards holds one row of {self.T} tokens; give "
@@ -173,6 +174,7 @@ class Rows:
         ids, offsets = self.cache.tokens(self.shards[place.shard_index])
         plan = self._plan(place.epoch, place.shard_index)
         ring_tokens = int(plan.begins[-1])
+        # int64, which torch's cross entropy wants for its targets
         out = np.empty(self.T + 1, dtype=np.int64)
         out[0] = self.cache.tokenizer.bos
         filled = 1

@@ -28,18 +28,23 @@ class Range:
 
 
 def _off(value: Any) -> bool:
+    # "auto" comes first in a test, since comparing a string with a number would raise.
     return value in (-1, "auto")
 
 
 AT_LEAST_1 = Range(lambda v: v >= 1, "must be at least 1", "give a positive number")
+# 0 could be read as "never" or as "at every step", so -1 is the only spelling of off.
 POSITIVE_OR_OFF = Range(
     lambda v: _off(v) or v > 0, "must be positive, or -1 for off or automatic", "give one of these"
 )
+# A warm-up of 0 steps is a real choice, so only -1 can mean "derived".
 FROM_0_OR_OFF = Range(
     lambda v: v >= -1, "must be at least 0, or -1 for off or automatic", "give one of these"
 )
+# A rate of 0 freezes its parameters, which is a legitimate experiment; -1 takes the default.
 RATE_OR_AUTO = Range(lambda v: v >= 0 or v == -1, "must not be negative", "give 0 or more, or -1")
 NOT_NEGATIVE = Range(lambda v: v >= 0, "must not be negative", "give 0 or more")
+# At 1, Adam's bias correction divides by 1 - beta^t = 0, and dropout drops every update.
 BELOW_1 = Range(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "give such a number")
 FRACTION = Range(lambda v: 0 <= v <= 1, "must be between 0 and 1", "give a fraction")
 SEED = Range(lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", "choose another seed")
@@ -50,10 +55,14 @@ RATIO = Range(
 )
 
 # What --resume does with a flag that is given again with another value.
-FIXED = "fixed"  # refused: it decides what the model becomes
-FREE = "free"  # taken, and printed
-HORIZON = "horizon"  # a longer one extends the run
-START = "start"  # belongs to one start of the program, not to the run; never taken from a config
+# Refused: it decides what the model becomes.
+FIXED = "fixed"
+# Taken, and printed.
+FREE = "free"
+# A longer one extends the run.
+HORIZON = "horizon"
+# Belongs to one start of the program, not to the run; never taken from a config.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,10 @@ class Flag:
 
     def add_to(self, group: Any) -> None:
         """Declare the flag to an argparse group. Only flags that are given are stored."""
+        # argparse formats help texts with %, so a bare percent sign would raise at --help.
         text = f"{self.help} (default: {self.default})".replace("%", "%%")
         if self.name == "compile":
+            # The only switch that is on by default, so it needs a --no- form as well.
             action: Any = argparse.BooleanOptionalAction
             group.add_argument("--compile", action=action, help=text)
         elif isinstance(self.default, bool):
@@ -90,6 +101,7 @@ class Flag:
         else:
             group.add_argument(
                 flag(self.name),
+                # The type of an int default would refuse 1e18 and 0.5: flags of floats name theirs.
                 type=self.type or type(self.default),
                 choices=self.choices,
                 help=text,
@@ -97,12 +109,15 @@ class Flag:
 
 
 EVERY = POSITIVE_OR_OFF
+# The order is that of --help and, among the horizons, that of precedence.
 GROUPS: dict[str, list[Flag]] = {
     "logging": [
         Flag("run", "dummy", "Weights & Biases run name; dummy: off", on_resume=FREE),
+        # A run folder may be moved between two starts, so neither parent nor name is the run's own.
         Flag("out_dir", "out", "folder of run folders", on_resume=START),
         Flag("model_tag", "", "name of the run folder; empty: d{depth}", on_resume=START),
         Flag("tensorboard", False, "log to TensorBoard, in the run folder", on_resume=FREE),
+        # Its flags are recorded one by one, as if they stood on the command line.
         Flag(
             "config",
             "",
@@ -110,6 +125,7 @@ GROUPS: dict[str, list[Flag]] = {
             on_resume=START,
         ),
     ],
+    # Free, except for the seed: these change speed, memory and rounding, not batch and rates.
     "runtime": [
         Flag(
             "device_type",
@@ -121,6 +137,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "dtype",
             "auto",
+            # Comparison looks at the dtype that was used in the end, which "auto" does not tell.
             "compute dtype (weights stay fp32); auto: what the hardware multiplies fast; "
             "float16: with loss scaling",
             choices=("auto", "bfloat16", "float16", "float32"),
@@ -131,12 +148,14 @@ GROUPS: dict[str, list[Flag]] = {
             "seed",
             42,
             "seed of weights, data order, dropout and samples",
+            # Runs that differ only in the seed are one experiment: their spread is its noise.
             range=SEED,
             decides=False,
         ),
         Flag(
             "attention",
             "auto",
+            # No choices: checks.py knows the backends, and importing their list loads torch.
             "attention backend: auto, blocked, sdpa, flex, triton, fa3 or fa4",
             on_resume=FREE,
         ),
@@ -146,6 +165,7 @@ GROUPS: dict[str, list[Flag]] = {
             "recompute activations in the backward pass instead of storing them",
             on_resume=FREE,
         ),
+        # checks.py refuses it; without this row the answer would be "unrecognized arguments".
         Flag("shard", False, "shard the model with FSDP2 (not available yet)", on_resume=FREE),
     ],
     "fp8": [
@@ -161,6 +181,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag("depth", 20, "number of layers; the one dial", range=AT_LEAST_1, shapes_model=True),
         Flag(
             "aspect_ratio",
+            # Gives the reference model, depth 12, its width of 768 (schedules.REFERENCE_WIDTH).
             64,
             "width / depth; the width is rounded up to whole heads",
             range=AT_LEAST_1,
@@ -174,6 +195,7 @@ GROUPS: dict[str, list[Flag]] = {
             range=POSITIVE_OR_OFF,
             shapes_model=True,
         ),
+        # Not part of the shape: rotary positions have no weights, so --init-from may change it.
         Flag("max_seq_len", 2048, "context in tokens", range=AT_LEAST_1),
         Flag(
             "window_pattern",
@@ -185,6 +207,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "short_window",
             -1,
+            # At d4 and a context of 256, an eighth of it was better than half by 0.027 bpb; what
+            # holds at 2,048 is not known (runs/LOG.md), so the default stays at half.
             "tokens that an S layer sees; -1: half the context",
             range=POSITIVE_OR_OFF,
         ),
@@ -206,6 +230,8 @@ GROUPS: dict[str, list[Flag]] = {
     "data": [
         Flag(
             "data",
+            # Free because text may move to another path; its fingerprint is checked at every
+            # resume.
             "climbmix",
             "climbmix, fineweb-edu, tinystories, shakespeare or "
             "hf:<dataset>[:<config>[:<split>[:<column>]]] (downloaded as needed), python (source "
@@ -221,6 +247,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "tokenizer",
             "bpe",
+            # Groups compare the fingerprint instead, since one tokenizer has several names.
             "bpe, char, byte, gpt2, or a folder with a saved tokenizer",
             decides=False,
         ),
@@ -233,16 +260,20 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "init_from",
             "",
+            # What was taken is recorded as `init_from` in config.json, and groups compare that.
             "run folder to take the initial weights, shape, context and tokenizer from; the "
             "optimizer and horizon are new",
             decides=False,
         ),
     ],
+    # All but the last are off by default, so that there is always exactly one horizon in force.
     "horizon (the first one given wins, in this order)": [
         Flag("num_iterations", -1, "training steps", range=POSITIVE_OR_OFF, on_resume=HORIZON),
         Flag(
             "target_flops",
             -1,
+            # A float, so that 1e18 can be written; the default stays an int, as config.json records
+            # it.
             "training FLOPs",
             type=float,
             range=POSITIVE_OR_OFF,
@@ -267,6 +298,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "target_minutes",
             -1,
+            # The steps that fit are fixed only after the run has measured its own speed.
             "training time in minutes; evaluation and compilation do not count",
             type=float,
             range=POSITIVE_OR_OFF,
@@ -280,6 +312,7 @@ GROUPS: dict[str, list[Flag]] = {
             on_resume=HORIZON,
         ),
     ],
+    # A resumed run may lift these, but they decide how long a run trains, and so its val_bpb.
     "early end": [
         Flag(
             "stop_at_bpb",
@@ -303,6 +336,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "device_batch_size",
             -1,
+            # Free: gradient accumulation makes up for it, so the tokens of a step stay the same.
             "rows that a device takes per pass; -1: the largest number that fits",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
@@ -322,6 +356,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "embedding_lr",
             -1,
+            # -1 rather than a number: the default depends on --arch, which is not known here.
             f"AdamW learning rate of tables; -1: by --arch, {schedules.EMBEDDING_LR}",
             type=float,
             range=RATE_OR_AUTO,
@@ -357,6 +392,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "lr_schedule",
             "trapezoid",
+            # A cosine falls from its start, so it has no constant part from which to extend a run.
             "shape of the learning rate over the run; a cosine run cannot be extended",
             choices=("trapezoid", "cosine"),
         ),
@@ -371,6 +407,7 @@ GROUPS: dict[str, list[Flag]] = {
         ),
         Flag("grad_clip", 0.0, "largest gradient norm; 0: off", range=NOT_NEGATIVE),
     ],
+    # None is taken from a config: --overwrite would act again whenever the run is resumed.
     "resume": [
         Flag(
             "resume",
@@ -394,6 +431,7 @@ GROUPS: dict[str, list[Flag]] = {
             on_resume=START,
         ),
     ],
+    # Free: evaluation leaves the weights alone, so a resumed run may look more or less often.
     "evaluation (every: steps; -1: never, not even at the end)": [
         Flag(
             "eval_every",
@@ -405,6 +443,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "eval_tokens",
             40 * 524288,
+            # 40 reference batches of 2^19 tokens. Scores on different amounts of text do not
+            # compare, so this flag decides although it is free.
             "held-out tokens to evaluate on, capped by the validation set; -1: all",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
@@ -413,6 +453,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "core_metric_every",
             "auto",
+            # checks.core_metric_flags() settles "auto" once the device is known.
             "steps between CORE evaluations; also at the end; auto: 2000 on CUDA, -1 elsewhere",
             type=number_or_auto,
             range=EVERY,
@@ -458,6 +499,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "save_every_minutes",
             10,
+            # In minutes, because what a crash costs is time, whatever a step takes.
             "minutes between rolling checkpoints, each replacing the one before; -1: none",
             type=float,
             range=POSITIVE_OR_OFF,
@@ -476,6 +518,7 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "max_skipped",
             10,
+            # Consecutive ones only: a bad batch passes, a broken model does not.
             "consecutive steps that may be skipped because of non-finite numbers",
             range=AT_LEAST_1,
             on_resume=FREE,
@@ -501,6 +544,7 @@ GROUPS: dict[str, list[Flag]] = {
     ],
 }
 FLAGS = {row.name: row for rows in GROUPS.values() for row in rows}
+# In the order of precedence, since a dict keeps the order of GROUPS.
 HORIZONS = tuple(name for name, row in FLAGS.items() if row.on_resume == HORIZON)
 
 
@@ -514,8 +558,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a GPT sized by --depth.",
+        # argparse's own usage would list more than 70 flags before the first explanation.
         usage="train.py --depth=N [options]; --help lists them all",
+        # An abbreviation that is unique today may be ambiguous after the next flag.
         allow_abbrev=False,
+        # A flag that was not given leaves no trace: this is how `given` is found.
         argument_default=argparse.SUPPRESS,
     )
     for title, rows in GROUPS.items():
@@ -532,6 +579,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Ends the process with exit code 2 for what argparse refuses. UsageError for an unusable
     --config."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # --config is read before the other flags, by a parser that leaves them and --help alone.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default="")
     config = finder.parse_known_args(argv)[0].config
@@ -558,12 +606,15 @@ def config_words(path: str) -> list[str]:
     values = content["args"] if is_run else content
     if not isinstance(values, dict):
         raise UsageError(f"--config={path}: neither a run's config.json nor an object of flags")
+    # A file written by hand may spell its flags as on the command line.
     values = {name.removeprefix("--").replace("-", "_"): value for name, value in values.items()}
+    # Of a run's config, --overwrite or --resume would act again in the new run.
     of_one_start = {name for name, row in FLAGS.items() if row.on_resume == START}
     if is_run:
         values = {name: value for name, value in values.items() if name not in of_one_start}
     if unknown := [name for name in values if name not in FLAGS or name == "config"]:
         raise UsageError(f"--config={path}: no such flag: {', '.join(map(flag, unknown))}")
+    # With defaults among them, `given` would name every flag, and a resume would compare them all.
     return [
         _word(path, name, value) for name, value in values.items() if value != FLAGS[name].default
     ]
@@ -574,6 +625,7 @@ def _word(path: str, name: str, value: Any) -> str:
     if isinstance(FLAGS[name].default, bool):
         if not isinstance(value, bool):
             raise UsageError(f"--config={path}: {flag(name)} is {value!r}; give true or false")
+        # A false switch is left out as its default, so only --compile comes here with false.
         return flag(name) if value else f"--no-{name.replace('_', '-')}"
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         shown = json.dumps(value)
@@ -586,6 +638,7 @@ def range_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for name, row in FLAGS.items():
         value = getattr(args, name)
+        # argparse takes "nan" and "inf" for floats, and most ranges would let infinity pass.
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{flag(name)}={value}: not a finite number; give a number")
         elif row.range and not row.range.holds(value):

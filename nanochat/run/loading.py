@@ -79,6 +79,7 @@ def load_run(
     try:
         return _load(run, chosen, device_type, dtype)
     except UsageError:
+        # A step that was asked for is never replaced silently by another one.
         if step is not None or checkpoint.folder_of(run, chosen).exists():
             raise
     # A training process removed it in the meantime: there is a newer one.
@@ -110,4 +111,5 @@ def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder"
         pick_backend("auto", device.type)[0],
     )
     checkpoint.load_model(run, step, model)
+    # A model is built in training mode, in which dropout is active.
     return model.eval(), tokenizer

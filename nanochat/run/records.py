@@ -30,6 +30,7 @@ DAMAGES = (UsageError, OSError, ValueError, KeyError, TypeError, AttributeError)
 
 def finite_number(value: Any) -> int | float | None:
     """A finite int or float as it is; None for anything else that a damaged file may hold."""
+    # True is an int in Python, and a damaged file may hold it anywhere
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     # false for NaN as well
@@ -94,6 +95,7 @@ def read_summary(path: str | Path) -> RunSummary:
     if not all(value is None or isinstance(value, int | float) for value in numbers):
         raise ValueError("a number in config.json or summary.json is not a number")
     seconds = at["total_training_time"]
+    # over the whole run, since the speed of a single step says little
     rate = at["tokens"] / seconds if at["tokens"] and seconds else None
     return RunSummary(
         path=str(path),
@@ -134,6 +136,7 @@ def is_held(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    # there is no lock file, or none that may be read: nothing is known to hold the run
     except OSError:
         return False
     return False
@@ -144,6 +147,7 @@ def last_line(path: Path) -> dict | None:
     if not path.exists():
         return None
     with open(path, "rb") as file:
+        # the first line of what is read may be cut: it does not parse, and is passed over
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         for line in reversed(file.read().split(b"\n")):
             try:
@@ -221,8 +225,8 @@ class CoreResult:
 
     source: the file it is from; tasks: by label, those that are damaged left out; core_metric:
     None if tasks are missing, which `reason` then says; low, high: its 95% bootstrap interval, None
-    without the answers by example; n: examples in all tasks; baselines
-    and max_per_task: as in the file."""
+    without the answers by example; n: examples in all tasks; baselines and max_per_task: as in the
+    file."""
 
     source: str
     step: int | None
@@ -439,6 +443,7 @@ def _object(path: Path, problems: list[str]) -> dict:
 def _lines(path: Path, problems: list[str]) -> list[dict]:
     """The objects of a .jsonl file; problems say how many of its lines cannot be read."""
     try:
+        # a run without samples or CORE has no such file, which is no damage
         rows = lines_of(path) if path.exists() else [""]
         values = [parsed(row) for row in rows]
     except (OSError, RecursionError) as error:
@@ -524,6 +529,7 @@ def core_result(
     """One CORE result from the entries of its tasks, of which those that are damaged are left out.
 
     Without all tasks there is no metric, and without the answers by example no interval."""
+    # here, not above: it imports numpy, which a listing of runs does not need
     from tasks.core import LABELS, interval, metric
 
     usable = {label: task for label in LABELS if (task := _core_task(tasks.get(label)))}
@@ -565,6 +571,7 @@ def _core_task(entry: Any) -> CoreTask | None:
         value = entry.get(name)
         texts[name] = value if isinstance(value, str) else None
     correct = texts["correct"]
+    # answers that do not fit their number cannot be paired, but the accuracy still counts
     if correct is not None and (len(correct) != n or n == 0 or set(correct) - {"0", "1"}):
         texts["correct"] = None
     return CoreTask(

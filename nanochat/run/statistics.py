@@ -50,7 +50,9 @@ def student_quantile(p: float, df: float) -> float:
     # only some of what imports this module needs quantiles, and numpy slows down the start
     import numpy as np
 
+    # by lgamma, since gamma itself overflows from df = 343 on
     factor = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    # an odd number of points, as Simpson's rule needs
     weights = np.ones(2001)
     weights[1:-1:2] = 4
     weights[2:-1:2] = 2
@@ -62,6 +64,7 @@ def student_quantile(p: float, df: float) -> float:
     # an angle below pi/2 stands for any t, so the search is bounded
     low = 0.0
     high = math.pi / 2
+    # 60 halvings of pi/2 are finer than a float can tell apart
     for _ in range(60):
         middle = (low + high) / 2
         if probability(middle) < p - 0.5:

@@ -7,6 +7,7 @@ from nanochat.common import UsageError
 
 # documents whose beginning `inspect` shows unless --documents says otherwise
 EXAMPLES = 3
+# a mix holds a whole file's text in memory to shuffle it, so this bounds its memory as well
 DEFAULT_SHARD_BYTES = 64 << 20
 # of a mix
 HELD_OUT_SHARE = 0.02
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanochat data",
         allow_abbrev=False,
+        # the epilog has one line for each command, which the default formatter would join
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Look into a data set, download and tokenize it before training, or mix "
         "several.",
@@ -33,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_tokenize(commands),
         _add_mix(commands),
     ]
+    # argparse's own help only names the commands, and what a reader looks for is their arguments;
+    # the first word of a usage is "usage:"
     usages = [" ".join(command.format_usage().split()[1:]) for command in parsers]
     heading = "commands in full (nanochat data COMMAND --help explains them):"
     parser.epilog = "\n".join([heading, *(f"  {usage}" for usage in usages)])
@@ -59,7 +63,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         f"(-1: {EXAMPLES}, if text is on this disk)",
     )
     inspect.add_argument(
-        "--json", dest="as_json", action="store_true", help="print one JSON object"
+        # `json` is the module in the code that takes this value
+        "--json",
+        dest="as_json",
+        action="store_true",
+        help="print one JSON object",
     )
     return inspect
 
@@ -107,6 +115,7 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="so many training shards, in the order in which a run reads them",
     )
+    # `all` would hide Python's function in what takes this value
     amount.add_argument("--all", dest="everything", action="store_true", help="the whole data set")
     command.add_argument("--val-data", default="", metavar="PATH", help=VAL_DATA_HELP)
     command.add_argument(
@@ -124,6 +133,7 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         help="the run's --vocab-size (-1: derived from the size of the data)",
     )
     command.add_argument(
+        # another seed reads the shards in another order, so other files would be downloaded
         "--seed",
         type=int,
         default=42,
@@ -131,6 +141,8 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         help="the run's --seed, which orders the shards (default %(default)s)",
     )
     command.add_argument(
+        # a shard loses what does not fill its last row, so the length of a row decides how many
+        # shards hold that many tokens
         "--max-seq-len",
         type=int,
         default=2048,
@@ -158,6 +170,7 @@ def _add_mix(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     mix.add_argument(
         "--bytes",
+        # `bytes` would hide Python's type
         dest="train_bytes",
         type=_count,
         required=True,
@@ -198,8 +211,10 @@ def _add_mix(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     """argparse type of a whole number of at least 1, also written as 2e9."""
     try:
+        # int() refuses 2e9; a float is exact up to 2^53, more text than any data set holds
         value = float(text)
     except ValueError:
+        # NaN fails every comparison below
         value = math.nan
     if not (1 <= value < 1 << 63 and value == int(value)):
         raise argparse.ArgumentTypeError(

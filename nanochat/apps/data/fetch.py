@@ -77,6 +77,7 @@ class _Fetched:
         return all(self._fetch_file(file) for file in shard.remote_files())
 
     def _fetch_file(self, file: RemoteFile) -> bool:
+        # training and validation may be two parts of one file, which is tried and reported once
         if file in self.here or file in self.missing:
             return file in self.here
         began = time.monotonic()
@@ -84,6 +85,7 @@ class _Fetched:
         try:
             file.fetch(say)
         except DownloadFailed as error:
+            # the other files are still worth having, so a missing one does not end the command
             self.missing[file] = str(error)
             say(f"{file.name}  missing: {error}")
             return False
@@ -192,6 +194,7 @@ def run_tokenize(wanted: Wanted) -> int:
     """`nanochat data tokenize`: write token files, in the order in which a run reads the shards.
 
     Raises Unavailable if anything is missing at the end."""
+    # only for its number of threads, the one that train.py tokenizes with
     import torch
 
     corpus = _opened(wanted, amount_matters=True)
@@ -214,6 +217,7 @@ def run_tokenize(wanted: Wanted) -> int:
         n += 1
         trained += length or 0
         size = shard.n_bytes / BYTES_PER_TOKEN if length is None else length
+        # whole rows only, as a run reads them
         row_tokens += size // wanted.max_seq_len * wanted.max_seq_len
         if n_shards is None and row_tokens >= wanted.tokens:
             break

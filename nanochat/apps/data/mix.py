@@ -26,6 +26,7 @@ from nanochat.data.sources import MIX_SUMMARY, Corpus, Shard, open_corpus
 
 # rows of a row group of parquet, which a reader holds together
 GROUP_DOCUMENTS = 1024
+# version of sources.json, for whatever reads it later
 MIX_FORMAT = 1
 
 
@@ -175,6 +176,7 @@ def _opened_sources(given: list[str], out: Path) -> list[Source]:
         problems.append(f"{out}: exists and is not empty; name a new folder")
     weights = {}
     for argument in given:
+        # from the right, since a path may hold an equals sign
         name, equals, weight = argument.rpartition("=")
         try:
             value = float(weight)
@@ -226,6 +228,7 @@ def draw(
     streams = {}
     for source in sources:
         source.begin(n_bytes * source.weight / total)
+        # together, the buffers of all sources hold about as much as one file
         buffer_bytes = max(1, int(recipe.shard_bytes * source.weight / total))
         streams[source.name] = _shuffled(source, side, buffer_bytes, recipe, left_out)
     while active := [s for s in sources if not s.ran_out and s.n_bytes < round(s.budget)]:
@@ -330,8 +333,11 @@ def write_documents(path: Path, documents: list[tuple[str, str]], seed: int) -> 
         _write_parquet(path, ordered)
     else:
         lines = ({"text": text, "source": name} for text, name in ordered)
+        # with ensure_ascii, text in other scripts would take up to three times its size
         with path.open("w", encoding="utf-8") as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # the folder takes its name next: after a crash it must not hold files that never reached the
+    # disk
     with path.open("rb") as f:
         os.fsync(f.fileno())
 
@@ -418,6 +424,7 @@ def _summary_lines(sources: list[Source], recipe: Recipe, out: str) -> Iterator[
             f"{source.val.n_bytes / val_bytes:.2%}, {source.val.documents:,} documents"
             + "".join(f"; {note}" for note in notes)
         )
+    # a few bytes may be missing, where the last character of a source does not fit whole
     if train_bytes < 0.99 * recipe.train_bytes:
         yield (
             f"all sources ran out: {train_bytes:,} bytes instead of {recipe.train_bytes:,}; "

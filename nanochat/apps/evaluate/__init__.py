@@ -13,6 +13,7 @@ from nanochat.common import (
     valid_unicode,
 )
 
+# only for annotations: these modules import torch, which --help does not need
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -89,6 +90,8 @@ def _add_core_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-per-task",
         type=int,
+        # the number that train.py takes on CUDA, so that results of training and of this app
+        # compare
         default=500,
         metavar="N",
         help="examples of each task, at most; -1: all",
@@ -132,6 +135,7 @@ def _add_bpb_and_sample_flags(parser: argparse.ArgumentParser) -> None:
     add("--sample", action="store_true", help="draw a sample for each prompt")
     add(
         "--prompt",
+        # an argument that is not UTF-8 arrives as lone surrogates, which no tokenizer encodes
         type=valid_unicode,
         action="append",
         default=[],
@@ -141,6 +145,7 @@ def _add_bpb_and_sample_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-tokens",
         type=int,
+        # as long as the samples that train.py draws (SAMPLE_TOKENS)
         default=96,
         metavar="N",
         help="new tokens of each sample, at most",
@@ -159,6 +164,7 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="auto",
+        # float16 is left out: its range is made up for by loss scaling, which only training has
         choices=("auto", "bfloat16", "float32"),
         help="compute dtype, as in train.py",
     )
@@ -173,11 +179,13 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def comma_separated(text: str) -> tuple[str, ...]:
     """argparse type of a tuple of words."""
+    # a comma at the end is a habit, not a task without a name
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _flag_problems(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """A message for every flag that is unusable, whatever the runs are."""
+    # here, not above: it imports numpy
     from tasks.core import label_problem
 
     problems = []
@@ -189,6 +197,7 @@ def _flag_problems(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             problems.append(f"{_flag(name)}: belongs to --{part}; add that, or omit the flag")
     if problem := label_problem(args.tasks):
         problems.append(problem)
+    # not in PART_OF, since two measurements use it
     if args.batch_tokens != -1 and not (args.core or args.bpb):
         problems.append("--batch-tokens: belongs to --core and --bpb; add one, or omit the flag")
     for name in ("max_per_task", "eval_tokens", "batch_tokens"):
@@ -215,6 +224,7 @@ def _run_problems(run: str, *, step: int | str, sample: bool, bpb: bool, data: s
     try:
         config = read_config(run)
     except UsageError as error:
+        # without its config nothing else can be said of a run
         return [str(error)]
     problems = []
     foreign = is_foreign(config)
@@ -253,6 +263,7 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """main() with flags that are usable; imports what computes."""
+    # here, not above: these import torch, which --help and refused flags do not need
     from nanochat import hardware, ranks
     from nanochat.apps.evaluate.measure import Machine
     from nanochat.apps.evaluate.report import as_json, check_writable, results_folder, write
@@ -275,6 +286,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     reports = []
     for run, folder in zip(args.runs, folders, strict=True):
         subject = open_subject(run, args.step, device, dtype)
+        # all against one, since differences between neighbours could not be read together
         first = reports[0] if reports else None
         report = _report_of(args, subject, machine, dtype, bundle, first)
         reports.append(report)
@@ -284,8 +296,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
         say(f"written: {path}.md, .json, .csv")
     if args.json:
+        # one array at the end, so that the output is valid JSON for any number of runs
         ranks.print0(json.dumps([as_json(report) for report in reports], indent=2))
     ranks.close()
+    # after all runs: one failed measurement should not cost those that follow
     if any(report.failed() for report in reports):
         return EXIT_FAILED
     return EXIT_COMPLETED
@@ -308,6 +322,7 @@ def _report_of(
     device = machine.device
     dtype_name = str(dtype).removeprefix("torch.")
     machine.say(f"{subject.title}: {device.type} x {ranks.world_size()}, {dtype_name}")
+    # an empty prompt is a beginning as well: the model then starts a document of its own
     prompts = args.prompt or [""]
     # samples come last, and a prompt that is too long should not cost the rest
     if args.sample:
@@ -341,6 +356,7 @@ def _report_of(
         samples=samples,
         difference=compared,
     )
+    # printed run by run: what is done should be seen before the next run takes its time
     machine.say(as_text(report))
     return report
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+# command.py concludes each of them: scaling_laws by its fit, the others by CONCLUSIONS
 KINDS = ("miniseries", "scaling_laws", "seeds", "ablation")
 DESCRIPTION = """\
 Train the runs of a sweep one after another, then show their results. Standard input has a line
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nanochat sweep",
         allow_abbrev=False,
+        # argparse would print "..." for the flags, and could not know of standard input
         usage="nanochat sweep KIND FOLDER [flags of every train.py] < lines",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("kind", metavar="KIND", choices=KINDS, help=" | ".join(KINDS))
     parser.add_argument("folder", metavar="FOLDER", help="parent of the run folders")
+    # left unparsed: these are train.py's flags, which its own parser checks
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of every train.py")
     args = parser.parse_args(argv)
     # train.py's flag checks import torch, which takes seconds and which --help does not need

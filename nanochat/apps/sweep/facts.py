@@ -86,6 +86,7 @@ def _of_run(path: Path) -> Facts:
     return Facts(
         status=run.status,
         reason=run.reason,
+        # a run that failed has written nothing since
         failed_at=run.updated if run.status == "failed" else None,
         depth=run.depth,
         seed=config["seed"],

@@ -37,6 +37,7 @@ class Prediction:
     def from_json(cls, content: dict[str, Any]) -> "Prediction":
         """From the content of its file."""
         fields = ("depth", "flops", "val_bpb", "interval_95")
+        # all of it is kept, because results.json repeats the file as it was written
         return cls(**{name: content[name] for name in fields}, content=content)
 
     def in_words(self) -> str:
@@ -164,6 +165,7 @@ def plan_prediction(
             "intervals": fit.intervals,
         },
         "from_runs": [row.name for row in done],
+        # in UTC, so that it can be compared with the times of a run on any machine
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     return Prediction.from_json(content)
@@ -200,6 +202,8 @@ def predict_and_train(
     path.parent.mkdir(exist_ok=True)
 
     def started() -> bool:
+        # the sweep opens train.log before train.py writes config.json: either shows that it was
+        # started
         return any((run_path / file).exists() for file in ("config.json", "train.log"))
 
     if started() and not path.exists():
@@ -218,6 +222,7 @@ def predict_and_train(
         f"{path}",
         flush=True,
     )
+    # repr() gives back the very same float, which check() compares with that in config.json
     words = [f"--depth={prediction.depth}", f"--target-flops={prediction.flops!r}"]
     run = make_run(settings.folder, f"predictions/{name}", words, settings.common)
     # a started run has to have been started with these flags

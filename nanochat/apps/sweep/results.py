@@ -14,6 +14,7 @@ from nanochat.common import human_time
 from nanochat.run.statistics import Spread, spread, two_sided_quantile
 from nanochat.run.tables import aligned, fixed, short
 
+# a fixed name: the scripts under runs/ write it, and results.json is read by it
 BASELINE = "baseline"
 
 
@@ -38,6 +39,7 @@ def collect(runs: Iterable[Run]) -> list[Row]:
 
 def completed(rows: Iterable[Row]) -> list[Row]:
     """The rows of runs that completed."""
+    # a run that was cut short is worse for a reason that has nothing to do with its settings
     return [row for row in rows if row.facts.completed]
 
 
@@ -47,6 +49,7 @@ def _time(seconds: float | None) -> str | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Runs as aligned columns, then what a reader has to know of them."""
+    # N counts the matrices and the head alone, the size in which the scaling laws are stated
     heading = ["run", "status", "params", "N", "tokens", "D/N", "epochs", "FLOPs", "time"]
     heading += ["val_bpb", "CORE"]
     return "\n".join([aligned([heading, *map(_cells, rows)]), *_remarks(rows)])
@@ -83,6 +86,7 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.facts.completed and row.facts.reason
     ]
+    # repeated text teaches less than new text, so such a run does not belong with the others
     if repeats := [row.name for row in rows if (row.facts.epochs or 0) > 1]:
         lines.append(f"more than one pass over the data: {', '.join(repeats)}")
     # a sweep that takes days may be continued after an update
@@ -198,6 +202,7 @@ def ablation_table(variants: Sequence[Variant]) -> str:
     for variant in variants:
         difference = variant.difference
         seconds = variant.seconds_difference
+        # not used where there is no difference to show
         percent = 0.0
         if seconds is not None and seconds.mean is not None:
             # the baseline's mean over the same seeds, which the difference gives back

@@ -80,9 +80,12 @@ def _draw_parabolas(axes: "Axes", budgets: Sequence[Budget]) -> None:
                 linestyle="--" if budget.left_out else "-",
             )
         if budget.N_opt is not None:
+            # above the runs, since the best of them may lie right under the minimum
             axes.plot(budget.N_opt, budget.val_bpb, "*", color=RED, markersize=12, zorder=5)
+    # budgets that are left out stay in view: they show which depths are missing
     sizes = [n for budget in budgets for n in budget.N]
     plots.log_scale(axes, "x", min(sizes) / 1.2, max(sizes) * 1.2, short)
+    # one entry for each budget would make a single column as high as the axes
     _legend(axes, columns=2)
 
 
@@ -130,8 +133,11 @@ def _draw_power_law(
 
 def _reach(values: np.ndarray, intervals: Sequence) -> np.ndarray | None:
     """(2, n) distances of the ends of intervals from their values; None if there are none."""
+    # the noise is known for all budgets or for none, so the first interval tells
     if intervals[0] is None:
         return None
+    # a bootstrap's interval may leave its own value outside, and matplotlib refuses negative
+    # distances
     return np.abs(np.array(intervals).T - values)
 
 
@@ -147,6 +153,7 @@ def _draw_loss(
     formula = f"C^-{law.gamma:.3f}"
     if law.E is not None:
         formula = f"{law.E:.3f} + A {formula}"
+    # evenly spaced on the logarithmic axis
     along = np.geomspace(*ends, 100)
     axes.plot(along, law.at(along), color=BLUE, linewidth=1.4, label=formula)
     values = np.array([budget.val_bpb for budget in used])

@@ -9,6 +9,7 @@ from pathlib import Path
 from nanochat.common import UsageError
 from nanochat.run.checks import MAX_DEPTH
 
+# bytes of Python source need neither a download nor a tokenizer; 256 tokens are 8 rows of 32
 TOY_FLAGS = [
     "--device-type=cpu",
     "--dtype=float32",

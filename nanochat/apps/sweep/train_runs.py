@@ -79,6 +79,7 @@ class Stop:
         keep_open: a file that the command inherits, with its lock."""
         self.child = subprocess.Popen(
             command,
+            # standard input holds the lines of the sweep, which a run must not read
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -289,6 +290,7 @@ def _train(run: Run, was: str, settings: Settings, stop: Stop, lock: IO[str]) ->
     elif not stop.asked:
         reason = facts.reason if status == "failed" else _last_words(log_path, start)
         reason = reason or f"exit code {code}"
+        # a process that a signal ended has no last words of its own, so its log would mislead
         if code < 0:
             reason = f"ended by signal {-code}"
         write_json(run.path / FAILURE, {"reason": reason, "exit_code": code, "at": time.time()})
