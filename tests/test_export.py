@@ -1,4 +1,5 @@
-"""`nanochat export`: transformers computes what we compute, token for token; the way back gives the same weights."""
+"""`nanochat export`: transformers computes what we compute, token for token, and an import gives
+the same weights."""
 
 import json
 import logging
@@ -17,6 +18,10 @@ from safetensors.torch import load_file, save_file
 import nanochat
 import train
 from nanochat.apps import export, runs
+from nanochat.apps.export import fields, to_huggingface
+from nanochat.apps.export.model_card import public
+from nanochat.apps.export.tokenizer_files import read_tokenizer_json, write_tokenizer_files
+from nanochat.apps.export.verify import verify
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import BOS_TEXT, TOKENIZER_KINDS, read_tokenizer, train_tokenizer
 from nanochat.eval.generation import generate_ids
@@ -30,9 +35,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (
-    "The café sold 12 crêpes, 3456 in all — 日本語 too.\r\n\n    def f(x):\n\t\treturn x  # 🙂 it's don't\n"
-    * 3
+TEXT = 3 * (
+    "The café sold 12 crêpes, 3456 in all — 日本語 too.\r\n\n"
+    "    def f(x):\n\t\treturn x  # 🙂 it's don't\n"
 )
 LLAMA = {
     "depth": 2,
@@ -92,7 +97,7 @@ def make_run(folder, shape, kind="bpe", step=7):
 
 @pytest.fixture(scope="module", autouse=True)
 def code_cache(tmp_path_factory):
-    """transformers copies modelling files into a cache when they run: here into a throw-away folder."""
+    """transformers copies modelling files into a cache when they run: here a throw-away folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "transformers.dynamic_module_utils.HF_MODULES_CACHE",
@@ -112,15 +117,17 @@ def made(tmp_path_factory):
     return folders
 
 
-def load_hf(folder, **options):
-    """(model, tokenizer, messages) from a folder, as a user loads it; every warning and every misfit of weights fails."""
+def load_hf(folder):
+    """(model, tokenizer) from a folder, as a user loads it.
+
+    Every warning, and every weight that does not fit, fails the test."""
+    options = {}
     records = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
     logging.getLogger("transformers").addHandler(handler)
-    options = (
-        {"trust_remote_code": True} if (folder / "modeling_nanochat.py").exists() else {} | options
-    )
+    if (folder / fields.MODELING_FILE).exists():
+        options["trust_remote_code"] = True
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **options
@@ -166,7 +173,7 @@ def test_labels_give_our_loss_and_gradients(made, name):
     assert abs(loss.item() - their_loss.item()) < 1e-5
     renamed = dict(theirs.named_parameters())
     for parameter_name, parameter in ours.named_parameters():
-        found = renamed[export.hf_name(parameter_name) if name == "llama" else parameter_name].grad
+        found = renamed[fields.tensor_name(parameter_name, ours.config.arch)].grad
         torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-3)
 
 
@@ -189,9 +196,8 @@ def test_generation_is_ours_with_and_without_the_cache(made, name):
         ).tolist()
         for use_cache in (True, False)
     ]
-    assert (
-        beams[0] == beams[1]
-    )  # beams change rows: what the cache keeps for smear must go with them
+    # Beams change rows: what the cache keeps for smear must go with them.
+    assert beams[0] == beams[1]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -290,46 +296,33 @@ def test_folder_of_a_llama_is_plain(made):
         "tokenizer_config.json",
     ]
     config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["model_type"] == "llama"
-        and "auto_map" not in config
-        and config["tie_word_embeddings"] is True
-    )
-    assert (
-        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000
-        and config["max_position_embeddings"] == 32
-    )
+    assert config["model_type"] == "llama" and "auto_map" not in config
+    assert config["tie_word_embeddings"] is True
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000
+    assert config["max_position_embeddings"] == 32
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert "lm_head.weight" in load_file(made["llama"][1] / "model.safetensors")
-    assert (
-        folder.stat().st_mode & 0o777 == 0o755
-        and (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    )
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_model_card_tells_settings_and_results(made):
     for name in ("llama_tied", "speedrun"):
         card = (made[name][1] / "README.md").read_text()
-        assert all(
-            part in card
-            for part in (
-                "1.2345",
-                "| training data | text.txt |",
-                "1,792",
-                "32 tokens, the length it was trained at",
-            )
-        )
+        for part in (
+            "1.2345",
+            "| training data | text.txt |",
+            "1,792",
+            "32 tokens, the length it was trained at",
+        ):
+            assert part in card
         assert ("trust_remote_code" in card) == (name == "speedrun")
 
 
 def test_bfloat16_halves_the_file_and_verifies(made, tmp_path, capsys):
     run, folder = made["llama"]
-    assert (
-        export.main(
-            [str(run), "--format", "hf", "--dtype=bfloat16", "--step=7", str(tmp_path / "half")]
-        )
-        == 0
-    )
+    flags = ["--format", "hf", "--dtype=bfloat16", "--step=7"]
+    assert export.main([str(run), *flags, str(tmp_path / "half")]) == 0
     assert "largest logit difference" in capsys.readouterr().out
     weights = load_file(tmp_path / "half" / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
@@ -343,16 +336,15 @@ def test_what_is_there_is_never_overwritten(made, tmp_path):
     with pytest.raises(UsageError, match="not an empty folder"):
         export.main([str(run), str(tmp_path / "out")])
     (tmp_path / "out" / "thesis.txt").unlink()
-    assert export.main([str(run), str(tmp_path / "out")]) == 0  # empty is fine
+    # An empty folder is accepted.
+    assert export.main([str(run), str(tmp_path / "out")]) == 0
 
 
 def test_a_difference_is_a_failure_that_leaves_nothing(made, tmp_path, monkeypatch, capsys):
     run, _ = made["speedrun"]
-    monkeypatch.setattr(
-        export,
-        "speedrun_config",
-        lambda *args, right=export.speedrun_config: right(*args) | {"logit_softcap": 14.0},
-    )
+    right = fields.speedrun_fields
+    wrong = {"logit_softcap": 14.0}
+    monkeypatch.setattr(fields, "speedrun_fields", lambda config: right(config) | wrong)
     assert export.main([str(run), str(tmp_path / "out")]) == 1
     assert "differ" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -360,7 +352,7 @@ def test_a_difference_is_a_failure_that_leaves_nothing(made, tmp_path, monkeypat
 def test_verify_says_what_it_compared(made):
     for name in ("llama", "speedrun"):
         run, folder = made[name]
-        said = export.verify(folder, *nanochat.load(run))
+        said = verify(folder, *nanochat.load(run))
         version = transformers.__version__
         assert said.startswith(f"verified with transformers {version}: largest logit difference")
         assert "greedy generate() as ours over" in said and "of 3 prompts in a batch" in said
@@ -391,8 +383,12 @@ NanochatSpeedrunForCausalLM.prepare_inputs_for_generation = prepare
 @pytest.mark.parametrize(
     "name, code, message",
     [
-        ("cache", DROPS_CACHE, "failed: generate.. in .* differ from ours"),
-        ("mask", IGNORES_MASK, "failed: left-padded batched generate.. in .* differ from ours"),
+        ("cache", DROPS_CACHE, "failed: generate.. in .* differ from nanochat's"),
+        (
+            "mask",
+            IGNORES_MASK,
+            "failed: left-padded batched generate.. in .* differ from nanochat's",
+        ),
         ("raises", RAISES, "failed: generate.. in .* fails .TypeError: .*kv"),
     ],
 )
@@ -401,14 +397,16 @@ def test_wrong_generation_fails_the_export(
 ):
     """Each of these models computes the right logits when it is called without padding."""
     right = shutil.copyfile
+    original = Path(export.__file__).with_name(fields.MODELING_FILE)
 
     def copy(source, target, **options):
         right(source, target, **options)
-        if Path(source).name == "modeling_nanochat.py":
+        # transformers copies the exported file once more: only the first copy is changed.
+        if source == original:
             with open(target, "a", encoding="utf-8") as file:
                 file.write(code)
 
-    monkeypatch.setattr(export.shutil, "copyfile", copy)
+    monkeypatch.setattr(to_huggingface.shutil, "copyfile", copy)
     assert export.main([str(made["speedrun"][0]), str(tmp_path / name)]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
@@ -472,17 +470,14 @@ def test_what_train_leaves_is_exported_and_comes_back(tmp_path, flags, capsys):
     assert export.main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
     assert "largest logit difference" in capsys.readouterr().out
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert (
-        f"{small.summary(tmp_path)['val_bpb']:.4f}" in card
-        and '"total_batch_size": 256' in card
-        and "out_dir" not in card
-    )
+    assert f"{small.summary(tmp_path)['val_bpb']:.4f}" in card
+    assert '"total_batch_size": 256' in card and "out_dir" not in card
     if flags:
         assert export.main([str(tmp_path / "hf"), str(tmp_path / "back"), "--format=run"]) == 0
-        before, after = small.weights(tmp_path, 12), small.weights(tmp_path, 0, tag="back")
-        assert before.keys() == after.keys() and all(
-            torch.equal(tensor, after[name]) for name, tensor in before.items()
-        )
+        before = small.weights(tmp_path, 12)
+        after = small.weights(tmp_path, 0, tag="back")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 # ---- the tokenizer ----
@@ -491,7 +486,7 @@ def test_what_train_leaves_is_exported_and_comes_back(tmp_path, flags, capsys):
 def exported_tokenizer(ours, folder):
     """transformers' tokenizer of one of ours."""
     folder.mkdir(exist_ok=True)
-    export.write_tokenizer(ours, 10**9, folder)
+    write_tokenizer_files(ours, 10**9, folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -512,16 +507,11 @@ def random_texts(n, seed):
         lambda: rng.choice(".,;:!?()[]{}<>|_-+*/\\#@$%^&~`\"'"),
         lambda: rng.choice(["don't", "I'LL", "we've", "  ", "    ", "\n\n"]),
         lambda: rng.choice([BOS_TEXT, "<|endoftext|>", "<|bos", "bos|>"]),
-        lambda: chr(
-            rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
-        ),  # all but the surrogates
+        # all but the surrogates
+        lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
     ]
-    return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)] + [
-        BOS_TEXT,
-        "",
-        " ",
-        "\r\n",
-    ]
+    texts = ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)]
+    return [*texts, BOS_TEXT, "", " ", "\r\n"]
 
 
 def check_same(ours, theirs, texts):
@@ -531,14 +521,14 @@ def check_same(ours, theirs, texts):
         assert theirs(text)["input_ids"] == [ours.bos, *ids]
         assert theirs.decode(ids) == text
     rng = random.Random(3)
-    for _ in range(200):  # also ids that no text gives: cut characters, BOS in the middle
+    # Also ids that no text gives: cut characters, BOS in the middle.
+    for _ in range(200):
         ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(1, 20))]
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == ours.bos
     assert len(theirs) == ours.vocab_size
-    assert (
-        theirs.decode([ours.bos, *ours.encode("a d"), ours.bos], skip_special_tokens=True) == "a d"
-    )
+    ids = [ours.bos, *ours.encode("a d"), ours.bos]
+    assert theirs.decode(ids, skip_special_tokens=True) == "a d"
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
@@ -589,7 +579,7 @@ def test_unknown_characters_are_refused(tmp_path):
         theirs("a character that is not there: Ω")
 
 
-# ---- and back ----
+# ---- from Hugging Face back to a run ----
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_mha", "llama_tied"])
@@ -600,15 +590,15 @@ def test_back_to_a_run_gives_the_same_weights(made, tmp_path, name):
     assert before.config == after.config and tokenizer.fingerprint == same.fingerprint
     weights = after.state_dict()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in before.state_dict().items())
-    assert nanochat.generate(
-        before, tokenizer, "def", temperature=0, max_new_tokens=9
-    ) == nanochat.generate(after, same, "def", temperature=0, max_new_tokens=9)
+    options = {"temperature": 0, "max_new_tokens": 9}
+    expected = nanochat.generate(before, tokenizer, "def", **options)
+    assert nanochat.generate(after, same, "def", **options) == expected
     assert status_of(tmp_path / "run") == "completed"
     assert checkpoint.load_optimizer(tmp_path / "run", 0) == {}
-    assert export.main([str(tmp_path / "run"), str(tmp_path / "again")]) == 0  # and once more there
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        folder / "model.safetensors"
-    ).read_bytes()
+    # And exported once more.
+    assert export.main([str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (folder / "model.safetensors").read_bytes()
 
 
 def test_an_imported_run_is_listed_and_started_from_but_not_resumed(made, tmp_path, capsys):
@@ -632,20 +622,17 @@ def test_an_imported_run_is_listed_and_started_from_but_not_resumed(made, tmp_pa
 def test_the_model_card_names_no_folders(made):
     card = (made["llama"][1] / "README.md").read_text()
     assert "somebody" not in card and "text.txt" in card
-    assert [
-        export._public(value)
-        for value in ("/home/me/text.txt", "text/*.jsonl", "hf:a/b", "climbmix", 3)
-    ] == ["text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
+    values = ["/home/me/text.txt", "text/*.jsonl", "hf:a/b", "climbmix", 3]
+    assert [public(value) for value in values] == ["text.txt", "*.jsonl", "hf:a/b", "climbmix", 3]
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_tokenizers_come_back_whole(kind, tmp_path):
     ours = small_tokenizer(kind)
-    exported_tokenizer(ours, tmp_path).save_pretrained(
-        tmp_path / "resaved"
-    )  # as transformers writes it
+    # As transformers writes it.
+    exported_tokenizer(ours, tmp_path).save_pretrained(tmp_path / "resaved")
     for folder in (tmp_path, tmp_path / "resaved"):
-        assert export.read_tokenizer(folder).fingerprint == ours.fingerprint
+        assert read_tokenizer_json(folder).fingerprint == ours.fingerprint
 
 
 def test_what_transformers_saves_again_comes_back(made, tmp_path):
@@ -696,7 +683,7 @@ def test_other_configs_are_refused_by_name(made, tmp_path, field, value):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("model.norm.weight"), "have no model.norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), "lack model.norm.weight"),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(24)}),
             "q_proj.bias",
@@ -739,9 +726,9 @@ def test_other_files_of_weights_are_refused(made, tmp_path):
     ],
 )
 def test_other_tokenizers_are_refused_by_name(tmp_path, field, change):
-    export.write_tokenizer(small_tokenizer("bpe"), 32, tmp_path)
+    write_tokenizer_files(small_tokenizer("bpe"), 32, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=field):
-        export.read_tokenizer(tmp_path)
+        read_tokenizer_json(tmp_path)
