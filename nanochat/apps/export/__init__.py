@@ -74,9 +74,9 @@ def main(argv: list[str]) -> int:
         if args.format == "run":
             import_folder(source, out)
         else:
-            # -1 stands for the newest on the command line only: elsewhere a step is a step.
+            # Only the command line writes the newest as -1: it has no other word for None.
             export_run(source, out, None if args.step == -1 else args.step, args.dtype)
-    # Not a UsageError: the request was right, and another release of transformers may do it.
+    # Not a UsageError: the request was valid, and another release of transformers may honour it.
     except ExportFailed as error:
         print(f"nanochat export: failed: {error}", file=sys.stderr)
         return EXIT_FAILED

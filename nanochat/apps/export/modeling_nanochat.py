@@ -344,7 +344,7 @@ class NanochatSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
             )
         for name, value in given.items():
             if name not in NEUTRAL_ARGUMENTS or value not in NEUTRAL_ARGUMENTS[name]:
-                raise ValueError(f"{name}={value!r} is not supported by this model; leave it out")
+                raise ValueError(f"{name} is not supported by this model; leave it out")
 
     def _chosen_cache(
         self,
