@@ -10,8 +10,8 @@ import small
 
 import train
 from nanochat.eval import bpb
-from nanochat.optim import optimizer as optim
 from nanochat.optim import schedules
+from nanochat.optim.optimizer import Optimizer
 from nanochat.run import checkpoint, clock
 from nanochat.run.plan import Plan
 
@@ -44,14 +44,14 @@ def inject_clock(monkeypatch, seconds, at_update=lambda n: None):
     """A clock by which every step takes so many seconds. at_update(n) is called after the n-th
     update of this start of the run."""
     updates = [0]
-    original = optim.Optimizer.step
+    original = Optimizer.step
 
     def step(self, *args):
         original(self, *args)
         updates[0] += 1
         at_update(updates[0])
 
-    monkeypatch.setattr(optim.Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "step", step)
     timed = functools.partial(clock.Clock, now=lambda: seconds * updates[0])
     monkeypatch.setattr("nanochat.run.clock.Clock", timed)
 

@@ -39,6 +39,7 @@ def test_it_starts_where_the_other_run_ended(finished, tmp_path):
     source = finished / "run"
     flags = (f"--init-from={source}", "--matrix-lr=0.0001", "--max-seq-len=16")
     assert small.run(tmp_path, *flags, *QUIET, "--num-iterations=4") == 0
+    # an untrained model begins at ln(257) = 5.5 nats
     assert small.losses(tmp_path)[0] < small.losses(finished)[0] - 0.5
     config = small.config(tmp_path)
     assert config["init_from"] == {"run": str(source), "step": 12}
@@ -91,6 +92,7 @@ def test_a_run_is_not_started_from_itself(copy, capsys):
     before = small.files(copy)
     flags = (f"--init-from={copy / 'sub' / '..' / 'run'}", "--overwrite")
     assert small.run(copy, *flags) == 2
+    # now the path exists as it is spelled
     (copy / "sub").mkdir()
     assert small.run(copy, *flags) == 2
     assert "own folder" in capsys.readouterr().err
@@ -101,11 +103,13 @@ def test_a_run_begins_again_with_the_weights_it_began_with(copy, capsys):
     """Killed before its first checkpoint, it does not take what its source has learned since; nor
     anything if they are gone."""
     source, flags = copy / "run", (f"--init-from={copy / 'run'}", *QUIET)
+    # the source has only got to step 8 when the run begins, and trains on meanwhile
     later = shutil.move(checkpoint.folder_of(source, 12), copy / "later")
     assert small.run_killed(copy, 2, *flags, tag="broken") == -9
     assert small.config(copy, "broken")["init_from"]["step"] == 8
     assert small.run(copy, *flags, tag="whole") == 0
     shutil.move(later, checkpoint.folder_of(source, 12))
+    # a second run in the same state, whose source will be damaged
     shutil.copytree(copy / "broken", copy / "orphan")
     assert small.run(copy, "--resume", *flags, tag="broken") == 0
     assert small.losses(copy, "broken") == small.losses(copy, "whole")
@@ -131,5 +135,6 @@ def test_the_default_folder_and_the_plan_are_those_of_the_source(copy, capsys):
     assert (model["depth"], model["width"]) == (2, 32)
     assert (model["vocab_size"], model["max_seq_len"]) == (257, 32)
     assert train.run([*flags, "--no-compile", "--no-save", "--sample-every=-1"]) == 0
+    # named after the depth of the source, not after the default of --depth
     assert (copy / "d2" / "config.json").exists()
     assert "an untrained model should have" not in capsys.readouterr().out

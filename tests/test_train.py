@@ -11,8 +11,8 @@ import nanochat
 import train
 from nanochat.data import prefetch
 from nanochat.model.gpt import GPT
-from nanochat.optim import optimizer as optim
 from nanochat.optim import schedules
+from nanochat.optim.optimizer import Optimizer
 from nanochat.run import checkpoint, memory
 
 DERIVED = ["step", "tokens", "total_training_flops", "total_training_time"]
@@ -105,14 +105,14 @@ def test_order_of_a_step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    spy(optim.Optimizer, "zero_grad", "zero grad")
+    spy(Optimizer, "zero_grad", "zero grad")
     spy(prefetch.Prefetcher, "__next__", "batch")
     spy(GPT, "forward", "forward")
     spy(torch.Tensor, "backward", "backward")
-    spy(optim.Optimizer, "reduce", "reduce")
-    spy(optim.Optimizer, "clip", "clip")
+    spy(Optimizer, "reduce", "reduce")
+    spy(Optimizer, "clip", "clip")
     spy(schedules, "lr_multiplier", "set lr")
-    spy(optim.Optimizer, "step", "step")
+    spy(Optimizer, "step", "step")
     flags = ("--num-iterations=1", "--grad-clip=1", "--device-batch-size=4")
     assert small.run(tmp_path, *flags, *small.BARE) == 0
     micro = ["forward", "backward"]

@@ -8,7 +8,7 @@ from nanochat.data.rows import Rows
 from nanochat.eval import generation
 from nanochat.model.build import build
 from nanochat.model.gpt import GPT
-from nanochat.optim import optimizer as optim
+from nanochat.optim.optimizer import Optimizer
 from nanochat.run import checkpoint
 
 QUIET = "--sample-every=-1"
@@ -78,6 +78,7 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, finished, monkeypatch, capsys)
 
 
 def test_the_state_before_the_warm_down_is_saved_as_such_after_a_failure(tmp_path, monkeypatch):
+    # refused once: the copy of the state is retried, as the kind that it had
     failures = []
 
     def first_time(step):
@@ -140,6 +141,7 @@ def test_a_non_finite_step_is_skipped(tmp_path, monkeypatch, capsys):
 
 def test_the_state_before_the_warm_down_is_saved_after_a_skipped_step(tmp_path, monkeypatch):
     """Once a step has shown that the weights, which the skipped one left unchanged, are good."""
+    # pass 6 is that of step 5, so the state after it has a doubtful history
     poison(monkeypatch, lambda n: n == 6)
     flags = ("--save-every=-1", "--eval-every=-1", QUIET, DEVICE_BATCH)
     assert small.run(tmp_path, *flags) == 0
@@ -149,6 +151,7 @@ def test_the_state_before_the_warm_down_is_saved_after_a_skipped_step(tmp_path, 
 
 def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
     """Nothing is kept of a state that no good step has followed."""
+    # steps 6, 7 and 8 are skipped: the save due at step 8 is held, and never written
     poison(monkeypatch, lambda n: n > 6)
     assert small.run(tmp_path, "--max-skipped=3", DEVICE_BATCH, QUIET) == 1
     error = capsys.readouterr().err
@@ -160,7 +163,7 @@ def test_too_many_skipped_steps_end_the_run(tmp_path, monkeypatch, capsys):
 def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, finished, monkeypatch, capsys):
     """The update of a step whose loss and gradient were finite spoils a weight: that is noticed a
     step later, and nothing of it is kept."""
-    original, count = optim.Optimizer.step, [0]
+    original, count = Optimizer.step, [0]
     spoiled = []
 
     def step(self, *args):
@@ -176,7 +179,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, finished, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("nanochat.model.build.build", build_and_note)
-        patch.setattr(optim.Optimizer, "step", step)
+        patch.setattr(Optimizer, "step", step)
         assert small.run(tmp_path, "--debug-nans", QUIET) == 1
     captured = capsys.readouterr()
     assert (
