@@ -392,7 +392,8 @@ class Handler(BaseHTTPRequestHandler):
             )
         # another name for this host: clients must take it for another site, as the hub's CDN is,
         # and send no token there
-        location = f"http://localhost:{self.hub.port}/cdn/datasets/{repo}/resolve/{sha}/{quote(path)}?Signature=0123"
+        store = f"http://localhost:{self.hub.port}/cdn/datasets/{repo}/resolve/{sha}"
+        location = f"{store}/{quote(path)}?Signature=0123"
         self.send(
             302,
             b"",

@@ -189,10 +189,10 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
     uncompiled, there is none."""
     from torch.nn.attention import flex_attention as torchs
 
-    from nanochat.model.kernels import flex_attention as ours
+    from nanochat.model.kernels import flex_attention
 
     monkeypatch.setattr(torchs, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(ours, "_masks", types.SimpleNamespace())
+    monkeypatch.setattr(flex_attention, "_masks", types.SimpleNamespace())
     for T, S, window, H, K, n_masks in [
         (200, 200, 100, 4, 2, 1),
         (200, 200, 100, 1, 1, 1),
@@ -217,7 +217,7 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
             torch.autograd.grad(out, leaves, grad_out), exact_grads, strict=True
         ):
             torch.testing.assert_close(grad, exact_grad, atol=5e-5, rtol=5e-5)
-        assert len(vars(ours._masks)) == n_masks
+        assert len(vars(flex_attention._masks)) == n_masks
 
 
 @pytest.mark.parametrize("backend, everything", [("fa3", -1), ("fa4", None)])

@@ -16,9 +16,8 @@ from types import SimpleNamespace
 import pytest
 from test_remote import CLIMBMIX, VAL, bodies, documents, limit, order, parquet, shards
 
-from nanochat import __main__ as entry
-from nanochat import common
-from nanochat.apps import data as app
+from nanochat import __main__, common
+from nanochat.apps import data
 from nanochat.apps.data import fetch, inspection, mix
 from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
 from nanochat.data import download, sources, token_cache
@@ -44,7 +43,7 @@ def write(folder, texts_by_file):
 
 def inspect(capsys, *argv):
     """The JSON of `inspect`."""
-    assert app.main(["inspect", "--json", *argv]) == 0
+    assert data.main(["inspect", "--json", *argv]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -61,7 +60,7 @@ def test_help_is_complete_and_light():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=Path(app.__file__).parents[1],
+        cwd=Path(data.__file__).parents[1],
     )
     for word in (
         "inspect",
@@ -85,7 +84,7 @@ def test_help_is_complete_and_light():
     assert "Assertion" not in shown.stderr
 
 
-@pytest.mark.parametrize("name", entry.APPS)
+@pytest.mark.parametrize("name", __main__.APPS)
 def test_help_of_every_subcommand(name, capsys):
     """A % that is not escaped in any help text fails here."""
     module = importlib.import_module(f"nanochat.apps.{name}")
@@ -99,7 +98,7 @@ def test_help_of_every_subcommand(name, capsys):
     assert len(commands) == {"data": 4, "tokenizer": 3}.get(name, 0)
     for argv in ([], *([command] for command in commands)):
         with pytest.raises(SystemExit) as caught:
-            entry.main([name, *argv, "--help"])
+            __main__.main([name, *argv, "--help"])
         assert (
             caught.value.code == 0
             and "usage: nanochat " + " ".join([name, *argv]) in capsys.readouterr().out
@@ -119,19 +118,19 @@ def test_help_of_every_subcommand(name, capsys):
 )
 def test_wrong_arguments(argv):
     with pytest.raises(SystemExit) as caught:
-        app.main(argv)
+        data.main(argv)
     assert caught.value.code == 2
 
 
 def test_all_that_is_wrong_is_said(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="(?s)--max-seq-len 0.*--vocab-size 5.*--tokenizer tok"):
-        app.main(
+        data.main(
             ["tokenize", "python", "--all", "--max-seq-len=0", "--vocab-size=5", "--tokenizer=tok"]
         )
     with pytest.raises(UsageError, match="--documents -2"):
-        app.main(["inspect", "python", "--documents=-2"])
+        data.main(["inspect", "python", "--documents=-2"])
     with pytest.raises(UsageError, match="no such file"):
-        app.main(["inspect", str(tmp_path / "none")])
+        data.main(["inspect", str(tmp_path / "none")])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,12 +152,12 @@ def test_inspect_local(tmp_path, capsys):
     assert [lengths[f"p{p}_bytes"] for p in (5, 25, 50, 75, 95)] == [6, 26, 51, 76, 96]
     assert found["examples"] == [["a"], ["aa"]]
     assert found["fingerprint"] == open_corpus(folder).fingerprint
-    assert app.main(["inspect", folder, "--val-data", folder + "/1.jsonl"]) == 0
+    assert data.main(["inspect", folder, "--val-data", folder + "/1.jsonl"]) == 0
     shown = capsys.readouterr().out
     assert "50% 4" in shown or "50% 5" in shown
     assert found["fingerprint"] not in shown and "document 3" in shown
     assert found["remarks"] == [] and "warning: the text of 1.jsonl is on both sides" in shown
-    assert app.main(["fetch", folder]) == 0, "shows it as train.py does"
+    assert data.main(["fetch", folder]) == 0, "shows it as train.py does"
     assert f"fingerprint {found['fingerprint'][:16]}" in capsys.readouterr().out.splitlines()[0]
 
 
@@ -167,7 +166,7 @@ def test_inspect_without_a_network(name, capsys, monkeypatch):
     monkeypatch.setattr(
         "nanochat.data.hub.SHAKESPEARE_URL", f"{os.environ['HF_ENDPOINT']}/raw/input.txt"
     )  # where nothing listens
-    assert entry.main(["data", "inspect", name]) == 1
+    assert __main__.main(["data", "inspect", name]) == 1
     shown = capsys.readouterr().err
     assert "no connection" in shown
     assert (
@@ -202,7 +201,7 @@ def test_inspect_fetches_only_the_listing(hub, capsys):
         and len(found["examples"]) == 2
         and found["train"]["files_here"] == 1
     )
-    assert app.main(["inspect", "climbmix"]) == 0
+    assert data.main(["inspect", "climbmix"]) == 0
     assert "1 of 8 files here" in capsys.readouterr().out
 
 
@@ -216,7 +215,7 @@ def test_inspect_of_large_files(hub, capsys, monkeypatch):
         found = inspect(capsys, name)
         assert found["documents"] is None and "--documents" in found["reason"]
     assert "last tenth" in found["held_out"] and found["val"]["shards"] == 0
-    assert app.main(["inspect", "hf:me/one"]) == 0
+    assert data.main(["inspect", "hf:me/one"]) == 0
     assert not [name for name in bodies(hub) if name.endswith(".parquet")]
     capsys.readouterr()
     assert inspect(capsys, "hf:me/one", "--documents=1")["val"]["shards"] == 1
@@ -234,7 +233,7 @@ def test_fetch_takes_as_many_shards_as_the_tokens_need(hub, capsys, tokens, n):
     """Shards of 50 rows of 32 and a rest."""
     hub.add(CLIMBMIX, shards())
     assert (
-        app.main(
+        data.main(
             [
                 "fetch",
                 "climbmix",
@@ -257,7 +256,7 @@ def test_fetch_estimates_large_shards_low(hub, monkeypatch):
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(fetch, "COUNT_BYTES", 300)
     assert (
-        app.main(["fetch", "climbmix", "--tokens=4000", "--tokenizer=byte", "--max-seq-len=32"])
+        data.main(["fetch", "climbmix", "--tokens=4000", "--tokenizer=byte", "--max-seq-len=32"])
         == 0
     )
     assert bodies(hub) == [VAL, *order()[:3]]
@@ -270,15 +269,15 @@ def test_fetch_has_the_text_of_the_tokenizer_too(hub, tmp_path):
     sample_bytes = token_cache.BPE_SAMPLE_BYTES
     token_cache.BPE_SAMPLE_BYTES = 100
     try:
-        assert app.main(["fetch", "climbmix", "--shards=1"]) == 0
+        assert data.main(["fetch", "climbmix", "--shards=1"]) == 0
         assert bodies(hub) == [VAL, "shard_00000.parquet", order()[0]]
-        assert app.main(["tokenize", "climbmix", "--tokens=2000", "--max-seq-len=32"]) == 0
+        assert data.main(["tokenize", "climbmix", "--tokens=2000", "--max-seq-len=32"]) == 0
         (made,) = (base_dir() / "tokens").iterdir()
         n = len(list(made.glob("*.safetensors")))
         assert 2 <= n < 9
         (base_dir() / "hub").rename(tmp_path / "gone")
         hub.requests.clear()
-        assert app.main(["fetch", "climbmix", "--shards=1", "--seed=9"]) == 0
+        assert data.main(["fetch", "climbmix", "--shards=1", "--seed=9"]) == 0
         assert bodies(hub) == [VAL, order(seed=9)[0]]
     finally:
         token_cache.BPE_SAMPLE_BYTES = sample_bytes
@@ -293,10 +292,10 @@ def test_a_tokenizer_that_cannot_be_made(hub):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_cache, "BPE_SAMPLE_BYTES", 100)
         with pytest.raises(Unavailable, match="(?s)unavailable: 2 files.*shard_00000"):
-            app.main(["fetch", *flags])
+            data.main(["fetch", *flags])
         assert bodies(hub)[:1] == order()[:1]
         with pytest.raises(Unavailable, match="404"):
-            app.main(["tokenize", *flags])
+            data.main(["tokenize", *flags])
 
 
 @pytest.mark.parametrize("command", ["fetch", "tokenize"])
@@ -306,28 +305,28 @@ def test_what_is_missing_is_listed_and_the_rest_had(hub, capsys, command):
     for name in bad:
         hub.fault(name, "status", None, code=404)
     with pytest.raises(Unavailable, match=r"(?s)unavailable: 2 files.*" + ".*404.*".join(bad)):
-        app.main([command, "climbmix", "--tokens=6400", "--tokenizer=byte", "--max-seq-len=32"])
+        data.main([command, "climbmix", "--tokens=6400", "--tokenizer=byte", "--max-seq-len=32"])
     assert set(bodies(hub)) >= {VAL, order()[1], order()[3]} and not set(bad) & set(bodies(hub))
-    assert entry.main(["data", command, "climbmix", "--shards=3", "--tokenizer=byte"]) == 1
+    assert __main__.main(["data", command, "climbmix", "--shards=3", "--tokenizer=byte"]) == 1
     assert bad[0] in capsys.readouterr().err
     hub.faults.clear()
-    assert app.main([command, "climbmix", "--shards=3", "--tokenizer=byte"]) == 0
+    assert data.main([command, "climbmix", "--shards=3", "--tokenizer=byte"]) == 0
     assert set(bodies(hub)) >= {VAL, *order()[:3]}
 
 
 def test_a_large_data_set_wants_an_amount(hub):
     hub.add(CLIMBMIX, shards())
     with pytest.raises(UsageError, match="8 shards .*--tokens N, --shards N or --all"):
-        app.main(["fetch", "climbmix"])
+        data.main(["fetch", "climbmix"])
     assert not bodies(hub)
 
 
 def test_a_small_data_set_is_taken_whole(hub, monkeypatch, capsys):
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(sources, "EAGER_BYTES", 1 << 30)
-    assert app.main(["fetch", "climbmix", "--tokens=1", "--tokenizer=byte"]) == 0
+    assert data.main(["fetch", "climbmix", "--tokens=1", "--tokenizer=byte"]) == 0
     assert sorted(bodies(hub)) == sorted(shards())
-    assert app.main(["tokenize", "climbmix", "--shards=2", "--tokenizer=byte"]) == 0
+    assert data.main(["tokenize", "climbmix", "--shards=2", "--tokenizer=byte"]) == 0
     assert "train.py will want all of its 8 shards" in capsys.readouterr().out
 
 
@@ -335,23 +334,23 @@ def test_no_room_on_the_disk(hub, monkeypatch):
     hub.add(CLIMBMIX, shards())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
     with pytest.raises(UsageError, match=r"9 files of .* are missing, .* 4.9 KiB free"):
-        app.main(["fetch", "climbmix", "--all", "--tokenizer=byte"])
+        data.main(["fetch", "climbmix", "--all", "--tokenizer=byte"])
     monkeypatch.setattr(token_cache, "CACHE_LIMIT_BYTES", 2000)
     with pytest.raises(UsageError, match="the cache keeps 2.0 KiB"):
-        app.main(["tokenize", "climbmix", "--all", "--tokenizer=byte"])
+        data.main(["tokenize", "climbmix", "--all", "--tokenizer=byte"])
     assert not bodies(hub)
 
 
 def test_local_text(tmp_path, capsys):
     folder = write(tmp_path / "docs", [["some text " * 50] * 3, ["held out"] * 2])
-    assert app.main(["fetch", folder]) == 0
+    assert data.main(["fetch", folder]) == 0
     assert "nothing to download" in capsys.readouterr().out
-    assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
+    assert data.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
     assert (
         "1,503 tokens" in capsys.readouterr().out
         and len(list(base_dir().glob("tokens/*/*.safetensors"))) == 2
     )
-    assert app.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
+    assert data.main(["tokenize", folder, "--tokenizer=byte", "--all"]) == 0
     assert "built 0 token files" in capsys.readouterr().out
 
 
@@ -408,7 +407,7 @@ def test_mix(two_sources, tmp_path, capsys):
     a, b = two_sources
     out = tmp_path / "deep" / "out"
     assert (
-        app.main(
+        data.main(
             [
                 "mix",
                 str(out),
@@ -448,7 +447,7 @@ def test_mix(two_sources, tmp_path, capsys):
     assert [source["share_asked_for"] for source in summary["sources"]] == [0.75, 0.25]
     assert summary["sources"][0]["fingerprint"] == open_corpus(a).fingerprint
     assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
-    assert app.main(["inspect", str(out)]) == 0
+    assert data.main(["inspect", str(out)]) == 0
     assert f"mixed from    {a}: 75.0%" in capsys.readouterr().out
 
 
@@ -456,7 +455,7 @@ def test_mix_depends_on_its_seed_alone(two_sources, tmp_path):
     a, b = two_sources
     runs = []
     for name, seed in (("x", 1), ("y", 1), ("z", 2)):
-        app.main(
+        data.main(
             [
                 "mix",
                 str(tmp_path / name),
@@ -482,7 +481,7 @@ def test_a_source_that_runs_out(two_sources, tmp_path, capsys):
             ["small held " + "s" * 90 + str(i) for i in range(20)],
         ],
     )
-    assert app.main(["mix", str(tmp_path / "x"), f"{a}=1", f"{small_one}=1", "--bytes=1e5"]) == 0
+    assert data.main(["mix", str(tmp_path / "x"), f"{a}=1", f"{small_one}=1", "--bytes=1e5"]) == 0
     shown = capsys.readouterr().out
     found, summary = mixed(tmp_path / "x")
     assert "ran out: 50.00% was asked for" in shown and "all sources" not in shown
@@ -495,7 +494,7 @@ def test_a_source_that_runs_out(two_sources, tmp_path, capsys):
         and summary["sources"][1]["share"] == share(found["train"], small_one) < 0.11
     )
     assert (
-        app.main(
+        data.main(
             ["mix", str(tmp_path / "y"), f"{a}=1", f"{small_one}=1", "--bytes=1e5", "--repeat"]
         )
         == 0
@@ -507,7 +506,7 @@ def test_a_source_that_runs_out(two_sources, tmp_path, capsys):
     )
     assert max(Counter(text for text, _ in found["val"]).values()) == 1
     capsys.readouterr()
-    assert app.main(["mix", str(tmp_path / "z"), f"{small_one}=1", "--bytes=1e5"]) == 0
+    assert data.main(["mix", str(tmp_path / "z"), f"{small_one}=1", "--bytes=1e5"]) == 0
     assert "all sources ran out: 9,890 bytes instead of 100,000" in capsys.readouterr().out
 
 
@@ -524,7 +523,7 @@ def test_long_documents_and_hidden_twins(tmp_path):
         ],
     )
     assert (
-        app.main(
+        data.main(
             [
                 "mix",
                 str(tmp_path / "out"),
@@ -549,17 +548,17 @@ def test_mix_refuses(two_sources, tmp_path, monkeypatch):
     a, b = two_sources
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="(?s)x=-1: write SOURCE=WEIGHT.*y: write.*named twice"):
-        app.main(["mix", str(out), "x=-1", "y", f"{a}=1", f"{a}=2", "--bytes=1000"])
+        data.main(["mix", str(out), "x=-1", "y", f"{a}=1", f"{a}=2", "--bytes=1000"])
     with pytest.raises(UsageError, match="both hold .*jsonl, whose documents would be drawn twice"):
-        app.main(["mix", str(out), f"{a}=1", f"{a}/0.jsonl=1", "--bytes=1000"])
+        data.main(["mix", str(out), f"{a}=1", f"{a}/0.jsonl=1", "--bytes=1000"])
     with pytest.raises(UsageError, match="exists and is not empty"):
-        app.main(["mix", a, f"{b}=1", "--bytes=1000"])
+        data.main(["mix", a, f"{b}=1", "--bytes=1000"])
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
         with pytest.raises(UsageError, match="100 B free"):
-            app.main(["mix", str(out), f"{a}=1", "--bytes=1000"])
+            data.main(["mix", str(out), f"{a}=1", "--bytes=1000"])
     out.mkdir()
-    assert app.main(["mix", str(out), f"{a}=1", "--bytes=1000"]) == 0  # an empty folder is fine
+    assert data.main(["mix", str(out), f"{a}=1", "--bytes=1000"]) == 0  # an empty folder is fine
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aaa", "bbb", "out"]
 
 
@@ -572,7 +571,7 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
     with monkeypatch.context() as patch:
         patch.setattr(download, "ATTEMPTS", 1)
         with pytest.raises(Unavailable, match="404"):
-            app.main(
+            data.main(
                 ["mix", str(out), f"{a}=1", "climbmix=1", "--bytes=1e5", "--shard-bytes=10000"]
             )
     with monkeypatch.context() as patch:
@@ -582,7 +581,7 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
             lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
         with pytest.raises(Unavailable, match="No space left"):
-            app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"])
+            data.main(["mix", str(out), f"{a}=1", "--bytes=1e4"])
     assert not out.exists() and not list(tmp_path.glob(".*"))
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "train_00000.parquet").write_text("torn")
@@ -590,9 +589,9 @@ def test_mix_leaves_nothing_when_it_fails(two_sources, tmp_path, monkeypatch, hu
         new_folder(tmp_path / "other"),
         pytest.raises(UsageError, match="being written by another process"),
     ):
-        app.main(["mix", str(tmp_path / "other"), f"{a}=1", "--bytes=1e4"])
+        data.main(["mix", str(tmp_path / "other"), f"{a}=1", "--bytes=1e4"])
     (tmp_path / "other").rmdir()
-    assert app.main(["mix", str(out), f"{a}=1", "--bytes=1e4"]) == 0
+    assert data.main(["mix", str(out), f"{a}=1", "--bytes=1e4"]) == 0
     assert not list(tmp_path.glob(".*")) and mixed(out)[1]["train_bytes"] == 10_000
 
 
@@ -655,7 +654,7 @@ def test_errors_in_a_line():
 def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, two_sources):
     hub.add(CLIMBMIX, shards())
     assert (
-        app.main(
+        data.main(
             [
                 "mix",
                 str(tmp_path / "out"),
@@ -674,7 +673,7 @@ def test_mix_of_a_remote_source_fetches_what_it_needs(hub, tmp_path, two_sources
 
 def test_mix_without_pyarrow(two_sources, tmp_path, monkeypatch):
     monkeypatch.setattr(mix, "suffix", lambda: ".jsonl")
-    assert app.main(["mix", str(tmp_path / "out"), f"{two_sources[0]}=1", "--bytes=1e4"]) == 0
+    assert data.main(["mix", str(tmp_path / "out"), f"{two_sources[0]}=1", "--bytes=1e4"]) == 0
     corpus = open_corpus(str(tmp_path / "out"))
     assert (
         "validation.jsonl" in corpus.note

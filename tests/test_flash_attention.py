@@ -279,14 +279,14 @@ class TestInterpreted:
 
     def test_as_a_custom_operator(self):
         """Schema, fake tensors, autograd and tracing, also with symbolic shapes."""
-        from nanochat.model.kernels import flash_attention as module
+        from nanochat.model.kernels import flash_attention
 
         q, k, v, grad_out = inputs(5, 9, 2, 1, 16)
-        out, lse = module.forward(q, k, v, 3)
+        out, lse = flash_attention.forward(q, k, v, 3)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        torch.library.opcheck(module._op, (*leaves, 3))
+        torch.library.opcheck(flash_attention._op, (*leaves, 3))
         torch.library.opcheck(
-            module._op,
+            flash_attention._op,
             (
                 leaves[0].half().transpose(1, 2).contiguous().transpose(1, 2),
                 leaves[1].half(),
@@ -295,7 +295,7 @@ class TestInterpreted:
             ),
             test_utils=("test_schema", "test_faketensor"),
         )
-        torch.library.opcheck(module._backward_op, (grad_out, q, k, v, out, lse, 3))
+        torch.library.opcheck(flash_attention._backward_op, (grad_out, q, k, v, out, lse, 3))
 
     def test_in_a_compiled_block(self):
         """One graph, and the eager block's output and gradients. The operator is only called, so
@@ -328,18 +328,21 @@ class TestInterpreted:
 
     def test_tiles(self):
         """Those in use fit into shared memory and head their candidates, all of which fit."""
-        from nanochat.model.kernels import flash_attention as module
+        from nanochat.model.kernels import flash_attention
 
         for capability in ((9, 0), (8, 0), (8, 6), (8, 9), (10, 0), (12, 0)):
-            limit = module.SHARED_BYTES[module.gpu_class(capability)]
+            limit = flash_attention.SHARED_BYTES[flash_attention.gpu_class(capability)]
             for head_dim in (16, 32, 64, 128):
                 for which, used in zip(
-                    module.PASSES, module.tiles(head_dim, 2, capability), strict=True
+                    flash_attention.PASSES,
+                    flash_attention.tiles(head_dim, 2, capability),
+                    strict=True,
                 ):
-                    found = module.candidates(which, head_dim, 2, capability)
+                    found = flash_attention.candidates(which, head_dim, 2, capability)
                     assert found[0] == used and len(found) == len(set(found)) > 3
                     assert all(
-                        module.shared_bytes(which, tile, head_dim, 2) <= limit for tile in found
+                        flash_attention.shared_bytes(which, tile, head_dim, 2) <= limit
+                        for tile in found
                     )
 
 
@@ -356,11 +359,18 @@ def compile_for(capability, head_dim, dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from nanochat.model.kernels import flash_attention as module
+    from nanochat.model.kernels import flash_attention
 
-    kernels, found = (module._forward, module._backward_of_keys, module._backward_of_queries), {}
+    kernels, found = (
+        (
+            flash_attention._forward,
+            flash_attention._backward_of_keys,
+            flash_attention._backward_of_queries,
+        ),
+        {},
+    )
     for which, kernel, tile in zip(
-        module.PASSES, kernels, module.tiles(head_dim, 2, capability), strict=True
+        flash_attention.PASSES, kernels, flash_attention.tiles(head_dim, 2, capability), strict=True
     ):
         constants = {"D": head_dim, "QUERIES": tile.queries, "KEYS": tile.keys}
         types = {
@@ -395,7 +405,7 @@ def compile_for(capability, head_dim, dtype):
                 [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
             ).stdout
         instructions = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
-        estimated = module.shared_bytes(which, tile, head_dim, 2)
+        estimated = flash_attention.shared_bytes(which, tile, head_dim, 2)
         found[which] = (
             compiled.metadata.shared,
             estimated,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nanochat
-from nanochat import __main__ as entry
+from nanochat import __main__
 from nanochat.apps import sample
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import train_tokenizer
@@ -591,7 +591,7 @@ def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
         "last_logits",
         lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")),
     )
-    assert entry.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
+    assert __main__.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
     shown = capsys.readouterr().err
     assert (
         "out/d2: the model's logits are not numbers" in shown

@@ -20,7 +20,7 @@ import small
 from hub_server import HubServer, hasten
 
 from nanochat import hardware
-from nanochat.apps import data as data_app
+from nanochat.apps import data
 from nanochat.common import base_dir, sha256_hex
 from nanochat.data import clients, download, prefetch, sources
 from nanochat.data.prefetch import Ahead
@@ -151,9 +151,7 @@ def reference(tmp_path_factory):
         with HubServer(int(os.environ["HF_ENDPOINT"].rpartition(":")[2])) as server:
             server.add(CLIMBMIX, shards())
             assert (
-                data_app.main(
-                    ["tokenize", "climbmix", "--all", "--tokenizer=byte", "--max-seq-len=32"]
-                )
+                data.main(["tokenize", "climbmix", "--all", "--tokenizer=byte", "--max-seq-len=32"])
                 == 0
             )
             assert sorted(bodies(server)) == sorted(shards())
@@ -199,12 +197,12 @@ def test_fetched_ahead_by_the_app(hub, tmp_path, reference):
     and makes no token file."""
     hub.add(CLIMBMIX, shards())
     flags = ["climbmix", "--tokenizer=byte", "--max-seq-len=32", f"--tokens={STEPS * 256}"]
-    assert data_app.main(["fetch", *flags]) == 0
+    assert data.main(["fetch", *flags]) == 0
     assert (
         sorted(bodies(hub)) == sorted([VAL, *order()[:4]]) and not (base_dir() / "tokens").exists()
     )
     hub.requests.clear()
-    assert data_app.main(["tokenize", *flags]) == 0
+    assert data.main(["tokenize", *flags]) == 0
     made = {path: path.stat().st_ino for path in base_dir().glob("tokens/*/*.safetensors")}
     assert len(made) == 5
     hub.__exit__()

@@ -275,9 +275,9 @@ def test_a_real_run(tmp_path, capsys):
 
 def test_as_a_command(tmp_path, capsys, monkeypatch):
     """Once __main__ lists the app: exit codes and messages of the command."""
-    from nanochat import __main__ as command
+    from nanochat import __main__
 
-    monkeypatch.setitem(command.APPS, "runs", "list runs")
+    monkeypatch.setitem(__main__.APPS, "runs", "list runs")
     assert nanochat(["runs", str(tmp_path)]) == 2
     assert "nanochat runs: error: no runs in" in capsys.readouterr().err
     make(tmp_path, "d4")

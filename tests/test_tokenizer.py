@@ -11,7 +11,7 @@ import pytest
 from hub_server import hasten
 from small import SHARED
 
-from nanochat import __main__ as entry
+from nanochat import __main__
 from nanochat.common import Unavailable, UsageError, base_dir
 from nanochat.data import download
 from nanochat.data.tokenizer import (
@@ -421,7 +421,7 @@ def test_gpt2_without_network_says_what_to_do(empty_base, capsys):
     ) as caught:
         gpt2_tokenizer()
     assert "\n" not in str(caught.value)
-    assert entry.main(["tokenizer", "inspect", "gpt2"]) == 1
+    assert __main__.main(["tokenizer", "inspect", "gpt2"]) == 1
     assert "no connection" in capsys.readouterr().err
 
 

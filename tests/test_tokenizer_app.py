@@ -9,8 +9,8 @@ import pytest
 from hub_server import hasten
 from test_tokenizer import GPT2_FOLDER, needs_gpt2, write_gpt2_folder
 
-from nanochat import __main__ as entry
-from nanochat.apps import tokenizer as app
+from nanochat import __main__
+from nanochat.apps import tokenizer
 from nanochat.common import UsageError
 from nanochat.data import download
 from nanochat.data.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
@@ -34,13 +34,13 @@ def text(tmp_path):
 
 def compare(capsys, *argv):
     """The JSON of `compare`."""
-    assert app.main(["compare", "--json", *map(str, argv)]) == 0
+    assert tokenizer.main(["compare", "--json", *map(str, argv)]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def test_train_saves_what_train_py_can_load(text, tmp_path, capsys):
     out = tmp_path / "deep" / "tok"
-    assert app.main(["train", text, str(out), "--vocab-size", "300"]) == 0
+    assert tokenizer.main(["train", text, str(out), "--vocab-size", "300"]) == 0
     printed = capsys.readouterr().out
     saved = read_tokenizer(out)
     assert saved.kind == "bpe" and saved.encode(WORDS)
@@ -50,45 +50,49 @@ def test_train_saves_what_train_py_can_load(text, tmp_path, capsys):
         and f"--tokenizer={out}" in printed
     )
     assert (
-        app.main(["train", text, str(out), "--vocab-size", "300"]) == 0
+        tokenizer.main(["train", text, str(out), "--vocab-size", "300"]) == 0
     )  # the same again is no conflict
-    assert app.main(["train", text, str(tmp_path / "letters"), "--kind", "char"]) == 0
+    assert tokenizer.main(["train", text, str(tmp_path / "letters"), "--kind", "char"]) == 0
     assert read_tokenizer(tmp_path / "letters").kind == "char"
 
 
 def test_train_refuses_to_overwrite(text, tmp_path):
     out = tmp_path / "tok"
-    app.main(["train", text, str(out), "--vocab-size", "300"])
+    tokenizer.main(["train", text, str(out), "--vocab-size", "300"])
     before = (out / "vocab.json").read_bytes()
     with pytest.raises(UsageError, match="holds another tokenizer .*name another folder"):
-        app.main(["train", text, str(out), "--vocab-size", "280"])
+        tokenizer.main(["train", text, str(out), "--vocab-size", "280"])
     assert (out / "vocab.json").read_bytes() == before
     (out / "vocab.json").write_text("{")
     with pytest.raises(UsageError, match="not overwritten"):
-        app.main(["train", text, str(out)])
+        tokenizer.main(["train", text, str(out)])
     with pytest.raises(UsageError, match="GPT-2's kind; name another folder"):
-        app.main(["train", text, str(write_gpt2_folder(tmp_path / "foreign"))])
+        tokenizer.main(["train", text, str(write_gpt2_folder(tmp_path / "foreign"))])
     with pytest.raises(UsageError, match="is a file"):
-        app.main(["train", text, text])
+        tokenizer.main(["train", text, text])
 
 
 def test_train_names_all_that_is_wrong(text, tmp_path):
     with pytest.raises(UsageError, match=r"(?s)--max-bytes 0.*--vocab-size 3: .*257"):
-        app.main(["train", text, str(tmp_path / "x"), "--vocab-size", "3", "--max-bytes", "0"])
+        tokenizer.main(
+            ["train", text, str(tmp_path / "x"), "--vocab-size", "3", "--max-bytes", "0"]
+        )
     with pytest.raises(UsageError, match="leave it out"):
-        app.main(["train", text, str(tmp_path / "x"), "--vocab-size", "300", "--kind", "char"])
+        tokenizer.main(
+            ["train", text, str(tmp_path / "x"), "--vocab-size", "300", "--kind", "char"]
+        )
     with pytest.raises(UsageError, match="no such file"):
-        app.main(["train", str(tmp_path / "missing"), str(tmp_path / "x")])
+        tokenizer.main(["train", str(tmp_path / "missing"), str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
 
 
 def test_out_below_a_file_is_refused(text, tmp_path):
     with pytest.raises(UsageError, match="cannot be created"):
-        app.main(["train", text, f"{text}/tok"])
+        tokenizer.main(["train", text, f"{text}/tok"])
 
 
 def test_compare_measures_held_out_text(text, tmp_path, capsys):
-    app.main(["train", text, str(tmp_path / "run" / "tokenizer"), "--vocab-size", "300"])
+    tokenizer.main(["train", text, str(tmp_path / "run" / "tokenizer"), "--vocab-size", "300"])
     capsys.readouterr()
     small = write_gpt2_folder(tmp_path / "small")
     result = compare(capsys, text, tmp_path / "run", "byte", "char", "bpe", small)
@@ -113,7 +117,7 @@ def test_compare_measures_held_out_text(text, tmp_path, capsys):
 
 def test_compare_reports_a_missing_character_in_its_row(text, tmp_path, capsys):
     train_tokenizer("char", ["the cat"], -1).save(tmp_path / "letters")
-    assert app.main(["compare", text, str(tmp_path / "letters"), "byte"]) == 0
+    assert tokenizer.main(["compare", text, str(tmp_path / "letters"), "byte"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if "letters" in line)
     assert (
@@ -135,8 +139,11 @@ def test_compare_sees_text_that_does_not_come_back(text):
             return super().encode_batch([text.replace("—", "-") for text in texts])
 
     lossy = Lossy("byte", [bytes([i]) for i in range(256)])
-    assert app.measure("lossy", lossy, [WORDS]).round_trip is False
-    assert "NO: the bytes differ" in list(app.table([app.measure("lossy", lossy, [WORDS])]))[1]
+    assert tokenizer.measure("lossy", lossy, [WORDS]).round_trip is False
+    assert (
+        "NO: the bytes differ"
+        in list(tokenizer.table([tokenizer.measure("lossy", lossy, [WORDS])]))[1]
+    )
 
 
 def test_max_bytes_cuts_at_a_character(tmp_path, capsys):
@@ -145,11 +152,11 @@ def test_max_bytes_cuts_at_a_character(tmp_path, capsys):
     result = compare(capsys, tmp_path, "byte", "--max-bytes", "5")
     assert result["bytes"] == 4
     with pytest.raises(UsageError, match="less than the first character"):
-        app.main(["compare", str(tmp_path), "byte", "--max-bytes", "1"])
+        tokenizer.main(["compare", str(tmp_path), "byte", "--max-bytes", "1"])
 
 
 def test_many_documents_are_all_counted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(app, "BATCH_BYTES", 10)
+    monkeypatch.setattr(tokenizer, "BATCH_BYTES", 10)
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": "word " * i}) + "\n" for i in range(1, 100))
     )
@@ -166,7 +173,7 @@ def test_compare_says_when_gpt2_cannot_be_had(text, monkeypatch, capsys):
     """The network's fault, not the user's: exit code 1."""
     hasten(monkeypatch, [])
     monkeypatch.setattr(download, "ATTEMPTS", 1)
-    assert entry.main(["tokenizer", "compare", text, "gpt2"]) == 1
+    assert __main__.main(["tokenizer", "compare", text, "gpt2"]) == 1
     assert "no connection" in capsys.readouterr().err
 
 
@@ -176,9 +183,9 @@ def test_compare_names_every_wrong_tokenizer(text, tmp_path):
         UsageError,
         match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no token",
     ):
-        app.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
+        tokenizer.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
     with pytest.raises(UsageError, match="merge 0"):
-        app.main(
+        tokenizer.main(
             [
                 "compare",
                 text,
@@ -207,20 +214,20 @@ def test_compare_with_gpt2(text, tmp_path, capsys, monkeypatch):
         "gpt2",
     ]
     assert [row["tokenizer"] for row in compare(capsys, text, "gpt2")["tokenizers"]] == ["gpt2"]
-    assert app.main(["compare", text]) == 0
+    assert tokenizer.main(["compare", text]) == 0
     assert "of GPT-2's" in capsys.readouterr().out
 
 
 def test_a_damaged_gpt2_that_nobody_named_is_left_out(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     write_gpt2_folder(tmp_path / "base" / "tokenizers" / "gpt2")
-    assert app.main(["compare", text, "byte"]) == 0
+    assert tokenizer.main(["compare", text, "byte"]) == 0
     assert "left out" in capsys.readouterr().err
 
 
 def test_inspect(tmp_path, capsys):
     folder = write_gpt2_folder(tmp_path / "small")
-    assert app.main(["inspect", str(folder), "--text", "hell é"]) == 0
+    assert tokenizer.main(["inspect", str(folder), "--text", "hell é"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "kind           bpe, split pattern: GPT-2's"
     assert "261 ids" in lines[1] and read_tokenizer(folder).fingerprint in lines[2]
@@ -232,19 +239,19 @@ def test_inspect(tmp_path, capsys):
         ["127", "b'\\xc3'"],
         ["102", "b'\\xa9'"],
     ]
-    assert app.main(["inspect", "byte", "--text", ""]) == 0
+    assert tokenizer.main(["inspect", "byte", "--text", ""]) == 0
     assert "0 tokens for 0 bytes" in capsys.readouterr().out
     train_tokenizer("char", ["cab"], -1).save(tmp_path / "letters")
-    assert app.main(["inspect", str(tmp_path / "letters")]) == 0
+    assert tokenizer.main(["inspect", str(tmp_path / "letters")]) == 0
     assert "characters     'abc'" in capsys.readouterr().out
     with pytest.raises(UsageError, match="fitted to data"):
-        app.main(["inspect", "bpe"])
+        tokenizer.main(["inspect", "bpe"])
     with pytest.raises(
         UsageError, match=r"bpee: no such folder, and not a name of a tokenizer \(byte, gpt2\)"
     ):
-        app.main(["inspect", "bpee"])
+        tokenizer.main(["inspect", "bpee"])
     with pytest.raises(UsageError, match="'ß'"):
-        app.main(["inspect", str(tmp_path / "letters"), "--text", "ß"])
+        tokenizer.main(["inspect", str(tmp_path / "letters"), "--text", "ß"])
 
 
 @pytest.mark.parametrize(
@@ -260,14 +267,14 @@ def test_inspect(tmp_path, capsys):
 )
 def test_wrong_usage_exits_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
-        app.main(argv)
+        tokenizer.main(argv)
     assert exit_.value.code == 2
     assert "usage: nanochat tokenizer" in capsys.readouterr().err
 
 
 def test_help_shows_every_flag_and_imports_nothing_heavy():
     code = (
-        "import sys; from nanochat.apps import tokenizer as app; app.build_parser().print_help(); "
+        "import sys; from nanochat.apps import tokenizer; tokenizer.build_parser().print_help(); "
         "assert not {'torch', 'numpy', 'tiktoken', 'rustbpe'} & set(sys.modules)"
     )
     shown = subprocess.run(

@@ -9,12 +9,12 @@ from tasks.core import published_yaml
 
 # The published files at a fixed commit: git's name of each and its size (None: asked for).
 EXAMPLES_URL = (
-    "https://raw.githubusercontent.com/mosaicml/llm-foundry/8c8dd48f72168c5d51e2f7b151595892a8fba43d"
-    "/scripts/eval/local_data/"
+    "https://raw.githubusercontent.com/mosaicml/llm-foundry/"
+    "8c8dd48f72168c5d51e2f7b151595892a8fba43d/scripts/eval/local_data/"
 )
 CHANCES_URL = (
-    "https://raw.githubusercontent.com/mlfoundations/dclm/361714bdd60bb9b7f4b2d8354cebbf0dec0c329e"
-    "/eval/eval_meta_data_v1.csv"
+    "https://raw.githubusercontent.com/mlfoundations/dclm/"
+    "361714bdd60bb9b7f4b2d8354cebbf0dec0c329e/eval/eval_meta_data_v1.csv"
 )
 CHANCES = ("faa195a36e398845f6afeca9d5a58eed86db8e89", 16_612)
 EXAMPLES = {
