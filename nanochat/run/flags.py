@@ -634,7 +634,7 @@ def _word(path: str, name: str, value: Any) -> str:
 
 
 def range_problems(args: argparse.Namespace) -> list[str]:
-    """A sentence for each flag whose value, by itself, is out of its range."""
+    """A sentence for each flag whose value is out of its own range."""
     problems = []
     for name, row in FLAGS.items():
         value = getattr(args, name)

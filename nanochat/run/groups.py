@@ -111,7 +111,7 @@ def group_runs(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
 
 
 def _by_settings(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs with the same settings together; a run whose settings are unknown is by itself."""
+    """Runs with the same settings together; a run whose settings are unknown is alone."""
     found: dict[str | int, list[RunRecord]] = {}
     for i, run in enumerate(runs):
         found.setdefault(settings_of(run) or i, []).append(run)

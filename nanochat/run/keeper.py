@@ -52,7 +52,7 @@ class Keeper:
         # Every rank holds a share of it.
         optimizer_state = self.optimizer.state()
         if self.saver:
-            # A copy, since the thread that reads ahead goes on adding to it.
+            # A copy, since the thread that reads ahead keeps adding to it.
             state.shard_tokens = dict(self.cache.lengths)
             self.saver.save(state.step, kind, self.model, optimizer_state, asdict(state), hold)
         # On every rank, though only rank 0's clock is asked: ranks that differ are hard to debug.

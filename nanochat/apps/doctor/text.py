@@ -46,7 +46,7 @@ def _pairs(facts: Facts) -> Iterator[tuple[str, str]]:
             yield what, f"{place.path}: {place.problem}"
         else:
             yield what, f"{place.path}: {human_bytes(place.free_bytes)} free, writable"
-    # Not a problem by itself: many machines that train are offline.
+    # Not a problem on its own: many machines that train are offline.
     hub = facts.dataset_hub
     if hub.problem:
         yield (

@@ -256,7 +256,7 @@ def attend(
         # started by hand, or by a sweep that was killed
         if facts.status == "running":
             return False
-        # an equal time: nobody has tried again since this sweep was told to
+        # an equal time: nobody has retried it since this sweep began
         if facts.status == "failed" and to_retry.get(run.name) != facts.failed_at:
             print(f"{run.name}: failed earlier ({facts.reason}); RETRY=1 tries again", flush=True)
         elif not facts.completed:
