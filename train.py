@@ -97,7 +97,7 @@ def derive_plan(
     steps = horizon.steps(tokens, batch_tokens)
     tokens = steps * batch_tokens
 
-    # 3. Learning rates: those of the reference batch x sqrt(B / B_ref).
+    # 3. Learning rates: those of the reference batch x sqrt(B / B_ref), constant below 2^16 tokens.
     lr_factor = schedules.lr_factor(batch_tokens)
 
     # 4. Weight decay: the share of a weight that is renewed over a run stays the same (constant
@@ -124,8 +124,9 @@ def derive_plan(
     plan.fix_steps(steps)
     if args.warmup_steps != -1 and plan.warmup_steps + plan.warmdown_steps > steps:
         raise UsageError(
-            f"--warmup-steps={args.warmup_steps}: with {plan.warmdown_steps} steps of warm-down "
-            f"more than the run's {steps} steps; give at most {steps - plan.warmdown_steps}"
+            f"--warmup-steps={args.warmup_steps}: together with {plan.warmdown_steps} steps of "
+            f"warm-down longer than the run's {steps} steps; give at most "
+            f"{steps - plan.warmdown_steps}"
         )
     if plan.budget_seconds is not None:
         # the number of steps is fixed once the speed has been measured
@@ -188,14 +189,15 @@ class Session:
         self.clock.begin(f"the evaluation of step {self.state.step}")
         return self.stop.requested
 
-    def dropout_seed(self, micro: int) -> int | None:
+    def dropout_seed(self, micro: int, step: int | None = None) -> int | None:
         """Seed of a micro-batch's dropout on this rank, so that resuming needs no generator
-        state."""
+        state. step: the present one if None."""
         from nanochat.ranks import rank
 
         if not self.args.dropout:
             return None
-        return stream_seed(self.args.seed, "dropout", self.state.step, micro, rank())
+        step = self.state.step if step is None else step
+        return stream_seed(self.args.seed, "dropout", step, micro, rank())
 
 
 # ----- the loop
@@ -205,8 +207,8 @@ def train(session: Session) -> str:
     """The loop. It comes round once more than there are updates, so that the last save and
     evaluation need no second copy.
 
-    Returns why the run ended before its horizon, or "". Stopped, DataFailed and TrainingFailed are
-    raised on every rank at the same step."""
+    Returns the rule for an early end that its last evaluation met, or "". Stopped, DataFailed and
+    TrainingFailed are raised on every rank at the same step."""
     from nanochat.optim.step import accumulate
     from nanochat.run import faults
     from nanochat.run.log import StepResult
@@ -274,7 +276,7 @@ def train(session: Session) -> str:
         log.step(result, scaler, clock)
 
         # count: an fp16 loss scale that was too large is no fault, a bad loss has other causes
-        overflowed = math.isfinite(loss) and scaler.update(finite)
+        overflowed = scaler.update(finite) if math.isfinite(loss) else False
         state.advance(clock.step_seconds, finite, overflowed, scaler.state())
         keeper.after_step(finite)
         if not finite:
@@ -309,7 +311,7 @@ def evaluate(session: Session) -> str:
     # Before the line is written: the rule for an early end counts this evaluation too.
     better = scores.add_bpb(result.bpb)
     reason = early_end(args.stop_at_bpb, args.patience, result.bpb, scores.stale_evaluations)
-    # the model that these rules are there for
+    # --stop-at-bpb and --patience exist to keep this model
     if better and (args.patience != -1 or reason):
         session.keeper.save("rolling", session.state)
     log.line(**{"val/bpb": result.bpb, "val/loss": result.loss})
@@ -400,32 +402,27 @@ def locate_fault(session: Session, micro_batches: list) -> str:
     from nanochat.optim.step import forward_backward
     from nanochat.run import faults
 
-    # The passes are repeated with the dropout that they had, so the step counts as not done.
     state, n = session.state, len(micro_batches)
     session.optimizer.zero_grad()
 
     def repeat() -> list[torch.Tensor]:
-        state.step -= 1
-        losses = [
+        # with the dropout that the step had, which is counted already
+        return [
             forward_backward(
                 session.model,
                 session.scaler,
                 batch,
                 n,
                 session.device,
-                session.dropout_seed(micro),
+                session.dropout_seed(micro, state.step - 1),
             )
             for micro, batch in enumerate(micro_batches)
         ]
-        state.step += 1
-        return losses
 
     located = faults.locate(session.model, repeat)
     session.keeper.wait()
-    rows_per_step = session.plan.rows_per_step
-    return faults.conclude(
-        located, state, session.run.folder.path, session.text.rows, rows_per_step
-    )
+    folder, rows = session.run.folder.path, session.text.rows
+    return faults.conclude(located, state, folder, rows, session.plan.rows_per_step)
 
 
 # ----- from flags to a run
@@ -433,7 +430,7 @@ def locate_fault(session: Session, micro_batches: list) -> str:
 
 def main(args: Namespace, stop: signals.StopSignals) -> int:
     """Train. stop: of this process. Returns the exit code: 0 completed, 75 stopped on request and
-    resumable, 1 ended with everything saved for want of data or disk.
+    resumable, 1 ended by a lack of data, or with a last save that failed.
 
     Raises UsageError, TrainingFailed, Stopped."""
     # torch's allocator warns of every block that is older than the trace

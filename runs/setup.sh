@@ -24,7 +24,11 @@ if [ ! -e "$stamp" ]; then
     [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
     # $options holds several words
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $options \
-        --editable ".${extras}"
+        --editable ".${extras}" || {
+        echo "setup.sh: pip could not install the packages into $venv; its message is above." \
+            "Check the package index, or install versions that it has: pip install ." >&2
+        return 1
+    }
     [ -z "$stamp" ] || touch "$stamp"
 fi
 source "$venv/bin/activate"

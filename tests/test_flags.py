@@ -258,7 +258,7 @@ def test_help_is_grouped(title, rows):
         ("target_flops", 0, False),
         ("target_param_data_ratio", 0.01, True),
         ("target_param_data_ratio", 0, False),
-        ("target_param_data_ratio", -1, False),
+        ("target_param_data_ratio", -1, True),
         ("stop_at_bpb", 0, False),
     ],
 )

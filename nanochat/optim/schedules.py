@@ -97,7 +97,7 @@ class BaseRates:
     def from_flags(cls, args: argparse.Namespace) -> "BaseRates":
         """Those of the flags; -1 stands for the rate that suits --arch or --optimizer."""
 
-        # 0 is a rate that freezes a group, so only -1 stands for the default.
+        # A rate of 0 freezes tables and head, so only -1 stands for the default.
         def given_or(value: float, default: float) -> float:
             return default if value == -1 else value
 

@@ -14,7 +14,7 @@ from nanochat.model import fp8
 from nanochat.model.attention import BACKENDS
 from nanochat.model.config import width_for
 from nanochat.run import trackers
-from nanochat.run.flags import flag, range_problems
+from nanochat.run.flags import HORIZONS, flag, range_problems
 
 # What kernels are made for; others work and are slower.
 USUAL_HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -252,6 +252,12 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         "give one of the two",
     )
     # Rules that look at evaluations would never fire.
+    problems.require(
+        "target_param_data_ratio",
+        any(getattr(args, name) != -1 for name in HORIZONS),
+        "there is no horizon left to train to",
+        "give a positive ratio, or another horizon such as --num-iterations",
+    )
     for name in ("stop_at_bpb", "patience"):
         problems.require(
             name,

@@ -196,16 +196,18 @@ def conclude(located: str, state: TrainState, folder: Path, rows: Rows, rows_per
         "recomputing the step gives finite numbers, so its arithmetic is not at fault; suspect "
         "memory errors or communication between ranks"
     )
+    step = state.step - 1
     times = state.skipped_in_a_row
-    steps = "1 step" if times == 1 else f"{times} steps"
-    text = f"{steps} in a row had a non-finite loss or gradient; {located}"
+    steps = f"step {step}" if times == 1 else f"{times} steps in a row"
+    text = f"{steps} had a non-finite loss or gradient; {located}"
     if ranks.rank() != 0:
         return text
     # Hashes say that a file is what was written, not that its numbers are good.
     good = checkpoint.newest_finite(folder)
-    newest = "none" if good is None else f"step {good}"
-    text += f"; the last good checkpoint is {newest}"
-    step = state.step - 1
+    if good is None:
+        text += "; no good checkpoint exists"
+    else:
+        text += f"; the last good checkpoint is step {good}"
     path = folder / f"fault_step_{step:06d}.json"
     decode = rows.cache.tokenizer.decode
     try:
@@ -217,7 +219,7 @@ def conclude(located: str, state: TrainState, folder: Path, rows: Rows, rows_per
         write_json(path, {"step": step, "located": located, "rows": batch})
     except (OSError, Unavailable) as error:
         return f"{text}; the batch cannot be written ({error})"
-    return f"{text}; its text is in {path}"
+    return f"{text}; the text of that step's batch is in {path}"
 
 
 def spike(loss: float, recent: list[float], finite: bool = True) -> float | None:
@@ -239,11 +241,9 @@ def spike(loss: float, recent: list[float], finite: bool = True) -> float | None
     return z if z is not None and z > SPIKE_Z else None
 
 
-def remarks(
-    step: int, loss: float, z: float | None, recent: list[float], vocab_size: int | None
-) -> Iterator[str]:
-    """Sentences on what is remarkable about the loss of a step. z, recent: from spike().
-    vocab_size: of a model that begins untrained, else None."""
+def remarks(step: int, loss: float, z: float | None, vocab_size: int | None) -> Iterator[str]:
+    """Sentences on what is remarkable about the loss of a step. z: from spike(). vocab_size: of a
+    model that begins untrained, else None."""
     if step == 0 and vocab_size and abs(loss - math.log(vocab_size)) > FIRST_LOSS_TOLERANCE:
         expected = math.log(vocab_size)
         yield (
@@ -253,7 +253,7 @@ def remarks(
     if z is not None:
         yield (
             f"step {step}: the loss jumped to {loss:.4f}, {z:.1f} standard deviations above the "
-            f"last {len(recent) - 1}"
+            "recent ones"
         )
 
 

@@ -48,11 +48,6 @@ NOT_NEGATIVE = Range(lambda v: v >= 0, "must not be negative", "give 0 or more")
 BELOW_1 = Range(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "give such a number")
 FRACTION = Range(lambda v: 0 <= v <= 1, "must be between 0 and 1", "give a fraction")
 SEED = Range(lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", "choose another seed")
-RATIO = Range(
-    lambda v: v > 0,
-    "there is no horizon left to train to",
-    "give a positive ratio, or another horizon such as --num-iterations",
-)
 
 # What --resume does with a flag that is given again with another value.
 # Refused: it decides what the model becomes.
@@ -108,7 +103,6 @@ class Flag:
             )
 
 
-EVERY = POSITIVE_OR_OFF
 # The order is that of --help and, among the horizons, that of precedence.
 GROUPS: dict[str, list[Flag]] = {
     "logging": [
@@ -308,7 +302,7 @@ GROUPS: dict[str, list[Flag]] = {
             "target_param_data_ratio",
             schedules.DEFAULT_PARAM_DATA_RATIO,
             "training tokens per parameter of matrices and head; Chinchilla: 20",
-            range=RATIO,
+            range=POSITIVE_OR_OFF,
             on_resume=HORIZON,
         ),
     ],
@@ -437,7 +431,7 @@ GROUPS: dict[str, list[Flag]] = {
             "eval_every",
             250,
             "steps between evaluations of validation bits per byte; also at the end",
-            range=EVERY,
+            range=POSITIVE_OR_OFF,
             on_resume=FREE,
         ),
         Flag(
@@ -456,7 +450,7 @@ GROUPS: dict[str, list[Flag]] = {
             # checks.core_metric_flags() settles "auto" once the device is known.
             "steps between CORE evaluations; also at the end; auto: 2000 on CUDA, -1 elsewhere",
             type=number_or_auto,
-            range=EVERY,
+            range=POSITIVE_OR_OFF,
             on_resume=FREE,
         ),
         Flag(
@@ -477,7 +471,7 @@ GROUPS: dict[str, list[Flag]] = {
             "sample_every",
             2000,
             "steps between text samples; also at the end",
-            range=EVERY,
+            range=POSITIVE_OR_OFF,
             on_resume=FREE,
         ),
         Flag(
@@ -493,7 +487,7 @@ GROUPS: dict[str, list[Flag]] = {
             -1,
             "steps between permanent checkpoints; -1: only at the end and where the warm-down "
             "begins",
-            range=EVERY,
+            range=POSITIVE_OR_OFF,
             on_resume=FREE,
         ),
         Flag(

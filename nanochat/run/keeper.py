@@ -25,8 +25,8 @@ class Keeper:
         first_step: int,
         enabled: bool,
     ) -> None:
-        """saver: rank 0's, None elsewhere. first_step: where this start of the run begins, whose
-        state is saved already. enabled: False with --no-save."""
+        """saver: rank 0's, None elsewhere. first_step: where this start of the run
+        begins. enabled: False with --no-save."""
         self.saver = saver
         self.model = model
         self.optimizer = optimizer
@@ -42,7 +42,8 @@ class Keeper:
 
         hold: the step before was skipped, so what follows it may be no good either: the state is
         written only after a good step."""
-        # What a run resumes from is saved already; only its final kind may be new.
+        # What a run resumes from is saved already, and a new run has learned nothing yet; only the
+        # final kind may be new.
         if not self.enabled or (state.step == self.first_step and kind != "final"):
             return
         # On the way out the state may have been saved a moment ago, for another reason.

@@ -155,7 +155,7 @@ class RunLog:
             values["skipped"] = f"non-finite {culprit}"
         self.line(**values)
         for remark in faults.remarks(
-            state.step, result.loss, result.spike, state.recent_losses, self.untrained_vocabulary
+            state.step, result.loss, result.spike, self.untrained_vocabulary
         ):
             self.message(remark)
         self._show(result, speed, mfu, clock)
@@ -240,8 +240,8 @@ class RunLog:
             "skipped_steps": state.skipped_steps,
         }
         try:
-            # again: a full disk may have refused it when the steps were fixed
-            # The summary never stands beside a config that is older than it.
+            # The config again: a full disk may have refused it when the steps were fixed, and the
+            # summary must never stand beside an older one.
             self.folder.write_config(self.config)
             write_summary(self.folder.path, **summary)
         except OSError as error:

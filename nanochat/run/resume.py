@@ -17,16 +17,17 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
 from nanochat.run.checks import core_metric_flags
-from nanochat.run.flags import FIXED, FLAGS, HORIZONS, START, flag
+from nanochat.run.flags import FIXED, FLAGS, FREE, HORIZONS, START, flag
 from nanochat.run.folder import RunFolder, provenance, status_of
 from nanochat.run.metrics import Record, read_lines
 from nanochat.run.plan import Plan, short_window
 from nanochat.run.state import Scores, TrainState
 from nanochat.run.trackers import new_run_id
 
-# Flags whose new value a resumed run writes into config.json: the same text may have moved, and a
-# changed rule for an early end counts from now on.
-RECORDED_ON_RESUME = ("data", "val_data", "stop_at_bpb", "patience")
+# Flags whose new value a resumed run writes into config.json: the same text may have moved, and
+# what decides the result (a rule for an early end, the text that is scored) counts from now on.
+DECIDING = [name for name, row in FLAGS.items() if row.on_resume == FREE and row.decides]
+RECORDED_ON_RESUME = ("data", "val_data", *DECIDING)
 Config = dict[str, Any]  # the content of a config.json
 
 
@@ -304,7 +305,8 @@ def is_over(args: argparse.Namespace, config: Config, folder: RunFolder, step: i
         return ""
     reason = read_json(folder.path / "summary.json", "run folder").get("reason")
     words = f"{folder.path} is complete at step {step}"
-    if reason:
+    # a rule that was met by the very last evaluation did not end the run
+    if reason and step != config["plan"]["num_iterations"]:
         return (
             f"{words} ({reason}); nothing to resume. To continue, change that rule: "
             "--stop-at-bpb=-1 --patience=-1 lift both"
@@ -364,7 +366,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
     else:
         plan.fix_steps(fresh.num_iterations)
         run.changed.append(f"extended from {was} to {plan.num_iterations} steps")
-    # that warm-up is over
+    # the run keeps the warm-up that it began with
     plan.warmup_steps = warmup_steps
     run.extended_from = was
     run.go_back_to(usable[-1] if usable else 0)
