@@ -18,7 +18,7 @@ class Package(NamedTuple):
 NEEDED = {
     "torch": Package("torch==2.13.0", "everything"),
     "numpy": Package("numpy", "everything"),
-    "tiktoken": Package("tiktoken", "tokenizers"),
+    "tiktoken": Package("tiktoken>=0.13", "tokenizers"),
     "safetensors": Package("safetensors", "checkpoints"),
     "rustbpe": Package("rustbpe>=0.1.0", "training a tokenizer"),
     "tqdm": Package("tqdm", "progress bars"),
@@ -32,11 +32,12 @@ OPTIONAL = {
     "matplotlib": Package("matplotlib", "nanochat report and compare"),
     "tensorboard": Package("tensorboard", "--tensorboard"),
     "transformers": Package("transformers>=4.57", "nanochat export"),
-    "tokenizers": Package("tokenizers", "nanochat export"),
+    "tokenizers": Package("tokenizers>=0.22", "nanochat export"),
     "fastapi": Package("fastapi", "nanochat serve"),
     "uvicorn": Package("uvicorn", "nanochat serve"),
     "pytest": Package("pytest", "the tests"),
     "pytest-xdist": Package("pytest-xdist", "the tests"),
+    "ruff": Package("ruff>=0.17", "the tests"),
     "triton": Package("triton==3.7.1", "torch.compile on NVIDIA GPUs"),
 }
 
