@@ -92,7 +92,6 @@ def test_the_estimate_is_within_a_fifth_of_what_is_measured(config, rows, dtype,
         optimizer.step(1.0, 0.9)
         optimizer.zero_grad()
 
-    step()
     states = [tensor for state in optimizer.state().values() for tensor in state.values()]
     kept = sum(tensor.nbytes for tensor in [*states, *model.parameters()])
     assert kept == pytest.approx(state_bytes(memory.parameters, memory.optimizer), rel=1e-2)
