@@ -5,6 +5,7 @@ Shapes: B batch rows, T tokens of a row, C width, D head dim, V vocabulary.
 Weights are fp32; products run in the compute dtype. No module knows of ranks."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -37,7 +38,7 @@ class Cache(Protocol):
         """Count n_tokens as read, once every layer has stored them."""
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """A pre-norm decoder: embedding, blocks, head.
 
     Build it on the meta device, then materialise it with to_empty(device=...) and
@@ -69,14 +70,15 @@ class Decoder(nn.Module):
 
     # ---- what a model defines ----
 
+    @abstractmethod
     def init_parameters(self, normal_: Fill, uniform_: Fill) -> None:
         """Fill every parameter; the order of the draws is part of the result of a seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rotary_angles(self) -> Tensor:
         """Radians by position and pair of channels, (positions, D/2), on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_blocks(
         self, ids_BxT: Tensor, rope: Rope, cache: Cache | None, fill: bool
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -84,7 +86,6 @@ class Decoder(nn.Module):
         last token, (B, 1, C), if the cache has to keep it.
 
         fill: only fill the cache; the stream is None."""
-        raise NotImplementedError
 
     # ---- set-up ----
 
