@@ -749,8 +749,7 @@ def build_session(
 
     run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
     args, plan, state = run.args, planned.plan, log.state
-    if log.writes:
-        log.open_trackers(run.config, args.run, args.tensorboard)
+    log.open_trackers(args.run, args.tensorboard)
     # Building and compiling take minutes and leave nothing to save: a signal ends them directly.
     stop.at_once = True
     stop.check()

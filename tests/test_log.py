@@ -333,7 +333,8 @@ def test_a_full_disk_is_only_reported(tmp_path, monkeypatch, capsys):
 
 def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
     log = open_log(tmp_path / "run", writes=False, vocabulary=1000, state=TrainState())
-    log.open_trackers({"wandb_id": "x"}, "name", True)
+    log.config = {"wandb_id": "x"}
+    log.open_trackers("name", True)
     assert log.trackers is None
     log.step(STEP, OFF, clock_after(0.5))
     log.skipped(SKIPPED, False, OFF)

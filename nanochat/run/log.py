@@ -81,10 +81,9 @@ class RunLog:
         """The .jsonl files."""
         return self.metrics, self.samples, self.core
 
-    def open_trackers(self, config: dict[str, Any], run_name: str, tensorboard: bool) -> None:
+    def open_trackers(self, run_name: str, tensorboard: bool) -> None:
         """Start Weights & Biases and TensorBoard, as far as they are asked for (--run,
-        --tensorboard). config: that of config.json, which is followed."""
-        self.config = config
+        --tensorboard). `config` is set before."""
         if not self.writes:
             return
         # Trackers are given the lines that they lack; reading a long file for none would be a
@@ -94,8 +93,8 @@ class RunLog:
             self.folder.path,
             run_name,
             tensorboard,
-            config,
-            config["wandb_id"],
+            self.config,
+            self.config["wandb_id"],
             self.state.step,
             self.progress.message,
             read_lines(self.metrics.path) if wanted else (),
@@ -192,6 +191,8 @@ class RunLog:
 
     def sample(self, prompt: str, text: str | None, problem: str) -> None:
         """A text sample, or why it could not be drawn."""
+        if not self.writes:
+            return
         # Null with a reason, never an empty text that looks like a sample.
         reason = {"reason": problem} if problem else {}
         self.samples.write(step=self.state.step, prompt=prompt, text=text, **reason)
