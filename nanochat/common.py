@@ -110,7 +110,7 @@ def base_dir(make: bool = True) -> Path:
     created. A read-only folder is accepted: what it holds can still be used."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
     try:
-        path = Path(given) if given else Path.home() / ".cache" / "nanochat"
+        path = Path(path_argument(given)) if given else Path.home() / ".cache" / "nanochat"
         if make:
             path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
@@ -263,6 +263,14 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
 
 
 # ---- argument types ----
+
+
+def path_argument(text: str) -> str:
+    """argparse type of everything that may be a path: `~` and environment variables are expanded,
+    since a shell leaves them alone in `--flag=~/x` and in a configuration file.
+
+    Text that names an existing file as it is, and unknown variables, stay unchanged."""
+    return text if os.path.lexists(text) else os.path.expanduser(os.path.expandvars(text))
 
 
 def number_or_auto(text: str) -> int | str:

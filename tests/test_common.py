@@ -16,6 +16,7 @@ from nanochat.common import (
     in_a_line,
     new_folder,
     number_or_auto,
+    path_argument,
     printable,
     read_json,
     round_up,
@@ -291,3 +292,38 @@ def test_exit_codes():
     """Documented in README and used by schedulers: they never change."""
     codes = (common.EXIT_COMPLETED, common.EXIT_FAILED, common.EXIT_USAGE, common.EXIT_STOPPED)
     assert codes == (0, 1, 2, 75)
+
+
+@pytest.mark.parametrize(
+    "given, expanded",
+    [
+        ("~/runs", "/home/me/runs"),
+        ("$CORPUS/a.txt", "/data/a.txt"),
+        ("${CORPUS}/*.jsonl", "/data/*.jsonl"),
+        ("$UNKNOWN/a", "$UNKNOWN/a"),
+        ("python", "python"),
+        ("hf:owner/name:config:train:text", "hf:owner/name:config:train:text"),
+        ("python=0.5", "python=0.5"),
+        ("~/books=0.5", "/home/me/books=0.5"),
+        ("", ""),
+    ],
+)
+def test_paths_are_expanded(given, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORPUS", "/data")
+    monkeypatch.delenv("UNKNOWN", raising=False)
+    assert path_argument(given) == expanded
+
+
+def test_a_name_that_exists_is_not_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "~").mkdir()
+    assert path_argument("~") == "~"
+    assert path_argument("~/x") == "/home/me/x"
+
+
+def test_the_base_dir_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/caches")
+    assert base_dir() == tmp_path / "caches"

@@ -408,3 +408,27 @@ def test_a_wrong_value_in_a_config(tmp_path, capsys):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "--depth" in error and "'three'" in error
+
+
+PATHS = (
+    "out_dir",
+    "config",
+    "data",
+    "val_data",
+    "tokenizer",
+    "init_from",
+    "core_bundle",
+    "sample_prompts",
+)
+
+
+def test_paths_are_expanded_on_the_command_line_and_in_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.json").write_text("{}")
+    words = [f"{flag(name)}=~/flags.json" for name in PATHS]
+    args = parse(words)
+    assert {getattr(args, name) for name in PATHS} == {str(tmp_path / "flags.json")}
+    values = {name: "~/x" for name in PATHS if name != "config"}
+    (tmp_path / "flags.json").write_text(json.dumps(values))
+    args = parse(["--config=~/flags.json"])
+    assert {getattr(args, name) for name in values} == {str(tmp_path / "x")}

@@ -25,6 +25,7 @@ from nanochat.common import (
     ceil_div,
     human_time,
     in_a_line,
+    path_argument,
     printable,
     write_atomic,
 )
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs incomparable, and pictures of their curves and CORE results. Runs that differ only "
         "in their seed become a mean with its spread.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+    parser.add_argument("runs", type=path_argument, metavar="RUN", nargs="+", help="run folders")
     parser.add_argument(
         "--per-task",
         action="store_true",
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
+        type=path_argument,
         default="compare",
         metavar="FOLDER",
         help="where the pictures go (default: %(default)s)",

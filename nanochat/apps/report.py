@@ -18,6 +18,7 @@ from nanochat.common import (
     UsageError,
     human_bytes,
     human_time,
+    path_argument,
     printable,
     valid_unicode,
     write_atomic,
@@ -46,9 +47,15 @@ def main(argv: list[str]) -> int:
         description="Print a run's summary, plot its curves (loss.png), and write both, with its "
         "settings, samples and evaluations, as one self-contained page (report.html).",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder: <out-dir>/<model-tag>")
     parser.add_argument(
-        "--out", default="", metavar="FOLDER", help="where the two files go; empty: the run folder"
+        "run", type=path_argument, metavar="RUN", help="run folder: <out-dir>/<model-tag>"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default="",
+        metavar="FOLDER",
+        help="where the two files go; empty: the run folder",
     )
     args = parser.parse_args(argv)
     run = read_run(args.run)

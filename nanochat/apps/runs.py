@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time, printable
+from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument, printable
 from nanochat.run.records import DAMAGES, RunSummary, find, read_summary, reason_of
 from nanochat.run.tables import aligned, fixed, short
 
@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "folders",
+        type=path_argument,
         metavar="FOLDER",
         nargs="*",
         default=["out"],

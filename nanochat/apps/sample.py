@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, UsageError, step_argument
+from nanochat.common import EXIT_COMPLETED, UsageError, path_argument, step_argument
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
         "drawn; several samples of a prompt are drawn together and appear together.",
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder, for example out/d4")
+    add("run", type=path_argument, metavar="RUN", help="run folder, for example out/d4")
     add(
         "--step",
         type=step_argument,
@@ -42,6 +42,7 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prompts-file",
+        type=path_argument,
         metavar="FILE",
         help="text file (UTF-8) with more prompts, one a line; blank lines are skipped",
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time
+from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument
 
 # imported where they are used, so that --help is immediate
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     _add_data(train)
     train.add_argument(
         "out",
+        type=path_argument,
         metavar="OUT",
         help="folder to save it in; a folder that holds another tokenizer is refused",
     )
@@ -110,6 +111,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     _add_data(compare)
     compare.add_argument(
         "tokenizers",
+        type=path_argument,
         metavar="TOKENIZER",
         nargs="*",
         help="a folder with a tokenizer, a run folder, or a name: gpt2, byte, or bpe and char as "
@@ -135,6 +137,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     inspect.add_argument(
         "tokenizer",
+        type=path_argument,
         metavar="TOKENIZER",
         help="a folder with a tokenizer, a run folder, byte or gpt2",
     )
@@ -145,6 +148,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data",
+        type=path_argument,
         metavar="DATA",
         help="text, as train.py's --data takes it: python, a file, a folder, a pattern, ...",
     )

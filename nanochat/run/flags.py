@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.common import UsageError, number_or_auto, read_json
+from nanochat.common import UsageError, number_or_auto, path_argument, read_json
 from nanochat.optim import schedules
 
 
@@ -108,7 +108,7 @@ GROUPS: dict[str, list[Flag]] = {
     "logging": [
         Flag("run", "dummy", "Weights & Biases run name; dummy: off", on_resume=FREE),
         # A run folder may be moved between two starts, so neither parent nor name is the run's own.
-        Flag("out_dir", "out", "folder of run folders", on_resume=START),
+        Flag("out_dir", "out", "folder of run folders", type=path_argument, on_resume=START),
         Flag("model_tag", "", "name of the run folder; empty: d{depth}", on_resume=START),
         Flag("tensorboard", False, "log to TensorBoard, in the run folder", on_resume=FREE),
         # Its flags are recorded one by one, as if they stood on the command line.
@@ -116,6 +116,7 @@ GROUPS: dict[str, list[Flag]] = {
             "config",
             "",
             "a run's config.json or a JSON file of flags; the command line wins",
+            type=path_argument,
             on_resume=START,
         ),
     ],
@@ -230,12 +231,14 @@ GROUPS: dict[str, list[Flag]] = {
             "climbmix, fineweb-edu, tinystories, shakespeare or "
             "hf:<dataset>[:<config>[:<split>[:<column>]]] (downloaded as needed), python (source "
             "code on this machine), or a path, glob or folder of .txt, .jsonl, .parquet",
+            type=path_argument,
             on_resume=FREE,
         ),
         Flag(
             "val_data",
             "",
             "path, glob or folder to validate on; empty: hold out a part of --data",
+            type=path_argument,
             on_resume=FREE,
         ),
         Flag(
@@ -243,6 +246,7 @@ GROUPS: dict[str, list[Flag]] = {
             "bpe",
             # Groups compare the fingerprint instead, since one tokenizer has several names.
             "bpe, char, byte, gpt2, or a folder with a saved tokenizer",
+            type=path_argument,
             decides=False,
         ),
         Flag(
@@ -257,6 +261,7 @@ GROUPS: dict[str, list[Flag]] = {
             # What was taken is recorded as `init_from` in config.json, and groups compare that.
             "run folder to take the initial weights, shape, context and tokenizer from; the "
             "optimizer and horizon are new",
+            type=path_argument,
             decides=False,
         ),
     ],
@@ -465,6 +470,7 @@ GROUPS: dict[str, list[Flag]] = {
             "core_bundle",
             "",
             "folder of the CORE bundle; empty: the cached one, downloaded once",
+            type=path_argument,
             on_resume=FREE,
         ),
         Flag(
@@ -478,6 +484,7 @@ GROUPS: dict[str, list[Flag]] = {
             "sample_prompts",
             "",
             "file with one prompt a line; empty: beginnings of held-out documents",
+            type=path_argument,
             on_resume=FREE,
         ),
     ],
@@ -575,7 +582,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     # --config is read before the other flags, by a parser that leaves them and --help alone.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", default="")
+    finder.add_argument("--config", type=path_argument, default="")
     config = finder.parse_known_args(argv)[0].config
     # a value that comes later wins, so the config's flags stand before those of the command line
     words = [*config_words(config), *argv] if config else argv

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.apps.bench.table import Result, differences, line, read_results
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time, write_json
+from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument, write_json
 from nanochat.data.tokenizer import MIN_BPE_VOCAB
 from nanochat.run.flags import FLAGS, flag
 from nanochat.run.timing import Entry
@@ -111,16 +111,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="print the results as JSON instead of a table",
     )
     parser.add_argument(
-        "--out", default="", metavar="FILE", help="also write the JSON to this file"
+        "--out",
+        type=path_argument,
+        default="",
+        metavar="FILE",
+        help="also write the JSON to this file",
     )
     parser.add_argument(
         "--compare",
+        type=path_argument,
         default="",
         metavar="FILE",
         help="JSON of an earlier run; each line then says how much faster this run is",
     )
     parser.add_argument(
         "--core-bundle",
+        type=path_argument,
         default="",
         metavar="FOLDER",
         help="CORE bundle for the part core; empty: the cached one, if it exists",

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from nanochat.common import UsageError
+from nanochat.common import UsageError, path_argument
 
 # documents whose beginning `inspect` shows unless --documents says otherwise
 EXAMPLES = 3
@@ -52,8 +52,10 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "files are on this disk. Of a large data set on the network only the listing is "
         "downloaded, unless --documents asks to see some.",
     )
-    inspect.add_argument("data", metavar="DATA", help=DATA_HELP)
-    inspect.add_argument("--val-data", default="", metavar="PATH", help=VAL_DATA_HELP)
+    inspect.add_argument("data", type=path_argument, metavar="DATA", help=DATA_HELP)
+    inspect.add_argument(
+        "--val-data", type=path_argument, default="", metavar="PATH", help=VAL_DATA_HELP
+    )
     inspect.add_argument(
         "--documents",
         type=int,
@@ -100,7 +102,7 @@ def _add_tokenize(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
 
 def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
     """The arguments that `fetch` and `tokenize` share."""
-    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument("data", type=path_argument, metavar="DATA", help=DATA_HELP)
     # a small data set is taken whole, so that none is an answer too
     amount = command.add_mutually_exclusive_group()
     amount.add_argument(
@@ -117,9 +119,12 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
     )
     # `all` would hide Python's function in what takes this value
     amount.add_argument("--all", dest="everything", action="store_true", help="the whole data set")
-    command.add_argument("--val-data", default="", metavar="PATH", help=VAL_DATA_HELP)
+    command.add_argument(
+        "--val-data", type=path_argument, default="", metavar="PATH", help=VAL_DATA_HELP
+    )
     command.add_argument(
         "--tokenizer",
+        type=path_argument,
         default="bpe",
         metavar="NAME",
         help="the run's --tokenizer: bpe, char, byte, gpt2, a folder with one, or a run folder "
@@ -161,9 +166,12 @@ def _add_mix(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "last file by name holds documents that the sources hold out; sources.json says what came "
         "from where. A document is cut only where a source reaches its share.",
     )
-    mix.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
+    mix.add_argument(
+        "out", type=path_argument, metavar="OUT", help="folder to write; it must be new or empty"
+    )
     mix.add_argument(
         "sources",
+        type=path_argument,
         metavar="SOURCE=WEIGHT",
         nargs="+",
         help="data as train.py's --data takes it, and its weight, such as python=0.5",

@@ -10,7 +10,7 @@ from nanochat.apps.doctor.advice import needed, slow
 from nanochat.apps.doctor.facts import Facts, gather
 from nanochat.apps.doctor.gpu import CHECKS, check_gpu
 from nanochat.apps.doctor.text import as_text
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, path_argument
 from nanochat.run.flags import flag
 
 # Flags of the report and of --gpu, with their defaults; those of one are refused in the other.
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out-dir",
+        type=path_argument,
         metavar="FOLDER",
         help=f"folder of run folders, whose disk is checked (default: {REPORT_FLAGS['out_dir']})",
     )
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--out",
+        type=path_argument,
         metavar="FILE",
         help=f"with --gpu: file for the results as JSON (default: {GPU_FLAGS['out']})",
     )

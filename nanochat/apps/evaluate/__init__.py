@@ -9,6 +9,7 @@ from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
     UsageError,
+    path_argument,
     step_argument,
     valid_unicode,
 )
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "runs",
+        type=path_argument,
         metavar="RUN",
         nargs="+",
         help="run folder, or folder of a Hugging Face causal language model",
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--out",
+        type=path_argument,
         default="",
         metavar="FOLDER",
         help="folder of the results; empty: RUN/evaluations",
@@ -98,6 +101,7 @@ def _add_core_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--core-bundle",
+        type=path_argument,
         default="",
         metavar="FOLDER",
         help="bundle with the tasks; empty: the cached one, downloaded once",
@@ -120,6 +124,7 @@ def _add_bpb_and_sample_flags(parser: argparse.ArgumentParser) -> None:
     add("--bpb", action="store_true", help="measure bits per byte, loss and perplexity")
     add(
         "--data",
+        type=path_argument,
         default="",
         help="text, as in train.py: all of the files, or the held-out part of a dataset; empty: "
         "the run's own validation text",

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, step_argument
+from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, path_argument, step_argument
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,11 +23,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
+        type=path_argument,
         metavar="RUN",
         help="run folder, for example out/d4; with --format run, the Hugging Face folder",
     )
     # Folders of others are never overwritten: there is no flag for that.
-    parser.add_argument("out", metavar="OUT", help="folder to create; it must be new or empty")
+    parser.add_argument(
+        "out", type=path_argument, metavar="OUT", help="folder to create; it must be new or empty"
+    )
     parser.add_argument(
         "--format",
         default="hf",

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from nanochat.common import path_argument
+
 # command.py concludes each of them: scaling_laws by its fit, the others by CONCLUSIONS
 KINDS = ("miniseries", "scaling_laws", "seeds", "ablation")
 DESCRIPTION = """\
@@ -47,7 +49,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", metavar="KIND", choices=KINDS, help=" | ".join(KINDS))
-    parser.add_argument("folder", metavar="FOLDER", help="parent of the run folders")
+    parser.add_argument(
+        "folder", type=path_argument, metavar="FOLDER", help="parent of the run folders"
+    )
     # left unparsed: these are train.py's flags, which its own parser checks
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of every train.py")
     args = parser.parse_args(argv)
