@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,10 @@ def base_dir(make: bool = True) -> Path:
     """Folder of caches and downloads: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat.
 
     Created if it is missing, unless make is False. UsageError if it is not a folder or cannot be
-    created. A read-only folder is accepted: what it holds can still be used."""
+    created. It may be read-only, or another user's: cached() says where a file is or goes."""
     given = os.environ.get("NANOCHAT_BASE_DIR")
     try:
-        path = Path(path_argument(given)) if given else Path.home() / ".cache" / "nanochat"
+        path = Path(path_argument(given)) if given else _home_base_dir()
         if make:
             path.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
@@ -127,6 +128,101 @@ def base_dir(make: bool = True) -> Path:
             remedy = "set NANOCHAT_BASE_DIR to a folder that can hold caches"
         raise UsageError(f"{named}: cannot be created or used ({reason}); {remedy}") from None
     return path
+
+
+def cached(*names: str) -> Path:
+    """Path of a file or folder below base_dir() that is kept for later.
+
+    Where it is missing and cannot be created, because base_dir() is read-only or another user's,
+    this is its path below ~/.cache/nanochat, and the first such path is reported in one line. If
+    nothing can be created there either, it is the path below base_dir()."""
+    path = base_dir().joinpath(*names)
+    if os.path.exists(path) or _can_create(path):
+        return path
+    return _private_base_dir(base_dir()).joinpath(*names)
+
+
+def writable_base_dir() -> Path:
+    """The folder below which new files are kept: base_dir(), or ~/.cache/nanochat if that cannot be
+    written; base_dir() if neither can."""
+    path = base_dir()
+    return path if _can_create(path / "new") else _private_base_dir(path)
+
+
+def own_cache(name: str) -> Path:
+    """A folder of caches that belongs to this user and is created if it is missing: for generated
+    code, which nobody else may be able to replace.
+
+    It is below base_dir(), ~/.cache/nanochat or the folder of temporary files. UsageError if none
+    of these can be written."""
+    for path in _own_caches(name):
+        with contextlib.suppress(OSError):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.stat().st_uid == os.geteuid() and _can_create(path / "new"):
+                return path
+    raise UsageError(
+        f"{base_dir() / name}: this folder is not yours or cannot be written; set "
+        f"NANOCHAT_BASE_DIR to a folder that can hold caches"
+    )
+
+
+def _own_caches(name: str) -> Iterator[Path]:
+    """Where own_cache() may be, best first."""
+    yield base_dir() / name
+    yield _private_base_dir(base_dir()) / name
+    yield Path(tempfile.gettempdir()) / f"nanochat-{os.geteuid()}-{name}"
+
+
+def _home_base_dir() -> Path:
+    return Path.home() / ".cache" / "nanochat"
+
+
+def _private_base_dir(unwritable: Path) -> Path:
+    """The folder of caches below the user's home; `unwritable` if it cannot be written either."""
+    # Path.home() raises RuntimeError where no home folder is known
+    with contextlib.suppress(OSError, RuntimeError):
+        path = _home_base_dir()
+        path.mkdir(parents=True, exist_ok=True)
+        if _can_create(path / "new") and not path.samefile(unwritable):
+            note_once(f"caches: parts of {unwritable} cannot be written; new files go to {path}")
+            return path
+    return unwritable
+
+
+def _can_create(path: Path) -> bool:
+    """Whether this user may create `path`, judging by the nearest folder above it that exists."""
+    folder = path.parent
+    while not os.path.exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    # no folder: a mistake that the attempt to write will name
+    if not os.path.isdir(folder):
+        return True
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+
+
+_noted: set[str] = set()
+
+
+def note_once(text: str, report: Callable[[str], None] | None = None) -> None:
+    """Report a line unless this process did so before. report: by default it goes to standard
+    error, on rank 0 only."""
+    if text in _noted:
+        return
+    _noted.add(text)
+    if report:
+        report(text)
+    elif os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def apply_umask(path: str | os.PathLike) -> None:
+    """Give a file or folder of ours the permissions that the umask says: some libraries, and
+    Python's temporary files, are readable by their owner only."""
+    # the umask can only be read by setting it; for that instant a private one is safe
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~umask)
 
 
 def fsync_dir(path: str | os.PathLike) -> None:
@@ -156,7 +252,7 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
             # Before the rename: otherwise a crash could leave the new name on an empty file.
             os.fsync(file.fileno())
         # mkstemp() makes files private
-        os.chmod(temporary, 0o644)
+        apply_umask(temporary)
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
@@ -222,10 +318,10 @@ def _empty(folder: Path) -> None:
 
 
 def _make_durable(folder: Path) -> None:
-    """Flush all files of a folder to the disk, and make them readable by everyone."""
+    """Flush all files of a folder to the disk, and make them as readable as the umask says."""
     for path in folder.rglob("*"):
         # safetensors makes its files private
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        apply_umask(path)
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -162,7 +165,6 @@ def test_write_atomic(tmp_path):
     for content, expected in (("é\n", "é\n".encode()), (b"\x00\xff", b"\x00\xff")):
         write_atomic(path, content)
         assert path.read_bytes() == expected
-    assert path.stat().st_mode & 0o777 == 0o644
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -205,13 +207,10 @@ def test_json(tmp_path):
 def test_new_folder(tmp_path):
     out = tmp_path / "outer" / "out"
     with new_folder(out) as folder:
-        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("x")
-        (folder / "inner" / "file").chmod(0o600)
         assert not out.exists() and folder.parent == out.parent
     assert (out / "inner" / "file").read_text() == "x"
-    assert (out / "inner").stat().st_mode & 0o777 == 0o755
-    assert (out / "inner" / "file").stat().st_mode & 0o777 == 0o644
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -327,3 +326,121 @@ def test_the_base_dir_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/caches")
     assert base_dir() == tmp_path / "caches"
+
+
+# ---- caches of several users ----
+
+
+@pytest.fixture
+def shared_base(monkeypatch):
+    """A base dir that this user may read, and not write; the user's home folder is next to it.
+
+    Root may write everywhere: then the test runs as another user."""
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-users-", dir="/tmp"))
+    folder.chmod(0o755)
+    base = folder / "shared"
+    (base / "tokens").mkdir(parents=True)
+    (base / "tokens" / "complete").write_text("shared")
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(common, "_noted", set())
+    root = os.geteuid() == 0
+    if root:
+        os.chown(home, 65534, 65534)
+        os.seteuid(65534)
+    else:
+        (base / "tokens").chmod(0o555)
+        base.chmod(0o555)
+    yield base
+    if root:
+        os.seteuid(0)
+    else:
+        base.chmod(0o755)
+        (base / "tokens").chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_base_dir_that_cannot_be_written_is_read(shared_base, capfd):
+    assert common.cached("tokens", "complete") == shared_base / "tokens" / "complete"
+    assert capfd.readouterr().err == ""
+
+
+def test_what_a_base_dir_lacks_goes_to_the_users_own(shared_base, capfd):
+    private = shared_base.parent / "home" / ".cache" / "nanochat"
+    assert common.cached("tokens", "new") == private / "tokens" / "new"
+    assert common.cached("hub", "new") == private / "hub" / "new"
+    assert common.writable_base_dir() == private
+    # it is a place that can be written
+    write_atomic(private / "file", "x")
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and str(shared_base) in said[0] and str(private) in said[0]
+
+
+def test_a_base_dir_may_be_written_in_part(shared_base, monkeypatch):
+    """Another user's folder in a folder that both may write."""
+    mine = shared_base.parent / "home"
+    (mine / "tokens").symlink_to(shared_base / "tokens")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(mine))
+    assert common.cached("hub", "new") == mine / "hub" / "new"
+    assert common.cached("tokens", "new") == mine / ".cache" / "nanochat" / "tokens" / "new"
+    assert common.writable_base_dir() == mine
+
+
+def test_without_a_folder_to_write_the_base_dir_stays(shared_base, monkeypatch, capfd):
+    """The write itself then fails, and its error names the folder and the remedy."""
+    monkeypatch.setenv("HOME", str(shared_base))
+    assert common.cached("tokens", "new") == shared_base / "tokens" / "new"
+    assert common.writable_base_dir() == shared_base
+    assert capfd.readouterr().err == ""
+
+
+def test_generated_code_is_never_shared(shared_base, monkeypatch):
+    home = shared_base.parent / "home"
+    assert common.own_cache("compile") == home / ".cache" / "nanochat" / "compile"
+    # a foreign folder is not taken, even where this user may write
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home / "base"))
+    assert common.own_cache("compile") == home / "base" / "compile"
+    true_stat = Path.stat
+
+    def foreign(path, **options):
+        found = true_stat(path, **options)
+        if path.name != "compile":
+            return found
+        return os.stat_result((*found[:4], found.st_uid + 1, *found[5:]))
+
+    monkeypatch.setattr(Path, "stat", foreign)
+    path = common.own_cache("compile")
+    assert path.parent == Path(tempfile.gettempdir()) and str(os.geteuid()) in path.name
+    path.rmdir()
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "file", "x")
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "inner").mkdir(mode=0o700)
+            (folder / "inner" / "private").write_text("x")
+            (folder / "inner" / "private").chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    file_mode, folder_mode = 0o666 & ~umask, 0o777 & ~umask
+    assert modes == {"file": file_mode, "private": file_mode, "inner": folder_mode} | {
+        "out": folder_mode
+    }
+
+
+def test_a_line_is_noted_once(monkeypatch, capfd):
+    monkeypatch.setattr(common, "_noted", set())
+    lines = []
+    for text in ("a", "a", "b"):
+        common.note_once(text, lines.append)
+    assert lines == ["a", "b"]
+    common.note_once("c")
+    monkeypatch.setenv("RANK", "1")
+    common.note_once("d")
+    assert capfd.readouterr().err == "c\n"
