@@ -1,11 +1,19 @@
 """`nanochat APP ...` and `python -m nanochat APP ...`."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from nanochat.common import EXIT_FAILED, EXIT_USAGE, Unavailable, UsageError, printable
+from nanochat import output
+from nanochat.common import (
+    EXIT_COMPLETED,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    Unavailable,
+    UsageError,
+    printable,
+)
 
 APPS = {
     "sample": "generate text from a run",
@@ -49,11 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)
         return 130
-    # the reader, such as `head`, has seen enough; keep the interpreter from flushing into it
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def run() -> NoReturn:
+    """The installed command: main(), and its exit code, whatever becomes of the screen.
+
+    A reader that has seen enough, such as `head`, is no failure; output that is lost for another
+    reason, such as a full disk, makes the exit code 1."""
+    output.protect()
+    code = main()
+    lost = output.refused()
+    if code == EXIT_COMPLETED and lost and not output.reader_is_gone():
+        print(
+            f"nanochat: the output could not be written ({lost.strerror}); what the command itself "
+            "wrote to files is complete",
+            file=sys.stderr,
+        )
+        code = EXIT_FAILED
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,13 +1,14 @@
 """SIGTERM, SIGINT and SIGHUP: finish the step, save, leave. Imports no torch, so that a signal is
 heard from the first second on."""
 
-import contextlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
+
+from nanochat import output
 
 
 class Stopped(BaseException):
@@ -42,17 +43,12 @@ class StopSignals:
         if self.requested:
             return
         self.requested = True
-        # nobody is there to read, and writing to a closed terminal is an error
-        if number == signal.SIGHUP:
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if self.speaks and not self.at_once:
-            text = b"\nstopping after this step, saving first"
+            text = "\nstopping after this step, saving first"
             # SIGINT is ignored in the background of a shell
             if signal.SIGINT in self.previous:
-                text += b"; Ctrl-C again leaves immediately without saving"
-            # print() is not safe inside a signal handler
-            os.write(2, text + b"\n")
+                text += "; Ctrl-C again leaves immediately without saving"
+            output.write_from_signal_handler(f"{text}\n")
         self.check()
 
     def check(self) -> None:
@@ -67,7 +63,8 @@ class StopSignals:
 
 
 def exit_with(run: Callable[[], int]) -> None:
-    """Call run() and end this process with the exit code that it returns, whatever comes after.
+    """Call run() and end this process with the exit code that it returns, whatever comes after and
+    whatever becomes of the screen.
 
     By then everything is written and printed. Signals are heard by run()'s StopSignals and ignored
     before and after it: torchrun ends all ranks by SIGTERM when the first is done, and a late
@@ -76,6 +73,7 @@ def exit_with(run: Callable[[], int]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _ignore)
+    output.protect()
     try:
         code = run()
     # argparse raises it before anything has begun
@@ -84,10 +82,8 @@ def exit_with(run: Callable[[], int]) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    for stream in (sys.stdout, sys.stderr):
-        # nobody may be reading it any more
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -1,0 +1,198 @@
+"""A screen that takes no more output costs the output, never the run, its exit code or a
+checkpoint."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+import small
+
+# Imports no torch.
+SCRIPT = """
+import sys
+from nanochat import output
+output.protect()
+for stream in (sys.stdout, sys.stderr):
+    print("x" * 100_000, file=stream)
+    print("naïve \\udce9 \\N{SNOWMAN}", file=stream, flush=True)
+with open("proof", "w") as proof:
+    refused = output.refused()
+    print(refused and refused.strerror, output.reader_is_gone(), file=proof)
+sys.exit(7)
+"""
+
+
+def printed(folder, *, stdout, stderr=subprocess.PIPE, close=(), environ=None):
+    """Run SCRIPT in a folder; returns (what it found of its output, the finished process)."""
+
+    def close_streams():
+        for descriptor in close:
+            os.close(descriptor)
+
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(small.ROOT)} | (environ or {}),
+        stdout=stdout,
+        stderr=stderr,
+        preexec_fn=close_streams,
+        timeout=60,
+    )
+    return (folder / "proof").read_text().strip(), done
+
+
+@pytest.fixture
+def broken_pipe():
+    """The end to write to of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.fixture
+def vanished_terminal():
+    """A terminal whose window is closed."""
+    master, slave = pty.openpty()
+    os.close(master)
+    yield slave
+    os.close(slave)
+
+
+def test_a_reader_that_is_gone(tmp_path, broken_pipe):
+    found, done = printed(tmp_path, stdout=broken_pipe, stderr=broken_pipe)
+    assert (found, done.returncode) == ("Broken pipe True", 7)
+
+
+def test_a_terminal_that_is_gone(tmp_path, vanished_terminal):
+    found, done = printed(tmp_path, stdout=vanished_terminal, stderr=vanished_terminal)
+    assert (found, done.returncode) == ("Input/output error False", 7)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        found, done = printed(tmp_path, stdout=full, stderr=full)
+    assert (found, done.returncode) == ("No space left on device False", 7)
+
+
+@pytest.mark.parametrize("close", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams(tmp_path, close):
+    """No file that is opened later receives what is printed."""
+    found, done = printed(tmp_path, stdout=subprocess.PIPE, close=close)
+    assert (found, done.returncode) == ("None False", 7)
+
+
+@pytest.mark.parametrize(
+    "encoding, shown",
+    [
+        ("ascii", "na?ve ? ?"),
+        ("latin-1", "naïve ? ?"),
+        ("cp1252", "naïve ? ?"),
+        ("utf-8", "naïve ? ☃"),
+    ],
+)
+def test_an_encoding_that_lacks_a_character(tmp_path, encoding, shown):
+    found, done = printed(tmp_path, stdout=subprocess.PIPE, environ={"PYTHONIOENCODING": encoding})
+    assert (found, done.returncode) == ("None False", 7)
+    for content in (done.stdout, done.stderr):
+        assert content.decode(encoding).splitlines() == ["x" * 100_000, shown]
+
+
+def test_a_full_pipe_that_does_not_block_loses_nothing(tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(small.ROOT)},
+        stdout=writer,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        assert file.read().splitlines() == ["x" * 100_000, "naïve ? ☃"]
+    assert process.wait(60) == 7
+
+
+def nanochat(folder, stdout):
+    """`nanochat runs` on a folder without runs; returns (exit code, standard error)."""
+    command = [sys.executable, "-m", "nanochat", "runs", str(folder)]
+    done = subprocess.run(
+        command, cwd=small.ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+def test_an_app_whose_reader_has_seen_enough(tmp_path, broken_pipe):
+    small.copy_run(small.finished(), tmp_path)
+    assert nanochat(tmp_path, broken_pipe) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_app_whose_output_is_lost(tmp_path):
+    small.copy_run(small.finished(), tmp_path)
+    with open("/dev/full", "w") as full:
+        code, said = nanochat(tmp_path, full)
+    assert code == 1
+    assert said == (
+        "nanochat: the output could not be written (No space left on device); what the command "
+        "itself wrote to files is complete\n"
+    )
+
+
+# Ends as train.py does.
+TRAIN = """
+import sys
+import train
+from nanochat import signals
+signals.exit_with(lambda: train.run(sys.argv[1:]))
+"""
+LONG = ("--num-iterations=100000", "--eval-every=20", "--sample-every=20", "--save-every=-1")
+
+
+def asked_to_stop(folder, tag):
+    summary = small.summary(folder, tag)
+    checkpoints = sorted(path.name for path in (folder / tag / "checkpoints").glob("step_*"))
+    assert checkpoints[-1] == f"step_{summary['step']:06d}"
+    return summary["status"], summary["reason"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_continues_without_a_reader_and_saves_when_it_is_asked_to_stop(tmp_path, number):
+    """As with `2>&1 | tee log` and Ctrl-C, which ends tee as well."""
+    screen = tmp_path / "screen"
+    os.mkfifo(screen)
+    argv = small.argv_of(tmp_path, "run", LONG)
+    process = small.start(argv, small.environment(), screen, TRAIN)
+    with open(screen) as reader:
+        while not reader.readline().startswith("step 1/"):
+            pass
+    # Nobody reads from here on; evaluations and samples print.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while sum('"val/bpb"' in line for line in metrics.read_text().splitlines()) < 3:
+        assert process.exitcode is None
+    os.kill(process.pid, number)
+    assert small.ended(process) == 75
+    assert asked_to_stop(tmp_path, "run") == ("stopped", "asked to stop by a signal")
+
+
+def test_a_terminal_that_is_closed_stops_the_run_which_is_saved(tmp_path):
+    master, slave = pty.openpty()
+    argv = small.argv_of(tmp_path, "run", LONG)
+    process = small.start(argv, small.environment(), os.ttyname(slave), TRAIN)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while b"val/bpb" not in os.read(master, 1 << 16):
+        assert process.exitcode is None
+    os.close(slave)
+    os.close(master)
+    lines = len(metrics.read_text().splitlines())
+    while len(metrics.read_text().splitlines()) < lines + 30:
+        assert process.exitcode is None
+    # what the system sends to the programs of a closed terminal
+    os.kill(process.pid, signal.SIGHUP)
+    assert small.ended(process) == 75
+    assert asked_to_stop(tmp_path, "run") == ("stopped", "asked to stop by a signal")
