@@ -1,5 +1,7 @@
 """Generation: cached against uncached, worked choices of tokens, streams of text, the app."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from nanochat.eval.generation import (
     generate_ids,
     generate_text,
     generate_texts,
+    room_for,
     sample_next,
     text_pieces,
 )
@@ -27,6 +30,7 @@ from nanochat.model.config import GPTConfig
 
 VOCAB = 257  # the byte tokenizer's
 BOS = 256
+HELP = sample.build_parser().format_help()
 
 
 def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
@@ -430,6 +434,79 @@ def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypat
     assert generate_texts(model, bytes_tokenizer, "", 2, 3, temperature=0) == ["h", "ijk"]
 
 
+@pytest.mark.parametrize(
+    "text, stop, pieces",
+    [
+        # several tokens; the text before may end like its beginning
+        ("one END two", ["END"], "one "),
+        ("one EEND", ["END"], "one E"),
+        ("aabaabaac", ["aabaac"], "aab"),
+        # only begun when the text ends
+        ("one EN", ["END"], "one EN"),
+        ("one Ex END", ["END"], "one Ex "),
+        ("END", ["END"], ""),
+        ("none of it", ["END", "\n\n"], "none of it"),
+        # the one that is complete first, and of two the one that begins first
+        ("a\nUser: b", ["User:", "\n"], "a"),
+        ("xabcd", ["abcd", "bc"], "xa"),
+        ("xabc", ["abc", "bc"], "x"),
+        # a character of several bytes, and one that is never whole
+        ("é🙂é", ["🙂"], "é"),
+        ("é", [], "é"),
+    ],
+)
+def test_text_ends_before_a_stop_text(model, bytes_tokenizer, monkeypatch, text, stop, pieces):
+    """The same by bytes and by whole words, streamed and drawn together."""
+    ids = list(text.encode())
+    assert "".join(text_pieces(bytes_tokenizer, [*ids, BOS], stop)) == pieces
+    words = train_tokenizer("byte", [], 0)
+    words.tokens[0] = text.encode()
+    assert "".join(text_pieces(words, [0, None], stop)) == pieces
+    for several in (False, True):
+        scripted(monkeypatch, [[*ids, BOS]] * (2 if several else 1))
+        arguments = (model, bytes_tokenizer, "")
+        options = {"max_new_tokens": len(ids) + 1, "temperature": 0, "stop": stop}
+        if several:
+            assert generate_texts(*arguments, 2, **options) == [pieces] * 2
+        else:
+            assert "".join(generate_text(*arguments, **options)) == pieces
+
+
+def test_what_may_begin_a_stop_text_is_held_back(model, bytes_tokenizer, monkeypatch):
+    scripted(monkeypatch, [[*b"aE", *b"b END!", BOS]])
+    drawn = generate_text(model, bytes_tokenizer, "", 9, stop=["END"], temperature=0)
+    assert list(drawn) == ["a", "Eb", " "]
+
+
+def test_nothing_is_drawn_behind_a_stop_text(model, bytes_tokenizer, monkeypatch):
+    """The script holds no further ids, and would raise."""
+    scripted(monkeypatch, [b"a.", b".b"])
+    assert generate_texts(model, bytes_tokenizer, "", 2, 9, stop=".", temperature=0) == ["a", ""]
+    scripted(monkeypatch, [b"a."])
+    assert list(generate_text(model, bytes_tokenizer, "", 9, stop=".", temperature=0)) == ["a"]
+
+
+def test_an_empty_stop_text_is_refused(model, bytes_tokenizer):
+    for stop in ("", ["x", ""]):
+        with pytest.raises(UsageError, match="must not be empty"):
+            generate_text(model, bytes_tokenizer, "", stop=stop)
+
+
+@pytest.mark.parametrize(
+    "n_prompt, asked, limit, note",
+    [
+        (20, 12, 12, ""),
+        (20, 13, 13, "20 tokens and up to 13 new ones exceed the 32 tokens of context"),
+        (33, 4, 4, "the prompt's 33 tokens exceed the 32 tokens of context"),
+        (33, 287, 287, "the prompt's 33 tokens exceed the 32 tokens of context"),
+        (33, 288, 287, "ends after 287 new tokens at the latest: this model has 320 positions"),
+    ],
+)
+def test_room_beyond_the_context(model, n_prompt, asked, limit, note):
+    room = room_for(model, n_prompt, asked)
+    assert room.max_new_tokens == limit and note in room.note and bool(note) == bool(room.note)
+
+
 # ---- nanochat sample ----
 
 
@@ -458,9 +535,11 @@ def test_sample_help_imports_no_torch():
     flags = [
         "--step",
         "--prompt",
+        "--prompt-from",
         "--prompts-file",
         "--num-samples",
         "--max-tokens",
+        "--stop",
         "--temperature",
         "--top-k",
         "--top-p",
@@ -531,6 +610,62 @@ def test_sample_several_prompts_and_samples(loaded, capsys, tmp_path):
     assert printed.count("---\n") == 6
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_sample_stops(loaded, capsys, monkeypatch, n):
+    scripted(monkeypatch, [b"yes\nUser: no"] * n)
+    flags = ["--stop=never", "--stop=\nUser:", "--temperature=0", f"--num-samples={n}"]
+    assert sample.main(["out/d2", "--prompt=Bot: ", "--max-tokens=20", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Bot: yes\n") == n and "User" not in printed
+
+
+def test_sample_takes_a_file_or_standard_input_as_one_prompt(loaded, capsys, tmp_path, monkeypatch):
+    (tmp_path / "poem.txt").write_bytes(b"\xef\xbb\xbffirst\r\n\n  second\n\n")
+    read, write = os.pipe()
+    os.write(write, "dritte é".encode())
+    os.close(write)
+    before = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        flags = ["--prompt-from", str(tmp_path / "poem.txt"), "--prompt-from=-", "--max-tokens=1"]
+        assert sample.main(["out/d2", "--prompt", "zero", *flags]) == 0
+    finally:
+        os.dup2(before, 0)
+        for descriptor in (read, before):
+            os.close(descriptor)
+    printed = capsys.readouterr().out
+    for p, prompt in enumerate(("zero", "first\n\n  second\n", "dritte é"), start=1):
+        assert f"--- prompt {p} of 3, sample 1 of 1 ---\n{prompt}" in printed
+
+
+def test_sample_tells_what_exceeds_the_context(loaded, capsys):
+    prompts = ["--prompt", "a", "--prompt", "b" * 40, "--prompt", "c" * 317]
+    assert sample.main(["out/d2", *prompts, "--max-tokens=5"]) == 0
+    shown = capsys.readouterr()
+    first, second = shown.err.splitlines()
+    assert first.startswith("note: prompt 2 of 3: the prompt's 41 tokens exceed the 32 tokens")
+    assert second.startswith("note: prompt 3 of 3: the text ends after 2 new tokens at the latest")
+    assert "note" not in shown.out
+
+
+def test_sample_takes_bytes_that_are_not_utf8(loaded, capsys):
+    """They arrive in arguments as lone surrogates."""
+    argv = [os.fsdecode(word) for word in (b"--prompt=caf\xe9", b"--stop=\xe9", b"--max-tokens=1")]
+    assert sample.main(["out/d2", *argv]) == 0
+    assert capsys.readouterr().out.startswith("caf?")
+
+
+def test_sample_advises_no_flags_that_it_lacks(loaded, model, monkeypatch):
+    """A tokenizer of characters refuses others: of a run, the tokenizer cannot be chosen anew."""
+    characters = train_tokenizer("char", ["abc"], 0)
+    monkeypatch.setattr(nanochat, "load", lambda *_, **__: (model, characters))
+    with pytest.raises(UsageError) as raised:
+        sample.main(["out/d2", "--prompt=abc", "--prompt=abd"])
+    message = str(raised.value)
+    assert message.startswith("prompt 2 of 2: the character 'd'")
+    assert set(re.findall(r"--[a-z-]+", message)) <= set(re.findall(r"--[a-z-]+", HELP))
+
+
 def test_sample_names_every_bad_value_at_once(loaded):
     with pytest.raises(UsageError) as raised:
         sample.main(
@@ -544,6 +679,7 @@ def test_sample_names_every_bad_value_at_once(loaded):
                 "--num-samples=0",
                 "--seed=-1",
                 "--step=-2",
+                "--stop=",
                 "--prompts-file=/nowhere/prompts.txt",
             ]
         )
@@ -557,6 +693,7 @@ def test_sample_names_every_bad_value_at_once(loaded):
         "--seed -1",
         "--num-samples 0",
         "--step -2",
+        "--stop ''",
         "--prompts-file /nowhere/prompts.txt",
     ]
     assert loaded == []  # nothing was loaded for it
@@ -591,7 +728,7 @@ def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
         "last_logits",
         lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")),
     )
-    assert __main__.main(["sample", "out/d2", f"--num-samples={n}"]) == 2
+    assert __main__.main(["sample", "out/d2", f"--num-samples={n}", "--max-tokens=9"]) == 2
     shown = capsys.readouterr().err
     assert (
         "out/d2: the model's logits are not numbers" in shown

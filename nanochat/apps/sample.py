@@ -1,10 +1,25 @@
 """`nanochat sample RUN`: continue prompts with a trained model, on the console."""
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nanochat.common import EXIT_COMPLETED, UsageError, path_argument, step_argument
+from nanochat.common import (
+    EXIT_COMPLETED,
+    UsageError,
+    path_argument,
+    step_argument,
+    valid_unicode,
+)
+
+if TYPE_CHECKING:
+    from nanochat.data.tokenizer import Tokenizer
+    from nanochat.model.decoder import Decoder
+
+# a --prompt-from that is standard input
+STDIN = "-"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,10 +50,21 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--prompt",
+        # bytes of the command line that are not UTF-8 arrive as lone surrogates
+        type=valid_unicode,
         action="append",
         default=[],
         metavar="TEXT",
         help="text to continue; may be given several times; without any, a new document is begun",
+    )
+    add(
+        "--prompt-from",
+        type=path_argument,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text file (UTF-8) that is one prompt, of any number of lines; the line end at its "
+        "end is dropped; -: standard input; may be given several times",
     )
     add(
         "--prompts-file",
@@ -59,7 +85,16 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         default=256,
         metavar="N",
         help="new tokens at most (default %(default)s); a sample ends earlier when the model ends "
-        "the document",
+        "the document, or at --stop",
+    )
+    add(
+        "--stop",
+        type=valid_unicode,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a sample ends before this text; may be given several times; in bash $'\\n' is a line "
+        "end",
     )
 
 
@@ -144,6 +179,24 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
     return given + from_file
 
 
+def read_prompt(path: str) -> str:
+    """The prompt that a whole file is, or standard input, without the line end at its end.
+
+    Raises UsageError if it cannot be read."""
+    try:
+        # utf-8-sig: a byte order mark is not text
+        # the descriptor, since there is no sys.stdin where it was closed
+        source = 0 if path == STDIN else path
+        with open(source, encoding="utf-8-sig", newline="", closefd=source != 0) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--prompt-from {path}: cannot be read as UTF-8 text ({error}); name a text file"
+        ) from None
+    # as in texts to train on; editors and `echo` put the last line end there
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
 def main(argv: list[str]) -> int:
     """Run the app with its arguments (without the app's name); returns the exit code.
 
@@ -164,10 +217,13 @@ def main(argv: list[str]) -> int:
         problems.append(
             f"--step {args.step}: must be the step of a checkpoint; use -1 for the newest"
         )
+    if "" in args.stop:
+        problems.append("--stop '': an empty text is everywhere; name a text, or leave it out")
     # an unreadable file is one more line, not the end of the check
     prompts = []
     try:
-        prompts = read_prompts(args.prompt, args.prompts_file)
+        prompts = args.prompt + [read_prompt(path) for path in args.prompt_from]
+        prompts = read_prompts(prompts, args.prompts_file)
     except UsageError as error:
         problems.append(str(error))
     if problems:
@@ -175,28 +231,18 @@ def main(argv: list[str]) -> int:
 
     # here, not above: they import torch
     from nanochat import load
-    from nanochat.eval.generation import NotNumbers, check_prompts, generate_text, generate_texts
+    from nanochat.eval.generation import NotNumbers
 
     step = None if args.step == -1 else args.step
     model, tokenizer = load(args.run, step=step, device_type=args.device_type, dtype=args.dtype)
-    # all of them before the first is printed: one that is too long should not show up only at the
-    # end
-    check_prompts(model, tokenizer, prompts, args.max_tokens)
-
-    def samples_of(prompt: str) -> Iterator[Iterable[str]]:
-        """The samples of a prompt, each in pieces to print."""
-        # drawn while it is printed; several samples share each step and end at different ones
-        if args.num_samples == 1:
-            yield generate_text(model, tokenizer, prompt, **sampling)
-            return
-        for text in generate_texts(model, tokenizer, prompt, args.num_samples, **sampling):
-            yield [text]
-
+    limits = token_limits(model, tokenizer, prompts, args.max_tokens)
     # a single sample is printed bare, so that it can be piped as text
     titled = len(prompts) * args.num_samples > 1
     try:
-        for p, prompt in enumerate(prompts, start=1):
-            for s, pieces in enumerate(samples_of(prompt), start=1):
+        for p, (prompt, limit) in enumerate(zip(prompts, limits, strict=True), start=1):
+            options = {**sampling, "max_new_tokens": limit, "stop": args.stop}
+            samples = samples_of(model, tokenizer, prompt, args.num_samples, options)
+            for s, pieces in enumerate(samples, start=1):
                 if titled:
                     print(f"--- prompt {p} of {len(prompts)}, sample {s} of {args.num_samples} ---")
                 _print_text(prompt, pieces)
@@ -205,6 +251,47 @@ def main(argv: list[str]) -> int:
         print(flush=True)
         raise UsageError(f"{args.run}: {error}, with --step N or --step best") from None
     return EXIT_COMPLETED
+
+
+def token_limits(
+    model: "Decoder", tokenizer: "Tokenizer", prompts: list[str], max_tokens: int
+) -> list[int]:
+    """New tokens of each prompt at most: max_tokens, or as many as the model has positions for.
+
+    Prints a note about each prompt where that is fewer, or where the context of training is
+    exceeded. UsageError that names every prompt that cannot be continued at all."""
+    from nanochat.eval.generation import check_prompts, prompt_with_bos, room_for
+
+    # all of them before the first is printed: one that is too long should not show up only at the
+    # end
+    check_prompts(model, tokenizer, prompts, 1)
+    limits = []
+    for p, prompt in enumerate(prompts, start=1):
+        room = room_for(model, len(prompt_with_bos(tokenizer, prompt)), max_tokens)
+        limits.append(room.max_new_tokens)
+        if room.note:
+            which = f"prompt {p} of {len(prompts)}: " if len(prompts) > 1 else ""
+            # not among the text, which may be piped
+            print(f"note: {which}{room.note}", file=sys.stderr)
+    return limits
+
+
+def samples_of(
+    model: "Decoder",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    num_samples: int,
+    options: dict[str, Any],
+) -> Iterator[Iterable[str]]:
+    """The samples of a prompt, each in pieces to print. options: of generate_text()."""
+    from nanochat.eval.generation import generate_text, generate_texts
+
+    # drawn while it is printed; several samples share each step and end at different ones
+    if num_samples == 1:
+        yield generate_text(model, tokenizer, prompt, **options)
+        return
+    for text in generate_texts(model, tokenizer, prompt, num_samples, **options):
+        yield [text]
 
 
 def _sampling_problems(sampling: dict[str, float], num_samples: int) -> list[str]:

@@ -141,8 +141,8 @@ class Tokenizer:
             character = chr(points[unknown.argmax()])
             raise UsageError(
                 f"the character {character!r} (U+{ord(character):04X}) is not among this "
-                f"tokenizer's {self.bos} characters; use --tokenizer=bpe or byte, or text with the "
-                f"same characters"
+                f"tokenizer's {self.bos} characters; leave it out, or train with a tokenizer that "
+                f"encodes any text: bpe or byte"
             )
         return self._order[places].astype(np.uint32)
 

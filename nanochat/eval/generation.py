@@ -9,7 +9,7 @@ gives the same text on every run."""
 import codecs
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +190,44 @@ def check_prompts(model: Decoder, tokenizer: Any, prompts: list[str], max_new_to
         raise UsageError("\n".join(problems))
 
 
+class Room(NamedTuple):
+    """How many new tokens fit behind a prompt, and a sentence if something about that is unusual.
+
+    max_new_tokens: what was asked for, or fewer. note: "" if prompt and new tokens stay within the
+    context of training."""
+
+    max_new_tokens: int
+    note: str
+
+
+def room_for(model: Decoder, n_prompt: int, max_new_tokens: int) -> Room:
+    """What becomes of a request for max_new_tokens behind a prompt of n_prompt tokens, with BOS.
+
+    The prompt and one new token must fit, as check_prompt() makes sure."""
+    context = model.config.max_seq_len
+    reach = model.rope_cos.size(0)
+    fitting = min(max_new_tokens, reach - n_prompt)
+    if fitting < max_new_tokens:
+        note = (
+            f"the text ends after {fitting} new tokens at the latest: this model has {reach} "
+            f"positions, and the prompt takes {n_prompt} of them"
+        )
+    elif n_prompt > context:
+        note = (
+            f"the prompt's {n_prompt} tokens exceed the {context} tokens of context that the model "
+            f"was trained with; nothing is cut, but the text may be poor"
+        )
+    elif n_prompt + max_new_tokens > context:
+        note = (
+            f"the prompt's {n_prompt} tokens and up to {max_new_tokens} new ones exceed the "
+            f"{context} tokens of context that the model was trained with; nothing is cut, but the "
+            f"text may be poor from there on"
+        )
+    else:
+        note = ""
+    return Room(fitting, note)
+
+
 def prompt_with_bos(tokenizer: Any, prompt: str) -> list[int]:
     """The ids of a prompt (may be "") as the beginning of a document.
 
@@ -301,34 +339,92 @@ def _steps(
 # ---- streams of text ----
 
 
-def text_pieces(tokenizer: Any, ids: Iterable[int | None]) -> Iterator[str]:
-    """The text of a stream of ids, in pieces, up to BOS (it ends the document), None, or the end.
+class TextStream:
+    """Turns the ids of one sample, in order, into its text, which ends at BOS (the end of the
+    document), at None, or before the first of the stop texts.
 
     A character of several tokens comes out whole, with its last token; bytes that are not valid
-    UTF-8 come out as U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    UTF-8 come out as U+FFFD. What may be the beginning of a stop text is held back until that is
+    decided."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ended = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token_id: int | None) -> str:
+        """Take the next id; returns the text that is certain by now, perhaps "". Nothing may be
+        pushed once the text has ended."""
+        if token_id is None or token_id == self.tokenizer.bos:
+            return self.end()
+        self._held += self._decoder.decode(self.tokenizer.token_bytes(token_id))
+        return self._certain()
+
+    def end(self) -> str:
+        """End the text; returns the rest of it."""
+        # what is left of a character whose last token never came
+        self._held += self._decoder.decode(b"", final=True)
+        piece = self._certain()
+        if not self.ended:
+            piece += self._held
+        self.ended = True
+        return piece
+
+    def _certain(self) -> str:
+        """Take the text out of what is held that no further token can change."""
+        found = [(self._held.index(stop), stop) for stop in self.stop if stop in self._held]
+        if found:
+            # The one that is complete first, however the text is divided into tokens.
+            place, _ = min(found, key=lambda at: (at[0] + len(at[1]), at[0]))
+            self.ended = True
+            return self._held[:place]
+        n_waiting = max((_overlap(self._held, stop) for stop in self.stop), default=0)
+        n_certain = len(self._held) - n_waiting
+        piece, self._held = self._held[:n_certain], self._held[n_certain:]
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of a text with which a stop text begins."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+
+
+def text_pieces(
+    tokenizer: Any, ids: Iterable[int | None], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of a stream of ids, in pieces, as TextStream gives them; none is empty."""
+    stream = TextStream(tokenizer, stop)
     for i in ids:
-        if i is None or i == tokenizer.bos:
-            break
-        if piece := decoder.decode(tokenizer.token_bytes(i)):
+        if piece := stream.push(i):
             yield piece
-    # what is left of a character whose last token never came
-    if piece := decoder.decode(b"", final=True):
+        if stream.ended:
+            return
+    if piece := stream.end():
         yield piece
 
 
 def generate_text(
-    model: Decoder, tokenizer: Any, prompt: str, max_new_tokens: int = 256, **sampling: Any
+    model: Decoder,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    **sampling: Any,
 ) -> Iterator[str]:
     """Continue a text with one sample: pieces of new text as they are drawn, without the prompt.
 
-    Ends with the document (BOS) or after max_new_tokens. sampling: temperature, top_k, top_p,
-    repetition_penalty, seed and use_cache of generate_ids(); it raises its errors at the call."""
+    Ends with the document (BOS), before the first of the texts in `stop`, or after max_new_tokens.
+    sampling: temperature, top_k, top_p, repetition_penalty, seed and use_cache of generate_ids().
+    Errors, also those of generate_ids(), are raised at the call."""
+    stop = _stop_texts(stop)
     ids = prompt_with_bos(tokenizer, prompt)
     steps = generate_ids(
         model, ids, max_new_tokens, num_samples=1, stop_id=tokenizer.bos, **sampling
     )
-    return text_pieces(tokenizer, (step[0] for step in steps))
+    return text_pieces(tokenizer, (step[0] for step in steps), stop)
 
 
 def generate_texts(
@@ -337,19 +433,36 @@ def generate_texts(
     prompt: str,
     num_samples: int,
     max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
     **sampling: Any,
 ) -> list[str]:
     """num_samples continuations of one text, drawn together. Arguments as in generate_text()."""
+    stop = _stop_texts(stop)
     ids = prompt_with_bos(tokenizer, prompt)
-    steps = list(
-        generate_ids(
-            model, ids, max_new_tokens, num_samples=num_samples, stop_id=tokenizer.bos, **sampling
-        )
-    )
-    return [
-        "".join(text_pieces(tokenizer, (step[sample] for step in steps)))
-        for sample in range(num_samples)
-    ]
+    streams = [TextStream(tokenizer, stop) for _ in range(num_samples)]
+    texts = [""] * num_samples
+    for step in generate_ids(
+        model, ids, max_new_tokens, num_samples=num_samples, stop_id=tokenizer.bos, **sampling
+    ):
+        for i, stream in enumerate(streams):
+            if not stream.ended:
+                texts[i] += stream.push(step[i])
+        # the ids know nothing of stop texts
+        if all(stream.ended for stream in streams):
+            break
+    for i, stream in enumerate(streams):
+        if not stream.ended:
+            texts[i] += stream.end()
+    return texts
+
+
+def _stop_texts(stop: Sequence[str]) -> Sequence[str]:
+    """The stop texts as a sequence; a single text counts as one. UsageError for an empty one."""
+    # A string is a sequence too: of its characters, each of which would end the text.
+    texts = (stop,) if isinstance(stop, str) else stop
+    if "" in texts:
+        raise UsageError("stop: a text to stop before must not be empty; leave it out")
+    return texts
 
 
 # ---- samples in training ----
