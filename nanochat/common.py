@@ -393,6 +393,11 @@ def round_up(value: int, multiple: int) -> int:
     return ceil_div(value, multiple) * multiple
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and its noun, in the plural where it should be: "1 file", "2,000 files"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def human_bytes(n: float) -> str:
     """1536 -> '1.5 KiB'."""
     if abs(n) < 1024:
