@@ -1,6 +1,7 @@
 """`nanochat export`: transformers computes what we compute, token for token, and an import gives
 the same weights."""
 
+import contextlib
 import json
 import logging
 import random
@@ -20,7 +21,13 @@ import train
 from nanochat.apps import export, runs
 from nanochat.apps.export import fields, to_huggingface
 from nanochat.apps.export.model_card import public
-from nanochat.apps.export.tokenizer_files import read_tokenizer_json, write_tokenizer_files
+from nanochat.apps.export.tokenizer_files import (
+    PAD_TEXT,
+    pad_id,
+    read_tokenizer_json,
+    tokenizer_json,
+    write_tokenizer_files,
+)
 from nanochat.apps.export.verify import verify
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import BOS_TEXT, TOKENIZER_KINDS, read_tokenizer, train_tokenizer
@@ -117,26 +124,33 @@ def made(tmp_path_factory):
     return folders
 
 
+@contextlib.contextmanager
+def no_warnings():
+    """Every warning of transformers inside fails the test."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [record.getMessage() for record in records]
+
+
 def load_hf(folder):
     """(model, tokenizer) from a folder, as a user loads it.
 
     Every warning, and every weight that does not fit, fails the test."""
     options = {}
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = records.append
-    logging.getLogger("transformers").addHandler(handler)
     if (folder / fields.MODELING_FILE).exists():
         options["trust_remote_code"] = True
-    try:
+    with no_warnings():
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    finally:
-        logging.getLogger("transformers").removeHandler(handler)
     assert not any(report.values()), report
-    assert not [record.getMessage() for record in records]
     return model.eval(), tokenizer
 
 
@@ -350,9 +364,11 @@ def test_a_difference_is_a_failure_that_leaves_nothing(made, tmp_path, monkeypat
 
 
 def test_verify_says_what_it_compared(made):
+    """Without the warning of transformers about texts beyond the context, as the sample is."""
     for name in ("llama", "speedrun"):
         run, folder = made[name]
-        said = verify(folder, *nanochat.load(run))
+        with no_warnings():
+            said = verify(folder, *nanochat.load(run))
         version = transformers.__version__
         assert said.startswith(f"verified with transformers {version}: largest logit difference")
         assert "greedy generate() as ours over" in said and "of 3 prompts in a batch" in said
@@ -506,12 +522,12 @@ def random_texts(n, seed):
         lambda: chr(rng.randrange(0x1F300, 0x1FB00)) + rng.choice(["", "\u200d", "\ufe0f"]),
         lambda: rng.choice(".,;:!?()[]{}<>|_-+*/\\#@$%^&~`\"'"),
         lambda: rng.choice(["don't", "I'LL", "we've", "  ", "    ", "\n\n"]),
-        lambda: rng.choice([BOS_TEXT, "<|endoftext|>", "<|bos", "bos|>"]),
+        lambda: rng.choice([BOS_TEXT, PAD_TEXT, "<|endoftext|>", "<|bos", "bos|>", "\xff"]),
         # all but the surrogates
         lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
     ]
     texts = ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 60))) for _ in range(n)]
-    return [*texts, BOS_TEXT, "", " ", "\r\n"]
+    return [*texts, BOS_TEXT, PAD_TEXT, "\xff", "", " ", "\r\n"]
 
 
 def check_same(ours, theirs, texts):
@@ -522,10 +538,17 @@ def check_same(ours, theirs, texts):
         assert theirs.decode(ids) == text
     rng = random.Random(3)
     # Also ids that no text gives: cut characters, BOS in the middle.
+    pad = pad_id(ours)
+    known = [i for i in range(ours.vocab_size) if i != pad]
     for _ in range(200):
-        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(1, 20))]
+        ids = [rng.choice(known) for _ in range(rng.randrange(1, 20))]
         assert theirs.decode(ids) == ours.decode(ids)
-    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == ours.bos
+    assert theirs.bos_token_id == theirs.eos_token_id == ours.bos
+    if ours.kind == "char":
+        assert theirs.pad_token_id == ours.bos
+    else:
+        assert theirs.pad_token_id == pad and ours.tokens[pad] == b"\xff"
+        assert theirs.decode([pad]) == PAD_TEXT
     assert len(theirs) == ours.vocab_size
     ids = [ours.bos, *ours.encode("a d"), ours.bos]
     assert theirs.decode(ids, skip_special_tokens=True) == "a d"
@@ -571,6 +594,49 @@ def test_gpt2_gives_the_same_ids(tmp_path):
     assert [" ".join(pair) for pair in merges] == [
         line for line in lines if line and not line.startswith("#version")
     ]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "speedrun"])
+def test_the_usual_collator_keeps_the_ends_of_documents(made, name):
+    """Padding is not the end, and training further learns from both the text and the end."""
+    model, tokenizer = load_hf(made[name][1])
+    assert model.config.pad_token_id == model.generation_config.pad_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    documents = [
+        {"input_ids": [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]}
+        for text in ("def f(x):", "d")
+    ]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    batch = collator(documents)
+    for row, document in zip(batch["labels"].tolist(), documents, strict=True):
+        ids = document["input_ids"]
+        assert row[len(row) - len(ids) :] == ids and row.count(-100) == len(row) - len(ids)
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_characters_have_no_token_to_spare(tmp_path):
+    """The model card says how to train with that."""
+    run = make_run(tmp_path / "run", LLAMA, kind="char")
+    assert export.main([str(run), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "masked_fill(attention_mask == 0, -100)" in card
+    _, tokenizer = load_hf(tmp_path / "hf")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_vocabulary_that_merged_the_byte_pads_with_bos(tmp_path):
+    ours = small_tokenizer("bpe")
+    ours.tokens[-1] = b"\xff" + ours.tokens[0]
+    assert pad_id(ours) is None
+    content = json.loads(tokenizer_json(ours, None).to_str())
+    assert PAD_TEXT not in content["model"]["vocab"]
+
+
+def test_folders_of_earlier_versions_come_back(tmp_path):
+    """They padded with BOS."""
+    ours = small_tokenizer("bpe")
+    tokenizer_json(ours, None).save(str(tmp_path / "tokenizer.json"))
+    assert read_tokenizer_json(tmp_path).fingerprint == ours.fingerprint
 
 
 def test_unknown_characters_are_refused(tmp_path):

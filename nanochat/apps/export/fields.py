@@ -58,16 +58,17 @@ def tensor_name(name: str, arch: str) -> str:
 # ---- to Hugging Face ----
 
 
-def write_configs(folder: Path, config: GPTConfig, bos: int, dtype: str) -> None:
-    """Write config.json and generation_config.json. dtype: of the saved weights."""
+def write_configs(folder: Path, config: GPTConfig, bos: int, pad: int, dtype: str) -> None:
+    """Write config.json and generation_config.json.
+
+    bos, pad: ids. dtype: of the saved weights."""
     if config.arch == "llama":
         fields = llama_fields(config)
     else:
         fields = speedrun_fields(config)
-    tokens = {"bos_token_id": bos, "eos_token_id": bos}
+    tokens = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": pad}
     write_json(folder / "config.json", {**fields, "use_cache": True, **tokens, "dtype": dtype})
-    # Padding with BOS is harmless: the attention mask hides it.
-    write_json(folder / "generation_config.json", {**tokens, "pad_token_id": bos})
+    write_json(folder / "generation_config.json", tokens)
 
 
 def llama_fields(config: GPTConfig) -> dict[str, Any]:

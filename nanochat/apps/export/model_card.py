@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat import __version__
 from nanochat.apps.export.fields import MODELING_FILE
+from nanochat.apps.export.tokenizer_files import PAD_TEXT, pad_id
 from nanochat.common import read_json
 from nanochat.run.folder import RunFolder
 from nanochat.run.metrics import Record
@@ -44,12 +45,25 @@ The tokenizer puts `{bos}` in front, as the model expects where a document begin
 draws it, the
 document has ended. Text that spells it is plain text to the tokenizer.
 
+To train further, append `tokenizer.eos_token_id` to the ids of each document, so that the model \
+learns where to end.
+{padding}
+
 Settings of the run:
 
 ```json
 {settings}
 ```
 """
+
+
+OWN_PADDING = f"""Padding has a token of its own, `{PAD_TEXT}`, which no text contains: a collator \
+that takes padding out of the labels keeps the ends."""
+BOS_AS_PADDING = """The vocabulary has no token to spare, so padding is the same token. Take it \
+out of the
+labels by the attention mask (`labels = ids.masked_fill(attention_mask == 0, -100)`): most \
+collators do so
+by its id, and would take out the ends as well."""
 
 
 def model_card(run: Path, step: int, model: "Decoder", tokenizer: "Tokenizer", dtype: str) -> str:
@@ -79,6 +93,7 @@ def model_card(run: Path, step: int, model: "Decoder", tokenizer: "Tokenizer", d
         version=__version__,
         table="\n".join(_row(name, value) for name, value in rows.items()),
         remote=remote,
+        padding=BOS_AS_PADDING if pad_id(tokenizer) is None else OWN_PADDING,
         bos=tokenizer.bos_text,
         settings=_settings(config),
     )

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from nanochat import load
 from nanochat.apps.export.fields import MODELING_FILE, tensor_name, write_configs
 from nanochat.apps.export.model_card import model_card
-from nanochat.apps.export.tokenizer_files import write_tokenizer_files
+from nanochat.apps.export.tokenizer_files import pad_id, write_tokenizer_files
 from nanochat.apps.export.verify import verify
 from nanochat.common import UsageError, new_folder, write_atomic
 from nanochat.run.loading import step_of
@@ -34,7 +34,15 @@ def export_run(run: Path, out: Path, step: int | str | None, dtype: str) -> None
         # The comparison is with the rounded weights: rounding to bfloat16 is the user's choice.
         model.load_state_dict(weights)
         _write_weights(weights, model.config.arch, folder)
-        write_configs(folder, model.config, tokenizer.bos, dtype)
+        pad = pad_id(tokenizer)
+        write_configs(
+            folder,
+            model.config,
+            bos=tokenizer.bos,
+            # The attention mask hides padding, whatever its token.
+            pad=tokenizer.bos if pad is None else pad,
+            dtype=dtype,
+        )
         write_tokenizer_files(tokenizer, model.config.max_seq_len, folder)
         if model.config.arch != "llama":
             shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)

@@ -16,16 +16,31 @@ from nanochat.data.tokenizer import (
 if TYPE_CHECKING:
     import tokenizers
 
+# Padding, and the byte whose token it is. UTF-8 never has this byte, so no text contains the token.
+# With BOS as padding, the usual collators would take the ends of documents out of the labels, and a
+# model that is trained further would forget to end.
+PAD_TEXT = "<|pad|>"
+PAD_BYTE = b"\xff"
 # Settings of a call, which transformers stores along with a tokenizer: they change no ids.
 CALL_SETTINGS = ("truncation", "padding")
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+def pad_id(tokenizer: Tokenizer) -> int | None:
+    """The id that an exported tokenizer pads with; None if the vocabulary has none to spare.
+
+    Characters are all in use, and another program's byte pairs may have merged the byte."""
+    containing = [i for i, token in enumerate(tokenizer.tokens) if PAD_BYTE in token]
+    if tokenizer.kind == "char" or len(containing) != 1:
+        return None
+    return containing[0]
+
+
+def tokenizer_json(tokenizer: Tokenizer, pad: int | None) -> "tokenizers.Tokenizer":
     """Our tokenizer as one of the package tokenizers, with the same ids; save() writes the file.
 
     Encoding adds BOS in front; with add_special_tokens=False the ids are those of
-    tokenizer.encode(). UsageError if the package is missing or tokenizer.json cannot express the
-    tokenizer."""
+    tokenizer.encode(). pad: pad_id(), or None for BOS. UsageError if the package is missing or
+    tokenizer.json cannot express the tokenizer."""
     _require_tokenizers()
     import tokenizers
     from tokenizers.processors import TemplateProcessing
@@ -33,11 +48,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     if tokenizer.kind == "char":
         theirs = _of_characters(tokenizer)
     else:
-        theirs = _of_bytes(tokenizer)
+        theirs = _of_bytes(tokenizer, pad)
     bos = tokenizer.bos_text
-    theirs.add_special_tokens([tokenizers.AddedToken(bos, special=True, normalized=False)])
+    special = [bos] if pad is None else [bos, PAD_TEXT]
+    theirs.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
+    )
     # The package numbers added tokens itself, from the end of the vocabulary.
     assert theirs.token_to_id(bos) == tokenizer.bos
+    assert pad is None or theirs.token_to_id(PAD_TEXT) == pad
     theirs.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.bos)]
     )
@@ -65,8 +84,8 @@ def _of_characters(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     return theirs
 
 
-def _of_bytes(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
-    """A bpe or byte tokenizer without BOS."""
+def _of_bytes(tokenizer: Tokenizer, pad: int | None) -> "tokenizers.Tokenizer":
+    """A bpe or byte tokenizer without BOS. pad: the id that is named PAD_TEXT."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
@@ -76,7 +95,10 @@ def _of_bytes(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
     def spelled(token: bytes) -> str:
         return "".join(character[byte] for byte in token)
 
-    vocabulary = {spelled(token): i for i, token in enumerate(tokenizer.tokens)}
+    names = [spelled(token) for token in tokenizer.tokens]
+    if pad is not None:
+        names[pad] = PAD_TEXT
+    vocabulary = {name: i for i, name in enumerate(names)}
     merges = [(spelled(left), spelled(right)) for left, right in merges_of(tokenizer)]
     theirs = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     # use_regex is GPT-2's pattern; a tokenizer of ours has its own, or none.
@@ -114,10 +136,11 @@ def write_tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, folder: Path) 
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     max_seq_len: tokens; transformers warns about longer texts. UsageError as tokenizer_json()."""
-    tokenizer_json(tokenizer).save(str(folder / "tokenizer.json"))
+    pad = pad_id(tokenizer)
+    tokenizer_json(tokenizer, pad).save(str(folder / "tokenizer.json"))
     bos = tokenizer.bos_text
-    # One special token has all three roles: it separates documents, so it also ends one.
-    special = {"bos_token": bos, "eos_token": bos, "pad_token": bos}
+    # One special token has both roles: it separates documents, so it also ends one.
+    special = {"bos_token": bos, "eos_token": bos, "pad_token": bos if pad is None else PAD_TEXT}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -146,7 +169,9 @@ def read_tokenizer_json(folder: Path) -> Tokenizer:
         raise _other_tokenizer(path, "pre_tokenizer", f"splits text by the pattern {pattern!r}")
     try:
         tokenizer = _built(kind, pattern, names)
-        expected = json.loads(tokenizer_json(tokenizer).to_str())
+        # Earlier versions padded with BOS.
+        pad = pad_id(tokenizer) if PAD_TEXT in names else None
+        expected = json.loads(tokenizer_json(tokenizer, pad).to_str())
     except (UsageError, KeyError, TypeError, ValueError) as error:
         kinds = ", ".join(TOKENIZER_KINDS)
         raise _other_tokenizer(path, "model", f"is not one of {kinds} ({error})") from None
@@ -200,7 +225,7 @@ def _built(kind: str, pattern: str | None, names: list[str]) -> Tokenizer:
     if kind == "char":
         return Tokenizer(kind, [name.encode("utf-8") for name in names])
     byte_of = gpt2_byte_characters()
-    tokens = [bytes(byte_of[c] for c in name) for name in names]
+    tokens = [PAD_BYTE if name == PAD_TEXT else bytes(byte_of[c] for c in name) for name in names]
     if kind == "byte":
         return Tokenizer(kind, tokens)
     return Tokenizer(kind, tokens, pattern)

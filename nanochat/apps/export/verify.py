@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nanochat.apps.export.tokenizer_files import PAD_TEXT
 from nanochat.eval.generation import generate_ids
 from nanochat.eval.hf_model import quiet
 
@@ -112,7 +113,7 @@ def verify(folder: Path, model: "Decoder", tokenizer: "Tokenizer") -> str:
         with torch.no_grad():
             logits, bound = _compare_logits(theirs, ours, name)
             generated = _compare_generation(theirs, their_tokenizer, ours, name, bound)
-    _compare_tokenizers(their_tokenizer, tokenizer, name)
+        _compare_tokenizers(their_tokenizer, tokenizer, name)
     return f"verified with {name}: {logits}; {generated}; same token ids of sample text"
 
 
@@ -331,8 +332,8 @@ def _compare_tokenizers(
     theirs: "transformers.PreTrainedTokenizerFast", tokenizer: "Tokenizer", name: str
 ) -> None:
     """Compare the ids of sample text, and the text of those ids. Raises ExportFailed."""
-    # Text that spells BOS must stay plain text, in transformers too.
-    sample = TOKENIZER_SAMPLE + tokenizer.bos_text
+    # Text that spells special tokens must stay plain text, in transformers too.
+    sample = TOKENIZER_SAMPLE + tokenizer.bos_text + PAD_TEXT
     # A char tokenizer refuses characters outside its vocabulary.
     if tokenizer.kind == "char":
         known = set(tokenizer.tokens)
