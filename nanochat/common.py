@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,9 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 # EX_TEMPFAIL of sysexits.h: stopped before the end; the same command with --resume continues.
 EXIT_STOPPED = 75
+
+# takes a line for the user
+Report = Callable[[str], None]
 
 
 class UsageError(Exception):
@@ -149,16 +151,18 @@ def writable_base_dir() -> Path:
     return path if _can_create(path / "new") else _private_base_dir(path)
 
 
-def own_cache(name: str) -> Path:
-    """A folder of caches that belongs to this user and is created if it is missing: for generated
-    code, which nobody else may be able to replace.
+def own_cache(name: str, make: bool = True) -> Path:
+    """A folder of caches that belongs to this user, such as one for generated code, which nobody
+    else may be able to replace. Created if it is missing, unless make is False.
 
     It is below base_dir(), ~/.cache/nanochat or the folder of temporary files. UsageError if none
     of these can be written."""
     for path in _own_caches(name):
         with contextlib.suppress(OSError):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.stat().st_uid == os.geteuid() and _can_create(path / "new"):
+            if make:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mine = not path.exists() or path.stat().st_uid == os.geteuid()
+            if mine and _can_create(path / "new"):
                 return path
     raise UsageError(
         f"{base_dir() / name}: this folder is not yours or cannot be written; set "
@@ -170,7 +174,8 @@ def _own_caches(name: str) -> Iterator[Path]:
     """Where own_cache() may be, best first."""
     yield base_dir() / name
     yield _private_base_dir(base_dir()) / name
-    yield Path(tempfile.gettempdir()) / f"nanochat-{os.geteuid()}-{name}"
+    flat = name.replace("/", "-")
+    yield Path(tempfile.gettempdir()) / f"nanochat-{os.geteuid()}-{flat}"
 
 
 def _home_base_dir() -> Path:
@@ -204,12 +209,13 @@ def _can_create(path: Path) -> bool:
 _noted: set[str] = set()
 
 
-def note_once(text: str, report: Callable[[str], None] | None = None) -> None:
-    """Report a line unless this process did so before. report: by default it goes to standard
-    error, on rank 0 only."""
-    if text in _noted:
+def note_once(text: str, report: Report | None = None, key: str = "") -> None:
+    """Report a line, unless this process reported one with the same key (by default the text).
+
+    report: by default the line goes to standard error, on rank 0 only."""
+    if (key or text) in _noted:
         return
-    _noted.add(text)
+    _noted.add(key or text)
     if report:
         report(text)
     elif os.environ.get("RANK", "0") == "0":
@@ -269,6 +275,9 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     UsageError if `out` exists and is not an empty folder, cannot be created, or is being written by
     another process; Unavailable if it cannot be written later. Other errors of the block, such as
     those of files that it reads, pass through. What a killed process left behind is deleted."""
+    # here, since it imports this module
+    from nanochat import locks
+
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -284,10 +293,8 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         ) from None
     try:
         # The system drops the lock when the process dies, so a killed one does not block the next.
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{out} is being written by another process") from None
+        if locks.take(lock, out.parent) is locks.Lock.HELD_ELSEWHERE:
+            raise UsageError(f"{out} is being written by another process; name another folder")
         in_body = False
         try:
             _empty(folder)
@@ -339,6 +346,21 @@ def _is_of_writing(error: OSError, folder: Path) -> bool:
     if not names:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return any(Path(os.fsdecode(name)).absolute().is_relative_to(folder) for name in names)
+
+
+def delete_folder(path: str | os.PathLike, keep_link: bool = False) -> None:
+    """Delete a folder with all that is in it. Of a link, what it leads to is deleted; with
+    keep_link the link stays and leads to an empty folder."""
+    path = Path(path)
+    if not path.is_symlink():
+        shutil.rmtree(path)
+        return
+    target = path.resolve()
+    # Emptied, since a mounted disk cannot be deleted.
+    _empty(target)
+    if not keep_link:
+        path.unlink()
+        target.rmdir()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

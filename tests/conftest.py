@@ -7,9 +7,12 @@ import shutil
 import signal
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+
+from nanochat import common
 
 # huggingface_hub and datasets read these variables once, when they are first imported, so they are
 # set before any test module is. Nothing listens on the port unless a test uses the fixture `hub`:
@@ -61,3 +64,20 @@ def hub():
 
     with HubServer(HUB_PORT) as server:
         yield server
+
+
+@pytest.fixture
+def shared_base(monkeypatch):
+    """A base dir; with disk.read_only() it is one that this user may only read. Next to it is the
+    user's home folder. Not below pytest's own folder, which is closed to others."""
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-users-"))
+    folder.chmod(0o755)
+    base, home = folder / "shared", folder / "home"
+    base.mkdir()
+    home.mkdir()
+    home.chmod(0o777)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(common, "_noted", set())
+    yield base
+    shutil.rmtree(folder)

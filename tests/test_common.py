@@ -2,11 +2,11 @@
 
 import errno
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+from disk import read_only
 
 from nanochat import common
 from nanochat.common import (
@@ -14,6 +14,7 @@ from nanochat.common import (
     UsageError,
     base_dir,
     ceil_div,
+    delete_folder,
     human_bytes,
     human_time,
     in_a_line,
@@ -331,89 +332,60 @@ def test_the_base_dir_is_expanded(tmp_path, monkeypatch):
 # ---- caches of several users ----
 
 
-@pytest.fixture
-def shared_base(monkeypatch):
-    """A base dir that this user may read, and not write; the user's home folder is next to it.
-
-    Root may write everywhere: then the test runs as another user."""
-    folder = Path(tempfile.mkdtemp(prefix="nanochat-users-", dir="/tmp"))
-    folder.chmod(0o755)
-    base = folder / "shared"
-    (base / "tokens").mkdir(parents=True)
-    (base / "tokens" / "complete").write_text("shared")
-    home = folder / "home"
-    home.mkdir()
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(common, "_noted", set())
-    root = os.geteuid() == 0
-    if root:
-        os.chown(home, 65534, 65534)
-        os.seteuid(65534)
-    else:
-        (base / "tokens").chmod(0o555)
-        base.chmod(0o555)
-    yield base
-    if root:
-        os.seteuid(0)
-    else:
-        base.chmod(0o755)
-        (base / "tokens").chmod(0o755)
-    shutil.rmtree(folder)
-
-
-def test_a_base_dir_that_cannot_be_written_is_read(shared_base, capfd):
-    assert common.cached("tokens", "complete") == shared_base / "tokens" / "complete"
-    assert capfd.readouterr().err == ""
-
-
 def test_what_a_base_dir_lacks_goes_to_the_users_own(shared_base, capfd):
+    """If it cannot be written; what it holds is used."""
+    (shared_base / "tokens").mkdir()
+    (shared_base / "tokens" / "complete").touch()
     private = shared_base.parent / "home" / ".cache" / "nanochat"
-    assert common.cached("tokens", "new") == private / "tokens" / "new"
-    assert common.cached("hub", "new") == private / "hub" / "new"
-    assert common.writable_base_dir() == private
-    # it is a place that can be written
-    write_atomic(private / "file", "x")
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and str(shared_base) in said[0] and str(private) in said[0]
+    assert common.cached("hub", "new") == shared_base / "hub" / "new"
+    assert common.writable_base_dir() == shared_base
+    with read_only(shared_base):
+        assert common.cached("tokens", "complete") == shared_base / "tokens" / "complete"
+        assert capfd.readouterr().err == ""
+        assert common.cached("tokens", "new") == private / "tokens" / "new"
+        assert common.cached("hub", "new") == private / "hub" / "new"
+        assert common.writable_base_dir() == private
+        # it is a place that can be written
+        write_atomic(private / "file", "x")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(shared_base) in line and str(private) in line
 
 
 def test_a_base_dir_may_be_written_in_part(shared_base, monkeypatch):
     """Another user's folder in a folder that both may write."""
+    (shared_base / "tokens").mkdir()
     mine = shared_base.parent / "home"
     (mine / "tokens").symlink_to(shared_base / "tokens")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(mine))
-    assert common.cached("hub", "new") == mine / "hub" / "new"
-    assert common.cached("tokens", "new") == mine / ".cache" / "nanochat" / "tokens" / "new"
-    assert common.writable_base_dir() == mine
+    with read_only(shared_base):
+        assert common.cached("hub", "new") == mine / "hub" / "new"
+        assert common.cached("tokens", "new") == mine / ".cache" / "nanochat" / "tokens" / "new"
+        assert common.writable_base_dir() == mine
 
 
 def test_without_a_folder_to_write_the_base_dir_stays(shared_base, monkeypatch, capfd):
     """The write itself then fails, and its error names the folder and the remedy."""
     monkeypatch.setenv("HOME", str(shared_base))
-    assert common.cached("tokens", "new") == shared_base / "tokens" / "new"
-    assert common.writable_base_dir() == shared_base
+    with read_only(shared_base):
+        assert common.cached("tokens", "new") == shared_base / "tokens" / "new"
+        assert common.writable_base_dir() == shared_base
     assert capfd.readouterr().err == ""
 
 
 def test_generated_code_is_never_shared(shared_base, monkeypatch):
     home = shared_base.parent / "home"
-    assert common.own_cache("compile") == home / ".cache" / "nanochat" / "compile"
-    # a foreign folder is not taken, even where this user may write
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(home / "base"))
-    assert common.own_cache("compile") == home / "base" / "compile"
-    true_stat = Path.stat
-
-    def foreign(path, **options):
-        found = true_stat(path, **options)
-        if path.name != "compile":
-            return found
-        return os.stat_result((*found[:4], found.st_uid + 1, *found[5:]))
-
-    monkeypatch.setattr(Path, "stat", foreign)
-    path = common.own_cache("compile")
-    assert path.parent == Path(tempfile.gettempdir()) and str(os.geteuid()) in path.name
-    path.rmdir()
+    with read_only(shared_base):
+        assert common.own_cache("compile") == home / ".cache" / "nanochat" / "compile"
+        assert (home / ".cache" / "nanochat" / "compile").is_dir()
+    assert common.own_cache("hub/client", make=False) == shared_base / "hub" / "client"
+    assert not (shared_base / "hub").exists()
+    # what is here belongs to somebody else, although it can be written
+    uid = os.geteuid()
+    (shared_base / "compile").mkdir()
+    (home / ".cache" / "nanochat" / "compile").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    path = common.own_cache("compile", make=False)
+    assert path == Path(tempfile.gettempdir()) / f"nanochat-{uid + 1}-compile"
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
@@ -444,3 +416,14 @@ def test_a_line_is_noted_once(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     common.note_once("d")
     assert capfd.readouterr().err == "c\n"
+
+
+@pytest.mark.parametrize("keep_link", [True, False])
+def test_a_folder_that_is_a_link_is_deleted_where_it_leads_to(tmp_path, keep_link):
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    (target / "inner").mkdir(parents=True)
+    (target / "inner" / "file").write_text("x")
+    link.symlink_to(target)
+    delete_folder(link, keep_link=keep_link)
+    assert link.is_symlink() == link.exists() == keep_link
+    assert target.exists() == keep_link and not (target / "inner").exists()

@@ -18,9 +18,11 @@ from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 
+import disk
 import pytest
 from hub_server import blob_sha1, hasten
 
+from nanochat import common
 from nanochat.common import base_dir, sha256_hex
 from nanochat.data import clients, download
 from nanochat.data.download import DownloadFailed, RemoteFile
@@ -511,18 +513,55 @@ def test_waiting_for_another_process(hub):
     assert lines == [f"data: another process is downloading {file.name}; waiting for it"]
 
 
-def test_no_locks(hub, monkeypatch):
+@pytest.mark.parametrize(
+    "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get
+)
+def test_no_locks(hub, monkeypatch, number):
     """On a file system without locks the file is downloaded, and a line warns of it."""
 
     def refuse(*args):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(common, "_noted", set())
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     file, lines = a_file(hub), []
+    # of another process, which may still be at work
+    part = file.local_path().with_name(f"{file.local_path().name}.0123abcd.incomplete")
+    part.mkdir(parents=True)
     file.fetch(lines.append)
+    part.rmdir()
     assert on_disk(file)
-    assert len(lines) == 1
-    assert "no file locks" in lines[0]
+    (line,) = lines
+    assert "no file locks" in line
+    # the token goes to the hub, and not where it redirects to
+    sent = {(r.path.split("/")[1], r.authorization) for r in hub.requests}
+    assert sent == {("datasets", "Bearer hf_test"), ("cdn", "")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_downloads_are_as_readable_as_the_umask_says(hub, umask):
+    before = os.umask(umask)
+    try:
+        path = a_file(hub).fetch()
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.unlink()
+
+
+def test_a_download_of_another_user_is_used(hub, shared_base, monkeypatch):
+    """What that user did not download goes to the own caches."""
+    # otherwise it is looked for in HF_HOME, which is private
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    here = a_file(hub)
+    here.fetch()
+    other = a_file(hub, path="data/other.parquet")
+    with disk.read_only(shared_base):
+        assert here.fetch().is_relative_to(shared_base)
+        path = other.fetch()
+        assert on_disk(other)
+    assert path.is_relative_to(shared_base.parent / "home")
 
 
 def test_long_downloads_say_how_far_they_are(hub, monkeypatch):

@@ -2,6 +2,8 @@
 
 What works, and every fault with what the user reads."""
 
+import errno
+import fcntl
 import gzip
 import os
 import pickle
@@ -136,6 +138,23 @@ def test_model_files_without_network(quick):
     ):
         model_file("me/model", "a.json", lambda line: None)
     assert quick == [1, 2, 4]
+
+
+def test_a_listing_without_file_locks(hub, monkeypatch):
+    """The libraries insist on locks for what they keep: it goes to a temporary folder."""
+    really_lock = fcntl.flock
+
+    def refuse(file, operation):
+        number = file if isinstance(file, int) else file.fileno()
+        if Path(os.readlink(f"/proc/self/fd/{number}")).is_relative_to(base_dir()):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        really_lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    hub.add("me/locked", {"README.md": FEATURES, "train.jsonl": b'{"story": "a", "label": 1}\n'})
+    listing = resolve("hf:me/locked:::story")
+    assert [file.path for file in listing.train] == ["train.jsonl"]
+    assert listing.train[0].fetch().read_bytes() == b'{"story": "a", "label": 1}\n'
 
 
 def test_settings_of_datasets_are_undone(monkeypatch):

@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from disk import read_only
 from safetensors import safe_open
 
 from nanochat.common import UsageError
@@ -55,6 +56,40 @@ def test_cache_limit_drops_the_least_recently_used(tmp_path):
         os.utime(path, (age, age))
     trim_cache(tmp_path / "tokens", keep={files[0]}, limit_bytes=250)
     assert [path.name[0] for path in files if path.exists()] == ["a", "d"]
+
+
+def test_the_cache_limit_leaves_the_files_of_others(tmp_path, monkeypatch):
+    folder = tmp_path / "tokens" / "x"
+    folder.mkdir(parents=True)
+    for age, name in enumerate("ab"):
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(b"0" * 100)
+        os.utime(path, (age, age))
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    trim_cache(tmp_path / "tokens", keep=set(), limit_bytes=0)
+    assert len(os.listdir(folder)) == 2
+    monkeypatch.undo()
+    trim_cache(tmp_path / "tokens", keep=set(), limit_bytes=0)
+    assert os.listdir(folder) == []
+
+
+def test_a_cache_that_cannot_be_written_is_read(shared_base):
+    """What it lacks is built in the user's own, and its files are as readable as the umask says."""
+    shards = [
+        file_shard([write(shared_base.parent / name, f"text of {name} " * 40)])
+        for name in ("a.txt", "b.txt")
+    ]
+    before = os.umask(0o022)
+    TokenCache(BYTE, threads=1).tokens(shards[0])
+    with read_only(shared_base):
+        cache = TokenCache(BYTE, threads=1)
+        lengths = [cache.length(shard) for shard in shards]
+    os.umask(before)
+    paths = [cache.path(shards[0]), next((shared_base.parent / "home").rglob("*.safetensors"))]
+    assert lengths == [14 * 40 + 1] * 2
+    assert paths[0].is_relative_to(shared_base)
+    assert [path.stat().st_mode & 0o777 for path in paths] == [0o644] * 2
 
 
 def test_opening_holds_no_copy_of_the_ids(tmp_path):

@@ -7,11 +7,14 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
-from nanochat.common import base_dir, in_a_line, install_hint
+from nanochat import locks
+from nanochat.common import in_a_line, install_hint, own_cache
 
 # seconds without a byte, for the requests that this program makes itself
 TIMEOUT_S = 30.0
@@ -20,11 +23,27 @@ TIMEOUT_S = 30.0
 _current = threading.local()
 # Shards are read in several threads, and each has to restore the settings that it found.
 _settings_lock = threading.RLock()
+# of lockable_folder()
+_temporary: tempfile.TemporaryDirectory | None = None
 
 
 def client_folder() -> str:
     """Folder for what the two libraries keep: README and configuration files of datasets."""
-    return str(base_dir() / "hub" / "client")
+    return str(own_cache("hub/client", make=False))
+
+
+def lockable_folder() -> str:
+    """client_folder(); if that has no file locks, without which the libraries write nothing, a
+    temporary folder that this process deletes when it ends."""
+    global _temporary
+    folder = Path(client_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.open_lock(folder / ".lock") as lock:
+        if locks.take(lock, folder, shared=True) is not locks.Lock.NONE:
+            return str(folder)
+    if _temporary is None:
+        _temporary = tempfile.TemporaryDirectory(prefix="nanochat-client-")
+    return _temporary.name
 
 
 def load_huggingface_hub() -> ModuleType:
@@ -72,8 +91,10 @@ def warnings_reported(name: str, report: Callable[[str], None]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def quiet_datasets(purpose: str) -> Iterator[ModuleType]:
-    """The package datasets, inside a `with`: caches under base_dir(), no bars, no usage counts.
+def quiet_datasets(purpose: str, folder: str = "") -> Iterator[ModuleType]:
+    """The package datasets, inside a `with`: caches in a folder, no bars, no usage counts.
+
+    folder: client_folder() by default.
 
     The variables that choose these folders are read when the packages are imported, which may be
     long past, so their settings are changed and restored. One thread at a time.
@@ -85,7 +106,7 @@ def quiet_datasets(purpose: str) -> Iterator[ModuleType]:
         raise install_hint("datasets", purpose) from None
     hub = load_huggingface_hub()
     # HF_UPDATE_DOWNLOAD_COUNTS: datasets reports each use of a dataset to a server of its makers
-    folder = client_folder()
+    folder = folder or client_folder()
     settings = [
         (hub.constants, "HF_HUB_CACHE", folder),
         (datasets.config, "HF_DATASETS_CACHE", folder),

@@ -10,8 +10,9 @@ by one GET of its session. Neither compares SHA-256, so that is done here. On ea
     size or SHA-256 is wrong        deleted and downloaded once more, then DownloadFailed
     disk full                       DownloadFailed; with too little room before the first request
     process killed                  the part is deleted by the next attempt, which starts over
+    no file locks                   two processes may download the same file, each for itself
 
-Everything is written under base_dir()/"hub":
+Everything is written under cached("hub"):
     <repo>/<name>.<fingerprint>.<suffix>   complete and verified, or absent
     <repo>/... .incomplete                 folder of a download that is under way, or was killed
     <repo>/... .lock                       held by the process that downloads"""
@@ -19,23 +20,28 @@ Everything is written under base_dir()/"hub":
 import contextlib
 import email.utils
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from types import ModuleType
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
+from nanochat import locks
 from nanochat.common import (
+    Report,
     Unavailable,
     UsageError,
+    apply_umask,
     base_dir,
+    cached,
     fsync_dir,
     human_bytes,
     human_time,
@@ -58,7 +64,6 @@ WAIT_MAX_S = 300.0
 # how often a long download reports how far it is
 REPORT_S = 30.0
 
-Report = Callable[[str], None]
 T = TypeVar("T")
 
 
@@ -103,12 +108,12 @@ class RemoteFile:
         return sha256_hex(json.dumps(identity))
 
     def local_path(self) -> Path:
-        """Where the file is or will be; other versions of it have other names. Reads nothing."""
+        """Where the file is or will be; other versions of it have other names."""
         suffix = text_suffix(self.name) or Path(self.name).suffix
         # the suffix says how the file is read, so it stays at the end
         stem = self.name.removesuffix(suffix)[:100]
         folder = _safe_name(self.origin.replace("/", "--"))
-        return base_dir() / "hub" / folder / _safe_name(f"{stem}.{self.fingerprint[:12]}{suffix}")
+        return cached("hub", folder, _safe_name(f"{stem}.{self.fingerprint[:12]}{suffix}"))
 
     def is_local(self) -> bool:
         """Whether the file is complete on disk: it gets its name after its content is verified."""
@@ -127,16 +132,18 @@ class RemoteFile:
         lock_path = path.with_name(path.name + ".lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = lock_path.open("w")
+            lock = locks.open_lock(lock_path)
         except OSError as error:
             problem = Problem("disk", f"{path.parent} cannot be written ({error.strerror})")
             raise _failed(self, problem) from None
         with lock:
-            wait_for(lock, self.name, path.parent, report)
+            locked = wait_for(lock, self.name, path.parent, report)
             if not self.is_local():
-                _download(self, path, report)
-            # whoever waits for it finds the file complete, so a second lock does no harm
-            lock_path.unlink(missing_ok=True)
+                _download(self, path, locked, report)
+            # whoever waits for it finds the file complete, so a second lock does no harm; another
+            # user's may have to stay
+            with contextlib.suppress(OSError):
+                lock_path.unlink()
         return path
 
 
@@ -144,34 +151,37 @@ def _safe_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text, flags=re.ASCII)
 
 
-def wait_for(lock: TextIO, name: str, folder: Path, report: Report) -> None:
-    """Take the lock (an open file in `folder`) of the download of `name`.
+def wait_for(lock: BinaryIO, name: str, folder: Path, report: Report) -> bool:
+    """Take the lock (an open file in `folder`) of the download of `name`; False if there are none.
 
     Reports a line if another process holds it, or if the file system has no locks."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    state = locks.take(lock, folder, report=report)
+    if state is locks.Lock.HELD_ELSEWHERE:
         report(f"data: another process is downloading {name}; waiting for it")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        # some network file systems: a file that two processes wrote would fail its check
-        report(f"data: no file locks in {folder}; only one process at a time should download there")
+        state = locks.take(lock, folder, wait=True, report=report)
+    return state is locks.Lock.TAKEN
 
 
-def _download(file: RemoteFile, path: Path, report: Report) -> None:
-    """Bring a file to its final name. The caller holds its lock. Raises DownloadFailed."""
-    folder = path.with_name(path.name + ".incomplete")
+def _download(file: RemoteFile, path: Path, locked: bool, report: Report) -> None:
+    """Bring a file to its final name. Raises DownloadFailed.
+
+    locked: the caller holds its lock; otherwise other processes may do the same meanwhile."""
+    if locked:
+        for abandoned in path.parent.glob(f"{path.name}*.incomplete"):
+            _delete(abandoned)
+    folder = path.with_name(f"{path.name}.{secrets.token_hex(4)}.incomplete")
     try:
         try:
-            content = _verified(file, folder, report)
+            content = _verified(file, folder, locked, report)
         except Problem as problem:
             if problem.kind != "content":
                 raise
             report(f"data: {file.name}: {problem.reason}; deleted, downloading it once more")
-            content = _verified(file, folder, report)
+            content = _verified(file, folder, locked, report)
         # the final name stands for verified content, so the content has to be on the disk before it
         with content.open("rb") as f:
             os.fsync(f.fileno())
+        apply_umask(content)
         content.replace(path)
         fsync_dir(path.parent)
     except Problem as problem:
@@ -182,7 +192,7 @@ def _download(file: RemoteFile, path: Path, report: Report) -> None:
         _delete(folder)
 
 
-def _verified(file: RemoteFile, folder: Path, report: Report) -> Path:
+def _verified(file: RemoteFile, folder: Path, locked: bool, report: Report) -> Path:
     """Path, in a folder that is emptied first, of a downloaded and verified file."""
     _delete(folder)
     folder.mkdir()
@@ -196,6 +206,7 @@ def _verified(file: RemoteFile, folder: Path, report: Report) -> Path:
         raise Problem("disk", reason)
     if file.repo:
         patiently(lambda: _ask_hub(file), file.name, report)
+    if file.repo and locked:
         content = patiently(
             lambda: _from_hub(file, folder, report),
             file.name,
@@ -214,7 +225,9 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # another user's may have to stay
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class _Progress:
@@ -261,10 +274,13 @@ def _ask_hub(file: RemoteFile) -> None:
 
     huggingface_hub asks for them too, but would wait as long as the server likes."""
     hub = clients.load_huggingface_hub()
-    url = hub.hf_hub_url(file.repo, file.path, repo_type=file.repo_type, revision=file.revision)
-    found = hub.get_hf_file_metadata(url, timeout=clients.TIMEOUT_S)
+    found = hub.get_hf_file_metadata(_hub_url(hub, file), timeout=clients.TIMEOUT_S)
     if found.size not in (None, file.n_bytes):
         raise _wrong_size(file, found.size)
+
+
+def _hub_url(hub: ModuleType, file: RemoteFile) -> str:
+    return hub.hf_hub_url(file.repo, file.path, repo_type=file.repo_type, revision=file.revision)
 
 
 def _from_hub(file: RemoteFile, folder: Path, report: Report) -> Path:
@@ -288,18 +304,22 @@ def _from_hub(file: RemoteFile, folder: Path, report: Report) -> Path:
 
 
 def _from_url(file: RemoteFile, folder: Path, report: Report) -> Path:
-    """Path of the file at a URL, requested once, in a folder. Raises as _from_hub()."""
-    # no token: it is meant for the hub alone
-    session = clients.load_huggingface_hub().get_session()
+    """Path of a file, requested once by its URL, in a folder. Raises as _from_hub().
+
+    For files outside the hub, and for those of the hub where there are no file locks: then
+    huggingface_hub, which locks whatever it writes, refuses to transfer them."""
+    hub = clients.load_huggingface_hub()
+    # without compression, so that Content-Length counts bytes of the file
+    headers = {"Accept-Encoding": "identity"}
+    url = file.path
+    # the token is meant for the hub alone
+    if file.repo:
+        url = _hub_url(hub, file)
+        headers |= hub.utils.build_hf_headers()
     path = folder / "content"
     progress = _Progress(file, report)
-    # without compression, so that Content-Length counts bytes of the file
-    with session.stream(
-        "GET",
-        file.path,
-        headers={"Accept-Encoding": "identity"},
-        timeout=clients.TIMEOUT_S,
-        follow_redirects=True,
+    with hub.get_session().stream(
+        "GET", url, headers=headers, timeout=clients.TIMEOUT_S, follow_redirects=True
     ) as response:
         problem = status_problem(response)
         if problem:

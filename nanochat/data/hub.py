@@ -1,7 +1,7 @@
 """Public text datasets: which files a dataset has (resolve), as the Hugging Face hub lists them.
 
 Listings come from huggingface_hub and datasets; download.py brings the files themselves.
-Under base_dir()/"hub":
+Under cached("hub"):
     listings/   listings, each under the revision that was asked for and under its commit
     client/     README and configuration files that datasets reads"""
 
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanochat.common import UsageError, base_dir, in_a_line, sha256_hex, write_json
+from nanochat.common import UsageError, cached, in_a_line, sha256_hex, write_json
 from nanochat.data import clients
 from nanochat.data.download import (
     DownloadFailed,
@@ -363,15 +363,16 @@ def _splits(
     """(configuration, {split: paths in the repository}, names of the columns) of a dataset.
 
     The names may be unknown: then the list is empty."""
+    folder = clients.lockable_folder()
     with (
-        clients.quiet_datasets("--data=hf:...") as datasets,
+        clients.quiet_datasets("--data=hf:...", folder) as datasets,
         clients.warnings_reported(spec.repo, report),
     ):
         # an address, so that a local folder of the same name is not taken instead
         address = f"hf://datasets/{spec.repo}"
         try:
             builder = datasets.load_dataset_builder(
-                address, spec.config or None, revision=commit, cache_dir=clients.client_folder()
+                address, spec.config or None, revision=commit, cache_dir=folder
             )
         except Exception as error:
             # any exception: the library reads files that strangers wrote
@@ -488,7 +489,7 @@ def _problem_behind(error: BaseException | None) -> Problem | None:
 def _listing_path(spec: str, revision: str) -> Path:
     # hashed, since a spec holds colons and slashes
     name = sha256_hex(json.dumps([spec, revision]))[:32]
-    return base_dir() / "hub" / "listings" / f"{name}.json"
+    return cached("hub", "listings", f"{name}.json")
 
 
 def _keep(listing: Listing, wanted: str, report: Report) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.common import UsageError, base_dir, human_bytes, stream_seed
+from nanochat.common import UsageError, human_bytes, stream_seed, writable_base_dir
 from nanochat.data.sources import Corpus, Shard
 from nanochat.data.token_cache import TokenCache
 
@@ -254,7 +254,7 @@ def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
     id_bytes = 2 if cache.tokenizer.vocab_size <= 1 << 16 else 4
     tokens_per_byte = tokens_per_epoch / max(1, corpus.train_bytes)
     token_bytes = id_bytes * tokens_per_byte * sum(shard.n_bytes for shard in missing)
-    free = shutil.disk_usage(base_dir()).free
+    free = shutil.disk_usage(writable_base_dir()).free
     if download + token_bytes > free:
         raise UsageError(
             f"--data={corpus.name}: {tokens:,.0f} tokens of training need {len(missing)} more "

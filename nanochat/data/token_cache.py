@@ -1,15 +1,15 @@
 """Token ids of shards, one file a shard, and the tokenizer that makes them.
 
-Under base_dir():
+Where cached() says:
     tokenizers/<key>/                        fitted tokenizers, by text, kind and size
     tokens/<tokenizer>/<shard>.safetensors   ids and offsets of a shard, by fingerprints"""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,16 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from nanochat import locks
 from nanochat.common import (
+    Report,
     Unavailable,
     UsageError,
-    base_dir,
+    apply_umask,
+    cached,
     ceil_div,
     human_bytes,
     human_time,
     sha256_hex,
 )
-from nanochat.data.download import DownloadFailed, Report
+from nanochat.data.download import DownloadFailed
 from nanochat.data.sources import Corpus, Shard
 from nanochat.data.tokenizer import (
     SPLIT_PATTERN,
@@ -107,7 +110,7 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
     """The tokenizer of one of TOKENIZER_KINDS, trained on the training shards of a corpus.
 
     A char tokenizer is trained on all text, so that validation has no unknown character.
-    vocab_size: -1 derives it from the size of the text. The result is kept under base_dir().
+    vocab_size: -1 derives it from the size of the text. The result is kept where cached() says.
     Raises UsageError for a char tokenizer of a corpus that is not eager."""
     if kind == "byte":
         return train_tokenizer("byte", [], -1)
@@ -134,7 +137,8 @@ def _fitted(corpus: Corpus, kind: str, vocab_size: int) -> tuple[int, Path]:
         vocab_size = derived_vocab_size(corpus.train_bytes)
     # another pattern makes another tokenizer of the same text
     identity = [kind, vocab_size, SPLIT_PATTERN, corpus.fingerprint]
-    return vocab_size, base_dir() / "tokenizers" / sha256_hex(json.dumps(identity))[:32]
+    key = sha256_hex(json.dumps(identity))[:32]
+    return vocab_size, cached("tokenizers", key, TOKENIZER_FILE).parent
 
 
 def shards_to_fit(corpus: Corpus, kind: str, vocab_size: int) -> list[Shard]:
@@ -182,7 +186,6 @@ class TokenCache:
         self.tokenizer = tokenizer
         self.threads = threads
         self.report = report
-        self.folder = base_dir() / "tokens" / tokenizer.fingerprint[:32]
         self.lengths = dict(lengths or {})
         # shard fingerprint -> what tokens() returns; the last few only
         self.opened: dict[str, tuple[Any, np.ndarray]] = {}
@@ -192,7 +195,8 @@ class TokenCache:
         return self._path(shard.fingerprint)
 
     def _path(self, fingerprint: str) -> Path:
-        return self.folder / f"{fingerprint[:32]}.safetensors"
+        folder = self.tokenizer.fingerprint[:32]
+        return cached("tokens", folder, f"{fingerprint[:32]}.safetensors")
 
     def length(self, shard: Shard) -> int:
         """Tokens of a shard, the BOS after each document included. Raises as tokens()."""
@@ -221,17 +225,18 @@ class TokenCache:
 
         path = self.path(shard)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("w") as lock:
+            # a complete file needs no lock: its folder may be one that cannot be written
+            with contextlib.suppress(FileNotFoundError):
+                return self._open(shard, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locks.open_lock(path.with_suffix(".lock")) as lock:
                 # other ranks and runs wait here and then find the file
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                state = locks.take(lock, path.parent, wait=True, report=self.report)
                 while True:
                     if not path.exists():
-                        self._build(shard, path)
+                        self._build(shard, path, state is locks.Lock.TAKEN)
                     # another process may trim the file just now: then it is built again
                     with contextlib.suppress(FileNotFoundError):
-                        # trim_cache() drops what was not used for longest
-                        os.utime(path)
                         return self._open(shard, path)
         except DownloadFailed as error:
             raise DataFailed(str(error)) from None
@@ -241,21 +246,27 @@ class TokenCache:
                 f"another folder for caches by NANOCHAT_BASE_DIR"
             ) from None
 
-    def _build(self, shard: Shard, path: Path) -> None:
-        """Tokenize a shard into its file. The caller holds its lock."""
+    def _build(self, shard: Shard, path: Path, locked: bool) -> None:
+        """Tokenize a shard into its file.
+
+        locked: the caller holds its lock; otherwise other processes may do the same meanwhile."""
         from safetensors.numpy import save_file
 
         started = time.monotonic()
-        # of a process that was killed: the lock is ours
-        for abandoned in path.parent.glob(f"{path.stem}.*.partial"):
-            abandoned.unlink()
+        # of a process that was killed, since the lock is ours; another user's may have to stay
+        abandoned = path.parent.glob(f"{path.stem}.*.partial") if locked else ()
+        for left in abandoned:
+            with contextlib.suppress(OSError):
+                left.unlink()
         ids, offsets = self._encode(shard)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
         try:
             metadata = {"sha256": _digest([ids, offsets])}
             save_file({"ids": ids, "offsets": offsets}, partial, metadata=metadata)
             with partial.open("rb") as f:
                 os.fsync(f.fileno())
+            # safetensors makes its files private
+            apply_umask(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -263,7 +274,7 @@ class TokenCache:
             seconds = human_time(time.monotonic() - started)
             self.report(f"tokenized {shard.name}: {len(ids):,} tokens in {seconds}")
         in_use = {path, *(self._path(fingerprint) for fingerprint in self.opened)}
-        trim_cache(self.folder.parent, keep=in_use)
+        trim_cache(path.parent.parent, keep=in_use)
 
     def _encode(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of a shard, as its file holds them."""
@@ -281,11 +292,14 @@ class TokenCache:
         return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
 
     def _open(self, shard: Shard, path: Path) -> tuple[Any, np.ndarray]:
-        """tokens() of an existing file, whose checksum is compared first.
+        """tokens() of an existing file, whose checksum is compared first, and which counts as used.
 
         Raises FileNotFoundError, or UsageError if the file is damaged."""
         from safetensors import SafetensorError, safe_open
 
+        # trim_cache() drops what was not used for longest; another user's file cannot be marked
+        with contextlib.suppress(PermissionError):
+            os.utime(path)
         try:
             opened = safe_open(path, framework="numpy")
             ids = opened.get_slice("ids")
@@ -340,13 +354,14 @@ def by_size(documents: Iterable[str], n_characters: int) -> Iterator[list[str]]:
 def trim_cache(folder: Path, keep: set[Path], limit_bytes: int = CACHE_LIMIT_BYTES) -> None:
     """Delete the least recently used token files beyond limit_bytes; those in `keep` stay.
 
-    Other processes may do the same meanwhile."""
+    Files of other users neither count nor vanish. Other processes may do the same meanwhile."""
     files = []
     # of all tokenizers, since the limit is for the whole cache
     for path in folder.glob("*/*.safetensors"):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
-            files.append((found.st_mtime, found.st_size, path))
+            if found.st_uid == os.geteuid():
+                files.append((found.st_mtime, found.st_size, path))
     excess = sum(size for _, size, _ in files) - limit_bytes
     for _, size, path in sorted(files):
         if excess <= 0:

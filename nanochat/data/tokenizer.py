@@ -5,6 +5,7 @@ id is the index) and one special token, BOS, whose id comes last. BOS opens ever
 where documents end; text that spells it is encoded as plain text."""
 
 import base64
+import contextlib
 import functools
 import json
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from nanochat.common import (
     Unavailable,
     UsageError,
-    base_dir,
+    cached,
     read_json,
     sha256_hex,
     valid_unicode,
@@ -398,7 +399,7 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's tokenizer, 50,257 ids, each as OpenAI numbers it; BOS is its <|endoftext|>.
 
-    From base_dir()/tokenizers/gpt2, else downloaded (1.5 MB) and saved there. Its fingerprint is
+    From tokenizers/gpt2 in the caches, else downloaded (1.5 MB) and saved there. Its fingerprint is
     checked, wherever it came from. Raises Unavailable if it cannot be downloaded now, UsageError if
     the folder holds something else."""
     tokenizer = saved_gpt2_tokenizer()
@@ -416,9 +417,10 @@ def gpt2_tokenizer() -> Tokenizer:
             f"--tokenizer=gpt2: {error} Where there is no network, {by_hand}."
         ) from None
     tokenizer, problem = _downloaded_gpt2(*paths)
-    # a right one is saved, a wrong one is downloaded again
+    # a right one is saved, a wrong one is downloaded again; another user's file has to stay
     for path in paths:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     if problem:
         raise Unavailable(
             f"--tokenizer=gpt2: what the hub sent for {GPT2_REPO} is not GPT-2's tokenizer "
@@ -429,7 +431,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 def saved_gpt2_tokenizer() -> Tokenizer | None:
-    """GPT-2's tokenizer if base_dir() holds it, else None. UsageError if it is not GPT-2's."""
+    """GPT-2's tokenizer if the caches hold it, else None. UsageError if it is not GPT-2's."""
     folder = _gpt2_folder()
     # as gpt2_tokenizer() saves it, or as someone put it there by hand
     if not any((folder / name).exists() for name in (TOKENIZER_FILE, "encoder.json")):
@@ -444,7 +446,7 @@ def saved_gpt2_tokenizer() -> Tokenizer | None:
 
 
 def _gpt2_folder() -> Path:
-    return base_dir() / "tokenizers" / "gpt2"
+    return cached("tokenizers", "gpt2")
 
 
 def _downloaded_gpt2(encoder_path: Path, merges_path: Path) -> tuple[Tokenizer | None, str]:

@@ -1,9 +1,11 @@
 """Where the files of the CORE benchmark are: in a given folder, in the cache, or published."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_folder
+from nanochat import locks
+from nanochat.common import Unavailable, UsageError, cached, in_a_line, new_folder
 from nanochat.data.download import RemoteFile, content_length, wait_for
 from tasks.core import published_yaml
 
@@ -86,13 +88,14 @@ def find_bundle(
     if given:
         return _given_bundle(given)
     # a folder with this name is complete
-    folder = base_dir() / "core"
+    folder = cached("core")
     if folder.is_dir():
         return folder
     if not download:
         return None
     try:
-        with open(folder.with_suffix(".lock"), "w") as lock:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locks.open_lock(folder.with_suffix(".lock")) as lock:
             wait_for(lock, "the CORE bundle", folder.parent, report)
             # another process may have finished the download while this one waited for the lock
             if not folder.is_dir():
@@ -134,6 +137,7 @@ def _download(folder: Path, report: Callable[[str], None]) -> None:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(path.read_bytes())
         (partial / "core.yaml").write_text(published_yaml(), encoding="utf-8")
-    # the downloads would otherwise take the space a second time
+    # the downloads would otherwise take the space a second time; another user's have to stay
     for path in paths.values():
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,14 +1,17 @@
 """The run folder <out-dir>/<model-tag>/: its config.json and summary.json, and who may write to
 it."""
 
-import fcntl
+import errno
 import importlib.metadata
+import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UsageError, read_json, write_json
+from nanochat import locks
+from nanochat.common import UsageError, delete_folder, read_json, write_json
 from nanochat.run.metrics import finite_or_null
 
 FORMAT = 1
@@ -63,21 +66,18 @@ class RunFolder:
         # The folder may be read-only, or its parent may be a file.
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until the end)
+            # held until the end
+            self.lock = locks.open_lock(self.path / ".lock")
         except OSError as error:
             raise UsageError(
                 f"--out-dir: the run folder {self.path} cannot be written ({error.strerror}); "
                 "give another --out-dir"
             ) from None
-        try:
-            # Released by the system when the process ends, however it ends: no stale lock can be
-            # left.
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if locks.take(self.lock, self.path) is locks.Lock.HELD_ELSEWHERE:
             raise UsageError(
                 f"--model-tag: {self.path} is in use by a training process that is still running; "
                 "wait for it, stop it, or give another --model-tag"
-            ) from None
+            )
 
     def release(self) -> None:
         """Let another process claim the folder."""
@@ -109,15 +109,36 @@ class RunFolder:
             path.unlink()
         for name in FOLDERS:
             if (self.path / name).is_dir():
-                shutil.rmtree(self.path / name)
+                delete_folder(self.path / name, keep_link=True)
 
 
 def write_summary(path: Path | str, **values: Any) -> dict[str, Any]:
     """Replace a run folder's summary.json and return its content. Numbers that do not exist (yet)
-    are null."""
+    are null. Raises OSError if the disk refuses it."""
     summary = {"format": FORMAT, **finite_or_null(values)}
-    write_json(Path(path) / "summary.json", summary)
+    file = Path(path) / "summary.json"
+    try:
+        write_json(file, summary)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not file.exists():
+            raise
+        _overwrite(file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Write a small file within the space that it has already: on a full disk there is no other.
+
+    In one write, padded with blanks, since a shorter file could not be cut in the same step.
+    OSError if the space is too small."""
+    content = text.encode("utf-8")
+    with open(path, "r+b", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        # st_blocks counts pieces of 512 bytes, whatever the file system's own size
+        if len(content) > status.st_blocks * 512:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file.write(content.ljust(status.st_size))
+        os.fsync(file.fileno())
 
 
 def status_of(path: Path | str) -> str | None:
@@ -126,6 +147,20 @@ def status_of(path: Path | str) -> str | None:
     try:
         return read_json(Path(path) / "summary.json", "run folder").get("status")
     except (UsageError, AttributeError):
+        return None
+
+
+def saved_step(path: Path | str) -> int | None:
+    """The step of the newest checkpoint that a run's summary.json knows of, None if it knows of
+    none; runs saved by earlier versions tell only by having completed."""
+    try:
+        summary = read_json(Path(path) / "summary.json", "run folder")
+        if "checkpoint" in summary:
+            return summary["checkpoint"]
+        config = read_json(Path(path) / "config.json", "run folder")
+        was_saved = summary["status"] == "completed" and not config["args"]["no_save"]
+        return summary["step"] if was_saved else None
+    except (UsageError, KeyError, TypeError):
         return None
 
 

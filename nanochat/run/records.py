@@ -4,21 +4,25 @@ read_summary() is quick and strict: a line for a listing, or an error. read_run(
 and is lenient: what is damaged or missing becomes a line in `problems`, because a report on a run
 that was cut short is worth more than a refusal. Nothing here writes. Imports no torch."""
 
-import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanochat import locks
 from nanochat.common import UsageError, in_a_line, printable, read_json
 from nanochat.run.folder import FORMAT, RunFolder
 from nanochat.run.metrics import lines_of, parsed
 
 # metrics.jsonl may be large, and a listing needs its last whole line only
 TAIL_BYTES = 1 << 16
+# without file locks, a run counts as dead once its files were silent for longer than a compilation
+# or an evaluation takes
+QUIET_S = 900
 # integers beyond the largest float cannot be drawn or averaged
 LARGEST = sys.float_info.max
 # what reading a file with arbitrary content can raise
@@ -81,7 +85,7 @@ def read_summary(path: str | Path) -> RunSummary:
     at = _progress(path, summary)
     status = summary["status"]
     # a process that is killed cannot say so, but it loses its lock
-    if status == "running" and not is_held(path / ".lock"):
+    if status == "running" and not _is_alive(path):
         status = "died"
     parameters = steps = None
     # a run that `nanochat export --format run` wrote was never planned
@@ -128,18 +132,19 @@ def _last_write(path: Path) -> float:
     return max(file.stat().st_mtime for file in files if file.exists())
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds this lock file. The file is neither created nor changed."""
+def _is_alive(path: Path) -> bool:
+    """Whether a process holds a run folder, as far as its lock file can tell, which is neither
+    created nor changed."""
     try:
-        # a shared lock, and for an instant only: two readers never disturb each other
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        # shared, and for an instant only: two readers never disturb each other
+        with open(path / ".lock", "rb") as file:
+            lock = locks.take(file, path, shared=True)
     # there is no lock file, or none that may be read: nothing is known to hold the run
     except OSError:
         return False
-    return False
+    if lock is locks.Lock.NONE:
+        return time.time() - _last_write(path) < QUIET_S
+    return lock is locks.Lock.HELD_ELSEWHERE
 
 
 def last_line(path: Path) -> dict | None:

@@ -10,9 +10,10 @@ from nanochat.common import (
     EXIT_COMPLETED,
     Unavailable,
     UsageError,
-    base_dir,
+    cached,
     human_bytes,
     human_time,
+    writable_base_dir,
 )
 from nanochat.data import token_cache
 from nanochat.data.download import DownloadFailed, RemoteFile
@@ -127,7 +128,7 @@ def run_fetch(wanted: Wanted) -> int:
     size = human_bytes(sum(file.n_bytes for file in new))
     print(
         f"fetched {counted(len(new), 'file')}, {size}; here are {summary}, and "
-        f"{counted(len(corpus.val), 'shard')} to validate on, in {base_dir() / 'hub'}"
+        f"{counted(len(corpus.val), 'shard')} to validate on, in {cached('hub')}"
     )
     return EXIT_COMPLETED
 
@@ -227,11 +228,12 @@ def run_tokenize(wanted: Wanted) -> int:
     if n_shards is None and row_tokens < wanted.tokens:
         epochs = wanted.tokens / max(1, row_tokens)
         short = f" ({wanted.tokens:,} tokens are {epochs:.1f} epochs)"
+    size = human_bytes(_bytes_on_disk(corpus, tokenized))
     print(
         f"built {counted(tokenized.built, 'token file')}; here are "
         f"{counted(n, 'training shard')} of {len(order):,} with {trained:,} tokens{short}, and "
         f"{held_out:,} tokens to validate on; vocabulary {tokenizer.vocab_size:,} "
-        f"({tokenizer.kind}); {human_bytes(_bytes_on_disk(corpus, tokenized))} in {cache.folder}"
+        f"({tokenizer.kind}); {size} in {cached('tokens')}"
     )
     return EXIT_COMPLETED
 
@@ -342,11 +344,12 @@ def _check_room(shards: list[Shard], wanted: Wanted) -> None:
     Token files do not count: their size is an estimate, which is not worth a refusal."""
     files = {file for shard in shards for file in shard.remote_files() if not file.is_local()}
     download = sum(file.n_bytes for file in files)
-    free = shutil.disk_usage(base_dir()).free
+    folder = writable_base_dir()
+    free = shutil.disk_usage(folder).free
     if download > free:
         raise UsageError(
             f"{wanted.data}: {counted(len(files), 'file')} of {human_bytes(download)} are missing, "
-            f"and the disk of {base_dir()} has {human_bytes(free)} free; ask for less with "
+            f"and the disk of {folder} has {human_bytes(free)} free; ask for less with "
             f"--tokens or --shards, or set NANOCHAT_BASE_DIR"
         )
 

@@ -4,7 +4,6 @@ A run is held by a lock while it is trained, so that several sweeps can share a 
 file is inherited by the training process: it holds the run even if the sweep is killed."""
 
 import argparse
-import fcntl
 import os
 import re
 import shlex
@@ -15,8 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
+from nanochat import locks
 from nanochat.apps.sweep.facts import FAILURE, read_facts
 from nanochat.apps.sweep.settings import Settings
 from nanochat.common import EXIT_STOPPED, UsageError, human_time, read_json, write_json
@@ -73,7 +73,7 @@ class Stop:
         if self.child is not None:
             self.child.send_signal(signal.SIGTERM)
 
-    def call(self, command: Sequence[str], log: IO[bytes], keep_open: IO[str]) -> int:
+    def call(self, command: Sequence[str], log: IO[bytes], keep_open: BinaryIO) -> int:
         """Run a command with its output in `log`; returns its exit code.
 
         keep_open: a file that the command inherits, with its lock."""
@@ -245,10 +245,8 @@ def attend(
 ) -> bool:
     """Train one run to its end if it needs training. Returns False if another process holds it."""
     run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.path / ".sweep.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locks.open_lock(run.path / ".sweep.lock") as lock:
+        if locks.take(lock, run.path) is locks.Lock.HELD_ELSEWHERE:
             return False
         if before:
             before()
@@ -264,7 +262,7 @@ def attend(
         return True
 
 
-def _train(run: Run, was: str, settings: Settings, stop: Stop, lock: IO[str]) -> None:
+def _train(run: Run, was: str, settings: Settings, stop: Stop, lock: BinaryIO) -> None:
     """Start train.py and wait. A failure is noted in the run's folder, a stop in `stop`."""
     log_path = run.path / "train.log"
     (run.path / FAILURE).unlink(missing_ok=True)
