@@ -2,6 +2,7 @@
 refused. Speed itself is not tested."""
 
 import json
+import shutil
 
 import pytest
 import small
@@ -65,7 +66,7 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
         "loss, plain PyTorch",
         "tokenize",
         "rows",
-        "decode, 1 samples",
+        "decode, 1 sample",
         "decode, 8 samples",
         "start-up, --help",
         "core",
@@ -86,6 +87,26 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
     assert sum(half["flops_per_sec"] * half["seconds"] for half in halves) == pytest.approx(flops)
     assert step["peak_memory_bytes"] >= table["forward"]["peak_memory_bytes"] > 0
     assert content["settings"]["depth"] == 2 and content["hardware"]["torch"] == torch.__version__
+
+
+def test_the_result_line_of_files(results, tmp_path, capsys):
+    shutil.copy(results, tmp_path / "d4.json")
+    capsys.readouterr()
+    assert main(["bench", "--result", str(tmp_path / "d4.json"), str(results)]) == 0
+    words = capsys.readouterr().out.split()
+    entries = json.loads(results.read_text())["results"]
+    step = next(entry for entry in entries if entry["name"] == "step")
+    assert words[0] == "RESULT" and len(words) == 5
+    values = dict(word.split("=") for word in words[1:])
+    assert float(values["d4_tok_per_sec"]) == round(step["tokens_per_sec"])
+    assert float(values["tiny_share_of_peak"]) == pytest.approx(step["share_of_peak"], abs=1e-3)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"results": [{"name": "loss"}]}', "{"])
+def test_files_without_a_step_are_refused(tmp_path, capsys, content):
+    (tmp_path / "other.json").write_text(content)
+    assert main(["bench", "--result", str(tmp_path / "other.json")]) == 2
+    assert "other.json" in capsys.readouterr().err
 
 
 def test_keys_of_the_json(results):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.apps.bench.table import Result, differences, line, read_results
+from nanochat.apps.bench.table import Result, differences, line, read_results, result_line
 from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument, write_json
 from nanochat.data.tokenizer import MIN_BPE_VOCAB
 from nanochat.run.flags import FLAGS, flag
@@ -123,6 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="FILE",
         help="JSON of an earlier run; each line then says how much faster this run is",
+    )
+    parser.add_argument(
+        "--result",
+        type=path_argument,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="time nothing; print one line, RESULT name=value ..., about the JSON of earlier runs: "
+        "tokens a second and share of the peak of a whole step",
     )
     parser.add_argument(
         "--core-bundle",
@@ -280,8 +289,11 @@ def as_json(setup: "Setup", peak_flops: float, entries: list[Entry]) -> dict[str
 def main(argv: Sequence[str]) -> int:
     """Time the parts and print a table or JSON. Returns 0.
 
-    Raises UsageError for flags that describe no model, or an unreadable --compare."""
+    Raises UsageError for flags that describe no model, or an unreadable --compare or --result."""
     args = parse_args(argv)
+    if args.result:
+        print(result_line(args.result))
+        return EXIT_COMPLETED
     earlier = read_results(args.compare) if args.compare else None
 
     def report(text: str) -> None:

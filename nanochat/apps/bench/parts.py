@@ -12,7 +12,7 @@ from pathlib import Path
 from nanochat.apps.bench.core_prompts import time_core
 from nanochat.apps.bench.saving import time_saving
 from nanochat.apps.bench.text import python_text, temporary_base_dir
-from nanochat.common import UsageError
+from nanochat.common import UsageError, counted
 from nanochat.data.rows import Rows
 from nanochat.data.sources import open_corpus
 from nanochat.data.token_cache import TokenCache, fit_tokenizer
@@ -131,7 +131,7 @@ def _decode(bench: Bench) -> Iterator[Entry]:
     model.eval()
     for rows in DECODE_ROWS:
         yield measured(
-            f"decode, {rows} samples",
+            f"decode, {counted(rows, 'sample')}",
             lambda rows=rows: decode(rows),
             setup.device,
             bench.repeats,

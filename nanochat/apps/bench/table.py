@@ -1,6 +1,7 @@
 """Results of `nanochat bench`: derived figures, lines of the table, and an earlier run to compare
 with. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def read_results(path: str) -> Earlier:
         raise UsageError(
             f"--compare={path}: not a file that nanochat bench wrote; give one from --out"
         ) from error
+
+
+def result_line(paths: Sequence[str]) -> str:
+    """RESULT name=value ...: the speed of a whole step in each file, which names the values.
+
+    Raises UsageError for a file that nanochat bench did not write, or without a step."""
+    words = []
+    for path in paths:
+        content = read_json(Path(path), "results of nanochat bench")
+        try:
+            step = next(entry for entry in content["results"] if entry["name"] == "step")
+            speed, share = step["tokens_per_sec"], step["share_of_peak"]
+            name = Path(path).stem
+            words += [f"{name}_tok_per_sec={speed:.0f}", f"{name}_share_of_peak={share:.3f}"]
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            raise UsageError(
+                f"--result {path}: holds no time of a step; give a file from nanochat bench --out, "
+                f"timed with the part step"
+            ) from error
+    return " ".join(["RESULT", *words])
 
 
 def differences(settings: dict[str, Any], earlier: Earlier) -> str:
