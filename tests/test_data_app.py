@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from test_remote import CLIMBMIX, VAL, bodies, documents, limit, order, parquet, shards
 
+import train
 from nanochat import __main__, common
 from nanochat.apps import data
 from nanochat.apps.data import fetch, inspection, mix
@@ -73,6 +75,7 @@ def test_help_is_complete_and_light():
         "--all",
         "--seed",
         "--max-seq-len",
+        "--plan",
         "--vocab-size",
         "--bytes",
         "--shard-bytes",
@@ -120,6 +123,33 @@ def test_wrong_arguments(argv):
     with pytest.raises(SystemExit) as caught:
         data.main(argv)
     assert caught.value.code == 2
+
+
+def test_a_plan_says_what_to_tokenize(tmp_path, monkeypatch, capsys):
+    """The plan is train.py's own."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words\n" * 300)
+    flags = [f"--data={text}", "--depth=2", "--max-seq-len=64", "--num-iterations=3"]
+    assert train.run([*flags, "--dry-run", "--json", "--total-batch-size=128", "--gpus=1"]) == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text(capsys.readouterr().out)
+    wanted = []
+    monkeypatch.setattr(fetch, "run_tokenize", lambda values: wanted.append(values) or 0)
+    assert data.main(["tokenize", str(text), "--plan", str(plan)]) == 0
+    assert (wanted[0].tokens, wanted[0].max_seq_len) == (3 * 128, 64)
+    shown = capsys.readouterr().out
+    assert re.match(r"plan: 384 tokens, \S+ FLOPs, \S+ on 1 device, \S+ device-hours\n", shown)
+    assert data.main(["tokenize", str(text), "--tokens=5"]) == 0
+    assert (wanted[1].tokens, wanted[1].max_seq_len) == (5, 2048)
+    with pytest.raises(UsageError, match="--max-seq-len 32: the plan in .* has 64"):
+        data.main(["tokenize", str(text), "--plan", str(plan), "--max-seq-len=32"])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"plan": {"tokens": null}}', '"x"'])
+def test_other_files_are_no_plans(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UsageError, match="--plan .*plan.json: not the plan of a run; write one"):
+        data.main(["tokenize", "x", "--plan", str(tmp_path / "plan.json")])
 
 
 def test_all_that_is_wrong_is_said(tmp_path, monkeypatch):

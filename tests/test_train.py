@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import small
@@ -168,6 +169,22 @@ def test_dry_run_for_other_hardware(capsys):
     assert "8 x 989 TFLOP/s (listed bf16 peak of H100)" in capsys.readouterr().out
     assert train.run(["--dry-run", "--depth=26", "--gpu=A100"]) == 0
     assert "try --depth=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus, devices", [(1, "1 device"), (2, "2 devices")])
+def test_a_plan_counts_devices_and_their_hours(tmp_path, capsys, gpus, devices):
+    flags = [small.corpus(tmp_path), "--depth=2", "--max-seq-len=64", "--num-iterations=3"]
+    flags += ["--total-batch-size=128", "--device-batch-size=1", "--dry-run", "--gpu=H100"]
+    flags.append(f"--gpus={gpus}")
+    assert train.run(flags) == 0
+    shown = capsys.readouterr().out
+    assert train.run([*flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    hours = planned["estimates"]["seconds"] * gpus / 3600
+    assert planned["estimates"]["device_hours"] == pytest.approx(hours)
+    assert f"1 a device x {devices} x {2 // gpus} accumulated = 2" in shown
+    printed = float(re.search(r"device-hours +(\S+)", shown).group(1))
+    assert printed == pytest.approx(hours, rel=0.01)
 
 
 # ---- config files ----

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.common import human_bytes, human_time
+from nanochat.common import counted, human_bytes, human_time
 from nanochat.model import fp8
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
@@ -103,6 +103,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
         "model": dataclasses.asdict(run.config),
         "plan": run.plan.as_dict(),
         "flops": run.plan.flops,
+        "device_type": run.machine.device_type,
         "devices": run.machine.devices,
         "device_batch_size": run.device_batch,
         "accumulation": run.accumulation,
@@ -112,6 +113,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
         "peak": run.machine.peak,
         "estimates": {
             "seconds": run.plan.estimated_seconds(run.machine),
+            "device_hours": _device_hours(run),
             "assumed_mfu": ASSUMED_MFU,
             "memory_bytes": run.step_memory(run.device_batch),
             "checkpoint_bytes": run.checkpoint_bytes,
@@ -191,7 +193,7 @@ def _batch_lines(run: PlannedRun) -> Lines:
     rows = plan.rows_per_step
     return {
         "tokens a step": f"{rows} x {run.config.max_seq_len} = {plan.total_batch_tokens:,}",
-        "rows": f"{run.device_batch} a device x {run.machine.devices} devices x "
+        "rows": f"{run.device_batch} a device x {counted(run.machine.devices, 'device')} x "
         f"{run.accumulation} accumulated = {rows}",
     }
 
@@ -213,12 +215,18 @@ def _optimizer_lines(plan: Plan) -> Lines:
     return lines
 
 
+def _device_hours(run: PlannedRun) -> float:
+    """Estimated hours, summed over the devices: what a machine that is rented by the hour costs."""
+    return run.plan.estimated_seconds(run.machine) * run.machine.devices / 3600
+
+
 def _estimate_lines(run: PlannedRun) -> Lines:
     machine = run.machine
     seconds = human_time(run.plan.estimated_seconds(machine))
     peak = f"{machine.peak_flops / 1e12:.3g} TFLOP/s ({machine.peak})"
     return {
         "time": f"{seconds} at {ASSUMED_MFU:.0%} of {machine.devices} x {peak}",
+        "device-hours": f"{_device_hours(run):.3g}",
         "memory a device": human_bytes(run.step_memory(run.device_batch)),
         "a checkpoint": human_bytes(run.checkpoint_bytes),
     }

@@ -2,13 +2,16 @@
 
 import argparse
 import math
+from typing import Any
 
-from nanochat.common import UsageError, path_argument
+from nanochat.common import UsageError, counted, human_time, path_argument, read_json
 
 # documents whose beginning `inspect` shows unless --documents says otherwise
 EXAMPLES = 3
 # a mix holds a whole file's text in memory to shuffle it, so this bounds its memory as well
 DEFAULT_SHARD_BYTES = 64 << 20
+# of train.py
+DEFAULT_SEQ_LEN = 2048
 # of a mix
 HELD_OUT_SHARE = 0.02
 DATA_HELP = (
@@ -112,6 +115,14 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         help="tokens that the run will train on, such as 2e9",
     )
     amount.add_argument(
+        "--plan",
+        type=path_argument,
+        default="",
+        metavar="FILE",
+        help="the tokens and the --max-seq-len of a run's plan, which `train.py ... --dry-run "
+        "--json > FILE` writes",
+    )
+    amount.add_argument(
         "--shards",
         type=_count,
         metavar="N",
@@ -150,9 +161,9 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         # shards hold that many tokens
         "--max-seq-len",
         type=int,
-        default=2048,
+        default=-1,
         metavar="N",
-        help="the run's --max-seq-len (default %(default)s)",
+        help=f"the run's --max-seq-len (-1: that of --plan, else {DEFAULT_SEQ_LEN})",
     )
 
 
@@ -245,7 +256,37 @@ def main(argv: list[str]) -> int:
     from nanochat.apps.data.fetch import Wanted, run_fetch, run_tokenize
 
     run = run_fetch if command == "fetch" else run_tokenize
-    return run(Wanted(**values))
+    return run(Wanted(**_with_plan(**values)))
+
+
+def _with_plan(*, plan: str, max_seq_len: int, **values: Any) -> dict[str, Any]:
+    """The arguments of Wanted, with what --plan stands for, which is printed.
+
+    Raises UsageError for a file that is no plan, or a --max-seq-len that is not the plan's."""
+    if not plan:
+        return {**values, "max_seq_len": DEFAULT_SEQ_LEN if max_seq_len == -1 else max_seq_len}
+    content = read_json(plan, "--plan")
+    try:
+        tokens = round(content["plan"]["tokens"])
+        planned_seq_len = int(content["model"]["max_seq_len"])
+        estimates, devices = content["estimates"], counted(content["devices"], "device")
+        line = (
+            f"plan: {tokens:,} tokens, {content['flops']:.3g} FLOPs, "
+            f"{human_time(estimates['seconds'])} on {devices}, "
+            f"{estimates['device_hours']:.3g} device-hours"
+        )
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"--plan {plan}: not the plan of a run; write one with `python train.py ... --dry-run "
+            f"--json > {plan}`"
+        ) from None
+    if max_seq_len not in (-1, planned_seq_len):
+        raise UsageError(
+            f"--max-seq-len {max_seq_len}: the plan in {plan} has {planned_seq_len}; leave the "
+            f"flag out"
+        )
+    print(line, flush=True)
+    return {**values, "tokens": tokens, "max_seq_len": planned_seq_len}
 
 
 def _inspect(*, data: str, val_data: str, documents: int, as_json: bool) -> int:
