@@ -338,6 +338,40 @@ def test_another_run_id_starts_again(tmp_path):
     assert len(rows) == 10 + 8
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WANDB_RUN_ID": "other"},
+        {"WANDB_RUN_ID": "other", "WANDB_SWEEP_ID": "sweep"},
+        # as in a sweep whose agent names no run
+        {"WANDB_SWEEP_ID": "sweep"},
+    ],
+    ids=["run", "run of a sweep", "sweep"],
+)
+def test_resuming_under_a_run_that_the_environment_names(tmp_path, monkeypatch, variables):
+    """W&B takes that one: it gets the earlier steps too, and a line says so, once."""
+    log_run(tmp_path, 0, 10)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    _, lines = log_run(tmp_path, 5, 12)
+    records = list(wandb_records(tmp_path))
+    runs = {record.run.run_id for record in records if record.HasField("run")}
+    (new,) = runs - {"abc"}
+    assert "WANDB_RUN_ID" not in variables or new == "other"
+    (line,) = [line for line in lines if "earlier steps" in line]
+    assert "abc" in line and new in line
+    rows = [
+        item
+        for record in records
+        for item in record.history.item
+        if (item.key or item.nested_key[0]) == "train/lr"
+    ]
+    assert len(rows) == 10 + 12
+    if "WANDB_RUN_ID" in variables:
+        _, lines = log_run(tmp_path, 12, 14)
+        assert not any("earlier steps" in line for line in lines)
+
+
 @pytest.mark.parametrize("method", ["log", "text", "update_config", "finish"])
 def test_a_tracker_that_raises_is_switched_off(tmp_path, monkeypatch, method):
     def broken(self, *arguments):

@@ -75,7 +75,7 @@ class Trackers:
         """Start the requested trackers; without an account or server W&B falls back to offline.
 
         folder: the run folder. run_name: --run ("dummy": no W&B). config: that of config.json.
-        run_id: new_run_id(), kept there. first_step: where this start begins. report(text) prints
+        run_id: new_run_id(), kept there; WANDB_RUN_ID or a sweep of W&B wins over it. first_step: where this start begins. report(text) prints
         a line. earlier: the lines of metrics.jsonl before first_step, of which each tracker gets
         those that it lacks (all, if it was not on until now)."""
         self.report = report
@@ -188,8 +188,13 @@ class _Wandb:
             return
         # run.dir is the folder of the run's files, inside the run's own.
         self.path = os.path.dirname(self.run.dir)
-        self.position = _Position(folder / "wandb", run_id, lag=2 * FLUSH_SECONDS)
+        self.position = _Position(folder / "wandb", self.run.id, lag=2 * FLUSH_SECONDS)
         self._return_to_server()
+        if self.position.other_run:
+            report(
+                f"W&B: earlier steps are in its run {self.position.other_run}, this start writes "
+                f"to run {self.run.id}; they are written there as well, from metrics.jsonl"
+            )
         self.run.define_metric("*", step_metric="step")
         if self.run.offline:
             runs = f"{os.path.dirname(self.path)}/offline-run-*"
@@ -228,7 +233,7 @@ class _Wandb:
         arguments = {
             "project": os.environ.get("WANDB_PROJECT") or PROJECT,
             "name": run_name,
-            "id": run_id,
+            "id": os.environ.get("WANDB_RUN_ID") or run_id,
             "resume": "allow",
             "dir": str(folder),
             "config": config,
@@ -385,6 +390,8 @@ class _Position:
         lag: seconds until a line is safe from a kill. Only then it is noted, so that after a kill a
         few lines may be given twice, but none is lost."""
         self.run_id = run_id or ""
+        # the run that was given lines before, if it is another one
+        self.other_run = ""
         self.lag = lag
         self.step = -1
         # Names of the metrics that were given for self.step.
@@ -396,6 +403,8 @@ class _Position:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["run_id"] == run_id:
                 self.step, self.names = kept["step"], set(kept["names"])
+            else:
+                self.other_run = kept["run_id"]
         # Open as long as the run lasts: every line rewrites it.
         self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115
         self.go_back(self.step + 1)
