@@ -75,9 +75,10 @@ class Trackers:
         """Start the requested trackers; without an account or server W&B falls back to offline.
 
         folder: the run folder. run_name: --run ("dummy": no W&B). config: that of config.json.
-        run_id: new_run_id(), kept there; WANDB_RUN_ID or a sweep of W&B wins over it. first_step: where this start begins. report(text) prints
-        a line. earlier: the lines of metrics.jsonl before first_step, of which each tracker gets
-        those that it lacks (all, if it was not on until now)."""
+        run_id: new_run_id(), kept there; WANDB_RUN_ID or a sweep of W&B wins over it. first_step:
+        where this start begins. report(text) prints a line. earlier: the lines of metrics.jsonl
+        before first_step, of which each tracker gets those that it lacks (all, if it was not on
+        until now)."""
         self.report = report
         self.active = {}
         # Most runs have no trackers; then the lines of metrics.jsonl are not even read.
