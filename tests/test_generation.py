@@ -694,7 +694,7 @@ def test_sample_names_every_bad_value_at_once(loaded):
         "--num-samples 0",
         "--step -2",
         "--stop ''",
-        "--prompts-file /nowhere/prompts.txt",
+        "--prompts-file=/nowhere/prompts.txt",
     ]
     assert loaded == []  # nothing was loaded for it
 

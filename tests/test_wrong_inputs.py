@@ -148,7 +148,7 @@ UNUSABLE = {
     "broken.jsonl": ('{"text": "x"}\n{"text": \n', ["broken.jsonl line 2", "not JSON"]),
     "other.jsonl": (
         '{"text": "fine"}\n{"body": "words"}\n',
-        ["other.jsonl line 2 has no string field 'text' (it has: body)", "rename"],
+        ["other.jsonl line 2 has no column 'text' (it has: body)", "other.jsonl:body"],
     ),
     "number.jsonl": ('{"text": 5}', ["number.jsonl line 1", "'text' is not a string but int"]),
     "list.jsonl": ('["words"]', ["list.jsonl line 1 is a list, not an object"]),

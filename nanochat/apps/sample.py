@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.common import (
@@ -13,6 +12,7 @@ from nanochat.common import (
     step_argument,
     valid_unicode,
 )
+from nanochat.data.text import read_prompts
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -158,25 +158,14 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_prompts(given: list[str], path: str | None) -> list[str]:
+def prompts_of(given: list[str], path: str | None) -> list[str]:
     """The prompts in order: those of --prompt, then the lines of --prompts-file; [""] without any.
 
     Raises UsageError for a file that cannot be read or that holds no prompt."""
     if path is None:
         # an empty prompt is a beginning as well: the model then starts a document of its own
         return given or [""]
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    # a compressed or binary file opens without complaint, and only its content cannot be decoded
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--prompts-file {path}: cannot be read as UTF-8 text ({error}); "
-            f"name a text file with one prompt a line"
-        ) from None
-    from_file = [line for line in lines if line.strip()]
-    if not from_file:
-        raise UsageError(f"--prompts-file {path}: holds no prompt; write one a line")
-    return given + from_file
+    return given + read_prompts(path, "--prompts-file")
 
 
 def read_prompt(path: str) -> str:
@@ -223,7 +212,7 @@ def main(argv: list[str]) -> int:
     prompts = []
     try:
         prompts = args.prompt + [read_prompt(path) for path in args.prompt_from]
-        prompts = read_prompts(prompts, args.prompts_file)
+        prompts = prompts_of(prompts, args.prompts_file)
     except UsageError as error:
         problems.append(str(error))
     if problems:

@@ -1,25 +1,53 @@
-"""The documents of one file: text, JSON lines, tables; plain or compressed.
+"""The documents of one file: text, JSON lines, JSON, tables; plain or compressed.
 
-.txt, .jsonl and .parquet are read here, a part at a time; .csv, .json and whatever is compressed,
-through the package datasets."""
+Every format is read in the same way whatever the compression (textfile.py). Only .json files that
+are one list or one object are held in memory as a whole. A document of any size in a .txt file can
+be read in pieces (iterate_pieces)."""
 
+import csv
 import glob
+import itertools
 import json
-import logging
-import tempfile
+import os
+import re
+import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.common import UsageError, in_a_line, install_hint, valid_unicode
-from nanochat.data.clients import quiet_datasets
+from nanochat.data.textfile import (
+    END_OF_DOCUMENT,
+    HEAD_BYTES,
+    lines,
+    refuse_head,
+    text_blocks,
+    unpacked,
+)
 
 FORMATS = (".parquet", ".jsonl", ".json", ".txt", ".csv")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
-# alone on a line of a .txt file
-END_OF_DOCUMENT = "<|endoftext|>"
-# of formats in the package datasets; any other file is "text"
-DATASETS_NAMES = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+DEFAULT_COLUMN = "text"
+MARK_LINE = re.compile(rf"^[^\S\n]*{re.escape(END_OF_DOCUMENT)}[^\S\n]*$", re.MULTILINE)
+# rows of a table that are read together
+BATCH_ROWS = 1024
+# of which inline_marks() looks at the beginning
+MARKS_BYTES = 64 << 20
+# files of a folder that the package datasets wrote with save_to_disk()
+SAVED_DATASET = "state.json"
+SAVED_SPLITS = "dataset_dict.json"
+
+
+class Piece(NamedTuple):
+    """A stretch of a document. ends: whether it is the document's last."""
+
+    text: str
+    ends: bool
+
+
+# --------------------------------------------------------------------------------------------------
+# names
 
 
 def text_format(name: str) -> tuple[str, str]:
@@ -40,177 +68,496 @@ def text_suffix(name: str) -> str:
     return name[-len(suffix + compression) :] if suffix else ""
 
 
-def read_text(path: Path) -> str:
-    """A file as str. UsageError if it is not UTF-8 text."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-    if b"\0" in content:
+def split_column(data: str) -> tuple[str, str]:
+    """(path, column) of a value of --data that names local files, such as "a.parquet:content".
+
+    A path or pattern that exists as it is written wins; else what follows the last ":" is the
+    column, unless it holds a path separator. Without one the column is DEFAULT_COLUMN. UsageError
+    for an empty column."""
+    path, colon, column = data.rpartition(":")
+    if not colon or not path or os.sep in column or os.path.lexists(data) or glob.glob(data):
+        return data, DEFAULT_COLUMN
+    if not column:
         raise UsageError(
-            f"data: {path} is a binary file (it holds NUL bytes); give UTF-8 text, .jsonl or "
-            f".parquet"
+            f"--data={data}: no column is named after the colon; name one, such as "
+            f"--data={path}:content, or leave the colon out"
         )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+    return path, column
+
+
+def refuse_what_is_no_text(path: Path) -> None:
+    """UsageError, with the remedy, for a file or folder that is obviously no text that can be read.
+
+    That is a Git LFS pointer, an .arrow file or a folder that save_to_disk() wrote, a compressed or
+    binary file under another name, and text in UTF-16 or UTF-32. Only the beginning is read."""
+    where = f"data: {path}"
+    if path.is_dir():
+        _refuse_saved_dataset(path)
+        return
+    if path.suffix.lower() == ".arrow":
         raise UsageError(
-            f"data: {path} is not UTF-8 text (byte {error.start}); convert it, for example with "
-            f"iconv"
+            f"{where} is an Arrow file, which is not read; write it as parquet: "
+            + _python(f"Dataset.from_file({_quoted(path)}).to_parquet({_as_parquet(path)})")
+        )
+    suffix, compression = text_format(path.name)
+    if suffix == ".parquet":
+        _check_parquet_head(path, compression)
+    else:
+        next(unpacked(path, compression, suffix, where), None)
+
+
+def _refuse_saved_dataset(folder: Path) -> None:
+    """UsageError for a folder that the package datasets wrote with save_to_disk()."""
+    parquet = _as_parquet(folder)
+    opening = f"data: {folder} is a folder that save_to_disk() of the package datasets wrote, "
+    if (folder / SAVED_SPLITS).exists():
+        raise UsageError(
+            f"{opening}with several splits; write the one to train on as parquet, here 'train': "
+            + _python(f'load_from_disk({_quoted(folder)})["train"].to_parquet({parquet})')
+        )
+    if (folder / SAVED_DATASET).exists() and any(folder.glob("*.arrow")):
+        raise UsageError(
+            f"{opening}which is not read; write it as parquet: "
+            + _python(f"load_from_disk({_quoted(folder)}).to_parquet({parquet})")
+        )
+
+
+def _as_parquet(path: Path) -> str:
+    """The name of a parquet file for the content of a path, as Python writes a string."""
+    return _quoted(path.with_name(f"{path.name.removesuffix('.arrow')}.parquet"))
+
+
+def _quoted(path: Path) -> str:
+    # double quotes, since single ones are around the shell's argument
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _python(code: str) -> str:
+    """The shell command that runs a line with the package datasets."""
+    return f"python -c {shlex.quote(f'from datasets import *; {code}')}"
+
+
+# --------------------------------------------------------------------------------------------------
+# documents
+
+
+def iterate_documents(path: str | Path, column: str = DEFAULT_COLUMN) -> Iterator[str]:
+    """The documents of one file, blank ones left out.
+
+    column: of JSON and of tables, the field with the text. A file without a known ending is read as
+    text. Raises UsageError, on the way, for whatever is wrong with the file."""
+    parts: list[str] = []
+    for piece in iterate_pieces(path, column):
+        parts.append(piece.text)
+        if piece.ends:
+            text = "".join(parts)
+            # before the text is used: it may be half of the memory
+            parts.clear()
+            yield text
+
+
+def iterate_pieces(path: str | Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
+    """iterate_documents() in pieces: those of a .txt file are about a megabyte at most.
+
+    Other formats have one piece a document. Raises as iterate_documents()."""
+    path = Path(path)
+    try:
+        yield from _without_blank_documents(_pieces(path, column))
+    except UsageError:
+        raise
+    except MemoryError:
+        raise UsageError(
+            f"data: {path} takes more memory to read than there is; split its largest documents, "
+            f"or store it as .jsonl or .parquet"
+        ) from None
+    except Exception as error:
+        # Of any type, since each library has its own: training that reads ahead can save the run
+        # before it ends by a UsageError, and by nothing else.
+        raise UsageError(
+            f"data: {path} cannot be read ({type(error).__name__}: {in_a_line(error)}); repair or "
+            f"convert the file"
+        ) from error
+
+
+def cut_pieces(pieces: Iterable[Piece], first: int, last: int | None) -> Iterator[Piece]:
+    """The characters [first:last] of the first document in `pieces`, in pieces."""
+    begin = 0
+    for piece in pieces:
+        end = begin + len(piece.text)
+        stops = piece.ends or (last is not None and end >= last)
+        text = piece.text[max(0, first - begin) : None if last is None else max(0, last - begin)]
+        if text or stops:
+            yield Piece(text, stops)
+        if stops:
+            return
+        begin = end
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """A file of text, decompressed, as one str. where: opens each message.
+
+    UsageError if it cannot be read or is not UTF-8 text."""
+    suffix, compression = text_format(path.name)
+    return "".join(text_blocks(path, compression, suffix, where or f"data: {path}"))
+
+
+def read_prompts(path: str | Path, flag: str) -> list[str]:
+    r"""The prompts of a file, one a line, blank lines left out.
+
+    Lines end at "\n" or "\r\n" alone: every other character may be part of a prompt. Raises
+    UsageError, which names `flag`, for a file that cannot be read or holds no prompt."""
+    found = read_text(Path(path), f"{flag}={path}:").split("\n")
+    prompts = [line.rstrip("\r") for line in found if line.strip()]
+    if not prompts:
+        raise UsageError(f"{flag}={path}: holds no prompt; write one a line")
+    return prompts
+
+
+def inline_marks(path: Path, limit_bytes: int = MARKS_BYTES) -> int:
+    """Lines of a text file that hold END_OF_DOCUMENT among other text, where it is plain text.
+
+    Only about the first limit_bytes are read; 0 for other formats. Raises as iterate_documents()"""
+    suffix, compression = text_format(path.name)
+    if suffix not in ("", ".txt"):
+        return 0
+    n_lines = n_read = 0
+    for block in text_blocks(path, compression, suffix, f"data: {path}"):
+        if END_OF_DOCUMENT in block:
+            found = (line for line in block.split("\n") if END_OF_DOCUMENT in line)
+            n_lines += sum(line.strip() != END_OF_DOCUMENT for line in found)
+        n_read += len(block)
+        if n_read >= limit_bytes:
+            break
+    return n_lines
+
+
+def _pieces(path: Path, column: str) -> Iterator[Piece]:
+    """The documents of a file in pieces, blank ones too."""
+    suffix, compression = text_format(path.name)
+    if suffix in ("", ".txt"):
+        if column != DEFAULT_COLUMN:
+            raise UsageError(
+                f"data: {path} is plain text, which has no column '{column}'; leave the column out"
+            )
+        return _read_txt(path, compression, suffix)
+    if suffix == ".parquet":
+        documents = _read_parquet(path, compression, column)
+    else:
+        found = lines(unpacked(path, compression, suffix, f"data: {path}"))
+        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+        documents = readers[suffix](path, found, column)
+    return (Piece(text, True) for text in documents if text is not None)
+
+
+def _without_blank_documents(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    # of a document that is blank so far
+    held: list[Piece] = []
+    is_blank = True
+    for piece in pieces:
+        is_blank = is_blank and not piece.text.strip()
+        if is_blank:
+            held.append(piece)
+        else:
+            yield from held
+            yield piece
+            held.clear()
+        if piece.ends:
+            held.clear()
+            is_blank = True
+
+
+# --------------------------------------------------------------------------------------------------
+# text
+
+
+def _read_txt(path: Path, compression: str, suffix: str) -> Iterator[Piece]:
+    """The documents of a text, which END_OF_DOCUMENT separates where it stands on its own line.
+
+    Line ends around documents are dropped, unless the mark is nowhere in the file: then the
+    document is the file, character by character."""
+    where = f"data: {path}"
+    # whether the mark is anywhere in the file, and whether the document has begun
+    marked = begun = False
+    # line ends that may be the document's last
+    held = ""
+    for block, has_mark, ends in _between_marks(text_blocks(path, compression, suffix, where)):
+        marked = marked or has_mark
+        if not begun and not marked and block.startswith("\n"):
+            # a rare case, for which the file is read twice
+            again = text_blocks(path, compression, suffix, where)
+            marked = any(END_OF_DOCUMENT in text for text in again)
+            begun = not marked
+        text = block.lstrip("\n") if marked and not begun else block
+        body = text.rstrip("\n")
+        if body:
+            yield Piece(held + body, False)
+            held = ""
+        begun = begun or bool(body)
+        if begun:
+            held += text[len(body) :]
+        if ends:
+            yield Piece("", True)
+            held = ""
+            begun = False
+    yield Piece("" if marked else held, True)
+
+
+def _between_marks(blocks: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    """(text, whether its block holds the mark, whether a line with the mark alone follows it)."""
+    begins_line = True
+    for block in blocks:
+        has_mark = END_OF_DOCUMENT in block
+        # the rest of a line that began in the block before is no line
+        start = 0 if begins_line else block.find("\n") + 1 or len(block)
+        first, *others = MARK_LINE.split(block[start:]) if has_mark else [block[start:]]
+        texts = [block[:start] + first, *others]
+        for text in texts[:-1]:
+            yield text, has_mark, True
+        yield texts[-1], has_mark, False
+        begins_line = block.endswith("\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+
+def _read_jsonl(path: Path, found: Iterable[bytes], column: str) -> Iterator[str | None]:
+    """The field `column` of every line."""
+    for number, line in enumerate(found, 1):
+        if line.strip():
+            here = f"data: {path} line {number:,}"
+            yield _field(path, here, _json_of_line(here, number, line), column)
+
+
+def _json_of_line(here: str, number: int, line: bytes) -> Any:
+    try:
+        return _loads(line, number == 1)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{here} is not JSON in UTF-8 ({_json_problem(error)}); a .jsonl file has one object a "
+            f"line: repair the line or take it out"
         ) from None
 
 
-def iterate_documents(path: str | Path, column: str = "text") -> Iterator[str]:
-    """The documents of one file, blank ones left out.
-
-    column: of JSON lines and of tables, the field with the text. A file without a known ending is
-    read as text. Raises UsageError, on the way, if the file cannot be read as its format."""
-    path = Path(path)
-    suffix, compression = text_format(path.name)
-    if suffix == ".parquet":
-        documents = _read_parquet(path, column)
-    elif compression or suffix in (".json", ".csv"):
-        documents = _read_through_datasets(path, DATASETS_NAMES.get(suffix, "text"), column)
-    elif suffix == ".jsonl":
-        documents = _read_jsonl(path, column)
-    else:
-        documents = _split_text(read_text(path))
-    return (document for document in documents if document.strip())
-
-
-def _split_text(text: str) -> list[str]:
-    """The documents of a text, which END_OF_DOCUMENT separates where it stands on its own line."""
-    # most files are one document, which need not be split into lines
-    if END_OF_DOCUMENT not in text:
-        return [text]
-    # read_text() refuses NUL, so that it can stand for the separator
-    lines = ("\0" if line.strip() == END_OF_DOCUMENT else line for line in text.split("\n"))
-    return [document.strip("\n") for document in "\n".join(lines).split("\0")]
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    """The field `column` of every line, which are read one at a time."""
-    try:
-        with path.open("rb") as f:
-            # a line at a time: the file may be larger than memory
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                text = _field_of_line(path, number, line, column)
-                if text is not None:
-                    yield valid_unicode(text)
-    except OSError as error:
-        raise UsageError(f"data: {path} cannot be read ({error.strerror})") from None
-
-
-def _field_of_line(path: Path, number: int, line: bytes, column: str) -> str | None:
-    """The text of one line of a .jsonl file, None if it is null. UsageError names the line."""
-    here = f"data: {path} line {number}"
-    one_object = "a .jsonl file has one object a line"
+def _loads(content: bytes, is_first: bool) -> Any:
     # a byte order mark may open the file
-    encoding = "utf-8-sig" if number == 1 else "utf-8"
-    try:
-        value = json.loads(line.decode(encoding))
-    except ValueError:
-        # UnicodeDecodeError is one
-        raise UsageError(f"{here} is not JSON in UTF-8; {one_object}") from None
+    return json.loads(content.decode("utf-8-sig" if is_first else "utf-8"))
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is 0x{error.object[error.start]:02x}: {error.reason}"
+    return in_a_line(error)
+
+
+def _field(path: Path, here: str, value: Any, column: str) -> str | None:
+    """The text of a JSON object, None if it is null. here: file and place, for the UsageError."""
     if not isinstance(value, dict):
         what = "a list" if isinstance(value, list) else json.dumps(value)[:40]
-        raise UsageError(f"{here} is {what}, not an object; {one_object}")
+        raise UsageError(f"{here} is {what}, not an object; write one object a document")
     if column not in value:
-        raise UsageError(
-            f"{here} has no string field '{column}' (it has: {', '.join(value)}); rename the field"
-        )
+        texts = {name: text for name, text in value.items() if isinstance(text, str)}
+        raise _no_column(path, here, column, list(value), texts)
     text = value[column]
     if not isinstance(text, str | None):
         raise UsageError(
             f"{here}: field '{column}' is not a string but {type(text).__name__}; write the text "
             f"as a string"
         )
-    return text
+    return None if text is None else valid_unicode(text)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _read_json(path: Path, found: Iterable[bytes], column: str) -> Iterator[str | None]:
+    """Documents of a .json file: an object a line, or one list or object, which is read whole."""
+    found = iter(found)
+    opening: list[bytes] = []
+    for line in found:
+        opening.append(line)
+        if line.strip():
+            break
+    try:
+        is_lines = isinstance(_loads(b"\n".join(opening), True), dict)
+    except (ValueError, RecursionError):
+        is_lines = False
+    if is_lines:
+        yield from _read_jsonl(path, itertools.chain(opening, found), column)
+        return
+    content = b"\n".join(itertools.chain(opening, found))
+    try:
+        value = _loads(content, True)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"data: {path} is not JSON in UTF-8 ({_json_problem(error)}); repair or convert the "
+            f"file"
+        ) from None
+    del content
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        # a list of strings has no columns: each is a document
+        is_text = isinstance(item, str) and column == DEFAULT_COLUMN
+        yield item if is_text else _field(path, f"data: {path} item {number:,}", item, column)
+
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+
+def _no_column(
+    path: Path, here: str, column: str, names: list[str], texts: dict[str, str]
+) -> UsageError:
+    """The error for a missing column. texts: {name: example} of the columns that hold strings."""
+    # the longest is most likely the text
+    best = max(texts, key=lambda name: len(texts[name]), default="content")
+    return UsageError(
+        f"{here} has no column '{column}' (it has: {', '.join(names)}); name the one with the "
+        f"text: --data={path}:{best}, or of a dataset of the hub "
+        f"hf:<dataset>:<config>:<split>:<column>"
+    )
+
+
+def _read_csv(path: Path, found: Iterable[bytes], column: str) -> Iterator[str | None]:
+    """The fields of a column of a .csv file, whose first line names the columns."""
+    # of the whole process, but a limit on a document's size is of no use to anyone here
+    csv.field_size_limit(sys.maxsize)
+    # strict: a quote that is never closed would swallow the rest of the file
+    rows = csv.reader(_decoded_lines(path, found), strict=True)
+    header: list[str] = []
+    while True:
+        # counted before the row is read, which may hold lines
+        here = f"data: {path} line {rows.line_num + 1:,}"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UsageError(
+                f"{here} is not CSV ({in_a_line(error)}); a field with commas, quotes or line ends "
+                f'is in quotes, and a quote in it is written twice (""); or convert it to .jsonl'
+            ) from None
+        if row is None:
+            break
+        if not row:
+            continue
+        if not header:
+            header = row
+        elif column not in header:
+            raise _no_column(
+                path, f"data: {path}", column, header, dict(zip(header, row, strict=False))
+            )
+        elif len(row) > len(header):
+            raise UsageError(
+                f"{here} has {len(row)} fields for {len(header)} columns; put fields with commas "
+                f"in quotes"
+            )
+        else:
+            place = header.index(column)
+            yield row[place] if place < len(row) else None
+    if not header:
+        raise UsageError(f"data: {path} is empty; a .csv file begins with the names of its columns")
+
+
+def _decoded_lines(path: Path, found: Iterable[bytes]) -> Iterator[str]:
+    """Lines as csv.reader() wants them, with their ends."""
+    for number, line in enumerate(found, 1):
+        here = f"data: {path} line {number:,}"
+        if b"\0" in line:
+            raise UsageError(f"{here} holds NUL bytes: the file is binary or damaged; repair it")
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8") + "\n"
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{here} is not UTF-8 ({_json_problem(error)}); convert the file, for example with "
+                f"iconv"
+            ) from None
+
+
+def _check_parquet_head(path: Path, compression: str) -> None:
+    """UsageError for a .parquet file that is compressed again or something else."""
+    if compression:
+        raise UsageError(
+            f"data: {path}: parquet files are compressed inside, and one that is packed again "
+            f"cannot be read; unpack it"
+        )
+    with path.open("rb") as f:
+        refuse_head(path, "", ".parquet", f.read(HEAD_BYTES), f"data: {path}")
+
+
+def _read_parquet(path: Path, compression: str, column: str) -> Iterator[str | None]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise install_hint("pyarrow", f"--data: reading {path}") from None
+    _check_parquet_head(path, compression)
+    n_rows = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if column not in names:
-            raise UsageError(
-                f"data: {path} has no column '{column}' (it has: {', '.join(names)}); rename the "
-                f"column, or for a dataset of the hub name it: "
-                f"hf:<dataset>:<config>:<split>:<column>"
-            )
-        # only the one column is read from disk
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from _strings(path, column, batch.column(0).to_pylist())
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _check_column(path, table.schema_arrow, column)
+            # only the one column is read from disk
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+                yield from _strings(path, column, batch.column(0), n_rows)
+                n_rows += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"data: {path} is not a readable parquet file ({error})") from None
+        after = f" after row {n_rows:,}" if n_rows else ""
+        raise UsageError(
+            f"data: {path} is not a readable parquet file{after} ({in_a_line(error)}); fetch or "
+            f"write it again"
+        ) from None
 
 
-def _strings(path: Path, column: str, values: Iterable[Any]) -> Iterator[str]:
-    """The values of a column that are not null. UsageError for one that is not a string."""
-    for value in values:
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise UsageError(f"data: {path}: the column '{column}' does not hold strings")
-        yield value
+def _check_column(path: Path, schema: Any, column: str) -> None:
+    """UsageError if a parquet file's schema has no such column, or one that holds no strings."""
+    import pyarrow
 
-
-def _read_through_datasets(path: Path, kind: str, column: str) -> Iterator[str]:
-    """Documents of a file in a format that the package datasets reads, a part of it at a time."""
-    for batch in _tables(path, kind):
-        if column not in batch.column_names:
-            raise UsageError(
-                f"data: {path} has no column '{column}' (it has: {', '.join(batch.column_names)}); "
-                f"name one: hf:<dataset>:<config>:<split>:<column>"
-            )
-        for document in _strings(path, column, batch.column(column).to_pylist()):
-            yield valid_unicode(document)
-
-
-def _tables(path: Path, kind: str) -> Iterator[Any]:
-    """Arrow tables of a file, as the package datasets streams it, without a network."""
-    with quiet_datasets(f"--data: reading {path}") as datasets:
-        # comes with datasets, which opens files with it
-        import fsspec
-
-        is_zstd = text_format(path.name)[1] == ".zst"
-        if is_zstd and "zstd" not in fsspec.available_compressions():
-            raise install_hint("zstandard", f"--data: reading {path}")
-        # it logs what it also raises
-        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-        options = {"sample_by": "document"} if kind == "text" else {}
-        try:
-            # a folder for a lock file: no data is written
-            with tempfile.TemporaryDirectory() as folder:
-                dataset = datasets.load_dataset(
-                    kind,
-                    data_files=glob.escape(str(path)),
-                    split="train",
-                    streaming=True,
-                    cache_dir=folder,
-                    **options,
-                )
-                tables = iter(dataset.with_format("arrow").iter(batch_size=256))
-        except Exception as error:
-            # any exception: each format and compression has its own
-            raise _unreadable(path, kind, error) from None
-    while True:
-        try:
-            table = next(tables, None)
-        except Exception as error:
-            raise _unreadable(path, kind, error) from None
-        if table is None:
-            return
-        yield table
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> UsageError:
-    return UsageError(
-        f"data: {path} cannot be read as {kind} ({in_a_line(error)}); repair or convert the file"
+    if column not in schema.names:
+        texts = {field.name: field.name for field in schema if _holds_strings(field.type)}
+        raise _no_column(path, f"data: {path}", column, schema.names, texts)
+    i = schema.names.index(column)
+    kind = schema.field(i).type
+    if _holds_strings(kind):
+        return
+    is_binary = (
+        pyarrow.types.is_binary(kind)
+        or pyarrow.types.is_large_binary(kind)
+        or pyarrow.types.is_binary_view(kind)
     )
+    if is_binary:
+        remedy = (
+            f"cast it and write the file again, with pyarrow: table = table.set_column({i}, "
+            f"'{column}', table['{column}'].cast('string'))"
+        )
+    else:
+        remedy = f"name another one, as in --data={path}:content, or write the text as strings"
+    raise UsageError(
+        f"data: {path}: the column '{column}' does not hold strings but {kind}; {remedy}"
+    )
+
+
+def _holds_strings(kind: Any) -> bool:
+    """Whether values of a type of pyarrow are strings, or always null."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_string_view(kind)
+        or types.is_null(kind)
+    )
+
+
+def _strings(path: Path, column: str, values: Any, first_row: int) -> list[str | None]:
+    """An array of strings as a list. UsageError names the row that is not UTF-8."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:
+        # of which row, it does not say
+        found = []
+    for i, value in enumerate(values):
+        try:
+            found.append(value.as_py())
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"data: {path} row {first_row + i:,} (the first is 0): the column '{column}' is "
+                f"not UTF-8 ({_json_problem(error)}); drop the row or write its text again"
+            ) from None
+    return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UsageError, stream_seed
+from nanochat.data.text import read_prompts
 from nanochat.eval.kv_cache import KVCache
 from nanochat.model.decoder import Decoder
 
@@ -510,7 +511,7 @@ def draw_samples(
 def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
     """The prompts of the samples that training draws.
 
-    path: --sample-prompts, a file with a prompt on each line; if it is "", the prompts are "" and
+    path: --sample-prompts, a file for read_prompts(); if it is "", the prompts are "" and
     the beginnings of two held-out documents.
     Raises UsageError for a file that is not text or that the tokenizer cannot encode."""
     if not path:
@@ -518,11 +519,7 @@ def sample_prompts(path: str, tokenizer: Any, corpus: Any) -> list[str]:
         # 100 characters are enough for 8 tokens, and not a whole book to tokenize
         beginnings = [tokenizer.encode(document[:100])[:8] for document in documents]
         return ["", *(tokenizer.decode(ids) for ids in beginnings)]
-    try:
-        with open(path, encoding="utf-8") as f:
-            prompts = [line.rstrip("\n") for line in f]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--sample-prompts={path}: cannot be read as text ({error})") from None
+    prompts = read_prompts(path, "--sample-prompts")
     # raises now what would otherwise fail at the first sample, hours later
     for prompt in prompts:
         tokenizer.encode(prompt)
