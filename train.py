@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from nanochat.run.clock import Clock
     from nanochat.run.faults import Watchdog
     from nanochat.run.keeper import Keeper
-    from nanochat.run.log import RunLog
+    from nanochat.run.log import RunLog, StepResult
     from nanochat.run.plan import Machine, Plan
     from nanochat.run.plan_text import PlannedRun
     from nanochat.run.profiler import Profiler
@@ -130,7 +130,7 @@ def derive_plan(
         )
     if plan.budget_seconds is not None:
         # the number of steps is fixed once the speed has been measured
-        plan.num_iterations = None
+        plan.num_iterations = plan.scheduled_steps = None
     return plan
 
 
@@ -251,7 +251,7 @@ def train(session: Session) -> str:
         micro_batches, agreed = agree(session)
         rolling_due = agreed.save
         if agreed.steps:
-            plan.fix_steps(agreed.steps, done=state.step)
+            plan.set_steps(agreed.steps, done=state.step)
             log.steps_fixed(clock)
 
         # step: forward and backward over the micro-batches, average, clip, update
@@ -277,12 +277,11 @@ def train(session: Session) -> str:
 
         # count: an fp16 loss scale that was too large is no fault, a bad loss has other causes
         overflowed = scaler.update(finite) if math.isfinite(loss) else False
-        state.advance(clock.step_seconds, finite, overflowed, scaler.state())
-        keeper.after_step(finite)
+        state.advance(clock.counted_seconds, finite, overflowed, scaler.state())
+        if keeper.after_step(finite):
+            log.summarize("running")
         if not finite:
-            log.skipped(result, overflowed, scaler)
-            if faults.gives_up(state, overflowed, args.max_skipped, args.debug_nans):
-                raise TrainingFailed(locate_fault(session, micro_batches))
+            note_skipped(session, result, overflowed, micro_batches)
 
 
 def evaluate(session: Session) -> str:
@@ -377,7 +376,7 @@ def agree(session: Session) -> tuple[list, Agreed]:
     from nanochat import ranks
     from nanochat.data.token_cache import DataFailed
 
-    state, clock, budget = session.state, session.clock, session.plan.open_budget_seconds
+    state, clock, plan = session.state, session.clock, session.plan
     micro_batches, no_data = [], ""
     try:
         micro_batches = next(session.batches)
@@ -389,11 +388,28 @@ def agree(session: Session) -> tuple[list, Agreed]:
         stop=session.stop.requested,
         no_data=no_data,
         save=session.keeper.rolling_due(),
-        steps=clock.steps_in_budget(budget, state.step, state.training_seconds),
+        steps=clock.steps_in_budget(
+            plan.budget_to_fit(state.step),
+            state.step,
+            state.training_seconds,
+            first=plan.num_iterations is None,
+        ),
     )
     if agreed.no_data:
         raise DataFailed(agreed.no_data)
     return micro_batches, agreed
+
+
+def note_skipped(
+    session: Session, result: StepResult, overflowed: bool, micro_batches: list
+) -> None:
+    """Report that the step before was skipped. TrainingFailed after too many of them in a row."""
+    from nanochat.run import faults
+
+    args = session.args
+    session.log.skipped(result, overflowed, session.scaler)
+    if faults.gives_up(session.state, overflowed, args.max_skipped, args.debug_nans):
+        raise TrainingFailed(locate_fault(session, micro_batches))
 
 
 def locate_fault(session: Session, micro_batches: list) -> str:
@@ -438,9 +454,9 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from nanochat import hardware, ranks
     from nanochat.run.checks import check_flags
-    from nanochat.run.resume import open_run
+    from nanochat.run.resume import open_run, values_in_force
 
-    if problems := check_flags(args):
+    if problems := check_flags(values_in_force(args)):
         raise UsageError("\n".join(problems))
     if args.dry_run:
         return dry_run(args)
@@ -546,7 +562,7 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     print0(runtime_in_words(runtime, config, device.type, machine.devices))
     prompts = []
     if args.sample_every != -1:
-        prompts = from_rank0_or_raise(
+        prompts = run.saved_prompts or from_rank0_or_raise(
             lambda: sample_prompts(args.sample_prompts, text.tokenizer, text.corpus)
         )
     core, no_core = open_for_training(
@@ -723,6 +739,7 @@ def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
         compressed_bpb=text.compressed_bpb,
         tokenizer=text.tokenizer,
         machine=machine_facts,
+        prompts=prepared.prompts,
         records=log.records,
     )
     log.config = run.config

@@ -272,6 +272,7 @@ def test_the_summary(tmp_path):
             "tok_per_sec": 512.0,
             "mfu": 2.56,
             "skipped_steps": 2,
+            "checkpoint": None,
         }
     )
     written = json.loads((tmp_path / "summary.json").read_text())
@@ -384,3 +385,50 @@ def test_the_last_words_of_a_run_that_is_completed(tmp_path, scores, words):
     found = log.last_words(completed=True, failure="", saved="newest: step 12", no_save=False)
     assert found.startswith(f"completed 3 steps in 1.5s of {words}")
     assert found.endswith(f"; newest: step 12; run folder: {tmp_path}")
+
+
+def test_the_final_status_is_written_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    """Into the space that the summary has, though no new file can be written."""
+    log = open_log(tmp_path)
+    log.summarize("running", "a long reason " * 9)
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    log.summarize("running")
+    log.end("stopped", "asked to", 75)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
+    assert capsys.readouterr().out == ""
+    # a config that is new has no space yet, and a summary never stands next to an older one
+    log.config = {"plan": {}}
+    log.summarize("completed")
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "stopped"
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_refused_summary_is_written_as_soon_as_there_is_room(tmp_path, monkeypatch, capsys):
+    log = open_log(tmp_path)
+    log.config = {"plan": {}}
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_config", refuse)
+        for _ in range(3):
+            log.step(STEP, OFF, clock)
+            log.summarize("running")
+            now[0] += 11
+    log.step(STEP, OFF, clock)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "running"
+    # each once
+    shown = capsys.readouterr().out
+    assert shown.count("config.json and summary.json cannot be written") == 1
+    assert shown.count("config.json and summary.json are written now") == 1
+    # and not at every step
+    (tmp_path / "summary.json").unlink()
+    log.step(STEP, OFF, clock)
+    assert not (tmp_path / "summary.json").exists()

@@ -1,6 +1,7 @@
 """The plan of a run: what follows from the dial, worked by hand, and what is due at a step."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -230,7 +231,7 @@ def multipliers(plan, steps):
 def test_an_open_budget_has_no_last_step_and_no_warm_down():
     plan = budget()
     assert plan.num_iterations is None
-    assert plan.budget_seconds == plan.open_budget_seconds == 600
+    assert plan.budget_seconds == plan.budget_to_fit(0) == plan.budget_to_fit(10**9) == 600
     assert plan.estimated_seconds(MACHINE) == 600
     assert plan.warmdown_begins is None and plan.last_row() is None
     assert not plan.is_last(10**9)
@@ -242,10 +243,91 @@ def test_fixing_the_steps_of_a_budget():
     plan = budget()
     plan.fix_steps(100, done=20)
     assert (plan.num_iterations, plan.tokens, plan.last_row()) == (100, 204800, 100)
-    assert plan.budget_seconds == 600 and plan.open_budget_seconds is None
+    assert plan.budget_seconds == 600 and plan.budget_to_fit(20) is None
     assert (plan.warmdown_begins, plan.warmdown_steps, plan.fixed_at) == (50, 50, 20)
     assert plan.is_last(100) and not plan.is_last(99)
     assert multipliers(plan, (0, 20, 50, 75, 99)) == [1.0, 1.0, 1.0, 0.5, 0.02]
+
+
+def decided_at(plan, rate=1.0):
+    """The steps before which the length of a budget is decided again, when each decision finds that
+    what is left takes `rate` times as many steps."""
+    found = []
+    step = plan.fixed_at
+    while not plan.is_last(step):
+        if plan.budget_to_fit(step):
+            found.append(step)
+            plan.set_steps(step + round(rate * (plan.num_iterations - step)), done=step)
+        step += 1
+    return found
+
+
+@pytest.mark.parametrize(
+    "given, steps",
+    [
+        # where the warm-down begins, then after half of what is left
+        ([], [50, 75, 88]),
+        (["--warmdown-ratio=0.2"], [60, 80, 90]),
+        # no warm-down after the length is known: after half of what is left
+        (["--warmdown-ratio=0"], [60, 80, 90]),
+        (["--warmdown-ratio=0.9"], [60, 80, 90]),
+        (["--lr-schedule=cosine"], [60, 80, 90]),
+    ],
+)
+def test_when_the_length_of_a_budget_is_corrected(given, steps):
+    plan = budget(*given)
+    plan.set_steps(100, done=20)
+    assert decided_at(plan) == steps
+    assert plan.num_iterations == plan.scheduled_steps == 100
+
+
+def test_a_run_by_steps_is_never_corrected():
+    plan = plan_of("--depth=4", "--num-iterations=100")
+    assert [plan.budget_to_fit(step) for step in range(100)] == [None] * 100
+
+
+@pytest.mark.parametrize("given", [[], ["--final-lr-frac=0.25"], ["--lr-schedule=cosine"]])
+@pytest.mark.parametrize("rate", [0.7, 1.3])
+def test_a_correction_stretches_what_is_left_of_the_schedule(given, rate):
+    """The learning rate has no jump, never rises, and ends where it would have ended."""
+    plan = budget(*given)
+    plan.set_steps(1000, done=100)
+    as_fixed = multipliers(dataclasses.replace(plan), range(1000))
+    assert len(decided_at(plan, rate)) > 3 and plan.num_iterations != 1000
+    corrected = multipliers(plan, range(plan.num_iterations))
+    first = plan.corrections[0][0]
+    assert corrected[:first] == as_fixed[:first]
+    falls = [before - after for before, after in itertools.pairwise(corrected)]
+    assert min(falls) >= 0 and max(falls) < 0.03
+    assert corrected[-1] == pytest.approx(as_fixed[-1], abs=0.01)
+    # at the first correction a new slope begins
+    assert plan.lr_multiplier(first) == as_fixed[first]
+
+
+def test_a_correction_by_hand():
+    """100 steps with a warm-down from 50; there 100 more are found to fit, and at 100 only 20."""
+    plan = budget()
+    plan.set_steps(100, done=20)
+    plan.set_steps(150, done=50)
+    plan.set_steps(120, done=100)
+    assert (plan.num_iterations, plan.tokens, plan.warmdown_begins) == (120, 120 * 2048, 50)
+    assert multipliers(plan, (49, 50, 75, 99, 100, 110)) == pytest.approx(
+        [1.0, 1.0, 0.75, 0.51, 0.5, 0.25]
+    )
+    assert plan.is_last(120) and plan.last_row() == 120
+
+
+def test_a_correction_before_the_warm_down_moves_its_beginning():
+    """Of 100 steps the last 20 are the warm-down; at 60, 80 more fit: the last half of them."""
+    plan = budget("--warmdown-ratio=0.2")
+    plan.set_steps(100, done=20)
+    plan.set_steps(140, done=60)
+    assert plan.warmdown_begins == 100
+    assert plan.checkpoint_due(100, False, -1) == "before_warmdown"
+    assert multipliers(plan, (60, 100, 110, 120, 139)) == [1.0, 1.0, 0.75, 0.5, 0.025]
+    plan.set_steps(120, done=100)
+    assert plan.warmdown_begins == 100
+    assert multipliers(plan, (100, 110, 119)) == pytest.approx([1.0, 0.5, 0.05])
 
 
 def test_the_warm_down_does_not_begin_in_the_past():
@@ -285,6 +367,7 @@ def test_a_cosine_begins_when_the_budget_is_fixed():
 def test_round_trip_through_config_json():
     plan = budget("--warmup-ratio=0.1", "--final-lr-frac=0.25")
     plan.fix_steps(100, done=2)
+    plan.set_steps(110, done=50)
     values = json.loads(json.dumps(plan.as_dict()))
     assert Plan.from_config({"args": {}, "plan": values}) == plan
 
@@ -304,7 +387,14 @@ def test_a_config_json_of_an_earlier_version(given, schedule):
     args = vars(flags.parse(given))
     later = ("given", "lr_schedule", "warmup_steps", "patience")
     old_args = {name: value for name, value in args.items() if name not in later}
-    missing = ("schedule", "horizon_value", "fixed_at", "warmup_before")
+    missing = (
+        "schedule",
+        "horizon_value",
+        "fixed_at",
+        "warmup_before",
+        "scheduled_steps",
+        "corrections",
+    )
     values = {name: value for name, value in plan.as_dict().items() if name not in missing}
     found = Plan.from_config({"args": old_args, "plan": values})
     assert found == plan

@@ -180,7 +180,7 @@ class Schedule:
 
 
 def lr_multiplier(
-    step: int,
+    step: float,
     steps: int,
     warmup_steps: int,
     warmdown_steps: int,
@@ -188,7 +188,7 @@ def lr_multiplier(
     shape: str,
 ) -> float:
     """Factor on the learning rates at update `step` (0 is the first) of `steps`; the first is
-    never 0.
+    never 0. A step between two updates is as good.
 
     trapezoid: linear warm-up, constant, linear warm-down to final_lr_frac. cosine: linear warm-up,
     then half a cosine."""
@@ -198,8 +198,10 @@ def lr_multiplier(
     if shape == "cosine":
         progress = (step - warmup_steps) / max(1, steps - warmup_steps)
         return final_lr_frac + (1 - final_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress))
-    left = (steps - step) / max(1, warmdown_steps)
-    return 1.0 if left >= 1 else final_lr_frac + (1 - final_lr_frac) * left
+    if steps - step >= warmdown_steps:
+        return 1.0
+    left = (steps - step) / warmdown_steps
+    return final_lr_frac + (1 - final_lr_frac) * left
 
 
 def muon_momentum(step: int) -> float:

@@ -23,6 +23,7 @@ import torch
 
 from nanochat.common import (
     UsageError,
+    delete_folder,
     fsync_dir,
     human_bytes,
     read_json,
@@ -497,9 +498,10 @@ def prune(run_path: Path | str, keep_last: int) -> None:
 def _remove(folder: Path) -> None:
     """Delete a checkpoint's folder. A kill halfway leaves a hidden one, never half a checkpoint."""
     hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.is_dir():
+        delete_folder(hidden)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+    delete_folder(hidden)
 
 
 def sweep(run_path: Path | str) -> None:
@@ -507,7 +509,7 @@ def sweep(run_path: Path | str) -> None:
 
     Only the process that holds the run's lock may call this."""
     for path in (Path(run_path) / "checkpoints").glob(".step_*"):
-        shutil.rmtree(path)
+        delete_folder(path)
 
 
 def _set_aside(folder: Path) -> None:

@@ -43,7 +43,8 @@ class _Problems(list):
 def check_flags(args: argparse.Namespace) -> list[str]:
     """Every problem with the flags, as sentences; an empty list if there is none.
 
-    args: from flags.parse()."""
+    args: from flags.parse(), with the values in force of a run that is resumed or begins with
+    another one's weights (resume.values_in_force)."""
     problems = _Problems(args)
     # All of them, not the first: whoever mends one flag should not meet the next one afterwards.
     problems += range_problems(args)
@@ -72,14 +73,23 @@ def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
         "a path, not a name",
         "give a plain name, and the folder of run folders as --out-dir",
     )
+    # What a resumed run began with may have been moved since, and is looked up only when it is
+    # needed.
     for name in ("sample_prompts", "val_data", "init_from", "core_bundle"):
         value = getattr(args, name)
+        unneeded = name == "init_from" and args.resume
         problems.require(
-            name, not value or _exists(value), "no such file or folder", "check the path"
+            name,
+            not value or name not in args.given or unneeded or _exists(value),
+            "no such file or folder",
+            "check the path",
         )
     problems.require(
         "data",
-        args.data == "python" or is_remote(args.data) or _exists(args.data),
+        "data" not in args.given
+        or args.data == "python"
+        or is_remote(args.data)
+        or _exists(args.data),
         "no such file or folder, no file matches it as a pattern, and it names no dataset",
         f"give a path, python, {', '.join(KNOWN)}, or hf:<dataset>",
     )

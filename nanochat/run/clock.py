@@ -1,13 +1,23 @@
 """Everything about time in a run: the duration of steps, the rate, rolling saves, the time budget,
 and stalls. Tested with an injected clock."""
 
+import collections
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
-LEAST_MEASURED_STEPS = 5  # before the number of steps of a time budget is fixed
-MEASURED_SHARE = 0.1  # of the budget that is measured first
+LEAST_MEASURED_STEPS = 5  # before the number of steps of a time budget is decided
+MEASURED_SHARE = 0.1  # of the budget that is measured before the first decision
+# The rate is that of the latest steps, which took this share of the budget together; steps that
+# took so many times their median are left out.
+RATE_SHARE = 0.05
+RATE_OUTLIER = 3
+RATE_STEPS = 4096  # at most
+# A step during which this process, or a rank that it waited for, was suspended: it took so many
+# times its usual duration, and so many seconds more. It counts with its usual duration.
+SUSPENDED_FACTOR = 5
+SUSPENDED_SECONDS = 2.0
 RECENT_STEPS = 32  # of which the median is what a step usually takes
 # A step counts as stalled after so many times its usual duration, and at least so many seconds;
 # other work, whose usual duration is unknown, after STALL_PATIENCE_SECONDS.
@@ -36,7 +46,10 @@ class Clock:
         self.steps = 0
         self.seconds = 0.0
         self.step_seconds = 0.0
+        # what the latest adds to the training time: nothing for a suspension
+        self.counted_seconds = 0.0
         self.recent: list[float] = []
+        self.measured: collections.deque[float] = collections.deque(maxlen=RATE_STEPS)
         self.steps_before = 0
         self.seconds_before = 0.0
         # for stalls: what is being done, since when, and how long it may take
@@ -54,11 +67,16 @@ class Clock:
         yield
         self.synchronize()
         self.step_seconds = self.now() - started
+        usual = self.usual_seconds()
+        longest = max(SUSPENDED_FACTOR * usual, usual + SUSPENDED_SECONDS)
+        is_suspended = bool(self.recent) and self.step_seconds > longest
+        self.counted_seconds = usual if is_suspended else self.step_seconds
         self.steps += 1
-        self.seconds += self.step_seconds
+        self.seconds += self.counted_seconds
         self.recent = [*self.recent[-(RECENT_STEPS - 1) :], self.step_seconds]
-        usual = max(STALL_FLOOR_SECONDS, STALL_FACTOR * self.usual_seconds())
-        self.begin(f"step {number + 1}", usual)
+        self.measured.append(self.counted_seconds)
+        patience = max(STALL_FLOOR_SECONDS, STALL_FACTOR * self.usual_seconds())
+        self.begin(f"step {number + 1}", patience)
 
     def usual_seconds(self) -> float:
         """What a step usually takes, 0 before the first."""
@@ -81,20 +99,34 @@ class Clock:
     # ----- the time budget
 
     def steps_in_budget(
-        self, budget_seconds: float | None, steps_done: int, seconds_done: float
+        self, budget_seconds: float | None, steps_done: int, seconds_done: float, first: bool
     ) -> int | None:
-        """The number of steps, those done included, that a time budget allows at the rate so far.
+        """The number of steps, those done included, that a time budget allows at the present rate.
 
-        None without a budget and until a tenth of it has been measured. seconds_done: training
-        time so far, earlier starts included."""
-        if budget_seconds is None:
-            return None
+        None without a budget and until enough has been measured. seconds_done: training time so
+        far, earlier starts included. first: nothing has been decided yet, so a tenth of the budget
+        is measured."""
         # looked at before the latest step, whose time is then part of the rate
-        too_few = self.steps_before < LEAST_MEASURED_STEPS
-        if too_few or self.seconds_before < MEASURED_SHARE * budget_seconds:
+        if budget_seconds is None or self.steps_before < LEAST_MEASURED_STEPS:
+            return None
+        if first and self.seconds_before < MEASURED_SHARE * budget_seconds:
             return None
         left = budget_seconds - seconds_done
-        return steps_done + max(1, round(left * self.steps / self.seconds))
+        step_seconds = self.latest_step_seconds(RATE_SHARE * budget_seconds)
+        return steps_done + max(1, round(left / step_seconds))
+
+    def latest_step_seconds(self, seconds: float) -> float:
+        """Mean duration of the latest steps that took so many seconds together, at least
+        LEAST_MEASURED_STEPS, without outliers: one slow step decides nothing."""
+        latest: list[float] = []
+        total = 0.0
+        for duration in reversed(self.measured):
+            if total >= seconds and len(latest) >= LEAST_MEASURED_STEPS:
+                break
+            latest.append(duration)
+            total += duration
+        most = RATE_OUTLIER * statistics.median(latest)
+        return statistics.fmean(duration for duration in latest if duration <= most)
 
     # ----- stalls
 

@@ -36,6 +36,8 @@ class Keeper:
         self.enabled = enabled
         # step and kind of the newest save, and whether it waits for a good step
         self.newest: tuple[int, str, bool] = (-1, "", False)
+        # the newest that is known to be on disk
+        self.safe: int | None = None
 
     def save(self, kind: str, state: TrainState, hold: bool = False) -> None:
         """Save the state as a checkpoint of a kind; every rank takes part, since that gathers.
@@ -71,11 +73,16 @@ class Keeper:
         if self.saver:
             self.saver.mark_best(step, bpb)
 
-    def after_step(self, finite: bool) -> None:
-        """After a good step, write what was held and retry what failed."""
-        if self.saver and finite:
+    def after_step(self, finite: bool) -> bool:
+        """After a good step, write what was held and retry what failed. Returns whether a
+        checkpoint has become safe since the last call."""
+        if not self.saver:
+            return False
+        if finite:
             self.saver.release()
             self.saver.retry()
+        was_safe, self.safe = self.safe, self.saver.safe_step
+        return self.safe != was_safe
 
     def wait(self) -> None:
         """Return when no save is in progress."""

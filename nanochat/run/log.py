@@ -3,6 +3,7 @@ trackers, summary, screen.
 
 Every rank has a RunLog and calls it alike; only rank 0's writes anything."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from nanochat import hardware
 from nanochat.common import human_bytes, human_time
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.run import faults
+from nanochat.run import checkpoint, faults
 from nanochat.run.clock import Clock
 from nanochat.run.folder import RunFolder, write_summary
 from nanochat.run.metrics import Record, read_lines
@@ -21,6 +22,7 @@ from nanochat.run.screen import Progress
 from nanochat.run.state import Scores, TrainState
 from nanochat.run.trackers import Trackers
 
+RETRY_SECONDS = 10  # between attempts to write a summary that a full disk has refused
 SMOOTHING = 0.95  # of the loss on the screen: share of the value before
 
 
@@ -75,6 +77,14 @@ class RunLog:
         self.config: dict[str, Any] = {}
         self.trackers: Trackers | None = None
         self.smooth_loss: float | None = None
+        # of a time budget
+        self.announced_steps = plan.num_iterations
+        # what config.json holds, and the summary (status, reason) that the disk has refused
+        self.config_on_disk: dict[str, Any] | None = None
+        self.unwritten: tuple[str, str] | None = None
+        self.tried_at = -math.inf
+        # the newest checkpoint that was seen: a disk that vanishes does not undo it
+        self.saved_step: int | None = None
 
     @property
     def records(self) -> tuple[Record, Record, Record]:
@@ -158,6 +168,9 @@ class RunLog:
         ):
             self.message(remark)
         self._show(result, speed, mfu, clock)
+        if self.unwritten and clock.now() - self.tried_at > RETRY_SECONDS:
+            self.tried_at = clock.now()
+            self.summarize(*self.unwritten)
 
     def skipped(self, result: StepResult, overflowed: bool, scaler: LossScaler) -> None:
         """The step before was skipped. overflowed: its fp16 loss scale was too large and has been
@@ -203,7 +216,7 @@ class RunLog:
         self.message(f"--- sample at step {self.state.step}, prompt {prompt!r}\n{prompt}{text}")
 
     def steps_fixed(self, clock: Clock) -> None:
-        """The number of steps of a time budget has just been fixed in the plan."""
+        """The number of steps of a time budget has just been fixed or corrected in the plan."""
         if not self.writes:
             return
         plan = self.plan
@@ -211,18 +224,28 @@ class RunLog:
         self.config["plan"] = plan.as_dict()
         self.summarize("running")
         self.trackers.update_config(self.config)
-        milliseconds = 1000 * clock.seconds / clock.steps
-        self.message(
-            f"time budget: {plan.num_iterations} steps at {milliseconds:.0f} ms, "
-            f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}"
-        )
+        milliseconds = 1000 * clock.usual_seconds()
+        if not plan.corrections:
+            self.message(
+                f"time budget: {plan.num_iterations} steps at {milliseconds:.0f} ms, "
+                f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}"
+            )
+        elif plan.num_iterations != self.announced_steps:
+            self.message(
+                f"time budget: {plan.num_iterations} steps instead of {self.announced_steps}, "
+                f"since a step takes {milliseconds:.0f} ms now"
+            )
+        self.announced_steps = plan.num_iterations
 
     def summarize(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write config.json and summary.json; returns the summary. A full disk is only reported."""
+        """Write config.json and summary.json; returns the summary. A full disk is only reported;
+        step() then tries again."""
         if not self.writes:
             return {}
         state = self.state
         scores = self.scores
+        if steps := checkpoint.steps_of(self.folder.path):
+            self.saved_step = steps[-1]
         # A run that has not trained has no speed; 0 would be a measurement.
         speed = None
         if state.training_seconds:
@@ -239,14 +262,22 @@ class RunLog:
             "mfu": None if speed is None else self._mfu(speed),
             "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
             "skipped_steps": state.skipped_steps,
+            "checkpoint": self.saved_step,
         }
+        was_unwritten, self.unwritten = self.unwritten, None
         try:
-            # The config again: a full disk may have refused it when the steps were fixed, and the
-            # summary must never stand beside an older one.
-            self.folder.write_config(self.config)
+            # First, since the summary must never stand next to an older config. What is on disk
+            # is left alone: a full disk would refuse it again, and with it the summary.
+            if self.config != self.config_on_disk:
+                self.folder.write_config(self.config)
+                self.config_on_disk = copy.deepcopy(self.config)
             write_summary(self.folder.path, **summary)
+            if was_unwritten:
+                self.message("config.json and summary.json are written now")
         except OSError as error:
-            self.message(f"config.json and summary.json cannot be written ({error})")
+            self.unwritten = status, reason
+            if not was_unwritten:
+                self.message(f"config.json and summary.json cannot be written ({error})")
         return summary
 
     def end(self, status: str, reason: str, exit_code: int) -> None:

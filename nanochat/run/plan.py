@@ -5,10 +5,12 @@ pieces. N, D and B are as in optim/schedules.py."""
 
 import argparse
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
 
+from nanochat.common import ceil_div
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim import schedules
@@ -16,6 +18,8 @@ from nanochat.optim.schedules import Schedule
 from nanochat.run.flags import FLAGS, HORIZONS
 
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
+# The length of a time budget is corrected while so many steps are left: more than are read ahead.
+LEAST_CORRECTED_STEPS = 8
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:
@@ -133,6 +137,30 @@ class Horizon:
         return max(1, round(tokens / batch_tokens))
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """A part of a run whose length has been corrected: the steps from `at` to `until`, in which the
+    run is expected to end after `steps`. scheduled: the step of the schedule that stands for `at`;
+    scheduled_steps: for the end."""
+
+    at: int
+    until: int
+    scheduled: float
+    steps: int
+    scheduled_steps: int
+
+    def scheduled_at(self, step: int) -> float:
+        """The step of the schedule that stands for a step of the run."""
+        left = self.scheduled_steps - self.scheduled
+        return self.scheduled + (step - self.at) * left / (self.steps - self.at)
+
+    def step_at(self, scheduled: float) -> int:
+        """The first step of the run that has come as far in the schedule."""
+        left = self.scheduled_steps - self.scheduled
+        share = (scheduled - self.scheduled) / left
+        return self.at + math.ceil(share * (self.steps - self.at))
+
+
 @dataclass
 class Plan:
     """Derived once when a run first starts, frozen in config.json, never derived again.
@@ -157,6 +185,10 @@ class Plan:
     warmup_before: int = 0
     horizon_value: float = -1
     schedule: Schedule = Schedule("trapezoid", 0.0, -1, 0.5, 0.0)
+    # Of a time budget: the length that was fixed first, which the schedule has, and the later
+    # decisions as [step, number of steps]. A resumed run repeats them.
+    scheduled_steps: int | None = None
+    corrections: list[list[int]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Plan":
@@ -171,6 +203,7 @@ class Plan:
         schedule = values.pop("schedule", None)
         values["schedule"] = Schedule(**schedule) if schedule else Schedule.from_flags(args)
         values.setdefault("horizon_value", getattr(args, values["horizon"]))
+        values.setdefault("scheduled_steps", values["num_iterations"])
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,18 +220,33 @@ class Plan:
         """The time budget, if that is the horizon."""
         return 60 * self.horizon_value if self.horizon == "target_minutes" else None
 
-    @property
-    def open_budget_seconds(self) -> float | None:
-        """The time budget while the number of steps that fit into it is not known yet."""
-        return self.budget_seconds if self.num_iterations is None else None
+    def budget_to_fit(self, step: int) -> float | None:
+        """The time budget in seconds, if the number of steps that fit into it is to be decided
+        before this step: until it is known, where the warm-down begins, and whenever half of what
+        was left is over. So a machine that becomes slower or faster still ends in time."""
+        steps = self.num_iterations
+        if self.budget_seconds is None or steps is None:
+            return self.budget_seconds
+        decided_at = self.corrections[-1][0] if self.corrections else self.fixed_at
+        next_at = ceil_div(decided_at + steps, 2)
+        begins = self.warmdown_begins
+        if begins is not None and begins > decided_at:
+            next_at = min(next_at, begins)
+        is_due = step >= next_at and steps - step >= LEAST_CORRECTED_STEPS
+        return self.budget_seconds if is_due else None
 
     @property
     def warmdown_begins(self) -> int | None:
         """The step where the learning rate begins to fall; None if it does not, or if the number of
         steps is not known yet."""
-        if self.num_iterations is None or not self.warmdown_steps:
+        if self.scheduled_steps is None or not self.warmdown_steps:
             return None
-        return self.num_iterations - self.warmdown_steps
+        wanted = self.scheduled_steps - self.warmdown_steps
+        for stretch in self._stretches():
+            step = stretch.step_at(wanted)
+            if step < stretch.until:
+                break
+        return step
 
     def is_last(self, step: int) -> bool:
         """True after the last update."""
@@ -214,6 +262,8 @@ class Plan:
         done: steps that are over. A finished warm-up does not begin again, and the warm-down does
         not begin in the past."""
         self.num_iterations = steps
+        self.scheduled_steps = steps
+        self.corrections = []
         self.tokens = steps * self.total_batch_tokens
         # Steps that are over keep the learning rates that they had, also when a resume repeats
         # them.
@@ -224,12 +274,39 @@ class Plan:
             self.warmup_steps = self.schedule.warmup(steps)
         self.warmdown_steps = min(self.schedule.warmdown(steps), steps - done)
 
+    def set_steps(self, steps: int, done: int) -> None:
+        """The number of steps that a time budget allows, decided after `done` steps: fixed by the
+        first decision, corrected by later ones, which stretch or shorten what is left of the
+        schedule."""
+        if self.num_iterations is None:
+            self.fix_steps(steps, done)
+            return
+        self.corrections.append([done, steps])
+        self.num_iterations = steps
+        self.tokens = steps * self.total_batch_tokens
+
+    def _stretches(self) -> list["_Stretch"]:
+        """The parts of a run between decisions on its length, in order."""
+        decisions = [[0, self.scheduled_steps], *self.corrections]
+        untils = [at for at, _ in self.corrections] + [sys.maxsize]
+        parts: list[_Stretch] = []
+        for (at, steps), until in zip(decisions, untils, strict=True):
+            scheduled = parts[-1].scheduled_at(at) if parts else 0
+            parts.append(_Stretch(at, until, scheduled, steps, self.scheduled_steps))
+        return parts
+
+    def _scheduled(self, step: int) -> float:
+        """The step of the schedule, as it was first fixed, that stands for a step of the run."""
+        if not self.corrections:
+            return step
+        return next(part for part in self._stretches() if step < part.until).scheduled_at(step)
+
     def lr_multiplier(self, step: int) -> float:
         """Learning rate of a step / its peak. There is no warm-down before the number of steps is
         known."""
         warmup_steps = self.warmup_steps
         warmdown_steps = self.warmdown_steps
-        steps = self.num_iterations
+        steps = self.scheduled_steps
         shape = self.schedule.shape
         # While a time budget is measured the end is not in sight: no warm-down, and no cosine,
         # which would have to know how far to fall.
@@ -238,6 +315,8 @@ class Plan:
             warmdown_steps = 0
             steps = sys.maxsize
             shape = "trapezoid"
+        else:
+            step = self._scheduled(step)
         final = self.schedule.final_lr_frac
         return schedules.lr_multiplier(step, steps, warmup_steps, warmdown_steps, final, shape)
 

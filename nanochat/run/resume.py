@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import ranks
-from nanochat.common import UsageError, read_json
+from nanochat.common import UsageError, read_json, valid_unicode
 from nanochat.data.sources import Corpus
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
 from nanochat.run.checks import core_metric_flags
 from nanochat.run.flags import FIXED, FLAGS, FREE, HORIZONS, START, flag
-from nanochat.run.folder import RunFolder, provenance, status_of
+from nanochat.run.folder import RunFolder, provenance, saved_step, status_of
 from nanochat.run.metrics import Record, read_lines
 from nanochat.run.plan import Plan, short_window
 from nanochat.run.state import Scores, TrainState
@@ -50,6 +50,15 @@ class OpenedRun:
     over: str = ""
     saved_state: dict[str, Any] = field(default_factory=dict)
     extended_from: int | None = None
+
+    @property
+    def saved_prompts(self) -> list[str]:
+        """The prompts of the run's samples so far; [] for a new run, or if --sample-prompts is
+        given now."""
+        if self.config is None or "sample_prompts" in self.args.given:
+            return []
+        # Runs saved by earlier versions lack this field.
+        return self.config.get("prompts", [])
 
     def go_back_to(self, step: int) -> None:
         """Resume from this step, and read its state."""
@@ -89,6 +98,44 @@ def open_run(args: argparse.Namespace, device_type: str) -> OpenedRun:
     return run
 
 
+def values_in_force(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the flags with the values that will count, for check_flags(): a resumed run's own
+    flags and batch, or the shape and context of --init-from, as far as they are not given.
+
+    Only config.json is read. A folder that cannot be used changes nothing here: open_run() reports
+    it."""
+    found = {}
+    source = _config_in(args.init_from) if args.init_from else None
+    if source:
+        shape = [name for name, row in FLAGS.items() if row.shapes_model]
+        found = {name: source["args"][name] for name in shape if name in source["args"]}
+        found["max_seq_len"] = source["model"]["max_seq_len"]
+    if args.resume or args.resume_from_step != -1:
+        depth = args.depth if "depth" in args.given else found.get("depth", args.depth)
+        resumed = _config_in(os.path.join(args.out_dir, args.model_tag or f"d{depth}"))
+        if resumed:
+            found = {
+                name: value
+                for name, value in resumed["args"].items()
+                if name in FLAGS and FLAGS[name].on_resume != START
+            }
+            found["max_seq_len"] = resumed["model"]["max_seq_len"]
+            found["total_batch_size"] = resumed["plan"]["total_batch_tokens"]
+    kept = {name: value for name, value in found.items() if name not in args.given}
+    return argparse.Namespace(**{**vars(args), **kept})
+
+
+def _config_in(path: str) -> Config | None:
+    """The config.json of a run folder that was trained; None if there is no such run."""
+    folder = RunFolder(path)
+    try:
+        config = folder.read_config() if folder.holds_run() else None
+    except UsageError:
+        return None
+    # a run of imported weights has no plan
+    return config if config and "plan" in config else None
+
+
 def default_tag(args: argparse.Namespace) -> str:
     """The run folder's name without --model-tag: by the depth, which --init-from takes over from
     its source."""
@@ -109,6 +156,7 @@ def claim_run(args: argparse.Namespace, folder: RunFolder) -> tuple[int | None, 
     ending there would save, and remove the very checkpoint that was chosen. A new one is created
     late, when nothing is left to refuse (take_folder)."""
     resuming = args.resume or args.resume_from_step != -1
+    _refuse_unusable_path(folder)
     if folder.holds_run() and (resuming or args.overwrite):
         if resuming and "imported_from" in folder.read_config():
             raise UsageError(
@@ -121,6 +169,25 @@ def claim_run(args: argparse.Namespace, folder: RunFolder) -> tuple[int | None, 
     # The lock is held exactly where the folder holds a run that was claimed.
     continues = resuming and folder.lock is not None
     return step, folder.read_config() if continues else None
+
+
+def _refuse_unusable_path(folder: RunFolder) -> None:
+    """Raise UsageError for a run folder in which checkpoints could not be written, or would be
+    missed: links that lead nowhere, as when a disk is not mounted, and names that are no text."""
+    try:
+        str(folder.path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"--out-dir, --model-tag: {valid_unicode(str(folder.path))} holds bytes that are not "
+            "UTF-8, a name with which checkpoints cannot be written; give another name"
+        ) from None
+    parts = [folder.path, *folder.path.parents]
+    for path in (*parts, *sorted(folder.path.glob("*"))):
+        if path.is_symlink() and not path.exists():
+            raise UsageError(
+                f"--model-tag: {path} is a link to {os.readlink(path)}, which does not exist; "
+                "mount that disk, or remove the link"
+            )
 
 
 def take_folder(folder: RunFolder, step: int) -> None:
@@ -212,6 +279,12 @@ def _newest_step(folder: RunFolder, steps: Sequence[int]) -> int | None:
     if step is None and steps:
         raise UsageError(
             f"--resume: no checkpoint in {folder.path} is intact; restore one, or start again with "
+            "--overwrite"
+        )
+    if step is None and (known := saved_step(folder.path)) is not None:
+        raise UsageError(
+            f"--resume: {folder.path} had a checkpoint at step {known}, and its folder checkpoints "
+            "is empty or missing now; restore it (is the disk mounted?), or start again with "
             "--overwrite"
         )
     return step
@@ -339,7 +412,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
     named = f"{flag(fresh.horizon)}={fresh.horizon_value}"
     _refuse_shorter(named, folder, was, fresh)
     # Weights from after that point have been trained at falling rates, which a longer run has not.
-    falls_at = was - plan.warmdown_steps
+    falls_at = was if plan.warmdown_begins is None else plan.warmdown_begins
     if fresh.num_iterations is not None:
         falls_at = min(falls_at, fresh.num_iterations - fresh.warmdown_steps)
     usable = [
@@ -358,7 +431,8 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
     # fix_steps() would derive it from the new length.
     warmup_steps = plan.warmup_steps
     if fresh.num_iterations is None:
-        plan.num_iterations = None
+        plan.num_iterations = plan.scheduled_steps = None
+        plan.corrections = []
         plan.tokens = fresh.tokens
         run.changed.append(
             f"{was} steps to as many as fit into --target-minutes={fresh.horizon_value}"
@@ -403,13 +477,15 @@ def prepare_folder(
     compressed_bpb: dict[str, float],
     tokenizer: Tokenizer,
     machine: Callable[[], dict[str, Any]],
+    prompts: list[str],
     records: Sequence[Record],
 ) -> float | None:
     """Write the tokenizer and config.json, set later checkpoints aside and cut the records, so that
     training can begin at run.step. Rank 0 only.
 
-    machine(): entries of config.json on what computes how. Returns the validation bits per byte of
-    the best checkpoint, if it is known. The config is then run.config."""
+    machine(): entries of config.json on what computes how. prompts: of the samples. Returns the
+    validation bits per byte of the best checkpoint, if it is known. The config is then
+    run.config."""
     folder = run.folder
     if run.config is None:
         if run.args.overwrite:
@@ -445,6 +521,9 @@ def prepare_folder(
     # from a line that may be cut below
     best_bpb = records[0].value_at(checkpoint.best_step(folder.path), "val/bpb")
     _renew_config(run, plan, left_its_curve=bool(aside) and run.args.resume_from_step != -1)
+    # Those of a file are kept, since it may be moved before the run is resumed.
+    if prompts:
+        run.config["prompts"] = prompts
     folder.write_config(run.config)
     for record in records:
         record.keep_before(run.step)

@@ -69,6 +69,8 @@ class Saver:
         self.held = False
         self.failure = ""
         self.failed_at = 0.0
+        # of this process's last save that is on disk
+        self.safe_step: int | None = None
         # Whether retrying the failed save would fail in the same way.
         self.hopeless = False
         best = Path(run_path) / "checkpoints" / "best"
@@ -203,6 +205,7 @@ class Saver:
         if self.failure:
             self.report(f"checkpoint saved at step {last.step}, after an earlier failure")
         self.failure = ""
+        self.safe_step = last.step
         # Only now: until the new checkpoint is safe, the older ones are all there is.
         checkpoint.prune(self.run_path, self.keep_last)
 
