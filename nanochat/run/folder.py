@@ -5,7 +5,6 @@ import errno
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -173,14 +172,22 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    if not shutil.which("git"):
-        return None
-    # The commit of this source tree, not of the folder that the user happens to be in.
+    """The commit of this source tree, null if it has no repository of its own: it may have been
+    unpacked or installed inside another one. Null as well if git is missing, or does not trust the
+    owner of the repository."""
     root = Path(__file__).resolve().parent.parent.parent
+    # of the repository that a git hook or alias runs in
+    others = ("GIT_DIR", "GIT_WORK_TREE")
+    environment = {name: value for name, value in os.environ.items() if name not in others}
     # A subprocess, because git is no dependency and may be missing.
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True)
-    return git.stdout.strip() if git.returncode == 0 else None
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, env=environment)
+    except OSError:
+        return None
+    toplevel, _, commit = os.fsdecode(git.stdout).strip().rpartition("\n")
+    is_ours = git.returncode == 0 and Path(toplevel).resolve() == root
+    return commit if is_ours else None
 
 
 def _version(package: str) -> str | None:
