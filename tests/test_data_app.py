@@ -454,7 +454,10 @@ def test_mix(two_sources, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == names
     assert f"--data={out}" in capsys.readouterr().out
     found, summary = mixed(out)
-    assert open_corpus(str(out)).note == "held out: the last file, validation.parquet"
+    assert (
+        open_corpus(str(out)).note
+        == "validation: 1 file named as validation text (validation.parquet)"
+    )
     for side, n_bytes in (("train", 200_000), ("val", 20_000)):
         rows = found[side]
         assert n_bytes - 20 <= sum(len(text.encode()) for text, _ in rows) <= n_bytes

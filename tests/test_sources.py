@@ -1,17 +1,22 @@
 """Sources: what becomes a document, what is held out, what identifies a corpus."""
 
+import dataclasses
 import gzip
 import json
+import lzma
 import weakref
+from types import SimpleNamespace
 
 import pytest
 
 from nanochat.common import UsageError
 from nanochat.data import sources
+from nanochat.data.files import find_files
 from nanochat.data.sources import (
     compressed_bits_per_byte,
     describe_corpus,
-    find_files,
+    file_shard,
+    hash_files,
     local_corpus,
     open_corpus,
     python_corpus,
@@ -75,6 +80,27 @@ def test_the_split_of_one_file_is_what_stored_runs_have(tmp_path):
             for s in corpus.train + corpus.val
         ]
         assert (found, corpus.note) == (shards, f"held out: the last tenth ({note})")
+
+
+def test_the_files_of_a_folder_are_what_stored_runs_have(tmp_path):
+    """Recorded from the version of commit a23eaf5, as above."""
+    (tmp_path / "lines" / "sub").mkdir(parents=True)
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    for i, name in enumerate(["b.jsonl", "a.jsonl", "sub/c.jsonl", "B.jsonl"]):
+        lines = [json.dumps({"text": f"{name} {j} " * (i + 3)}) + "\n" for j in range(30)]
+        write(tmp_path / "lines" / name, "".join(lines))
+    for i in range(120):
+        name = f"sub/{i}.txt" if i % 3 else f"{i}.txt"
+        write(tmp_path / "texts" / name, f"text {i} " * 9)
+    recorded = {
+        "lines": ("5f2e7afd5ef09e80", "the last file, c.jsonl"),
+        "lines/*.jsonl": ("e51fa08b3a8e701d", "the last file, b.jsonl"),
+        "texts": ("685be0f2467a567a", "the last 2 of 120 documents"),
+    }
+    for value, (fingerprint, note) in recorded.items():
+        corpus = local_corpus(f"{tmp_path}/{value}")
+        assert (corpus.fingerprint[:16], corpus.note) == (fingerprint, f"held out: {note}")
+        assert corpus.left_out == ()
 
 
 def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
@@ -164,7 +190,7 @@ def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
         "deep/u.jsonl.gz",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / name, f"text of {name} " * (9 if name != "c.txt" else 1))
+        write(tmp_path / name, f"text of {name} " * (300 if name != "c.txt" else 30))
     corpus = open_corpus(str(tmp_path))
     assert remarks(corpus) == [
         f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, "
@@ -234,3 +260,37 @@ def test_compressors():
 
     figures = compressed_bits_per_byte([Fixed()])
     assert set(figures) == {"gzip -9", "xz -9"} and all(0 < bpb < 0.3 for bpb in figures.values())
+
+
+@pytest.mark.parametrize("n_bytes", [10, 5000, 300_000])
+def test_xz_packs_as_well_as_with_its_own_dictionary(n_bytes):
+    """The one that fits the text takes a hundredth of the memory."""
+    text = "".join(f"{i * i} {i % 7}\n" for i in range(n_bytes))[:n_bytes]
+    held_out = [SimpleNamespace(documents=lambda: iter([text]))]
+    packed = 8 * len(lzma.compress(text.encode(), preset=9)) / n_bytes
+    assert compressed_bits_per_byte(held_out, n_bytes)["xz -9"] == round(packed, 4)
+
+
+@pytest.mark.parametrize("n_shards, words", [(1, "1 shard"), (2, "2 shards")])
+def test_plurals(tmp_path, n_shards, words):
+    corpus = open_corpus(str(write(tmp_path / "a.txt", "ab" * 100)))
+    corpus = dataclasses.replace(corpus, train=corpus.train * n_shards)
+    assert describe_corpus(corpus)[1].endswith(f" bytes in {words}")
+
+
+def test_text_that_changes_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "ab" * 100)
+    shard = file_shard([path])
+    assert len(list(shard.documents())) == 1
+    write(path, "ab" * 101)
+    with pytest.raises(UsageError, match="a.txt changed while it was in use, from 200 to 202 byte"):
+        shard.documents()
+
+    def hash_and_append(path):
+        with path.open("a") as f:
+            f.write("more")
+        return "0" * 64
+
+    monkeypatch.setattr(sources, "sha256_file", hash_and_append)
+    with pytest.raises(UsageError, match="a.txt changed while it was in use, from 202 to 206 byte"):
+        hash_files([path])

@@ -5,10 +5,7 @@ and shuffling. Opening a corpus reads no more than it must: hashes of local file
 remote ones. Text is read when a shard is tokenized."""
 
 import array
-import collections
 import contextlib
-import dataclasses
-import glob
 import itertools
 import json
 import os
@@ -17,19 +14,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UsageError, sha256_file, sha256_hex
+from nanochat.common import UsageError, counted, sha256_file, sha256_hex
 from nanochat.data import hub
 from nanochat.data.download import DownloadFailed, RemoteFile, Report
-from nanochat.data.text import iterate_documents, text_format, text_suffix
+from nanochat.data.files import Named, named_files, text_bytes
+from nanochat.data.splits import (
+    Group,
+    files_to_train,
+    files_to_validate,
+    least_held_out_bytes,
+    least_validation_bytes,
+    more_last_files,
+)
+from nanochat.data.text import iterate_documents, text_format
 
-# What is read of a folder. Its .json files may be anything (`data mix` writes one).
-FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")
-# of `data mix`, which says there what came from where
-MIX_SUMMARY = "sources.json"
 # small files are grouped up to this size; one file is never split
 SHARD_BYTES = 8 << 20
 # a larger share of the text than this is held out seldom on purpose
 HELD_OUT_MUCH = 0.2
+# the smallest dictionary of xz
+MIN_DICTIONARY = 4096
+# characters of a text that are encoded at a time to count its bytes
+PIECE_CHARACTERS = 1 << 20
 # one file in this many is held out of the embedded corpus
 PYTHON_HELD_OUT = 50
 # A corpus of no more text than this is tokenized before step 0, a larger one as training needs it.
@@ -63,7 +69,8 @@ class Shard:
     files: paths, or RemoteFiles that are downloaded when they are read. first, last and
     cut_characters: as in Part. n_bytes: UTF-8 bytes of the documents, estimated from the sizes of
     the files. fingerprint: of the content. column: of tables, the one with the text. contents:
-    SHA-256 of each file (the hub's fingerprint where it states none)."""
+    SHA-256 of each file (the hub's fingerprint where it states none). sizes: bytes of each local
+    file when it was hashed."""
 
     name: str
     files: tuple[Path | RemoteFile, ...]
@@ -74,12 +81,16 @@ class Shard:
     cut_characters: bool = False
     column: str = "text"
     contents: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def documents(self, report: Report = print) -> Iterator[str]:
         """The documents, none of them blank.
 
         Remote files are downloaded first; report gets a line on each fault. Raises DownloadFailed,
-        or UsageError for files that cannot be read as text."""
+        or UsageError for files that cannot be read as text, or that changed since they were
+        hashed."""
+        for path, n_bytes in zip(self.files, self.sizes, strict=False):
+            _refuse_changed(path, n_bytes)
         paths = (
             file.fetch(report) if isinstance(file, RemoteFile) else file for file in self.files
         )
@@ -100,7 +111,7 @@ class Corpus:
     """Training and validation shards of a run.
 
     note: one sentence, "held out: ..." or "validation: ...". revision: of a remote dataset.
-    left_out: sentences on readable files that a folder holds and that are not taken."""
+    left_out: sentences on what a folder or pattern holds and what is not taken."""
 
     name: str
     train: list[Shard]
@@ -131,49 +142,11 @@ class Corpus:
 # files of this machine
 
 
-def find_files(pattern: str, flag: str = "--data") -> list[Path]:
-    """The data files that a path, folder or glob names, sorted. UsageError if there are none."""
-    if os.path.isdir(pattern):
-        paths = Path(pattern).rglob("*")
-        files = sorted(p for p in paths if p.suffix.lower() in FOLDER_FORMATS and p.is_file())
-        if not files:
-            example = os.path.join(pattern, "*.jsonl.gz")
-            raise UsageError(
-                f"{flag}={pattern}: the folder holds no {', '.join(FOLDER_FORMATS)} file; name "
-                f"files of other formats by a pattern, such as '{example}'"
-            )
-        return files
-    if os.path.isfile(pattern):
-        return [Path(pattern)]
-    files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    if not files:
-        raise UsageError(
-            f"{flag}={pattern}: no such file or folder, and no file matches it as a pattern; if "
-            f"the text was moved, give its new path (a resumed run takes {flag}=NEWPATH when the "
-            f"text is the same)"
-        )
-    return files
-
-
-def _left_out_of(folder: str) -> list[str]:
-    """A sentence, if one is due, on readable files in a folder that find_files() leaves out."""
-    suffixes = collections.Counter(
-        text_suffix(path.name).lower()
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() not in FOLDER_FORMATS and path.name != MIX_SUMMARY and path.is_file()
-    )
-    found = sorted((suffix, n) for suffix, n in suffixes.items() if suffix)
-    if not found:
-        return []
-    counts = ", ".join(f"{n:,} {suffix}" for suffix, n in found)
-    example = os.path.join(folder, "**", f"*{found[0][0]}")
-    return [
-        f"left out in the folder {folder}: {counts}; name them by a pattern, such as '{example}'"
-    ]
-
-
 def file_shard(
-    files: list[Path], part: Part = WHOLE, hashes: dict[Path, str] | None = None
+    files: list[Path],
+    part: Part = WHOLE,
+    hashes: dict[Path, str] | None = None,
+    column: str = "text",
 ) -> Shard:
     """A Shard of local files. hashes: their SHA-256, where they are known already."""
     known = hashes or {}
@@ -182,9 +155,11 @@ def file_shard(
     more = f" +{len(files) - 1}" if len(files) > 1 else ""
     n_bytes = part.n_bytes
     if n_bytes is None:
-        n_bytes = sum(_text_bytes(path) for path in files)
+        n_bytes = sum(text_bytes(path, column) for path in files)
     # stored runs compare it: neither the list nor its order may change
     identity = [contents, part.first, part.last, part.cut_characters]
+    if column != "text":
+        identity.append(column)
     return Shard(
         name=files[0].name + more,
         files=tuple(files),
@@ -193,31 +168,13 @@ def file_shard(
         first=part.first,
         last=part.last,
         cut_characters=part.cut_characters,
+        column=column,
         contents=tuple(contents),
+        sizes=tuple(path.stat().st_size for path in files),
     )
 
 
-def _text_bytes(path: Path) -> int:
-    """Bytes of text in a local file: its size, or for parquet what its text column unpacks to."""
-    if text_format(path.name) == (".parquet", ""):
-        # of a file that cannot be read, reading the text will say what is wrong
-        with contextlib.suppress(ImportError, OSError, ValueError):
-            return _parquet_text_bytes(path)
-    return path.stat().st_size
-
-
-def _parquet_text_bytes(path: Path) -> int:
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.ParquetFile(path).metadata
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    columns = (group.column(j) for group in groups for j in range(metadata.num_columns))
-    return sum(
-        column.total_uncompressed_size for column in columns if column.path_in_schema == "text"
-    )
-
-
-def _grouped(files: list[Path], hashes: dict[Path, str]) -> list[Shard]:
+def _grouped(files: list[Path], hashes: dict[Path, str], column: str = "text") -> list[Shard]:
     """Shards of whole files in order, small ones together up to SHARD_BYTES."""
     groups: list[list[Path]] = []
     # of the last group; at first there is none to add to
@@ -228,40 +185,64 @@ def _grouped(files: list[Path], hashes: dict[Path, str]) -> list[Shard]:
             size = 0
         groups[-1].append(path)
         size += path.stat().st_size
-    return [file_shard(group, hashes=hashes) for group in groups]
+    return [file_shard(group, hashes=hashes, column=column) for group in groups]
 
 
-def _mixed(files: list[Path], hashes: dict[Path, str]) -> list[Shard]:
+def _mixed(files: list[Path], hashes: dict[Path, str], column: str = "text") -> list[Shard]:
     """_grouped() in the order of the files' hashes, for training.
 
     Neighbours in a folder are alike, and rows are shuffled inside a shard only: shards in the order
     of the folder would each teach something else (runs/LOG.md)."""
-    return _grouped(sorted(files, key=hashes.get), hashes)
+    return _grouped(sorted(files, key=hashes.get), hashes, column)
 
 
 def hash_files(files: list[Path]) -> dict[Path, str]:
-    """{path: SHA-256} of local files. UsageError for one that cannot be read."""
+    """{path: SHA-256} of local files.
+
+    UsageError for one that cannot be read, or that changes meanwhile."""
+    hashes = {}
     try:
-        return {path: sha256_file(path) for path in files}
+        for path in files:
+            n_bytes = path.stat().st_size
+            hashes[path] = sha256_file(path)
+            _refuse_changed(path, n_bytes)
     except OSError as error:
         raise UsageError(f"data: {error.filename} cannot be read ({error.strerror})") from None
+    return hashes
 
 
-def _held_out_files(pattern: str) -> list[Shard]:
-    """The shards of --val-data. UsageError if they hold no text."""
-    files = find_files(pattern, "--val-data")
-    if not any(_has_text(path) for path in files):
-        raise _no_text("--val-data", pattern)
-    return _grouped(files, hash_files(files))
+def _refuse_changed(path: Path, n_bytes: int) -> None:
+    """UsageError if a file does not have the size that it had; one that is gone is none."""
+    with contextlib.suppress(OSError):
+        found = path.stat().st_size
+        if found != n_bytes:
+            raise UsageError(
+                f"data: {path} changed while it was in use, from {n_bytes:,} to {found:,} bytes; "
+                f"wait until it is written, or restore it"
+            )
 
 
-def _has_text(path: Path) -> bool:
-    return next(iterate_documents(path), None) is not None
+def _opened(pattern: str, flag: str) -> tuple[Named, str]:
+    """The files that a value of --data or --val-data names, and the column with their text.
+
+    Raises UsageError as named_files()."""
+    return named_files(pattern, flag), "text"
+
+
+def _text_bytes_in(files: Iterable[Path], column: str, most: float) -> int:
+    """Bytes of the documents of some files. Reading ends where there are `most`."""
+    n_bytes = 0
+    for document in itertools.chain.from_iterable(iterate_documents(p, column) for p in files):
+        n_bytes += _n_bytes(document)
+        if n_bytes >= most:
+            break
+    return n_bytes
 
 
 def _no_text(flag: str, pattern: str) -> UsageError:
     return UsageError(
-        f"{flag}={pattern}: there is no text in it (empty file, or blank documents only)"
+        f"{flag}={pattern}: there is no text in it (empty file, or blank documents only); name "
+        f"files that hold text"
     )
 
 
@@ -269,31 +250,115 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
     """The corpus of --data (a path, folder or glob) and, if given, of --val-data.
 
     Raises UsageError if there is no text, or a file cannot be read."""
-    files = [path for path in find_files(pattern) if _has_text(path)]
+    named, column = _opened(pattern, "--data")
+    splits = files_to_train(named, column, f"--data={pattern}")
+    files = [path for path in splits.train if _text_bytes_in([path], column, 1)]
     if not files:
         raise _no_text("--data", pattern)
     hashes = hash_files(files)
+    n_bytes = sum(text_bytes(path, column) for path in files)
+    remarks = [*named.remarks, *splits.remarks]
     if val_pattern:
-        train = _mixed(files, hashes)
-        return Corpus(pattern, train, _held_out_files(val_pattern), f"validation: {val_pattern}")
+        train = _mixed(files, hashes, column)
+        val, more = _validation_of_user(val_pattern, n_bytes)
+        note = f"validation: {val_pattern}"
+        remarks += [*(f"left out: {group.described}" for group in splits.groups), *more]
+        return Corpus(pattern, train, val, note, left_out=tuple(remarks))
+    group, more = _validation_by_name(splits.groups, column, n_bytes)
+    remarks += more
+    if group:
+        train = _mixed(files, hashes, column)
+        val = _grouped(group.files, hash_files(group.files), column)
+        note = f"validation: {group.described}"
+    else:
+        train, val, note = _held_out(files, hashes, column)
+    return Corpus(pattern, train, val, note, left_out=tuple(remarks))
+
+
+def _validation_of_user(pattern: str, train_bytes: int) -> tuple[list[Shard], tuple[str, ...]]:
+    """(shards, sentences on what is left out) of --val-data.
+
+    UsageError if that is too little text for train_bytes of training text."""
+    named, column = _opened(pattern, "--val-data")
+    files, remarks = files_to_validate(named, column)
+    least = least_validation_bytes(train_bytes)
+    n_bytes = _text_bytes_in(files, column, least)
+    if not n_bytes:
+        raise _no_text("--val-data", pattern)
+    if n_bytes < least:
+        raise UsageError(
+            f"--val-data={pattern}: holds {counted(n_bytes, 'byte')} of text, too little to "
+            f"validate on after {train_bytes:,} bytes of training text; give at least "
+            f"{least:,} bytes, or leave the flag out to hold out a part of --data"
+        )
+    return _grouped(files, hash_files(files), column), (*named.remarks, *remarks)
+
+
+def _validation_by_name(
+    groups: Iterable[Group], column: str, train_bytes: int
+) -> tuple[Group | None, list[str]]:
+    """(the first group with enough text to validate on, sentences on the others)."""
+    chosen = None
+    remarks = []
+    least = least_validation_bytes(train_bytes)
+    for group in groups:
+        n_bytes = 0 if chosen else _text_bytes_in(group.files, column, least)
+        if chosen:
+            remarks.append(f"left out: {group.described}")
+        elif n_bytes < least:
+            remarks.append(
+                f"left out: {group.described}, since {counted(n_bytes, 'byte')} of text are too "
+                f"little to validate on"
+            )
+        else:
+            chosen = group
+    return chosen, remarks
+
+
+def _held_out(
+    files: list[Path], hashes: dict[Path, str], column: str
+) -> tuple[list[Shard], list[Shard], str]:
+    """(training shards, validation shards, note) where nothing but the files is given.
+
+    The last files are held out; of a single file, or where the last ones hold too little, a part of
+    the largest file."""
     if len(files) == 1:
-        train_part, val_part, note = split_file(files[0])
-        train = [file_shard(files, train_part, hashes)]
-        val = [file_shard(files, val_part, hashes)]
-        return Corpus(pattern, train, val, note)
+        return _split_off(files[0], [], hashes, column)
     # one file is a shard of documents, or each file is a document
-    if any(_has_several_documents(path) for path in files):
-        held_out = 1
+    if any(_has_several_documents(path, column) for path in files):
+        n_last = 1
         note = f"held out: the last file, {files[-1].name}"
     else:
-        held_out = max(1, round(0.02 * len(files)))
-        note = f"held out: the last {held_out} of {len(files)} documents"
-    train = _mixed(files[:-held_out], hashes)
-    return Corpus(pattern, train, _grouped(files[-held_out:], hashes), note)
+        n_last = max(1, round(0.02 * len(files)))
+        note = f"held out: the last {n_last} of {len(files)} documents"
+    sizes = [text_bytes(path, column) for path in files]
+    least = least_held_out_bytes(sum(sizes))
+    n_bytes = _text_bytes_in(files[-n_last:], column, least)
+    if n_bytes < least:
+        last = "the last file" if n_last == 1 else f"the last {n_last} files"
+        why = f"{counted(n_bytes, 'byte')} of text in {last} are too little to validate on"
+        n_last = more_last_files(sizes, least)
+        if not n_last:
+            largest = max(files, key=dict(zip(files, sizes, strict=True)).get)
+            others = [path for path in files if path != largest]
+            train, val, note = _split_off(largest, others, hashes, column)
+            return train, val, f"{note} of {largest.name}; {why}"
+        note = f"held out: the last {n_last} of {len(files)} files; {why}"
+    train = _mixed(files[:-n_last], hashes, column)
+    return train, _grouped(files[-n_last:], hashes, column), note
 
 
-def _has_several_documents(path: Path) -> bool:
-    return len(list(itertools.islice(iterate_documents(path), 2))) > 1
+def _split_off(
+    path: Path, others: list[Path], hashes: dict[Path, str], column: str
+) -> tuple[list[Shard], list[Shard], str]:
+    """(training shards, validation shards, note): the last tenth of one file is held out."""
+    train_part, val_part, note = split_file(path, column)
+    train = [*_mixed(others, hashes, column), file_shard([path], train_part, hashes, column)]
+    return train, [file_shard([path], val_part, hashes, column)], note
+
+
+def _has_several_documents(path: Path, column: str) -> bool:
+    return len(list(itertools.islice(iterate_documents(path, column), 2))) > 1
 
 
 def split_file(path: Path, column: str = "text") -> tuple[Part, Part, str]:
@@ -311,8 +376,9 @@ def split_file(path: Path, column: str = "text") -> tuple[Part, Part, str]:
         text = next(iterate_documents(path, column))
         n = len(text)
         first = n - max(1, n // 10)
-        train = Part(0, first, True, _n_bytes(text[:first]))
-        val = Part(first, None, True, _n_bytes(text[first:]))
+        n_val_bytes = _n_bytes(text, first)
+        train = Part(0, first, True, sizes[0] - n_val_bytes)
+        val = Part(first, None, True, n_val_bytes)
         unit = "characters"
     else:
         n = len(sizes)
@@ -323,8 +389,10 @@ def split_file(path: Path, column: str = "text") -> tuple[Part, Part, str]:
     return train, val, f"held out: the last tenth ({n - first:,} of {n:,} {unit})"
 
 
-def _n_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "replace"))
+def _n_bytes(text: str, first: int = 0) -> int:
+    """UTF-8 bytes of a text from a character on, without a copy of all of it."""
+    places = range(first, len(text), PIECE_CHARACTERS)
+    return sum(len(text[i : i + PIECE_CHARACTERS].encode("utf-8", "replace")) for i in places)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,7 +452,8 @@ def python_corpus(val_pattern: str = "") -> Corpus:
     held_out = {name for name in files if int(sha256_hex(name)[:8], 16) % PYTHON_HELD_OUT == 0}
     train = _mixed([path for name, path in files.items() if name not in held_out], hashes)
     if val_pattern:
-        return Corpus("python", train, _held_out_files(val_pattern), f"validation: {val_pattern}")
+        val, remarks = _validation_of_user(val_pattern, sum(shard.n_bytes for shard in train))
+        return Corpus("python", train, val, f"validation: {val_pattern}", left_out=remarks)
     # in the order of the names, so that validation reads the same text on every machine
     val = _grouped([files[name] for name in sorted(held_out)], hashes)
     note = f"held out: {len(held_out)} of {len(files)} files, by hash of their names"
@@ -427,8 +496,9 @@ def remote_corpus(
     train = [_remote_shard([file], column) for file in listing.train]
     val = [_remote_shard([file], column) for file in listing.val]
     note = listing.note
+    remarks: tuple[str, ...] = ()
     if val_pattern:
-        val = _held_out_files(val_pattern)
+        val, remarks = _validation_of_user(val_pattern, sum(shard.n_bytes for shard in train))
         note = f"validation: {val_pattern}"
     elif not val and len(train) > 1:
         val = [train.pop()]
@@ -439,7 +509,7 @@ def remote_corpus(
         train_part, val_part, note = split_file(path, column)
         train = [_remote_shard(listing.train, column, train_part)]
         val = [_remote_shard(listing.train, column, val_part)]
-    return Corpus(spec, train, val, note, listing.revision)
+    return Corpus(spec, train, val, note, listing.revision, remarks)
 
 
 def _remote_shard(files: Iterable[RemoteFile], column: str = "text", part: Part = WHOLE) -> Shard:
@@ -477,18 +547,11 @@ def open_corpus(
     revision: of a remote dataset, pinned by the run that is resumed. report: gets a line on each
     fault of the network. Raises UsageError for whatever is wrong with the values, DownloadFailed
     when a dataset cannot be downloaded."""
-    folders = [val_data]
     if data == "python":
-        corpus = python_corpus(val_data)
-    elif is_remote(data):
-        corpus = remote_corpus(data, val_data, revision, report)
-    else:
-        corpus = local_corpus(data, val_data)
-        folders = [data, val_data]
-    left_out = [
-        line for folder in folders if os.path.isdir(folder) for line in _left_out_of(folder)
-    ]
-    return dataclasses.replace(corpus, left_out=tuple(left_out))
+        return python_corpus(val_data)
+    if is_remote(data):
+        return remote_corpus(data, val_data, revision, report)
+    return local_corpus(data, val_data)
 
 
 def estimated_bytes(data: str) -> int:
@@ -499,7 +562,9 @@ def estimated_bytes(data: str) -> int:
         return sum(path.stat().st_size for _, path in _python_paths())
     if is_remote(data):
         return hub.KNOWN[data].text_bytes if data in hub.KNOWN else UNKNOWN_TEXT_BYTES
-    return sum(_text_bytes(path) for path in find_files(data))
+    named, column = _opened(data, "--data")
+    splits = files_to_train(named, column, f"--data={data}")
+    return sum(text_bytes(path, column) for path in splits.train)
 
 
 def compressed_bits_per_byte(shards: list[Shard], max_bytes: int = 1 << 20) -> dict[str, float]:
@@ -513,12 +578,18 @@ def compressed_bits_per_byte(shards: list[Shard], max_bytes: int = 1 << 20) -> d
     for document in itertools.chain.from_iterable(shard.documents() for shard in shards):
         if text:
             text += b"\n"
-        text += document.encode("utf-8")
+        # a document may be as large as the file
+        text += document[:max_bytes].encode("utf-8")
         if len(text) >= max_bytes:
             break
     # a character may be cut: compressors see bytes
     text = bytes(text[:max_bytes])
-    packed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    # xz -9 looks back 64 MiB and takes ten times that; a text is no longer than itself
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(len(text), MIN_DICTIONARY)}]
+    packed = {
+        "gzip -9": gzip.compress(text, 9),
+        "xz -9": lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters),
+    }
     return {name: round(8 * len(content) / len(text), 4) for name, content in packed.items()}
 
 
@@ -565,9 +636,9 @@ def _describe_side(label: str, shards: list[Shard]) -> str:
     remote = [file for shard in shards for file in shard.remote_files()]
     n_bytes = sum(shard.n_bytes for shard in shards)
     if not remote:
-        return f"  {label:<12} {n_bytes:,} bytes in {len(shards)} shards"
+        return f"  {label:<12} {n_bytes:,} bytes in {counted(len(shards), 'shard')}"
     here = sum(file.is_local() for file in remote)
     return (
-        f"  {label:<12} about {n_bytes / 1e6:,.1f} MB of text in {len(shards)} shards; "
-        f"{here} of {len(remote)} files are here"
+        f"  {label:<12} about {n_bytes / 1e6:,.1f} MB of text in "
+        f"{counted(len(shards), 'shard')}; {here:,} of {counted(len(remote), 'file')} here"
     )

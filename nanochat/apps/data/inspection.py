@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanochat.apps.data import EXAMPLES
-from nanochat.apps.data.words import counted
-from nanochat.common import EXIT_COMPLETED, base_dir, ceil_div, human_bytes
+from nanochat.common import EXIT_COMPLETED, base_dir, ceil_div, counted, human_bytes
+from nanochat.data.files import MIX_SUMMARY
 from nanochat.data.hub import KNOWN, resolve
 from nanochat.data.sources import (
-    MIX_SUMMARY,
     Corpus,
     Shard,
     is_remote,

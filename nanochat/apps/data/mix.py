@@ -22,7 +22,8 @@ from nanochat.common import (
     write_json,
 )
 from nanochat.data.download import RemoteFile
-from nanochat.data.sources import MIX_SUMMARY, Corpus, Shard, open_corpus
+from nanochat.data.files import MIX_SUMMARY
+from nanochat.data.sources import Corpus, Shard, open_corpus
 
 # rows of a row group of parquet, which a reader holds together
 GROUP_DOCUMENTS = 1024

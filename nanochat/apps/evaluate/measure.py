@@ -17,8 +17,9 @@ from nanochat import hardware, ranks
 from nanochat.apps.evaluate.report import BpbReport, CoreReport, Sample
 from nanochat.apps.evaluate.subject import Subject, default_batch_tokens
 from nanochat.common import UsageError, human_time
+from nanochat.data.files import find_files
 from nanochat.data.rows import held_out_pieces
-from nanochat.data.sources import file_shard, find_files, hash_files, is_remote, open_corpus
+from nanochat.data.sources import file_shard, hash_files, is_remote, open_corpus
 from nanochat.data.token_cache import TokenCache
 from nanochat.eval.bpb import bits_per_byte
 from nanochat.eval.core import Progress, len_limit, measure, open_core
