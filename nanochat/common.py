@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -46,6 +47,26 @@ def install_hint(package: str, purpose: str) -> UsageError:
     return UsageError(
         f"{purpose} needs the package '{package}', which is not installed: pip install {package}"
     )
+
+
+def find_own_tasks() -> None:
+    """Make sure that `import tasks` finds the package next to this one: `python -m` looks in the
+    current folder first, which may hold other modules of that name.
+
+    Raises UsageError naming the foreign one if it comes first for another reason."""
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):
+        # the installed command has another folder there
+        if sys.path[0] == os.getcwd() and not root.samefile(sys.path[0]):
+            del sys.path[0]
+    spec = importlib.util.find_spec("tasks")
+    # a folder without __init__.py has no origin
+    found = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
+    if not found or Path(found).resolve() != root / "tasks" / "__init__.py":
+        raise UsageError(
+            f"{found or 'nothing'} is imported in place of nanochat's own package 'tasks' in "
+            f"{root}; rename it, take its folder off PYTHONPATH, or install nanochat again"
+        )
 
 
 # ---- text ----
@@ -375,7 +396,7 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
         # UnicodeDecodeError is a ValueError: bytes that are not UTF-8 are no JSON either.
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{what}: {path} does not exist") from None
+        raise UsageError(f"{what}: {path} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{what}: {path} cannot be read as JSON ({error})") from None
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -427,3 +429,42 @@ def test_a_folder_that_is_a_link_is_deleted_where_it_leads_to(tmp_path, keep_lin
     delete_folder(link, keep_link=keep_link)
     assert link.is_symlink() == link.exists() == keep_link
     assert target.exists() == keep_link and not (target / "inner").exists()
+
+
+# ---- a foreign module named like our package ----
+
+ROOT = Path(__file__).resolve().parent.parent
+START = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from nanochat.common import UsageError, find_own_tasks
+try:
+    find_own_tasks()
+    from tasks.core import LABELS
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["tasks.py", "tasks/__init__.py"])
+@pytest.mark.parametrize("where", ["current folder", "PYTHONPATH"])
+def test_a_foreign_tasks_module(tmp_path, monkeypatch, name, where):
+    """In the current folder, where `python -m` looks first, it is passed over; elsewhere named."""
+    foreign = tmp_path / "foreign" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("raise SystemExit('foreign')")
+    here = tmp_path / "here"
+    here.mkdir()
+    if where == "current folder":
+        here = tmp_path / "foreign"
+    else:
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "foreign"))
+    (here / "start.py").write_text(START)
+    done = subprocess.run(
+        [sys.executable, "-m", "start"], cwd=here, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    if where == "current folder":
+        assert done.stdout == ""
+    else:
+        assert str(foreign) in done.stdout and "PYTHONPATH" in done.stdout
