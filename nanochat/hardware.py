@@ -1,4 +1,4 @@
-"""The machine: choice of device and dtype, deterministic set-up, compiler check, speed, memory.
+"""The machine: choice of device and dtype, deterministic set-up, speed, memory.
 
 Nothing is probed at import. `device_type` is "cuda", "mps" or "cpu" throughout."""
 
@@ -7,15 +7,15 @@ import itertools
 import os
 import platform
 import re
-import shutil
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanochat.common import UsageError, base_dir
+from nanochat import limits
+from nanochat.common import UsageError, own_cache
 
 
 @dataclass(frozen=True)
@@ -148,34 +148,6 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def compiler_missing(device_type: str) -> str | None:
-    """Why torch.compile cannot be used here, or None. Checks the tools, compiles nothing."""
-    if device_type == "mps":
-        return "torch.compile is not reliable on mps"
-    if device_type == "cuda":
-        try:
-            # inductor's CUDA back end
-            import triton  # noqa: F401
-        except ImportError:
-            return "triton is not installed (pip install triton)"
-        major, minor = _capability()
-        if major < 7:
-            return f"SM{major}{minor} is too old for triton, which needs SM70 or later"
-    # inductor's kernels for CPUs are C++; triton compiles its launchers, which are C
-    if device_type == "cpu":
-        language, variable, usual, other = "C++", "CXX", "g++", "clang++"
-    else:
-        language, variable, usual, other = "C", "CC", "gcc", "clang"
-    compiler = os.environ.get(variable) or usual
-    if not (shutil.which(compiler) or shutil.which(other)):
-        return f"no {language} compiler ({compiler}) on PATH"
-    # Both kinds of code include it.
-    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-    if not os.path.exists(header):
-        return "Python.h is missing (the python3-dev package)"
-    return None
-
-
 # ---- set-up ----
 
 
@@ -189,13 +161,17 @@ def set_determinism(device_type: str) -> None:
 
 
 def prepare(device_type: str) -> None:
-    """Set this process up for training: kernel cache, determinism, memory.
+    """Set this process up for training: kernel cache, determinism, threads, memory.
 
     Call it before the first tensor is created."""
     # Under the base dir, so that a second start is warm. Before set_determinism(): that loads
-    # inductor, which would choose a place of its own.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compile"))
+    # inductor, which would choose a place of its own, below the folder of temporary files; it may
+    # do so where compiled code could not be written to this one or loaded from it.
+    cache = own_cache("compile")
+    if _holds_code(cache):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     set_determinism(device_type)
+    limit_threads()
     if device_type == "cpu":
         keep_freed_memory()
     # The profiler, which counts memory, would log when it starts and stops.
@@ -203,6 +179,35 @@ def prepare(device_type: str) -> None:
     # Blocks of several kinds share one function; the limit of 8 versions would silently leave some
     # of them uncompiled.
     torch._dynamo.config.recompile_limit = 64
+
+
+def _holds_code(folder: Path) -> bool:
+    """Whether inductor can write code into a folder and load it from there."""
+    # It splits command lines at blanks that it did not quote.
+    if needs_quotes(folder):
+        return False
+    return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+
+
+def needs_quotes(path: str | os.PathLike) -> bool:
+    """Whether a path holds blanks, quotes or backslashes, which a shell does not take as they
+    are."""
+    return re.search(r"[\s'\"\\]", os.fspath(path)) is not None
+
+
+def limit_threads() -> int:
+    """Let torch use no more threads than this process has cores; returns their number.
+
+    torch counts the cores of the machine, of which a container may have one: its threads would
+    spend their time waiting for each other. OMP_NUM_THREADS, which torchrun sets, is obeyed."""
+    cores = limits.available_cpus()
+    # Where nothing is limited nothing is changed, since the number of threads changes sums.
+    if "OMP_NUM_THREADS" not in os.environ and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
+    # Processes of the compiler.
+    config = torch._inductor.config
+    config.compile_threads = min(config.compile_threads or cores, cores)
+    return torch.get_num_threads()
 
 
 def keep_freed_memory() -> bool:
@@ -288,17 +293,10 @@ def compilations() -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated now on the device.
 
-    CPU: MemAvailable, or the physical size where the system does not report it."""
+    Of the machine's memory only what control groups and resource limits leave to this process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limits.free_memory().free_bytes
 
 
 def allocated_peak(function: Callable[[], object], device: torch.device) -> int | None:

@@ -332,7 +332,8 @@ def _try(
         # Measured in a second pass: the gradients exist then, as in all passes of a step but the
         # first.
         return allocated_peak(lambda: trial(n), device), None
-    except (RuntimeError, MemoryError) as error:
+    # What is raised depends on who ran out: torch, its libraries, the compiler or the system.
+    except Exception as error:
         if not hardware.is_out_of_memory(error):
             raise
         # The frames of a traceback hold the tensors that did not fit.

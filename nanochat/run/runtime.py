@@ -12,6 +12,7 @@ from nanochat.model.attention import pick_backend
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import pick_loss
+from nanochat.run import compiler
 from nanochat.run.plan import model_config
 
 
@@ -38,7 +39,8 @@ class Runtime(NamedTuple):
 
 
 def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = None) -> Runtime:
-    """The Runtime that the flags ask for on this machine, or on a listed GPU.
+    """The Runtime that the flags ask for on this machine, or on a listed GPU. Every rank must call
+    it, and all get the same.
 
     UsageError for what cannot be had there."""
     capability = gpu.capability if gpu else None
@@ -49,8 +51,11 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
     no_compiler = None
     if not args.compile:
         no_compiler = "--no-compile"
+    elif gpu is None and args.dry_run:
+        # A plan says what is likely; it compiles nothing, and no process group exists.
+        no_compiler = compiler.missing(device_type)
     elif gpu is None:
-        no_compiler = hardware.compiler_missing(device_type)
+        no_compiler = compiler.problem(device_type)
     # Attention may need the compiler, so it is chosen after it.
     backend, backend_reason = pick_backend(
         args.attention, device_type, dtype, args.head_dim, capability, no_compiler

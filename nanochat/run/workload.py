@@ -23,6 +23,7 @@ from nanochat.model.loss import linear_cross_entropy, pick_loss
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import POLAR_EXPRESS, Optimizer
 from nanochat.optim.step import accumulate, forward_backward
+from nanochat.run import compiler
 from nanochat.run.plan import model_config
 from nanochat.run.timing import Entry, measured
 
@@ -117,7 +118,7 @@ def open_setup(
         config = config_of(shape)
     except ValueError as error:
         raise UsageError(f"these flags describe no model: {error}") from error
-    no_compiler = hardware.compiler_missing(device_type) if compile else "--no-compile"
+    no_compiler = compiler.problem(device_type) if compile else "--no-compile"
     backend, _ = pick_backend(
         attention, device_type, compute_dtype, shape.head_dim, no_compiler=no_compiler
     )

@@ -1,5 +1,6 @@
 """`nanochat doctor`: what this machine has, what is missing, and what will be slow here and why.
-Changes nothing. With --gpu it checks and measures the whole program on a GPU."""
+Changes nothing but the cache of compiled kernels. With --gpu it checks and measures the whole
+program on a GPU."""
 
 import argparse
 import json

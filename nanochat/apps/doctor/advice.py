@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.apps.doctor.facts import Facts, Remark
 from nanochat.apps.doctor.packages import NEEDED
-from nanochat.common import human_bytes
+from nanochat.common import counted, human_bytes
 
 if TYPE_CHECKING:
     from nanochat.apps.doctor.machine import Machine
@@ -20,6 +20,21 @@ LITTLE_MEMORY = 6 * 2**30
 # Share of a GPU's memory; with less of it free, others are using the GPU.
 UNUSED_GPU = 0.8
 FEW_CORES = 4
+# Words of a reason why nothing is compiled, and what helps; the first that occur.
+COMPILER_REMEDIES = {
+    # There is nothing to install: torch itself does not support it well.
+    "on mps": "--no-compile silences this",
+    "triton is not installed": "pip install triton",
+    "too old for triton": "use a newer GPU",
+    "path is not set": "set PATH",
+    "blanks in": "use a folder without blanks: of the virtual environment, TMPDIR or "
+    "TORCHINDUCTOR_CACHE_DIR, whichever is named",
+    "noexec": "set TORCHINDUCTOR_CACHE_DIR to a folder on another disk",
+    "no space left": "free some space where caches are and in TMPDIR",
+    "quota exceeded": "free some space where caches are and in TMPDIR",
+    "permission denied": "set TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders of your own",
+    "no folder for compiled kernels": "set NANOCHAT_BASE_DIR to a folder that can hold caches",
+}
 DISK_REMEDIES = {
     "caches": "set NANOCHAT_BASE_DIR to another folder",
     "runs": "give another --out-dir",
@@ -100,11 +115,12 @@ def _slow_cpu(machine: "Machine") -> Iterator[Remark]:
             "choose a small --depth, or a machine that has them",
         )
     if machine.cores < FEW_CORES:
-        yield Remark(
-            "everything on the CPU",
-            f"only {machine.cores} cores are available",
-            "choose a small --depth and a --target-minutes budget",
-        )
+        why = f"only {counted(machine.cores, 'core')} can be used"
+        remedy = "choose a small --depth and a --target-minutes budget"
+        if machine.cores < machine.cpu_count:
+            why += f" of the machine's {machine.cpu_count}, by a CPU quota or an affinity mask"
+            remedy = f"raise that limit, or {remedy}"
+        yield Remark("everything on the CPU", why, remedy)
     if machine.threads < machine.cores:
         # Often set by a cluster or a container image without the user's knowledge.
         limited = os.environ.get("OMP_NUM_THREADS")
@@ -139,23 +155,24 @@ def _too_deep(machine: "Machine") -> Remark:
 
 
 def _compiler_remedy(machine: "Machine") -> str:
-    # There is nothing to install: torch itself does not support it well.
-    if machine.device == "mps":
-        return "--no-compile silences this"
-    if "triton" in machine.compiler_problem:
-        # It is missing, or it only compiles for newer GPUs.
-        absent = "not installed" in machine.compiler_problem
-        return "pip install triton" if absent else "use a newer GPU"
+    for words, remedy in COMPILER_REMEDIES.items():
+        if words in machine.compiler_problem.lower():
+            return remedy
     compiler = "gcc" if machine.device == "cuda" else "g++"
-    return f"install {compiler} and Python's headers (python3-dev)"
+    return f"install {compiler} and Python's headers (python3-dev), or repair them"
 
 
 def _little_memory(machine: "Machine") -> Iterator[Remark]:
     if machine.free_memory_bytes < LITTLE_MEMORY:
+        why = f"only {human_bytes(machine.free_memory_bytes)} of memory are free"
+        remedy = "close other programs"
+        if machine.memory_limit:
+            why += f" ({machine.memory_limit})"
+            remedy = "raise that limit"
         yield Remark(
             "larger models and batches",
-            f"only {human_bytes(machine.free_memory_bytes)} of memory are free",
-            "close other programs, or choose a small --depth or --max-seq-len",
+            why,
+            f"{remedy}, or choose a small --depth or --max-seq-len",
         )
     for gpu in machine.gpus:
         if gpu.free_memory_bytes < UNUSED_GPU * gpu.memory_bytes:

@@ -26,6 +26,7 @@ from nanochat.apps.doctor.gpu import CHECKS, ROOT
 from nanochat.apps.doctor.gpu_table import ROWS, TOY_LENGTH, GpuMachine, Row, attempt, is_toy
 from nanochat.model import loss
 from nanochat.model.attention import attention
+from nanochat.run import compiler
 from nanochat.run.metrics import read_lines
 from nanochat.run.timing import Entry, timed
 from nanochat.run.workload import (
@@ -187,8 +188,10 @@ def check_machine(sizes: Sizes) -> Iterator[Row]:
     listed = hardware.listed_gpu(facts["gpu"]) if on_gpu else None
     note = ", ".join(f"{name} {value}" for name, value in facts.items())
     yield Row("machine", None, note=note, facts=facts, peak=listed and listed.peak_flops)
-    if problem := hardware.compiler_missing(device.type):
-        yield Row("compiler", None, note=f"nothing is compiled: {problem}", wrong=True)
+    if sizes.compile:
+        hardware.prepare(device.type)
+        if problem := compiler.problem(device.type):
+            yield Row("compiler", None, note=f"nothing is compiled: {problem}", wrong=True)
     for dtype, n in sizes.product_sizes.items():
         yield Row(
             f"products in {str(dtype).removeprefix('torch.')}",

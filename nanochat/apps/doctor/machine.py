@@ -3,17 +3,16 @@
 import os
 import platform
 import re
-import subprocess
-import sys
-import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanochat import hardware
+from nanochat import hardware, limits
+from nanochat.common import UsageError
 from nanochat.model.build import meta_model
+from nanochat.run import compiler
 from nanochat.run.flags import FLAGS
 from nanochat.run.memory import MEMORY_SHARE, StepMemory
 from nanochat.run.plan import model_config
@@ -24,15 +23,6 @@ DEPTHS = (4, 8, 12, 16, 20, 24, 32)
 VOCAB_SIZE = 32768
 # Where the estimate stops: enough to show that memory is not the limit.
 MOST_ROWS = 512
-# Generous: a slow machine may take long to import torch and to start the compiler.
-COMPILE_SECONDS = 90
-COMPILE_TEST = """
-import sys, torch
-def f(x):
-    return torch.relu(x) * 2 + 1
-x = torch.randn(32, 32, device=sys.argv[1])
-assert torch.allclose(torch.compile(f)(x), f(x), rtol=1e-3, atol=1e-3)
-"""
 
 
 @dataclass(frozen=True)
@@ -50,17 +40,20 @@ class Machine:
     """What training would run on. device: the device type that train.py picks. rows_that_fit:
     {depth: rows per pass}, 0 where not even one fits, None off CUDA. matmul_flops: measured FLOP/s
     by dtype, None for one that the device cannot multiply. compiler_problem: why torch.compile
-    cannot be used, or None."""
+    cannot be used, or None. cores: of the machine's cpu_count those that may be used. memory_limit:
+    what keeps memory of the machine from being used, "" if nothing does."""
 
     device: str
     gpus: list[GpuFacts]
     dtype: str
     dtype_reason: str
     cpu: str
+    cpu_count: int
     cores: int
     threads: int
     bf16_cpu: bool
     free_memory_bytes: int
+    memory_limit: str
     cuda_build: str | None
     rows_that_fit: dict[int, int] | None
     matmul_flops: dict[str, float | None]
@@ -68,7 +61,8 @@ class Machine:
 
 
 def examine_machine(quick: bool) -> Machine:
-    """The facts about this machine. quick: no trial compilation, and smaller matrix products.
+    """The facts about this machine. quick: no trial compilation, and smaller matrix products; only
+    the trial changes anything: it fills the cache of compiled kernels.
 
     A broken installation of torch can raise anything."""
     device_type = hardware.pick_device_type("")
@@ -82,23 +76,24 @@ def examine_machine(quick: bool) -> Machine:
     if device_type == "cuda":
         gpus = [gpu_facts(index) for index in range(torch.cuda.device_count())]
         rows = rows_that_fit(free_memory_bytes, dtype)
-    compiler_problem = hardware.compiler_missing(device_type)
-    if compiler_problem is None and not quick:
-        compiler_problem = trial_compilation(device_type)
+    threads = hardware.limit_threads()
+    flops = measured_flops(device, quick, bf16_cpu)
     return Machine(
         device=device_type,
         gpus=gpus,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
         cpu=cpu_name(),
-        cores=usable_cores(),
-        threads=torch.get_num_threads(),
+        cpu_count=os.cpu_count() or 1,
+        cores=limits.available_cpus(),
+        threads=threads,
         bf16_cpu=bf16_cpu,
         free_memory_bytes=free_memory_bytes,
+        memory_limit="" if device_type == "cuda" else limits.free_memory().limit,
         cuda_build=torch.version.cuda,
         rows_that_fit=rows,
-        matmul_flops=measured_flops(device, quick, bf16_cpu),
-        compiler_problem=compiler_problem,
+        matmul_flops=flops,
+        compiler_problem=compiler_problem(device_type, quick),
     )
 
 
@@ -155,43 +150,13 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, after its affinity mask and its container's quota."""
-    # macOS has no affinity masks.
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+def compiler_problem(device_type: str, quick: bool) -> str | None:
+    """Why torch.compile cannot be used, or None, for the reason that training would name. quick:
+    only looks for the tools."""
+    if quick:
+        return compiler.missing(device_type)
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        # There is no such file, or no limit (the quota is then "max").
-        return cores
-
-
-def trial_compilation(
-    device_type: str, program: str = COMPILE_TEST, seconds: float = COMPILE_SECONDS
-) -> str | None:
-    """Compile a small function in another process, without caches. Returns what failed, or None."""
-    # inductor would try every vector instruction set, each with a compilation: half of the time.
-    settings = {"TORCHINDUCTOR_VEC_ISA_OK": "1"}
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", program, device_type],
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                env={**os.environ, **settings, "TORCHINDUCTOR_CACHE_DIR": cache},
-            )
-        except subprocess.TimeoutExpired:
-            return f"a small function did not compile within {seconds:g} s"
-        except OSError as error:
-            return f"the trial compilation could not be started ({error})"
-    if done.returncode == 0:
-        return None
-    # The last line that names an error is the cause; the rest are frames and advice.
-    errors = [line for line in done.stderr.splitlines() if "Error" in line or "error:" in line]
-    reason = errors[-1].strip()[:200] if errors else f"exit code {done.returncode}"
-    return f"compiling a small function failed: {reason}"
+        hardware.prepare(device_type)
+    except UsageError as error:
+        return f"there is no folder for compiled kernels ({error})"
+    return compiler.problem(device_type)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.apps.doctor.facts import Facts
 from nanochat.apps.doctor.packages import NEEDED, OPTIONAL
-from nanochat.common import human_bytes
+from nanochat.common import counted, human_bytes
 from nanochat.run.flags import FLAGS
 
 if TYPE_CHECKING:
@@ -66,12 +66,14 @@ def _pairs_of_machine(machine: "Machine") -> Iterator[tuple[str, str]]:
     for gpu in machine.gpus:
         free, total = human_bytes(gpu.free_memory_bytes), human_bytes(gpu.memory_bytes)
         yield "gpu", f"{gpu.name} (SM {gpu.capability}), {free} free of {total}"
-    yield "cpu", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads in torch"
-    yield (
-        "trains on",
-        f"{machine.device} in {machine.dtype} ({machine.dtype_reason}), "
-        f"{human_bytes(machine.free_memory_bytes)} of memory free",
-    )
+    cores = counted(machine.cores, "core")
+    if machine.cores < machine.cpu_count:
+        cores = f"{machine.cores} of {machine.cpu_count} cores (CPU quota or affinity mask)"
+    yield "cpu", f"{machine.cpu}, {cores}, {counted(machine.threads, 'thread')} in torch"
+    free = f"{human_bytes(machine.free_memory_bytes)} of memory free"
+    if machine.memory_limit:
+        free += f" ({machine.memory_limit})"
+    yield "trains on", f"{machine.device} in {machine.dtype} ({machine.dtype_reason}), {free}"
     # Depths that do not fit are listed among what will be slow.
     if machine.rows_that_fit:
         fitting = [
