@@ -17,10 +17,13 @@ from nanochat.common import UsageError, base_dir
 from nanochat.data import textfile
 from nanochat.data.text import (
     Piece,
+    cut_at_blanks,
     cut_pieces,
+    documents_between,
     inline_marks,
     iterate_documents,
     iterate_pieces,
+    joined,
     read_prompts,
     read_text,
     refuse_what_is_no_text,
@@ -29,6 +32,7 @@ from nanochat.data.text import (
     text_suffix,
 )
 from nanochat.data.textfile import END_OF_DOCUMENT, is_lfs_pointer
+from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN, Tokenizer, train_tokenizer
 
 pa = pytest.importorskip("pyarrow")
 
@@ -511,13 +515,56 @@ def test_cut_pieces(first, last):
     assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
 
 
+@pytest.mark.parametrize("first, last", [(0, None), (0, 0), (1, 2), (1, None), (0, 2), (5, 9)])
+def test_documents_between(first, last):
+    documents = ["abc", "", "de", "f"]
+    pieces = [Piece("ab", False), Piece("c", True), Piece("", True), Piece("de", True)]
+    found = documents_between([*pieces, Piece("f", False), Piece("", True)], first, last)
+    assert list(joined(found)) == documents[first:last]
+
+
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, GPT2_PATTERN])
+def test_pieces_cut_at_blanks_have_the_tokens_of_the_whole(pattern):
+    """Any text, cut anywhere, encodes as it would in one piece."""
+    corpus = Path(__file__).read_text(encoding="utf-8")
+    tokens = train_tokenizer("bpe", [corpus], 700).tokens
+    tokenizer = Tokenizer("bpe", tokens, pattern)
+    generator = random.Random(7)
+    words = [
+        "\n",
+        "\n",
+        " ",
+        " ",
+        "\r",
+        "\t",
+        "\xa0",
+        "\x1c",
+        "a",
+        "the",
+        "7",
+        "12",
+        "é",
+        "。",
+        "好",
+    ]
+    for _ in range(300):
+        text = "".join(generator.choices([*words, "'s", "'", ".", "!?", "e\u0301"], k=60))
+        cuts = sorted(generator.choices(range(61), k=4))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]
+        pieces = [Piece(part, False) for part in parts] + [Piece("", True)]
+        found = list(cut_at_blanks(pieces))
+        assert "".join(piece.text for piece in found) == text
+        assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
+        encoded = tokenizer.encode_batch([piece.text for piece in found])
+        assert [i for ids in encoded for i in ids] == tokenizer.encode(text), repr(text)
+
+
 PROMPTS = "\ufeffone\u2028still one\r\n\n  \ntwo\x0cstill two\x85\n three"
 
 
 def test_prompts(tmp_path):
     """Lines end at line feeds only, a byte order mark and blank lines are no prompt."""
     from nanochat.apps.sample import prompts_of
-    from nanochat.data.tokenizer import train_tokenizer
     from nanochat.eval.generation import sample_prompts
 
     expected = ["one\u2028still one", "two\x0cstill two\x85", " three"]

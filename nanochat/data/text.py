@@ -146,8 +146,13 @@ def iterate_documents(path: str | Path, column: str = DEFAULT_COLUMN) -> Iterato
 
     column: of JSON and of tables, the field with the text. A file without a known ending is read as
     text. Raises UsageError, on the way, for whatever is wrong with the file."""
+    return joined(iterate_pieces(path, column))
+
+
+def joined(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The documents whose pieces these are."""
     parts: list[str] = []
-    for piece in iterate_pieces(path, column):
+    for piece in pieces:
         parts.append(piece.text)
         if piece.ends:
             text = "".join(parts)
@@ -191,6 +196,43 @@ def cut_pieces(pieces: Iterable[Piece], first: int, last: int | None) -> Iterato
         if stops:
             return
         begin = end
+
+
+def documents_between(pieces: Iterable[Piece], first: int, last: int | None) -> Iterator[Piece]:
+    """The pieces of the documents [first:last] of those in `pieces`."""
+    number = 0
+    for piece in pieces:
+        if number >= first and (last is None or number < last):
+            yield piece
+        number += piece.ends
+        # before the next document is read, which may be damaged
+        if last is not None and number >= last:
+            return
+
+
+def cut_at_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, cut again so that each can be split into words or tokens by itself.
+
+    That is before a space or line end that follows another character: no tokenizer of this program
+    has a token that goes on there. Text without any such place is one piece."""
+    parts: list[str] = []
+    for text, ends in pieces:
+        cut = 0 if ends else _last_blank(text)
+        if cut:
+            yield Piece("".join([*parts, text[:cut]]), False)
+            parts.clear()
+        parts.append(text[cut:])
+        if ends:
+            yield Piece("".join(parts), True)
+            parts.clear()
+
+
+def _last_blank(text: str) -> int:
+    """Place of the last space or line end that follows something else; 0 if there is none."""
+    for place in range(len(text) - 1, 0, -1):
+        if text[place] in " \n" and not text[place - 1].isspace():
+            return place
+    return 0
 
 
 def read_text(path: Path, where: str = "") -> str:
