@@ -93,7 +93,21 @@ WRONG = {
     "--warmup-ratio=0.6 --warmdown-ratio=0.6": [
         ["--warmup-ratio=0.6", "--warmdown-ratio=0.6", "lower one"]
     ],
-    "--no-save": [["--no-save", "contradicts --save-every", "one of the two"]],
+    "--no-save": [["--save-every=4", "no effect with --no-save", "leave one"]],
+    "--no-save --save-every=-1 --keep-last=2 --save-every-minutes=5": [
+        ["--save-every-minutes=5", "no effect with --no-save"],
+        ["--keep-last=2", "no effect with --no-save"],
+    ],
+    "--sample-every=-1 --sample-prompts=/dev/null": [
+        ["--sample-prompts=/dev/null", "no effect with --sample-every=-1"]
+    ],
+    "--lr-schedule=cosine --warmdown-ratio=0.2": [
+        ["--warmdown-ratio=0.2", "no effect with --lr-schedule=cosine"]
+    ],
+    "--warmup-steps=3 --warmup-ratio=0.1": [
+        ["--warmup-ratio=0.1", "no effect with --warmup-steps"]
+    ],
+    "--warmup-steps=13": [["--warmup-steps=13", "the run's 12 steps", "at most 12"]],
     "--resume --overwrite": [["--overwrite: contradicts --resume", "one of the two"]],
     # planning
     "--gpus=8": [["--gpus=8: needs --dry-run", "leave it out"]],
@@ -128,7 +142,7 @@ def test_wrong_flags(flags):
         "--short-window=32",
         "--arch=llama --window-pattern=L --tie-embeddings",
         "--tokenizer=bpe --vocab-size=257",
-        "--lr-schedule=cosine --warmup-ratio=0.6 --warmdown-ratio=0.6",
+        "--lr-schedule=cosine --warmup-ratio=0.6",
         "--warmup-ratio=0.5 --warmdown-ratio=0.5",
         "--no-save --save-every=-1",
         "--seed=0 --grad-clip=0 --dropout=0 --warmup-steps=0",

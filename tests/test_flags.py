@@ -315,14 +315,14 @@ def test_types(word, name, value):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (["--dept=4"], ["unrecognized arguments: --dept=4"]),
+        (["--dept=4"], ["unrecognized argument --dept=4; did you mean --depth?"]),
         (["--depth=four"], ["--depth", "'four'"]),
         (["--depth=4.5"], ["--depth", "'4.5'"]),
         (["--optimizer=sgd"], ["--optimizer", "'sgd'", "muon", "adamw"]),
         (["--core-metric-every=often"], ["--core-metric-every", "'often'"]),
         (["--resume=yes"], ["--resume"]),
         (["--no-resume"], ["--no-resume"]),
-        (["more"], ["unrecognized arguments: more"]),
+        (["more"], ["unrecognized argument more; --help lists all flags"]),
     ],
 )
 def test_what_argparse_refuses(words, named, capsys):

@@ -53,7 +53,7 @@ CASES = {
         lambda folder: write(folder, "c.json", '{"dept": 3}', "--config"),
         ["c.json", "--dept"],
     ),
-    "warm-up longer than the run": ("--warmup-steps=20", ["--warmup-steps=20", "at most 6"]),
+    "warm-up longer than the run": ("--warmup-steps=10", ["--warmup-steps=10", "at most 6"]),
     "a batch beyond all memory": (
         ["--total-batch-size=3200000000", "--device-batch-size=100000000"],
         ["--device-batch-size", "free"],

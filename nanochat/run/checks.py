@@ -282,17 +282,37 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         "lower one of them",
     )
     problems.require(
-        "no_save",
-        not (args.no_save and args.save_every != -1),
-        "contradicts --save-every",
-        "give one of the two",
+        "warmup_steps",
+        args.num_iterations < 1 or args.warmup_steps <= args.num_iterations,
+        f"longer than the run's {args.num_iterations} steps",
+        f"give at most {args.num_iterations}",
     )
+    _check_effect(args, problems)
     problems.require(
         "overwrite",
         not (args.overwrite and args.resume),
         "contradicts --resume",
         "give one of the two",
     )
+
+
+def _check_effect(args: argparse.Namespace, problems: _Problems) -> None:
+    # A flag that another one makes void would be ignored without a word.
+    void = [
+        ("save_every", args.no_save, "--no-save"),
+        ("save_every_minutes", args.no_save, "--no-save"),
+        ("keep_last", args.no_save, "--no-save"),
+        ("sample_prompts", args.sample_every == -1, "--sample-every=-1"),
+        ("warmdown_ratio", args.lr_schedule == "cosine", "--lr-schedule=cosine"),
+        ("warmup_ratio", args.warmup_steps != -1, "--warmup-steps"),
+    ]
+    for name, is_void, by in void:
+        problems.require(
+            name,
+            not is_void or name not in args.given or getattr(args, name) == -1,
+            f"has no effect with {by}",
+            "leave one of the two out",
+        )
 
 
 def _check_planning(args: argparse.Namespace, problems: _Problems) -> None:

@@ -6,6 +6,7 @@ The parser, the checks, resume, comparison, sweeps and bench all read this table
 so that `--help` is instant."""
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -586,13 +587,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     config = finder.parse_known_args(argv)[0].config
     # a value that comes later wins, so the config's flags stand before those of the command line
     words = [*config_words(config), *argv] if config else argv
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error("; ".join(map(_unknown_in_words, unknown)))
     given = set(vars(args))
     for name, row in FLAGS.items():
         if name not in given:
             setattr(args, name, row.default)
     args.given = given
     return args
+
+
+def _unknown_in_words(word: str) -> str:
+    """What is wrong with a word of the command line that no flag takes."""
+    name = word.split("=")[0]
+    close = difflib.get_close_matches(name, [*map(flag, FLAGS), "--no-compile"], n=1)
+    if close:
+        return f"unrecognized argument {word}; did you mean {close[0]}?"
+    return f"unrecognized argument {word}; --help lists all flags"
 
 
 def config_words(path: str) -> list[str]:
