@@ -92,7 +92,7 @@ CASES = {
         lambda folder: f"--tokenizer={folder}",
         ["tokenizer", "vocab.json"],
     ),
-    "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "--tokenizer"]),
+    "tokenizer of other characters": (char_tokenizer_of_other_text, ["character", "bpe or byte"]),
     # resume
     "resume from nothing": ("--resume-from-step=7", ["--resume-from-step=7", "no run"]),
     # the device
