@@ -95,6 +95,52 @@ def test_summary_picture_and_page(tmp_path, capsys):
         assert "</td><td>".join(row[1:]) in text
 
 
+def result_of(path, capsys):
+    """{name: value} of what --result prints, which has to be one line."""
+    before = sorted(path.rglob("*"))
+    assert report.main([str(path), "--result"]) == 0
+    assert sorted(path.rglob("*")) == before
+    (line,) = capsys.readouterr().out.splitlines()
+    first, *words = line.split()
+    assert first == "RESULT"
+    return dict(word.split("=") for word in words)
+
+
+def test_the_result_line(tmp_path, capsys):
+    path = make(tmp_path, "d4")
+    values = result_of(path, capsys)
+    assert values == {
+        "status": "completed",
+        "val_bpb": "1.5",
+        "tokens": "200000",
+        "total_training_flops": "1.92e+12",
+        "total_training_time": "8",
+        "tok_per_sec": "5000",
+        "mfu": "40",
+    }
+    (path / "summary.json").unlink()
+    (path / "metrics.jsonl").unlink()
+    write_summary(path, status="failed", reason="x")
+    assert result_of(path, capsys)["val_bpb"] == "null"
+
+
+def test_the_result_line_has_the_newest_evaluation(tmp_path, capsys):
+    """Of all examples, rather than of the sample that training took."""
+    path = make(tmp_path, "d4", core=made_tasks(1))
+    of_training = result_of(path, capsys)
+    (path / "evaluations").mkdir()
+    for name, seed in (("step_000200", 2), ("step_000200_2", 3)):
+        write_json(
+            path / "evaluations" / f"{name}.json",
+            {"step": 200, "core": {"tasks": made_tasks(seed)}},
+        )
+    values = result_of(path, capsys)
+    metric = sum(task["centered"] for task in made_tasks(3).values()) / 22
+    assert float(values["core"]) == pytest.approx(metric, abs=1e-6)
+    assert float(values["core_low"]) < metric < float(values["core_high"])
+    assert values["core"] != of_training["core"]
+
+
 def test_the_page_is_whole_in_itself(tmp_path):
     text = page_of(make(tmp_path, "d4", steps=50))
     page = Page(text)

@@ -3,7 +3,8 @@
 Runs whose settings differ in nothing but the seed are a group: its numbers are a mean ± a standard
 deviation over its seeds. There are two kinds of noise: which examples CORE was measured on (a
 bootstrap paired by example, one run each side), and which seed was trained (Welch's t-test, several
-runs each side). Only reads the runs; writes pictures."""
+runs each side). Only reads the runs; writes pictures. With --identical: whether two runs are equal
+in every number."""
 
 import argparse
 import itertools
@@ -54,10 +55,13 @@ ALL_PAIRS = 8
 
 
 def main(argv: list[str]) -> int:
-    """Compare, print, draw. Returns 0, or 1 if a folder could not be read.
+    """Compare, print, draw. Returns 0, or 1 if a folder could not be read; with --identical 1 if
+    the runs differ.
 
     UsageError if none of them could, or if the pictures cannot be written."""
     args = _parser().parse_args(argv)
+    if args.identical:
+        return _identical(args)
     if not args.no_plots:
         _refuse_run_folder(args.out)
     runs, problems = read_runs(args.runs, args.evaluations)
@@ -121,7 +125,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of tables, nothing rounded"
     )
+    parser.add_argument(
+        "--identical",
+        action="store_true",
+        help="of two runs: whether their records, but for times, and the weights and the optimizer "
+        "state of their last checkpoints are equal; exit code 1 and the first differences if not",
+    )
     return parser
+
+
+def _identical(args: argparse.Namespace) -> int:
+    """Print what of two runs is equal, and what differs. Returns 0 if nothing does, else 1.
+
+    UsageError for other flags, more or fewer runs, or folders without a run."""
+    # the others choose what is compared or how it is shown, which is fixed here
+    others = {
+        "--per-task": args.per_task,
+        "--evaluations": args.evaluations,
+        "--json": args.json,
+    }
+    problems = [
+        f"{name}: has no effect with --identical; leave it out" for name in others if others[name]
+    ]
+    if len(args.runs) != 2:
+        problems.append(f"--identical: compares two runs, not {len(args.runs)}; name two")
+    if problems:
+        raise UsageError("\n".join(problems))
+    # it imports torch
+    from nanochat.run.identity import compare_runs
+
+    found = compare_runs(*map(Path, args.runs))
+    for words, parts in (("equal", found.equal), ("DIFFERENT", found.different)):
+        for part in parts:
+            print(printable(f"{words}  {part}"))
+    return EXIT_FAILED if found.different else EXIT_COMPLETED
 
 
 def _refuse_run_folder(out: str) -> None:

@@ -38,7 +38,7 @@ ORANGE = "#D55E00"
 
 
 def main(argv: list[str]) -> int:
-    """Print the summary, write loss.png and report.html. Returns 0.
+    """Print the summary, write loss.png and report.html; with --result print one line. Returns 0.
 
     UsageError if RUN is not a run folder or the two files cannot be written."""
     parser = argparse.ArgumentParser(
@@ -57,7 +57,16 @@ def main(argv: list[str]) -> int:
         metavar="FOLDER",
         help="where the two files go; empty: the run folder",
     )
+    parser.add_argument(
+        "--result",
+        action="store_true",
+        help="write nothing and print one line, RESULT name=value ..., with CORE and its 95%% "
+        "interval if it was measured, from RUN/evaluations where possible",
+    )
     args = parser.parse_args(argv)
+    if args.result:
+        print(printable(result_line(read_run(args.run, evaluations_first=True))))
+        return EXIT_COMPLETED
     run = read_run(args.run)
     folder = Path(args.out or args.run)
     try:
@@ -104,6 +113,35 @@ def summary_rows(run: RunRecord) -> list[tuple[str, str]]:
         sizes = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors.items())
         rows.append(("compressors on the same text", sizes))
     return rows
+
+
+def result_line(run: RunRecord) -> str:
+    """RESULT name=value ...: what a run came to, for programs to read. What is unknown is null."""
+    values: dict[str, int | float | None] = {
+        name: getattr(run, name)
+        for name in (
+            "val_bpb",
+            "tokens",
+            "total_training_flops",
+            "total_training_time",
+            "tok_per_sec",
+            "mfu",
+        )
+    }
+    # most runs never measure it
+    if run.core is not None:
+        values["core"] = run.core.core_metric
+        values["core_low"] = run.core.low
+        values["core_high"] = run.core.high
+    words = [f"{name}={_exact(value)}" for name, value in values.items()]
+    return " ".join(["RESULT", f"status={run.status}", *words])
+
+
+def _exact(value: float | None) -> str:
+    """A number for programs: whole numbers as they are, others to six digits; null for None."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def shown(value: float | None, form: str, before: str = "", after: str = "") -> str:
