@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import lzma
+import tracemalloc
 import weakref
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from nanochat.data.files import find_files
 from nanochat.data.sources import (
     compressed_bits_per_byte,
     describe_corpus,
+    estimated_bytes,
     file_shard,
     hash_files,
     local_corpus,
@@ -23,6 +25,7 @@ from nanochat.data.sources import (
     remarks,
     split_file,
 )
+from nanochat.data.text import Piece
 
 
 def write(path, text):
@@ -117,9 +120,9 @@ def test_splitting_one_file_holds_no_documents(tmp_path, monkeypatch):
             text = Text(f"document {i}")
             alive.add(text)
             most = max(most, len(alive))
-            yield text
+            yield Piece(text, True)
 
-    monkeypatch.setattr(sources, "iterate_documents", documents)
+    monkeypatch.setattr(sources, "iterate_pieces", documents)
     train, val, note = split_file(tmp_path / "a.jsonl")
     assert (train.last, val.first) == (900, 900)
     assert note == "held out: the last tenth (100 of 1,000 documents)"
@@ -269,6 +272,98 @@ def test_xz_packs_as_well_as_with_its_own_dictionary(n_bytes):
     held_out = [SimpleNamespace(documents=lambda: iter([text]))]
     packed = 8 * len(lzma.compress(text.encode(), preset=9)) / n_bytes
     assert compressed_bits_per_byte(held_out, n_bytes)["xz -9"] == round(packed, 4)
+
+
+def test_a_column_of_a_file_a_folder_or_a_pattern(tmp_path):
+    """It is part of what identifies a shard, since the same file has other text in others."""
+    rows = [{"text": f"text {i}", "body": f"body {i} é"} for i in range(20)]
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows))
+    plain = open_corpus(f"{tmp_path}/a.jsonl")
+    named = open_corpus(f"{tmp_path}/a.jsonl:body")
+    assert text_of(named.train + named.val) == [row["body"] for row in rows]
+    assert (named.note, plain.note) == ("held out: the last tenth (2 of 20 documents)",) * 2
+    assert named.train_bytes == sum(len(row["body"].encode()) for row in rows[:18])
+    assert plain.fingerprint == open_corpus(f"{tmp_path}/a.jsonl:text").fingerprint
+    assert plain.fingerprint != named.fingerprint
+    for value in (f"{tmp_path}:body", f"{tmp_path}/*.jsonl:body"):
+        corpus = open_corpus(value, f"{tmp_path}/b.jsonl:text")
+        assert set(text_of(corpus.train)) == {row["body"] for row in rows}
+        assert text_of(corpus.val) == [row["text"] for row in rows]
+        assert estimated_bytes(value) == estimated_bytes(str(tmp_path))
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    table = pa.table({"text": ["x"] * 20, "body": [f"body {i} " * 99 for i in range(20)]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    assert len(text_of(open_corpus(f"{tmp_path}/c.parquet:body").val)) == 2
+    assert estimated_bytes(f"{tmp_path}/c.parquet:body") > 10_000
+    assert estimated_bytes(f"{tmp_path}/c.parquet") < 1_000
+
+
+def test_pointers_instead_of_text_are_counted(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    for name, text in {"a.jsonl": pointer, "b.jsonl": pointer, "c.txt": "text " * 99}.items():
+        write(tmp_path / name, text)
+    message = r"2 of 3 files are Git LFS pointers, .*\(a.jsonl, b.jsonl\); .*`git lfs pull`"
+    for value in (tmp_path, f"{tmp_path}/*"):
+        with pytest.raises(UsageError, match=f"--data=.*: {message}"):
+            open_corpus(str(value))
+        with pytest.raises(UsageError, match=f"--val-data=.*: {message}"):
+            open_corpus(f"{tmp_path}/c.txt", str(value))
+        with pytest.raises(UsageError, match=message):
+            estimated_bytes(str(value))
+    with pytest.raises(UsageError, match="a.jsonl is a Git LFS pointer.*`git lfs pull`"):
+        open_corpus(f"{tmp_path}/a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "files, value, words",
+    [
+        (["state.json", "data-0.arrow"], "", "save_to_disk.*to_parquet"),
+        (["dataset_dict.json", "train/state.json", "train/data-0.arrow"], "", "several splits"),
+        (["sub/state.json", "sub/data-0.arrow"], "", "sub is a folder that save_to_disk"),
+        (["a.arrow"], "", "a.arrow is an Arrow file.*to_parquet"),
+        (["a.arrow"], "a.arrow", "a.arrow is an Arrow file.*to_parquet"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, files, value, words):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "{}")
+    with pytest.raises(UsageError, match=words):
+        open_corpus(str(tmp_path / value))
+
+
+def test_marks_inside_lines_are_counted(tmp_path):
+    text = "one <|endoftext|> two\n<|endoftext|>\nthree\n" * 5
+    said = (
+        "note: <|endoftext|> stands among other text in 5 lines of the first 8.0 MiB of up to 8 "
+        "files; it is text there, and ends a document only alone on its line"
+    )
+    for name in ("a.txt", "a.md"):
+        corpus = open_corpus(str(write(tmp_path / name, text)))
+        assert remarks(corpus) == ([said] if name == "a.txt" else [])
+        assert len(text_of(corpus.train + corpus.val)) == 6
+
+
+def test_one_large_document_is_split_in_pieces(tmp_path):
+    """Neither splitting it nor reading its held-out part holds the whole of it."""
+    path = tmp_path / "a.txt"
+    with path.open("w") as f:
+        for i in range(800):
+            f.write(f"{i:05} {'x' * 20_000}\n" * 2)
+    tracemalloc.start()
+    try:
+        corpus = open_corpus(str(path))
+        (held_out,) = text_of(corpus.val)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    n_bytes = path.stat().st_size
+    assert len(held_out) == n_bytes // 10
+    assert corpus.train_bytes + len(held_out) == n_bytes
+    assert most < n_bytes / 2
 
 
 @pytest.mark.parametrize("n_shards, words", [(1, "1 shard"), (2, "2 shards")])

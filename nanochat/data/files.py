@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UsageError, counted
-from nanochat.data.text import text_format, text_suffix
+from nanochat.data.text import refuse_what_is_no_text, text_format, text_suffix
 
 # What is read of a folder. Its .json files may be anything (`data mix` writes one).
 FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")
@@ -64,12 +64,13 @@ def find_files(pattern: str, flag: str = "--data") -> list[Path]:
 def named_files(pattern: str, flag: str = "--data") -> Named:
     """The files that a path, a folder (only those of FOLDER_FORMATS) or a pattern names.
 
-    A file that is named itself is taken whatever it is called. Raises UsageError, which begins
-    with the flag, if nothing is found, or for a pipe or a device."""
+    A file that is named itself is taken whatever it is called. Raises UsageError if nothing is
+    found, for a pipe or a device, and for data that are obviously no text."""
     if os.path.isdir(pattern):
         return _of_folder(pattern, flag)
     if os.path.isfile(pattern):
         path = Path(pattern)
+        refuse_what_is_no_text(path)
         return Named([path], path.parent)
     if os.path.exists(pattern):
         raise UsageError(
@@ -99,10 +100,15 @@ def _of_folder(folder: str, flag: str) -> Named:
         raise UsageError(
             f"{flag}={folder}: the folder cannot be read; check its permissions (ls -ld)"
         )
+    refuse_what_is_no_text(root)
     everything = finder.files()
     files = finder.readable([p for p in everything if p.suffix.lower() in FOLDER_FORMATS])
     remarks = (*_other_formats(folder, everything), *finder.remarks())
     if not files:
+        for path in everything:
+            if path.suffix.lower() == ".arrow":
+                refuse_what_is_no_text(path.parent)
+                refuse_what_is_no_text(path)
         example = os.path.join(folder, "*.jsonl.gz")
         lines = (
             f"{flag}={folder}: the folder holds no {', '.join(FOLDER_FORMATS)} file; name files "

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UsageError, counted, sha256_file, sha256_hex
+from nanochat.common import UsageError, counted, human_bytes, sha256_file, sha256_hex
 from nanochat.data import hub
 from nanochat.data.download import DownloadFailed, RemoteFile, Report
-from nanochat.data.files import Named, named_files, text_bytes
+from nanochat.data.files import Named, listed, named_files, text_bytes
 from nanochat.data.splits import (
     Group,
     files_to_train,
@@ -26,7 +26,15 @@ from nanochat.data.splits import (
     least_validation_bytes,
     more_last_files,
 )
-from nanochat.data.text import iterate_documents, text_format
+from nanochat.data.text import (
+    cut_pieces,
+    inline_marks,
+    iterate_documents,
+    iterate_pieces,
+    split_column,
+    text_format,
+)
+from nanochat.data.textfile import END_OF_DOCUMENT, is_lfs_pointer
 
 # small files are grouped up to this size; one file is never split
 SHARD_BYTES = 8 << 20
@@ -34,8 +42,9 @@ SHARD_BYTES = 8 << 20
 HELD_OUT_MUCH = 0.2
 # the smallest dictionary of xz
 MIN_DICTIONARY = 4096
-# characters of a text that are encoded at a time to count its bytes
-PIECE_CHARACTERS = 1 << 20
+# of files and bytes whose text remarks() looks into for END_OF_DOCUMENT
+MARKS_FILES = 8
+MARKS_BYTES = 8 << 20
 # one file in this many is held out of the embedded corpus
 PYTHON_HELD_OUT = 50
 # A corpus of no more text than this is tokenized before step 0, a larger one as training needs it.
@@ -94,11 +103,13 @@ class Shard:
         paths = (
             file.fetch(report) if isinstance(file, RemoteFile) else file for file in self.files
         )
+        if self.cut_characters:
+            pieces = iterate_pieces(next(iter(paths)), self.column)
+            # without the rest of the text, which may be large
+            return iter(["".join(p.text for p in cut_pieces(pieces, self.first, self.last))])
         documents = itertools.chain.from_iterable(
             iterate_documents(path, self.column) for path in paths
         )
-        if self.cut_characters:
-            return iter([next(documents)[self.first : self.last]])
         return itertools.islice(documents, self.first, self.last)
 
     def remote_files(self) -> list[RemoteFile]:
@@ -222,18 +233,34 @@ def _refuse_changed(path: Path, n_bytes: int) -> None:
             )
 
 
-def _opened(pattern: str, flag: str) -> tuple[Named, str]:
+def _opened(value: str, flag: str) -> tuple[Named, str]:
     """The files that a value of --data or --val-data names, and the column with their text.
 
-    Raises UsageError as named_files()."""
-    return named_files(pattern, flag), "text"
+    Raises UsageError as named_files(), and if some of the files are no text but pointers to it."""
+    path, column = split_column(value)
+    named = named_files(path, flag)
+    pointers = [path for path in named.files if _is_pointer(path)]
+    if pointers and len(named.files) > 1:
+        raise UsageError(
+            f"{flag}={value}: {len(pointers):,} of {counted(len(named.files), 'file')} are Git LFS "
+            f"pointers, not the text itself ({listed(pointers, named.root)}); fetch the content "
+            f"with `git lfs pull` in their repository"
+        )
+    return named, column
+
+
+def _is_pointer(path: Path) -> bool:
+    # of a file that cannot be read, reading the text will say what is wrong
+    with contextlib.suppress(OSError):
+        return is_lfs_pointer(path)
+    return False
 
 
 def _text_bytes_in(files: Iterable[Path], column: str, most: float) -> int:
     """Bytes of the documents of some files. Reading ends where there are `most`."""
     n_bytes = 0
-    for document in itertools.chain.from_iterable(iterate_documents(p, column) for p in files):
-        n_bytes += _n_bytes(document)
+    for piece in itertools.chain.from_iterable(iterate_pieces(path, column) for path in files):
+        n_bytes += _n_bytes(piece.text)
         if n_bytes >= most:
             break
     return n_bytes
@@ -358,25 +385,34 @@ def _split_off(
 
 
 def _has_several_documents(path: Path, column: str) -> bool:
-    return len(list(itertools.islice(iterate_documents(path, column), 2))) > 1
+    ends = (piece for piece in iterate_pieces(path, column) if piece.ends)
+    return len(list(itertools.islice(ends, 2))) > 1
 
 
 def split_file(path: Path, column: str = "text") -> tuple[Part, Part, str]:
     """(training part, validation part, note) of a single file, whose last tenth is held out.
 
     Raises UsageError if it holds no text."""
-    # of many documents only their sizes are held: the file may be larger than memory
-    sizes = array.array("Q", (_n_bytes(document) for document in iterate_documents(path, column)))
+    # of documents only their sizes are held: the file may be larger than memory
+    sizes = array.array("Q")
+    n_bytes = 0
+    n_characters = 0
+    for piece in iterate_pieces(path, column):
+        n_bytes += _n_bytes(piece.text)
+        n_characters += len(piece.text)
+        if piece.ends:
+            sizes.append(n_bytes)
+            n_bytes = 0
     if not sizes:
         raise UsageError(
             f"data: {path} holds no text (it is empty, or its documents are blank); name another "
             f"file"
         )
     if len(sizes) == 1:
-        text = next(iterate_documents(path, column))
-        n = len(text)
+        n = n_characters
         first = n - max(1, n // 10)
-        n_val_bytes = _n_bytes(text, first)
+        pieces = cut_pieces(iterate_pieces(path, column), first, None)
+        n_val_bytes = sum(_n_bytes(piece.text) for piece in pieces)
         train = Part(0, first, True, sizes[0] - n_val_bytes)
         val = Part(first, None, True, n_val_bytes)
         unit = "characters"
@@ -389,10 +425,8 @@ def split_file(path: Path, column: str = "text") -> tuple[Part, Part, str]:
     return train, val, f"held out: the last tenth ({n - first:,} of {n:,} {unit})"
 
 
-def _n_bytes(text: str, first: int = 0) -> int:
-    """UTF-8 bytes of a text from a character on, without a copy of all of it."""
-    places = range(first, len(text), PIECE_CHARACTERS)
-    return sum(len(text[i : i + PIECE_CHARACTERS].encode("utf-8", "replace")) for i in places)
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -602,6 +636,13 @@ def remarks(corpus: Corpus) -> list[str]:
         found.append(f"note: {share:.0%} of the text is held out; --val-data names another text")
     train = _whole_files(corpus.train)
     both = [name for content, name in _whole_files(corpus.val).items() if content in train]
+    marks = _inline_marks(corpus)
+    if marks:
+        found.append(
+            f"note: {END_OF_DOCUMENT} stands among other text in {counted(marks, 'line')} of the "
+            f"first {human_bytes(MARKS_BYTES)} of up to {MARKS_FILES} files; it is text there, and "
+            f"ends a document only alone on its line"
+        )
     if both:
         more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
         found.append(
@@ -609,6 +650,13 @@ def remarks(corpus: Corpus) -> list[str]:
             f"memory; give --val-data other text"
         )
     return found
+
+
+def _inline_marks(corpus: Corpus) -> int:
+    """Lines with END_OF_DOCUMENT among other text, in the beginnings of some training files."""
+    files = (file for shard in corpus.train for file in shard.files if isinstance(file, Path))
+    texts = (path for path in files if text_format(path.name)[0] == ".txt")
+    return sum(inline_marks(path, MARKS_BYTES) for path in itertools.islice(texts, MARKS_FILES))
 
 
 def _whole_files(shards: list[Shard]) -> dict[str, str]:
