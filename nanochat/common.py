@@ -19,7 +19,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 # EX_TEMPFAIL of sysexits.h: stopped before the end; the same command with --resume continues.
 EXIT_STOPPED = 75
-
+# end of the names of files and folders that are not complete; they begin with a dot
+PARTIAL = ".partial"
 # takes a line for the user
 Report = Callable[[str], None]
 
@@ -160,7 +161,7 @@ def cached(*names: str) -> Path:
     this is its path below ~/.cache/nanochat, and the first such path is reported in one line. If
     nothing can be created there either, it is the path below base_dir()."""
     path = base_dir().joinpath(*names)
-    if os.path.exists(path) or _can_create(path):
+    if os.path.exists(path) or can_create(path):
         return path
     return _private_base_dir(base_dir()).joinpath(*names)
 
@@ -169,7 +170,7 @@ def writable_base_dir() -> Path:
     """The folder below which new files are kept: base_dir(), or ~/.cache/nanochat if that cannot be
     written; base_dir() if neither can."""
     path = base_dir()
-    return path if _can_create(path / "new") else _private_base_dir(path)
+    return path if can_create(path / "new") else _private_base_dir(path)
 
 
 def own_cache(name: str, make: bool = True) -> Path:
@@ -183,7 +184,7 @@ def own_cache(name: str, make: bool = True) -> Path:
             if make:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             mine = not path.exists() or path.stat().st_uid == os.geteuid()
-            if mine and _can_create(path / "new"):
+            if mine and can_create(path / "new"):
                 return path
     raise UsageError(
         f"{base_dir() / name}: this folder is not yours or cannot be written; set "
@@ -209,13 +210,13 @@ def _private_base_dir(unwritable: Path) -> Path:
     with contextlib.suppress(OSError, RuntimeError):
         path = _home_base_dir()
         path.mkdir(parents=True, exist_ok=True)
-        if _can_create(path / "new") and not path.samefile(unwritable):
+        if can_create(path / "new") and not path.samefile(unwritable):
             note_once(f"caches: parts of {unwritable} cannot be written; new files go to {path}")
             return path
     return unwritable
 
 
-def _can_create(path: Path) -> bool:
+def can_create(path: Path) -> bool:
     """Whether this user may create `path`, judging by the nearest folder above it that exists."""
     folder = path.parent
     while not os.path.exists(folder) and folder != folder.parent:
@@ -271,7 +272,7 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     if isinstance(content, str):
         content = content.encode("utf-8")
     # In the same folder: a rename is atomic only within one file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -304,7 +305,7 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         raise UsageError(
             f"{out} exists and is not an empty folder; name another one, or delete it first"
         )
-    folder = out.with_name(f".{out.name}.partial")
+    folder = out.with_name(f".{out.name}{PARTIAL}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)

@@ -3,12 +3,17 @@
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from disk import read_only
 
 from nanochat.common import UsageError
 from nanochat.run import folder as run_folder
 from nanochat.run.folder import RunFolder, status_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_run_folder_of_a_newer_format_is_refused(tmp_path):
@@ -24,6 +29,33 @@ def test_the_status_in_a_damaged_summary_is_unknown(tmp_path, content):
     if content is not None:
         (tmp_path / "summary.json").write_bytes(content)
     assert status_of(tmp_path) is None
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    """By the next one that holds the folder; files of others stay."""
+    program = (
+        "import os, sys\n"
+        "from nanochat import common\n"
+        "os.fsync = lambda _: os._exit(9)\n"
+        "common.write_json(sys.argv[1], {})\n"
+    )
+    (tmp_path / "checkpoints" / ".step_000005.partial").mkdir(parents=True)
+    (tmp_path / ".notes").touch()
+    expected = {path.name for path in tmp_path.rglob("*")} | {".lock"}
+    for name in ("summary.json", "checkpoints/best"):
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        assert subprocess.run(command, cwd=ROOT).returncode == 9
+    assert len(list(tmp_path.rglob("*"))) == len(expected) - 1 + 2
+    folder = RunFolder(tmp_path)
+    folder.claim()
+    folder.release()
+    assert {path.name for path in tmp_path.rglob("*")} == expected
+
+
+def test_a_run_folder_of_another_user_is_refused(shared_base):
+    (shared_base / ".lock").touch()
+    with read_only(shared_base), pytest.raises(UsageError, match="cannot be written .Permission"):
+        RunFolder(shared_base).claim()
 
 
 def git(folder, *arguments):

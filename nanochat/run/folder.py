@@ -1,6 +1,7 @@
 """The run folder <out-dir>/<model-tag>/: its config.json and summary.json, and who may write to
 it."""
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import locks
-from nanochat.common import UsageError, delete_folder, read_json, write_json
+from nanochat.common import PARTIAL, UsageError, can_create, delete_folder, read_json, write_json
 from nanochat.run.metrics import finite_or_null
 
 FORMAT = 1
@@ -67,16 +68,31 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             # held until the end
             self.lock = locks.open_lock(self.path / ".lock")
+            # another user's lock file can be opened although the folder cannot be written
+            if not can_create(self.path / "config.json"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise UsageError(
                 f"--out-dir: the run folder {self.path} cannot be written ({error.strerror}); "
                 "give another --out-dir"
             ) from None
-        if locks.take(self.lock, self.path) is locks.Lock.HELD_ELSEWHERE:
+        state = locks.take(self.lock, self.path)
+        if state is locks.Lock.HELD_ELSEWHERE:
             raise UsageError(
                 f"--model-tag: {self.path} is in use by a training process that is still running; "
                 "wait for it, stop it, or give another --model-tag"
             )
+        if state is locks.Lock.TAKEN:
+            self._delete_partial_files()
+
+    def _delete_partial_files(self) -> None:
+        """Delete what write_atomic() left in a process that was killed."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for path in folder.glob(f".*{PARTIAL}"):
+                # checkpoints that were not finished are folders, with a life of their own
+                if path.is_file():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def release(self) -> None:
         """Let another process claim the folder."""
