@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
 mkdir -p bench
-if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if python train.py --depth=4 --dry-run --json | grep -q '"device_type": "cuda"'; then
     shape="--max-seq-len=2048 --vocab-size=32768"
     nanochat bench --depth=12 $shape --device-batch-size=16 --out=bench/d12.json "$@"
     nanochat bench --depth=20 $shape --device-batch-size=8 --out=bench/d20.json "$@"
@@ -19,14 +19,5 @@ else
     nanochat bench --depth=4 $shape --out=bench/d4.json "$@"
     nanochat bench --depth=6 $shape --out=bench/d6.json "$@"
 fi
-python - bench/*.json <<'PYTHON'
-import json, sys
-
-words = []
-for path in sys.argv[1:]:
-    for entry in json.load(open(path))["results"]:
-        if entry["name"] == "step":
-            speed, share = entry["tokens_per_sec"], entry["share_of_peak"]
-            words.append(f"{path}:{speed:.0f}tok/s={share:.1%}")
-print("RESULT", *words)
-PYTHON
+# RESULT d4_tok_per_sec= d4_share_of_peak= ... of a whole training step
+nanochat bench --result bench/*.json

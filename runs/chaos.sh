@@ -85,34 +85,6 @@ if [ "$done_kills" -lt "$kills" ]; then
 fi
 train --model-tag=broken --resume
 grep -c "is damaged" "$folder/log" >/dev/null && { echo "a checkpoint was damaged"; exit 1; }
-python - "$folder" <<'END'
-import json
-import sys
-from pathlib import Path
-
-from safetensors.torch import load_file
-
-folder = Path(sys.argv[1])
-TIMES = {"total_training_time", "train/dt", "train/tok_per_sec", "train/mfu"}
-
-
-def lines_without_times(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-for name in ("metrics.jsonl", "samples.jsonl"):
-    whole, broken = (lines_without_times(folder / run / name) for run in ("whole", "broken"))
-    assert whole == broken, f"{name} differs"
-    print(f"{name}: {len(whole)} lines equal")
-last = max(path.name for path in (folder / "whole" / "checkpoints").glob("step_*"))
-for name in ("model.safetensors", "optimizer.safetensors"):
-    whole, broken = (
-        load_file(folder / run / "checkpoints" / last / name) for run in ("whole", "broken")
-    )
-    assert set(whole) == set(broken), f"{name} differs"
-    assert all(whole[key].equal(broken[key]) for key in whole), f"{name} differs"
-    print(f"{name}: {len(whole)} tensors equal with ==")
-END
+nanochat compare --identical "$folder/whole" "$folder/broken"
 echo "RESULT kills=$done_kills ranks=$ranks in_saves=$in_saves lost=0"
 echo "$done_kills kills, $in_saves while a checkpoint was written or removed: none lost, all exact"

@@ -18,11 +18,5 @@ nanochat sample $RUN --prompt "    def forward(self, x):" --max-tokens 100 --rep
 echo "run folder:   $RUN"
 echo "loss plot:    $RUN/loss.png"
 echo "more samples: nanochat sample $RUN --prompt 'import '"
-python - $RUN <<'EOF'
-import json
-import sys
-
-summary = json.load(open(sys.argv[1] + "/summary.json"))
-names = ("val_bpb", "tokens", "total_training_time", "tok_per_sec", "mfu")
-print("RESULT", *(f"{name}={summary[name]}" for name in names))
-EOF
+# RESULT status= val_bpb= tokens= total_training_time= tok_per_sec= mfu= ...
+nanochat report $RUN --result

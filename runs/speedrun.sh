@@ -6,18 +6,18 @@
 #   FLOPs     2.89e19
 #   hardware  eight H100, or as many as GPUS; one GPU runs the same steps without torchrun
 #   time      planned at 40% of the bf16 peak, not measured: 2.53 hours on eight, 20.3 on one
-#   cost      20.3 GPU-hours: $61 at PRICE=3 dollars each
+#   cost      20.3 GPU-hours: $61 at $3 each
 #   expected  CORE above 0.2565, that of GPT-2 (1.6B). The published mark is 1.65 hours on eight
 #             H100; ours is not measured yet.
 # usage: bash runs/speedrun.sh [DEPTH [GPUS]] [flags of train.py]
 #        such as  bash runs/speedrun.sh 24 8 --run=my-speedrun
 # From the environment: OUT (out: the run is OUT/speedrun-dDEPTH), FP8=0 (bf16 instead, for GPUs
-# without fp8), CORE_BUNDLE (a folder; else downloaded), PRICE (dollars a GPU-hour), TOY=1 (the same
-# commands in the same order on two CPU cores in a minute or two: small numbers, text of this
-# repository, no fp8).
+# without fp8), CORE_BUNDLE (a folder; else downloaded), TOY=1 (the same commands in the same order
+# on two CPU cores in a minute or two: small numbers, text of this repository, no fp8).
 # Restartable: started again, it continues where it was; only CORE at the end is measured again.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
+mkdir -p "${OUT:-out}"
 if [ "${TOY:-}" = 1 ]; then depth=2 gpus=1; else depth=24 gpus=8; fi
 if [[ "${1:-}" =~ ^[0-9]+$ ]]; then depth="$1"; shift; fi
 if [[ "${1:-}" =~ ^[0-9]+$ ]]; then gpus="$1"; shift; fi
@@ -26,7 +26,6 @@ if [ "$gpus" -lt 1 ]; then echo "speedrun.sh: GPUS=$gpus: give 1 or more" >&2; e
 data=climbmix max_seq_len=2048 sample=500 examples=-1
 train=(--depth="$depth" --target-param-data-ratio=8)
 if [ "${TOY:-}" = 1 ]; then
-    mkdir -p "${OUT:-out}"
     data="${OUT:-out}/toy.txt" max_seq_len=64 sample=1 examples=2
     awk 'FNR == 1 && NR > 1 { print "<|endoftext|>" } { print }' \
         README.md nanochat/*.py nanochat/*/*.py > "$data"
@@ -46,42 +45,13 @@ if [ "$gpus" -gt 1 ]; then
     start_module=(torchrun --standalone --nproc_per_node="$gpus" -m --)
 fi
 
-plan="$(python train.py "${train[@]}" --dry-run --json --gpus="$gpus")"
-tokens="$(python - "$plan" "$gpus" "${PRICE:-3}" <<'PY'
-import json
-import sys
-
-plan, gpus, price = json.loads(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-hours = plan["estimates"]["seconds"] / 3600
-print(
-    f"planned: {plan['flops']:.3g} FLOPs, {hours:.2f} hours on {gpus} devices, "
-    f"{hours * gpus:.1f} device-hours, ${hours * gpus * price:,.0f} at ${price:g} each",
-    file=sys.stderr,
-)
-print(round(plan["plan"]["tokens"]))
-PY
-)"
-# creates the tokenizer as well
-nanochat data tokenize "$data" --tokens="$tokens" --max-seq-len="$max_seq_len"
+plan="${OUT:-out}/speedrun-d$depth.plan.json"
+python train.py "${train[@]}" --dry-run --json --gpus="$gpus" >"$plan"
+# prints what is planned; creates the tokenizer as well
+nanochat data tokenize "$data" --plan="$plan"
 "${start[@]}" train.py "${train[@]}" --resume
 "${start_module[@]}" nanochat evaluate "$run" --core --bpb --core-bundle="${CORE_BUNDLE:-}" \
     --max-per-task="$examples" --out="$run/evaluations"
 nanochat report "$run"
-python - "$run" <<'PY'
-import json
-import sys
-from pathlib import Path
-
-run = Path(sys.argv[1])
-summary = json.loads((run / "summary.json").read_text())
-newest = max((run / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-core = json.loads(newest.read_text())["core"]
-values = {
-    "core": f"{core['core_metric']:.4f}",
-    "core_low": f"{core['low']:.4f}",
-    "core_high": f"{core['high']:.4f}",
-}
-names = ("val_bpb", "tokens", "total_training_flops", "total_training_time", "tok_per_sec", "mfu")
-values |= {name: summary[name] for name in names}
-print("RESULT", *(f"{name}={value}" for name, value in values.items()))
-PY
+# RESULT status= val_bpb= ... core= core_low= core_high=
+nanochat report "$run" --result

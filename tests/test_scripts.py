@@ -251,7 +251,8 @@ def test_speedrun_at_toy_size(tmp_path):
     )
     low, core, high = (float(words[name]) for name in ("core_low", "core", "core_high"))
     assert -1 < low <= core <= high < 1 and float(words["val_bpb"]) > 1
-    assert "planned: " in done.stderr and (root / "out" / "speedrun-d2" / "report.html").exists()
+    assert "plan: 20,480 tokens, " in done.stdout and words["status"] == "completed"
+    assert (root / "out" / "speedrun-d2" / "report.html").exists()
     again = run("2", "1", "--num-iterations=20")
     said = again.stdout + again.stderr
     assert again.returncode == 0 and "is complete at step 20" in said, said
@@ -281,5 +282,5 @@ def test_the_plan_of_the_speedrun_is_what_its_header_says():
             f"{plan['flops']:.2e}".replace("e+", "e") in header
             and f"{plan['plan']['tokens']:.2e}".replace("e+0", "e") in header
         )
-        assert f"{planned * gpus:.3g} GPU-hours: ${planned * gpus * 3:.0f} at PRICE=3" in header
+        assert f"{planned * gpus:.3g} GPU-hours: ${planned * gpus * 3:.0f} at $3 each" in header
         assert f"N: {plan['plan']['scaling_parameters'] / 1e6:.0f}M" in header
