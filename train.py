@@ -909,7 +909,8 @@ def batches_of_steps(prepared: Prepared, step: int, device_batch: int) -> Iterat
 
     plan, rows = prepared.planned.plan, prepared.text.rows
     accumulation = plan.rows_per_step // (device_batch * world_size())
-    while not plan.is_last(step):
+    # A time budget has no end that is known beforehand: it may be corrected.
+    while plan.budget_seconds is not None or not plan.is_last(step):
         yield [
             rows.batch(step, plan.rows_per_step, micro, device_batch, rank(), world_size())
             for micro in range(accumulation)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from nanochat.common import UsageError
-from nanochat.data.files import find_files, listed, named_files, text_bytes
+from nanochat.data.files import listed, named_files, text_bytes
 
 MADE = [
     # name of the layout, links {name: target}, files, found, remarks
@@ -100,6 +100,11 @@ MADE = [
         ["left out in the folder {}: 1 hidden or system name (.store)"],
     ),
 ]
+
+
+def find_files(pattern, flag="--data"):
+    """The files that a value of the flag names."""
+    return named_files(pattern, flag).files
 
 
 def make(folder, files, links):

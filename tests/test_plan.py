@@ -266,12 +266,12 @@ def decided_at(plan, rate=1.0):
     "given, steps",
     [
         # where the warm-down begins, then after half of what is left
-        ([], [50, 75, 88]),
-        (["--warmdown-ratio=0.2"], [60, 80, 90]),
+        ([], [50, 75, 88, 94, 97]),
+        (["--warmdown-ratio=0.2"], [60, 80, 90, 95, 98]),
         # no warm-down after the length is known: after half of what is left
-        (["--warmdown-ratio=0"], [60, 80, 90]),
-        (["--warmdown-ratio=0.9"], [60, 80, 90]),
-        (["--lr-schedule=cosine"], [60, 80, 90]),
+        (["--warmdown-ratio=0"], [60, 80, 90, 95, 98]),
+        (["--warmdown-ratio=0.9"], [60, 80, 90, 95, 98]),
+        (["--lr-schedule=cosine"], [60, 80, 90, 95, 98]),
     ],
 )
 def test_when_the_length_of_a_budget_is_corrected(given, steps):
@@ -292,14 +292,14 @@ def test_a_correction_stretches_what_is_left_of_the_schedule(given, rate):
     """The learning rate has no jump, never rises, and ends where it would have ended."""
     plan = budget(*given)
     plan.set_steps(1000, done=100)
-    as_fixed = multipliers(dataclasses.replace(plan), range(1000))
+    as_fixed = multipliers(dataclasses.replace(plan), range(1001))
     assert len(decided_at(plan, rate)) > 3 and plan.num_iterations != 1000
     corrected = multipliers(plan, range(plan.num_iterations))
     first = plan.corrections[0][0]
     assert corrected[:first] == as_fixed[:first]
     falls = [before - after for before, after in itertools.pairwise(corrected)]
     assert min(falls) >= 0 and max(falls) < 0.03
-    assert corrected[-1] == pytest.approx(as_fixed[-1], abs=0.01)
+    assert plan.lr_multiplier(plan.num_iterations) == pytest.approx(as_fixed[-1], abs=1e-9)
     # at the first correction a new slope begins
     assert plan.lr_multiplier(first) == as_fixed[first]
 

@@ -56,11 +56,6 @@ class Named:
     remarks: tuple[str, ...] = ()
 
 
-def find_files(pattern: str, flag: str = "--data") -> list[Path]:
-    """The files of named_files(), which see."""
-    return named_files(pattern, flag).files
-
-
 def named_files(pattern: str, flag: str = "--data") -> Named:
     """The files that a path, a folder (only those of FOLDER_FORMATS) or a pattern names.
 

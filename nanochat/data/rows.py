@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochat.common import UsageError, human_bytes, stream_seed, writable_base_dir
+from nanochat.common import UsageError, counted, human_bytes, stream_seed, writable_base_dir
 from nanochat.data.sources import Corpus, Shard
 from nanochat.data.token_cache import TokenCache
 
@@ -98,18 +98,19 @@ class Rows:
         """Training tokens of one pass; of a large corpus an estimate from the first shard.
 
         Raises UsageError, with numbers, if there is not even one row."""
-        counted = self._counted_shards()
-        lengths = [self.cache.length(shard) for shard in counted]
+        read = self._counted_shards()
+        lengths = [self.cache.length(shard) for shard in read]
         rows = sum(length // self.T for length in lengths)
         if rows == 0:
             raise UsageError(
-                f"--data: {sum(lengths):,} training tokens in {len(counted)} shards are too few "
+                f"--data: {sum(lengths):,} training tokens in "
+                f"{counted(len(read), 'shard')} are too few "
                 f"for one row of {self.T} tokens; give more text or lower --max-seq-len"
             )
         if self.corpus.eager:
             return rows * self.T
         # shards of one data set are alike: tokens go with bytes of text
-        counted_bytes = max(1, sum(shard.n_bytes for shard in counted))
+        counted_bytes = max(1, sum(shard.n_bytes for shard in read))
         return round(rows * self.T * self.corpus.train_bytes / counted_bytes)
 
     def share_dropped(self) -> float | None:
@@ -117,10 +118,10 @@ class Rows:
 
         Of a small corpus as a whole, of a large one in the first shard; None while their lengths
         are not known."""
-        counted = self._counted_shards()
-        if any(shard.fingerprint not in self.cache.lengths for shard in counted):
+        read = self._counted_shards()
+        if any(shard.fingerprint not in self.cache.lengths for shard in read):
             return None
-        lengths = [self.cache.length(shard) for shard in counted]
+        lengths = [self.cache.length(shard) for shard in read]
         return 1 - sum(length // self.T * self.T for length in lengths) / sum(lengths)
 
     def locate(self, row: int) -> Place:

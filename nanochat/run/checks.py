@@ -9,6 +9,7 @@ from nanochat import hardware, ranks
 from nanochat.common import UsageError
 from nanochat.data.hub import KNOWN
 from nanochat.data.sources import is_remote
+from nanochat.data.text import split_column
 from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_KINDS
 from nanochat.model import fp8
 from nanochat.model.attention import BACKENDS
@@ -64,6 +65,15 @@ def _exists(path: str) -> bool:
     return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
+def _is_text(value: str) -> bool:
+    """True for what _exists(), also with the name of a column behind it: FILE:column."""
+    try:
+        return _exists(split_column(value)[0])
+    # of an empty column, which is reported when the text is opened
+    except UsageError:
+        return True
+
+
 def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
     # A path would put the run where `nanochat runs` and --resume do not look for it.
     is_name = os.path.basename(args.model_tag) == args.model_tag
@@ -77,10 +87,11 @@ def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
     # needed.
     for name in ("sample_prompts", "val_data", "init_from", "core_bundle"):
         value = getattr(args, name)
+        found = _is_text if name == "val_data" else _exists
         unneeded = name == "init_from" and args.resume
         problems.require(
             name,
-            not value or name not in args.given or unneeded or _exists(value),
+            not value or name not in args.given or unneeded or found(value),
             "no such file or folder",
             "check the path",
         )
@@ -89,7 +100,7 @@ def _check_paths(args: argparse.Namespace, problems: _Problems) -> None:
         "data" not in args.given
         or args.data == "python"
         or is_remote(args.data)
-        or _exists(args.data),
+        or _is_text(args.data),
         "no such file or folder, no file matches it as a pattern, and it names no dataset",
         f"give a path, python, {', '.join(KNOWN)}, or hf:<dataset>",
     )

@@ -18,8 +18,7 @@ from nanochat.optim.schedules import Schedule
 from nanochat.run.flags import FLAGS, HORIZONS
 
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
-# The length of a time budget is corrected while so many steps are left: more than are read ahead.
-LEAST_CORRECTED_STEPS = 8
+LEAST_CORRECTED_STEPS = 2  # that are left when the length of a time budget is corrected
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> GPTConfig:

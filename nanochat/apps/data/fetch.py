@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nanochat.apps.data.words import counted, say
+from nanochat.apps.data.words import say
 from nanochat.common import (
     EXIT_COMPLETED,
     Unavailable,
     UsageError,
     cached,
+    counted,
     human_bytes,
     human_time,
     writable_base_dir,

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanochat.apps.data.inspection import origin_of
-from nanochat.apps.data.words import counted, say
+from nanochat.apps.data.words import say
 from nanochat.common import (
     EXIT_COMPLETED,
     UsageError,
     ceil_div,
+    counted,
     human_bytes,
     new_folder,
     stream_seed,

@@ -17,9 +17,10 @@ from nanochat import hardware, ranks
 from nanochat.apps.evaluate.report import BpbReport, CoreReport, Sample
 from nanochat.apps.evaluate.subject import Subject, default_batch_tokens
 from nanochat.common import UsageError, human_time
-from nanochat.data.files import find_files
+from nanochat.data.files import named_files
 from nanochat.data.rows import held_out_pieces
 from nanochat.data.sources import file_shard, hash_files, is_remote, open_corpus
+from nanochat.data.text import split_column
 from nanochat.data.token_cache import TokenCache
 from nanochat.eval.bpb import bits_per_byte
 from nanochat.eval.core import Progress, len_limit, measure, open_core
@@ -116,8 +117,11 @@ def _named_shards(data: str, say: Callable[[str], None]) -> list:
         return ranks.from_rank0_or_raise(lambda: open_corpus(data, report=say).val)
 
     def whole() -> list:
-        files = find_files(data)
-        return [file_shard(files, hashes=hash_files(files))]
+        path, column = split_column(data)
+        named = named_files(path)
+        for remark in named.remarks:
+            say(remark)
+        return [file_shard(named.files, hashes=hash_files(named.files), column=column)]
 
     return ranks.from_rank0_or_raise(whole)
 
