@@ -1,5 +1,6 @@
 """The memory of a step, estimated and measured, and the choice of the rows per pass."""
 
+import errno
 import types
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import hardware, limits, ranks
 from nanochat.common import TrainingFailed, UsageError
 from nanochat.model.attention import BACKENDS
 from nanochat.model.build import build, meta_model
@@ -309,6 +310,50 @@ def test_settling_halves_when_memory_runs_out():
         TrainingFailed, match="out of memory with one row per pass; lower --max-seq-len"
     ):
         machine.settle(16)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_settling_takes_every_lack_of_memory_for_one(error):
+    machine = Machine(budget=1e6)
+    measure = machine.trial
+
+    def trial(n):
+        if n > 4:
+            raise error
+        measure(n)
+
+    machine.trial = trial
+    assert machine.settle(16) == 4
+
+
+def test_the_last_words_of_settling_are_one_line():
+    machine = Machine(budget=1e6)
+
+    def trial(n):
+        raise MemoryError("a long\nmessage of the compiler\n" * 50)
+
+    machine.trial = trial
+    with pytest.raises(TrainingFailed) as raised:
+        machine.settle(1)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("device_batch_size, words", [(-1, "that are free"), (4, "are free")])
+def test_a_refusal_names_the_limit_on_memory(monkeypatch, device_batch_size, words):
+    monkeypatch.setattr(limits, "free_memory", lambda: limits.FreeMemory(100, "ulimit -v of 1 GiB"))
+    settings = {"rows_per_step": 4, "max_seq_len": 8, "free_bytes": 100, "world_size": 1}
+    settings["device_batch_size"] = device_batch_size
+    with pytest.raises(UsageError, match=rf"100 B {words} \(ulimit -v of 1 GiB\); "):
+        pick_device_batch(lambda n: 1000 * n, device_type="cpu", **settings)
+    with pytest.raises(UsageError, match=f"100 B {words}; "):
+        pick_device_batch(lambda n: 1000 * n, device_type="cuda", **settings)
 
 
 def test_a_given_number_is_not_changed():

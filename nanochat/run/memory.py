@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import hardware, limits, ranks
 from nanochat.common import (
     TrainingFailed,
     UsageError,
     base_dir,
     human_bytes,
+    in_a_line,
     sha256_hex,
     write_json,
 )
@@ -198,22 +199,33 @@ def pick_device_batch(
         )
     rows = rows_per_step // world_size
     if device_batch_size != -1:
-        _check_given(memory, device_batch_size, rows, free_bytes, world_size)
+        _check_given(memory, device_batch_size, rows, free_bytes, world_size, device_type)
         return device_batch_size
     share = MEMORY_SHARE[device_type]
     fitting = [n for n in candidates(rows) if memory(n) <= share * free_bytes]
     if not fitting:
         raise UsageError(
             f"--max-seq-len={max_seq_len}: one row is estimated to need {human_bytes(memory(1))}, "
-            f"but a plan may use only {share:.0%} of the {human_bytes(free_bytes)} that are free; "
-            f"lower --max-seq-len or --depth, add --activation-checkpointing, or give "
-            f"--device-batch-size=1 to try anyway"
+            f"but a plan may use only {share:.0%} of the {human_bytes(free_bytes)} that are free"
+            f"{_limit_in_words(device_type)}; lower --max-seq-len or --depth, add "
+            f"--activation-checkpointing, or give --device-batch-size=1 to try anyway"
         )
     return fitting[-1]
 
 
+def _limit_in_words(device_type: str) -> str:
+    """What keeps this process from using memory of a machine, in brackets, or ""."""
+    limit = limits.free_memory().limit if device_type == "cpu" else ""
+    return f" ({limit})" if limit else ""
+
+
 def _check_given(
-    memory: Callable[[int], int], given: int, rows: int, free_bytes: float, world_size: int
+    memory: Callable[[int], int],
+    given: int,
+    rows: int,
+    free_bytes: float,
+    world_size: int,
+    device_type: str,
 ) -> None:
     """UsageError if the given rows per pass do not divide a rank's rows or clearly do not fit."""
     if rows % given:
@@ -225,7 +237,8 @@ def _check_given(
     if memory(given) > 2 * free_bytes:
         raise UsageError(
             f"--device-batch-size={given}: is estimated to need {human_bytes(memory(given))}, but "
-            f"only {human_bytes(free_bytes)} are free; omit the flag to use as many rows as fit"
+            f"only {human_bytes(free_bytes)} are free{_limit_in_words(device_type)}; omit the flag "
+            f"to use as many rows as fit"
         )
 
 
@@ -351,9 +364,10 @@ def _fewer(
 
     TrainingFailed if n is 1."""
     if n == 1:
+        why = in_a_line(error) if error else "on another rank"
         raise TrainingFailed(
             f"out of memory with one row per pass; lower --max-seq-len or --depth, or add "
-            f"--activation-checkpointing ({error or 'on another rank'})"
+            f"--activation-checkpointing ({why})"
         )
     if device.type == "cuda":
         torch.cuda.empty_cache()
