@@ -10,8 +10,7 @@ import pytest
 from disk import read_only
 
 from nanochat.common import UsageError
-from nanochat.run import folder as run_folder
-from nanochat.run.folder import RunFolder, status_of
+from nanochat.run.folder import RunFolder, provenance, status_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,25 +71,25 @@ def tree(tmp_path, monkeypatch):
         pytest.skip("git is not installed")
     root = tmp_path / "outer" / "nanochat"
     (root / "nanochat" / "run").mkdir(parents=True)
-    monkeypatch.setattr(run_folder, "__file__", str(root / "nanochat" / "run" / "folder.py"))
+    monkeypatch.setattr("nanochat.run.folder.__file__", str(root / "nanochat/run/folder.py"))
     return root
 
 
 def test_the_commit_is_that_of_our_own_repository(tree, monkeypatch):
-    assert run_folder.provenance()["git_commit"] is None
+    assert provenance()["git_commit"] is None
     # the tree was unpacked inside another repository
     git(tree.parent, "init")
     git(tree.parent, "commit", "--allow-empty", "--message=outer")
-    assert run_folder.provenance()["git_commit"] is None
+    assert provenance()["git_commit"] is None
     # a repository without a commit
     git(tree, "init")
-    assert run_folder.provenance()["git_commit"] is None
+    assert provenance()["git_commit"] is None
     git(tree, "commit", "--allow-empty", "--message=inner")
     commit = git(tree, "rev-parse", "HEAD")
-    assert run_folder.provenance()["git_commit"] == commit
+    assert provenance()["git_commit"] == commit
     # as in a hook of the other one
     monkeypatch.setenv("GIT_DIR", str(tree.parent / ".git"))
-    assert run_folder.provenance()["git_commit"] == commit
+    assert provenance()["git_commit"] == commit
 
 
 def test_a_repository_that_git_does_not_trust_has_no_commit(tree, monkeypatch):
@@ -98,11 +97,11 @@ def test_a_repository_that_git_does_not_trust_has_no_commit(tree, monkeypatch):
     git(tree, "commit", "--allow-empty", "--message=inner")
     # git's own switch for its tests
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    assert run_folder.provenance()["git_commit"] is None
+    assert provenance()["git_commit"] is None
 
 
 def test_without_git_there_is_no_commit(tree, monkeypatch):
     git(tree, "init")
     git(tree, "commit", "--allow-empty", "--message=inner")
     monkeypatch.setenv("PATH", "")
-    assert run_folder.provenance()["git_commit"] is None
+    assert provenance()["git_commit"] is None

@@ -1,5 +1,6 @@
 """nanochat sweep and its four scripts: what is trained and skipped, failures, results."""
 
+import errno
 import fcntl
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import small
 
+from nanochat import common
 from nanochat.apps import sweep
 from nanochat.apps.sweep import command, predictions, results, train_runs
 from nanochat.apps.sweep.facts import Facts, read_facts
@@ -289,6 +291,17 @@ def test_a_run_that_died_is_resumed(tree):
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"status": "running"}))
     behave(tree)
     assert do("seeds", "d1: --depth=1") == EXIT_COMPLETED and calls(tree) == ["o/d1"]
+
+
+def test_a_sweep_works_without_file_locks(tree, monkeypatch, capfd):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(common, "_noted", set())
+    assert do("seeds", LINES) == EXIT_COMPLETED
+    assert calls(tree) == ["o/d1", "o/d2", "o/d3"]
+    assert capfd.readouterr().err.count("no file locks") == 1
 
 
 @pytest.mark.parametrize("lock", [".sweep.lock", ".lock"], ids=["of_a_sweep", "of_train.py"])
