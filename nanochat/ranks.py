@@ -1,23 +1,41 @@
-"""The few places where ranks meet. With one process every function here is the identity."""
+"""The few places where ranks meet. With one process every function here is the identity.
+
+A process is alone until check_environment() or setup() finds variables that say otherwise, so that
+commands which never exchange anything are not disturbed by variables that were left over."""
 
 import contextlib
 import datetime
 import os
+import socket
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import Unavailable, UsageError
+from nanochat.common import Unavailable, UsageError, human_time, in_a_line
 from nanochat.signals import Stopped
 
 T = TypeVar("T")
+# What torchrun sets for each process that it starts.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Long, because the other ranks wait while rank 0 reads and tokenizes; torchrun ends them all when
 # one dies.
 EXCHANGE_TIMEOUT = datetime.timedelta(hours=6)
+# Seconds after which a rank that waits for others says so, the factor between this and the next
+# time, and the seconds after which it gives up joining them.
+FIRST_WORD = 10.0
+WORD_FACTOR = 3.0
+JOIN_LIMIT = 600.0
+# The same for exchanges, in which rank 0 may be tokenizing, and prints that.
+FIRST_WORD_OF_EXCHANGES = 60.0
+# Seconds of one attempt to reach another machine, and between two attempts.
+ATTEMPT = 10.0
+BETWEEN_ATTEMPTS = 0.2
 LOST = "lost the others"  # last word of a rank that ends because another did
 # Seconds to wait for last words, at least and at most (torchrun kills a rank 30 s after another
 # died).
@@ -25,19 +43,116 @@ LEAST_PATIENCE = 3.0
 MOST_PATIENCE = 20.0
 
 
+# ---- who this process is ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: its number among all and among those of its machine, and where
+    they meet. serves: whether this process holds the store through which they find each other;
+    under torchrun the launcher does."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    host: str = ""
+    port: int = 0
+    serves: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where the ranks meet, for messages."""
+        return f"{self.host}:{self.port}"
+
+
+ALONE = Launch()
+_launch = ALONE
+
+
+def check_environment() -> None:
+    """Take this process's rank from the environment, where torchrun puts it.
+
+    Called before anything else by programs that share their work between ranks. UsageError for
+    variables that do not fit together, such as some that another program left behind."""
+    global _launch
+    # what the error is printed with
+    _launch = ALONE
+    # an empty variable is as good as none, to torch as well
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if reasons := _misfits(given):
+        found = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(
+            f"the environment has {found}, but {' and '.join(reasons)}; torchrun sets these "
+            f"variables for the processes that it starts, and here they seem to be left over. "
+            f"{_remedy(given)}"
+        )
+    if int(given.get("WORLD_SIZE", 1)) > 1:
+        rank = int(given["RANK"])
+        _launch = Launch(
+            rank=rank,
+            world_size=int(given["WORLD_SIZE"]),
+            local_rank=int(given.get("LOCAL_RANK", 0)),
+            host=given["MASTER_ADDR"],
+            port=int(given["MASTER_PORT"]),
+            serves=rank == 0 and not _is_torchruns_store(),
+        )
+
+
+def _misfits(given: dict[str, str]) -> list[str]:
+    """What is wrong with the variables that are set, as clauses."""
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1}
+    wrong = []
+    for name in numbers:
+        value = given.get(name, "")
+        if value.isascii() and value.isdecimal():
+            numbers[name] = int(value)
+        # a process that is alone needs no port
+        elif value and name != "MASTER_PORT":
+            wrong.append(f"{name} is not a whole number from 0 up")
+    if wrong:
+        return wrong
+    world_size = numbers["WORLD_SIZE"]
+    if world_size == 0:
+        return ["WORLD_SIZE must be at least 1"]
+    size = f"WORLD_SIZE={world_size}" if "WORLD_SIZE" in given else "WORLD_SIZE, which is not set"
+    for name in ("RANK", "LOCAL_RANK"):
+        if numbers[name] >= world_size:
+            wrong.append(f"{name} has to be below {size}")
+    if world_size > 1:
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        wrong += [f"{name} is not set" for name in needed if name not in given]
+        port = given.get("MASTER_PORT", "1")
+        if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+            wrong.append("MASTER_PORT is not a port from 1 to 65535")
+    return wrong
+
+
+def _remedy(given: Sequence[str]) -> str:
+    """What to do about the variables that are set."""
+    names = " ".join(name for name in VARIABLES if name in given)
+    return (
+        f"For one process: unset {names}. For several on this machine: torchrun --standalone "
+        f"--nproc_per_node=N -- COMMAND"
+    )
+
+
+def _is_torchruns_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def rank() -> int:
     """This process's number among all, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return _launch.rank
 
 
 def world_size() -> int:
     """Number of processes, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _launch.world_size
 
 
 def local_rank() -> int:
     """This process's number among those of this machine, 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _launch.local_rank
 
 
 def print0(*values: object, **options: Any) -> None:
@@ -46,10 +161,16 @@ def print0(*values: object, **options: Any) -> None:
         print(*values, **{"flush": True, **options})
 
 
+# ---- joining and leaving ----
+
+
 def setup(device_type: str) -> torch.device:
     """Join the process group if torchrun started this process; returns this rank's device.
 
-    UsageError for more ranks than GPUs, or several on mps."""
+    A wait for the others is reported on standard error, ends on a signal, and has a limit.
+    UsageError for variables that do not fit together, for more ranks than GPUs, for several on mps;
+    Unavailable if the other ranks cannot be reached."""
+    check_environment()
     device = torch.device(device_type)
     if device_type == "cuda":
         if local_rank() >= torch.cuda.device_count():
@@ -63,19 +184,179 @@ def setup(device_type: str) -> torch.device:
     if world_size() > 1 and not dist.is_initialized():
         if device_type == "mps":
             raise UsageError("--device-type=mps: one process only; start without torchrun")
-        on_cuda = device_type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            timeout=EXCHANGE_TIMEOUT,
-            device_id=device if on_cuda else None,
-        )
+        _join_hearing_signals(_launch, device)
     return device
+
+
+class _Wait:
+    """What the thread that joins the group waits for, for the main thread to report.
+
+    text: for whom and where. speaks: whether it is this rank that reports it. done: it ended, with
+    `error` if it failed. over: nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.speaks = True
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+        self.over = threading.Event()
+
+
+def _join_hearing_signals(
+    launch: Launch, device: torch.device, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """_join() in a thread, while this one reports what it waits for.
+
+    torch waits inside C++, and Python's signal handlers run in the main thread only, between two
+    steps of Python. Unavailable after JOIN_LIMIT seconds."""
+    wait = _Wait()
+
+    def work() -> None:
+        try:
+            _join(launch, device, wait)
+        except BaseException as error:
+            wait.error = error
+        wait.done.set()
+
+    # a daemon: nothing can end it inside C++, and it must not keep the process alive
+    threading.Thread(target=work, name="join ranks", daemon=True).start()
+    began = clock()
+    next_word = FIRST_WORD
+    remedy = _remedy_of_joining(launch)
+    try:
+        while not wait.done.wait(0.1):
+            waited = clock() - began
+            if waited > JOIN_LIMIT:
+                raise Unavailable(
+                    f"rank {launch.rank} of {launch.world_size} waited {human_time(waited)} "
+                    f"{wait.text}; {remedy}"
+                )
+            if waited > next_word:
+                next_word *= WORD_FACTOR
+                if wait.speaks:
+                    print(
+                        f"rank {launch.rank} of {launch.world_size}: waiting {wait.text}, for "
+                        f"{human_time(waited)} now; {remedy}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+    finally:
+        wait.over.set()
+    if isinstance(wait.error, dist.DistError):
+        raise Unavailable(
+            f"rank {launch.rank} could not join the others at {launch.place} "
+            f"({in_a_line(wait.error)}); {remedy}"
+        ) from None
+    if wait.error is not None:
+        raise wait.error
+
+
+def _remedy_of_joining(launch: Launch) -> str:
+    """What to do if the other ranks do not come."""
+    if _is_torchruns_store():
+        return (
+            "for one machine start torchrun with --standalone; for several, every machine has to "
+            "reach the address of the first one: name it with --local-addr there"
+        )
+    return (
+        "if this is meant to be one process, the variables are left over: unset "
+        + " ".join(VARIABLES)
+        + "; for several on one machine: torchrun --standalone"
+    )
+
+
+def _join(launch: Launch, device: torch.device, wait: _Wait) -> None:
+    """Find the other ranks, wait until all are there, and form the process group. Returns early
+    once the wait is over."""
+    store = _open_store(launch, wait)
+    if store is None or not _meet_in(store, launch, wait):
+        return
+    wait.text = f"for connections to the other ranks, all of which came to {launch.place}"
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        # each thread has a current device of its own
+        torch.cuda.set_device(device)
+    store.set_timeout(EXCHANGE_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=EXCHANGE_TIMEOUT,
+        device_id=device if on_cuda else None,
+    )
+
+
+def _open_store(launch: Launch, wait: _Wait) -> dist.TCPStore | None:
+    """The store at MASTER_ADDR and MASTER_PORT: created by the rank that serves it, found by the
+    others. None once the wait is over; UsageError for a port that is taken."""
+    if launch.serves:
+        try:
+            # by this name in any case: what the others call this machine may not be known here
+            return _store("localhost", launch)
+        except dist.DistError as error:
+            raise UsageError(
+                f"MASTER_PORT={launch.port}: rank 0 cannot listen on it ({in_a_line(error)}); is "
+                f"another training running? Choose another port, or let torchrun --standalone "
+                f"choose one"
+            ) from None
+    while not wait.over.is_set():
+        wait.text = f"for an answer from {launch.place}"
+        try:
+            # torch would print a page of warnings about each attempt that fails
+            socket.create_connection((launch.host, launch.port), timeout=ATTEMPT).close()
+            return _store(launch.host, launch)
+        except OSError as error:
+            wait.text = f"for {launch.place} ({error.strerror or in_a_line(error)})"
+        wait.over.wait(BETWEEN_ATTEMPTS)
+    return None
+
+
+def _store(host: str, launch: Launch) -> dist.TCPStore:
+    """torch's store at a host, on which somebody listens unless it is this process's own."""
+    return dist.TCPStore(
+        host,
+        launch.port,
+        launch.world_size,
+        is_master=launch.serves,
+        timeout=datetime.timedelta(seconds=ATTEMPT),
+        # torch's own wait does not say for whom
+        wait_for_workers=False,
+    )
+
+
+def _meet_in(store: dist.TCPStore, launch: Launch, wait: _Wait) -> bool:
+    """Wait until every rank is at the store; False if the wait was over before."""
+    keys = [f"joined/{number}" for number in range(launch.world_size)]
+    store.set(keys[launch.rank], "here")
+    names_at = time.monotonic()
+    while not store.check(keys):
+        # asked for one by one only as often as somebody reads it
+        if time.monotonic() >= names_at:
+            names_at += FIRST_WORD / 4
+            missing = [number for number, key in enumerate(keys) if not store.check([key])]
+            wait.text = f"for {_ranks_in_words(missing)} to come to {launch.place}"
+            # one voice is enough: of those that are there, the first
+            wait.speaks = all(number in missing for number in range(launch.rank))
+        if wait.over.wait(BETWEEN_ATTEMPTS / 2):
+            return False
+    return True
+
+
+def _ranks_in_words(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{len(numbers)} ranks ({shown}{', ...' if len(numbers) > 8 else ''})"
 
 
 def close() -> None:
     """Leave the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---- exchanges ----
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,10 +382,36 @@ def all_gather(everything: torch.Tensor, share: torch.Tensor) -> Any:
     return function(everything, share, async_op=True)
 
 
+def _meet() -> None:
+    """Return when all ranks are here, hearing signals meanwhile.
+
+    Before exchanges of objects, which may wait for hours inside C++, where no signal is heard."""
+    on_cuda = dist.get_backend() == "nccl"
+    device = torch.device("cuda", local_rank()) if on_cuda else torch.device("cpu")
+    work = dist.all_reduce(torch.zeros(1, device=device), async_op=True)
+    began = time.monotonic()
+    next_word = FIRST_WORD_OF_EXCHANGES
+    pause = 1e-4
+    while not work.is_completed():
+        time.sleep(pause)
+        # short waits stay short, long ones cost nothing
+        pause = min(1.5 * pause, 0.1)
+        waited = time.monotonic() - began
+        if waited > next_word:
+            next_word *= WORD_FACTOR
+            # the first that can wait for rank 0
+            if rank() == 1:
+                text = f"rank 1: waiting for another rank, for {human_time(waited)} now"
+                print(text, file=sys.stderr, flush=True)
+    # raises what went wrong
+    work.wait()
+
+
 def from_rank0(value: T) -> T:
     """Rank 0's value of a small picklable Python object, on every rank."""
     if world_size() == 1:
         return value
+    _meet()
     # broadcast_object_list() fills a list in place.
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -131,6 +438,7 @@ def from_all(value: T) -> list[T]:
     """Every rank's value of a small picklable Python object, as a list by rank, on every rank."""
     if world_size() == 1:
         return [value]
+    _meet()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -203,8 +511,6 @@ def who_is_gone(
     last_word(LOST)
     store = dist.distributed_c10d._get_default_store()
     words: dict[int, str] = {}
-    # under torchrun the store is the launcher's, else it is rank 0's
-    store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = min(max(LEAST_PATIENCE, 2 * step_seconds), MOST_PATIENCE)
     deadline = clock() + patience
     try:
@@ -217,7 +523,7 @@ def who_is_gone(
             sleep(0.05)
     # the store is gone, and with it the process that held it
     except RuntimeError:
-        return "" if store_is_launchers or rank() == 0 else "rank 0 is gone"
+        return "" if _is_torchruns_store() or rank() == 0 else "rank 0 is gone"
     silent = f"did not answer within {patience:.3g} s"
     gone = [other for other in range(world_size()) if words.get(other) != LOST]
     fates = {other: f"failed ({words[other]})" if other in words else silent for other in gone}

@@ -4,6 +4,7 @@ value or the reason, and the remedy. Whole starts that are refused: test_wrong_i
 import pytest
 import small
 
+from nanochat import ranks
 from nanochat.common import UsageError
 from nanochat.run import trackers
 from nanochat.run.checks import check_flags, core_metric_flags
@@ -173,7 +174,7 @@ def test_all_problems_are_found_together():
 
 
 def test_a_batch_is_shared_by_the_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
     (sentence,) = problems()
     assert "--total-batch-size=256: " in sentence and "use 192 or 288" in sentence
 

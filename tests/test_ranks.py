@@ -6,8 +6,11 @@ python test_ranks.py FOLDER. One launch serves all tests: importing torch twice 
 time."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -18,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 from nanochat import ranks
-from nanochat.common import UsageError
+from nanochat.common import Unavailable, UsageError
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
 from nanochat.ranks import Agreed
-from nanochat.signals import Stopped
+from nanochat.signals import Stopped, StopSignals
 
 WORLD = 2
 TIMEOUT_SECONDS = 120
@@ -188,8 +191,24 @@ def worker(folder):
         single = torch.load(folder / f"single_{kind}.pt")
         results[kind]["resumed_from_single"] = resumed_run(kind, single["halfway"])
     torch.save(results, folder / f"rank{me}.pt")
-    ranks.from_rank0(None)
-    ranks.close()
+    leave_an_exchange(folder, me)
+
+
+def leave_an_exchange(folder, me):
+    """A signal ends the wait of rank 1 for rank 0, which takes part only after that, or never."""
+    store = dist.distributed_c10d._get_default_store()
+    if me == 0:
+        store.wait(["left"])
+        return
+    StopSignals(speaks=False)
+    # rank 0 waits for what comes after it, so it arrives in the exchange, if not before
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        ranks.from_rank0(None)
+    except Stopped:
+        (folder / "left").touch()
+        store.set("left", "by a signal")
 
 
 def launch(folder):
@@ -233,14 +252,16 @@ def launch(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{"single": {kind: run}, "ranks": results of each rank, "printed": stdout of each rank}."""
+    """{"single": {kind: run}, "ranks": results of each rank, "printed": stdout of each rank,
+    "left": whether a signal ended a wait}."""
     folder = tmp_path_factory.mktemp("ranks")
     single = {kind: whole_run(kind) for kind in MATRICES}
     for kind, run in single.items():
         torch.save(run, folder / f"single_{kind}.pt")
     printed = launch(folder)
     results = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    return {"single": single, "printed": printed, "ranks": results}
+    left = (folder / "left").exists()
+    return {"single": single, "printed": printed, "ranks": results, "left": left}
 
 
 def assert_close(got, expected, what):
@@ -425,15 +446,182 @@ def test_the_wait_for_last_words_fits_the_usual_step(monkeypatch, step_seconds, 
     assert store.words["last_word/0"] == ranks.LOST
 
 
-def test_more_ranks_than_gpus_is_a_usage_error(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
+def test_a_signal_ends_the_wait_for_another_rank(runs):
+    """Also while that rank is busy for hours, as rank 0 is with a large text."""
+    assert runs["left"]
+
+
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """started(variables): this process with these variables instead of those of torchrun; alone
+    again afterwards."""
+
+    def start_with(variables):
+        for name in ranks.VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    # undone afterwards
+    monkeypatch.setattr(ranks, "_launch", ranks.ALONE)
+    return start_with
+
+
+@pytest.mark.parametrize(
+    "variables, reasons",
+    [
+        ({"RANK": "1"}, ["RANK has to be below WORLD_SIZE, which is not set"]),
+        ({"RANK": "x"}, ["RANK is not a whole number"]),
+        ({"RANK": "-1", "WORLD_SIZE": "2.0"}, ["RANK is not a", "WORLD_SIZE is not a"]),
+        ({"WORLD_SIZE": "2"}, ["RANK is not set", "MASTER_ADDR is not", "MASTER_PORT is not set"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE must be at least 1"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK has to be below WORLD_SIZE"]),
+        (TWO | {"RANK": "2"}, ["RANK has to be below WORLD_SIZE=2"]),
+        (TWO | {"MASTER_ADDR": ""}, ["MASTER_ADDR is not set"]),
+        (TWO | {"MASTER_PORT": "x"}, ["MASTER_PORT is not a port"]),
+        (TWO | {"MASTER_PORT": "65536"}, ["MASTER_PORT is not a port"]),
+        (TWO | {"LOCAL_RANK": "2"}, ["LOCAL_RANK has to be below WORLD_SIZE=2"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("check", [ranks.check_environment, lambda: ranks.setup("cpu")])
+def test_variables_that_do_not_fit_together(started, variables, reasons, check):
+    """Every reason is named, with the values, and the remedy that fits them."""
+    started(variables)
+    with pytest.raises(UsageError) as caught:
+        check()
+    message = str(caught.value)
+    assert [reason for reason in reasons if reason not in message] == []
+    for name, value in variables.items():
+        if value:
+            assert f"{name}={value}" in message
+            assert name in message.split("unset ")[1].split(".")[0].split()
+    # so that the message itself is printed
+    assert ranks.rank() == 0
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "0"}, (0, 1, 0)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1, 0)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "x"}, (0, 1, 0)),
+        (TWO, (1, 2, 0)),
+        (TWO | {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}, (9, 16, 1)),
+    ],
+)
+def test_variables_that_fit_together(started, variables, expected):
+    started(variables)
+    ranks.check_environment()
+    assert (ranks.rank(), ranks.world_size(), ranks.local_rank()) == expected
+
+
+def test_commands_without_ranks_work_with_variables_left_over(started, capsys):
+    started(TWO)
+    assert (ranks.rank(), ranks.world_size(), ranks.local_rank()) == (0, 1, 0)
+    ranks.print0("printed")
+    assert ranks.from_rank0("mine") == "mine"
+    assert capsys.readouterr().out == "printed\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The wait for other ranks is reported and ends within a second; so do the threads that are
+    left behind, before the next test."""
+    monkeypatch.setattr(ranks, "FIRST_WORD", 0.2)
+    monkeypatch.setattr(ranks, "WORD_FACTOR", 100.0)
+    monkeypatch.setattr(ranks, "JOIN_LIMIT", 0.8)
+    monkeypatch.setattr(ranks, "ATTEMPT", 1.0)
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "join ranks":
+            thread.join(30)
+
+
+@pytest.fixture
+def listener():
+    """A port on which somebody listens who never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def no_such_host(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_waiting_for_a_rank_that_never_comes(started, impatient, capsys):
+    port = free_port()
+    started(TWO | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_PORT": str(port)})
+    with pytest.raises(Unavailable, match=r"rank 0 of 3 waited .* for 2 ranks \(1, 2\) to come to"):
+        ranks.setup("cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"waiting for 2 ranks (1, 2) to come to 127.0.0.1:{port}" in line
+    assert "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT" in line
+
+
+@pytest.mark.parametrize("case", ["nobody listens", "nobody answers", "no such host"])
+def test_waiting_for_a_master_that_does_not_answer(
+    started, impatient, listener, monkeypatch, capfd, case
+):
+    """One line, without torch's warnings; under torchrun with another remedy."""
+    port = listener if case == "nobody answers" else free_port()
+    started(TWO | {"MASTER_PORT": str(port)})
+    if case == "no such host":
+        monkeypatch.setattr(socket, "create_connection", no_such_host)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(Unavailable, match=f"127.0.0.1:{port}"):
+        ranks.setup("cpu")
+    (line,) = capfd.readouterr().err.splitlines()
+    reason = {"nobody listens": "refused", "no such host": "not known"}.get(case, "for an answer")
+    assert line.startswith("rank 1 of 2: waiting for ") and reason in line
+    remedy = "--local-addr" if case == "no such host" else "unset RANK"
+    assert remedy in line
+
+
+def test_a_signal_ends_the_wait_for_the_master(started, monkeypatch):
+    """The first attempt to reach it brings the signal."""
+    attempts = []
+
+    def refused(*_, **__):
+        attempts.append(1)
+        if len(attempts) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ConnectionRefusedError
+
+    started(TWO)
+    monkeypatch.setattr(socket, "create_connection", refused)
+    stop = StopSignals(speaks=False)
+    try:
+        with pytest.raises(Stopped):
+            ranks.setup("cpu")
+    finally:
+        stop.restore()
+
+
+def test_a_port_that_is_taken(started, listener):
+    started(TWO | {"RANK": "0", "MASTER_PORT": str(listener)})
+    with pytest.raises(UsageError, match=f"MASTER_PORT={listener}: .*another port.*--standalone"):
+        ranks.setup("cpu")
+
+
+def test_more_ranks_than_gpus_is_a_usage_error(started, monkeypatch):
+    started(TWO | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="local rank 3.*2 GPUs.*--nproc_per_node"):
         ranks.setup("cuda")
 
 
-def test_several_ranks_on_mps_are_a_usage_error(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_several_ranks_on_mps_are_a_usage_error(started):
+    started(TWO)
     with pytest.raises(UsageError, match="--device-type=mps"):
         ranks.setup("mps")
 
