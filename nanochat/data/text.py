@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ from nanochat.common import UsageError, in_a_line, install_hint, valid_unicode
 from nanochat.data.textfile import (
     END_OF_DOCUMENT,
     HEAD_BYTES,
+    cannot_be_read,
     lines,
+    not_utf8,
     refuse_head,
     text_blocks,
     unpacked,
@@ -175,6 +178,8 @@ def iterate_pieces(path: str | Path, column: str = DEFAULT_COLUMN) -> Iterator[P
             f"data: {path} takes more memory to read than there is; split its largest documents, "
             f"or store it as .jsonl or .parquet"
         ) from None
+    except OSError as error:
+        raise cannot_be_read(error, f"data: {path}") from None
     except Exception as error:
         # Of any type, since each library has its own: training that reads ahead can save the run
         # before it ends by a UsageError, and by nothing else.
@@ -258,7 +263,7 @@ def read_prompts(path: str | Path, flag: str) -> list[str]:
 def inline_marks(path: Path, limit_bytes: int = MARKS_BYTES) -> int:
     """Lines of a text file that hold END_OF_DOCUMENT among other text, where it is plain text.
 
-    Only about the first limit_bytes are read; 0 for other formats. Raises as iterate_documents()"""
+    Only about the first limit_bytes are read; 0 for other formats. Raises UsageError."""
     suffix, compression = text_format(path.name)
     if suffix not in ("", ".txt"):
         return 0
@@ -368,15 +373,17 @@ def _read_jsonl(path: Path, found: Iterable[bytes], column: str) -> Iterator[str
     for number, line in enumerate(found, 1):
         if line.strip():
             here = f"data: {path} line {number:,}"
-            yield _field(path, here, _json_of_line(here, number, line), column)
+            yield _field(path, here, _json_of_line(path, here, line, number == 1), column)
 
 
-def _json_of_line(here: str, number: int, line: bytes) -> Any:
+def _json_of_line(path: Path, here: str, line: bytes, is_first: bool) -> Any:
     try:
-        return _loads(line, number == 1)
+        return _loads(line, is_first)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, here, error) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{here} is not JSON in UTF-8 ({_json_problem(error)}); a .jsonl file has one object a "
+            f"{here} is not JSON ({_json_problem(error)}); a .jsonl file has one object a "
             f"line: repair the line or take it out"
         ) from None
 
@@ -387,11 +394,11 @@ def _loads(content: bytes, is_first: bool) -> Any:
 
 
 def _json_problem(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start:,} is 0x{error.object[error.start]:02x}: {error.reason}"
-    return in_a_line(error)
+    return "it is nested too deeply" if isinstance(error, RecursionError) else in_a_line(error)
+
+
+def _not_utf8(path: Path, here: str, error: UnicodeDecodeError) -> UsageError:
+    return not_utf8(path, text_format(path.name)[1], error.start, error, here)
 
 
 def _field(path: Path, here: str, value: Any, column: str) -> str | None:
@@ -429,10 +436,11 @@ def _read_json(path: Path, found: Iterable[bytes], column: str) -> Iterator[str 
     content = b"\n".join(itertools.chain(opening, found))
     try:
         value = _loads(content, True)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, f"data: {path}", error) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"data: {path} is not JSON in UTF-8 ({_json_problem(error)}); repair or convert the "
-            f"file"
+            f"data: {path} is not JSON ({_json_problem(error)}); repair or convert the file"
         ) from None
     del content
     for number, item in enumerate(value if isinstance(value, list) else [value], 1):
@@ -450,10 +458,11 @@ def _no_column(
 ) -> UsageError:
     """The error for a missing column. texts: {name: example} of the columns that hold strings."""
     # the longest is most likely the text
+    known = textwrap.shorten(", ".join(names), 200, placeholder=" ...")
     best = max(texts, key=lambda name: len(texts[name]), default="content")
     return UsageError(
-        f"{here} has no column '{column}' (it has: {', '.join(names)}); name the one with the "
-        f"text: --data={path}:{best}, or of a dataset of the hub "
+        f"{here} has no column '{column}' (it has: {known}); name the one with the text: "
+        f"{shlex.quote(f'--data={path}:{best}')}, or of a dataset of the hub "
         f"hf:<dataset>:<config>:<split>:<column>"
     )
 
@@ -506,10 +515,7 @@ def _decoded_lines(path: Path, found: Iterable[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8") + "\n"
         except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{here} is not UTF-8 ({_json_problem(error)}); convert the file, for example with "
-                f"iconv"
-            ) from None
+            raise _not_utf8(path, here, error) from None
 
 
 def _check_parquet_head(path: Path, compression: str) -> None:
@@ -537,6 +543,9 @@ def _read_parquet(path: Path, compression: str, column: str) -> Iterator[str | N
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
                 yield from _strings(path, column, batch.column(0), n_rows)
                 n_rows += batch.num_rows
+    except MemoryError:
+        # pyarrow's is an ArrowException as well
+        raise
     except (OSError, pyarrow.ArrowException) as error:
         after = f" after row {n_rows:,}" if n_rows else ""
         raise UsageError(
@@ -600,6 +609,6 @@ def _strings(path: Path, column: str, values: Any, first_row: int) -> list[str |
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"data: {path} row {first_row + i:,} (the first is 0): the column '{column}' is "
-                f"not UTF-8 ({_json_problem(error)}); drop the row or write its text again"
+                f"not UTF-8 ({in_a_line(error)}); drop the row or write its text again"
             ) from None
     return found

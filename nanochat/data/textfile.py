@@ -17,7 +17,7 @@ from nanochat.common import UsageError, in_a_line, install_hint
 
 BLOCK_BYTES = 1 << 20
 # A line of more characters comes in several blocks.
-LONG_LINE = 4 * BLOCK_BYTES
+LONG_LINE = 1 << 20
 # bytes that are enough to recognise a file of another kind
 HEAD_BYTES = 1024
 # alone on a line of a .txt file
@@ -166,10 +166,15 @@ def unpacked(path: Path, compression: str, ending: str, where: str) -> Iterator[
                 yield first
             yield from blocks
     except OSError as error:
-        raise UsageError(
-            f"{where} cannot be read ({error.strerror or in_a_line(error)}); check its path, its "
-            f"permissions and the disk"
-        ) from None
+        raise cannot_be_read(error, where) from None
+
+
+def cannot_be_read(error: OSError, where: str) -> UsageError:
+    """The error for a file that the system does not open or read."""
+    return UsageError(
+        f"{where} cannot be read ({error.strerror or in_a_line(error)}); check its path, its "
+        f"permissions and the disk"
+    )
 
 
 def _plain_blocks(f: BinaryIO) -> Iterator[bytes]:
@@ -288,7 +293,7 @@ def _decoded(path: Path, compression: str, ending: str, where: str) -> Iterator[
             text = decoder.decode(block)
         except UnicodeDecodeError as error:
             place = n_read - n_pending + error.start
-            raise _not_utf8(path, compression, place, error, where) from None
+            raise not_utf8(path, compression, place, error, where) from None
         n_read += len(block)
         yield text.removeprefix("\ufeff") if is_first else text
         is_first = is_first and not text
@@ -296,15 +301,18 @@ def _decoded(path: Path, compression: str, ending: str, where: str) -> Iterator[
     try:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, compression, n_read - n_pending, error, where) from None
+        raise not_utf8(path, compression, n_read - n_pending, error, where) from None
 
 
-def _not_utf8(
-    path: Path, compression: str, place: int, error: UnicodeDecodeError, where: str
+def not_utf8(
+    path: Path, compression: str, place: int, error: UnicodeDecodeError, here: str
 ) -> UsageError:
+    """The error for a byte that is not UTF-8, with the command that converts the file.
+
+    here: opens the message. place: of the byte, from where `here` begins."""
     return UsageError(
-        f"{where} is not UTF-8 text (byte {place:,} is 0x{error.object[error.start]:02x}: "
-        f"{error.reason}); if it is Latin-1 or Windows-1252, convert it: "
+        f"{here} is not UTF-8 (byte {place:,} is 0x{error.object[error.start]:02x}: "
+        f"{error.reason}); if the file is Latin-1 or Windows-1252, convert it: "
         f"{iconv(path, compression, 'WINDOWS-1252')} (-f names another encoding, and -f UTF-8 -c "
         f"drops what is damaged)"
     )
