@@ -239,6 +239,20 @@ def words_for_train(values: dict[str, Any]) -> list[str]:
     return words
 
 
+def check_start_up(words: Sequence[str]) -> None:
+    """Raises UsageError if train.py, which the part start-up runs with these words, would refuse
+    them: minutes later that part would fail, and with it all that was timed before."""
+    from nanochat.run import flags
+    from nanochat.run.checks import check_flags
+
+    if problems := check_flags(flags.parse(words)):
+        problems.append(
+            "--only=start-up: runs train.py, which refuses this; leave start-up out, or mend the "
+            "flags"
+        )
+        raise UsageError("\n".join(problems))
+
+
 def describe(setup: "Setup", peak_flops: float, training: "TrainingStep | None") -> str:
     """What is measured, in a line or two."""
     config = setup.config
@@ -315,7 +329,10 @@ def main(argv: Sequence[str]) -> int:
         compile=args.compile,
         attention=args.attention,
     )
-    # Before anything takes long, since a bundle that is missing is an error.
+    # Before anything takes long: what train.py would refuse, and a bundle that is missing.
+    train_words = words_for_train({name: getattr(args, name) for name in TRAIN_FLAGS})
+    if "start-up" in args.only:
+        check_start_up(train_words)
     core_bundle = core_bundle_for(args.only, args.core_bundle, report)
     # Before the model is built, so that all of the machine is free.
     peak = hardware.measured_peak(setup.device, setup.dtype)
@@ -328,7 +345,7 @@ def main(argv: Sequence[str]) -> int:
         args.repeats,
         training,
         core_bundle,
-        train_words=words_for_train({name: getattr(args, name) for name in TRAIN_FLAGS}),
+        train_words=train_words,
         saving_steps=args.saving_steps,
         save_every=SAVE_EVERY,
     )

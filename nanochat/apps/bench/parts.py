@@ -17,6 +17,7 @@ from nanochat.data.rows import Rows
 from nanochat.data.sources import open_corpus
 from nanochat.data.token_cache import TokenCache, fit_tokenizer
 from nanochat.eval.generation import generate_ids
+from nanochat.limits import available_cpus
 from nanochat.run.timing import Entry, measured
 from nanochat.run.workload import (
     Setup,
@@ -87,7 +88,7 @@ def _loss(bench: Bench) -> Iterator[Entry]:
 def _data(bench: Bench) -> Iterator[Entry]:
     """Text to token ids in the cache, and cached ids to batches."""
     setup = bench.setup
-    threads = os.cpu_count()
+    threads = available_cpus()
     rows = setup.shape.device_batch_size
     row_tokens = setup.config.max_seq_len
     with temporary_base_dir() as folder:
