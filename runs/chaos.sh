@@ -38,7 +38,7 @@ newest() {
 saving() { compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null; }
 
 train --model-tag=whole
-echo "uninterrupted run: $((kills * 40)) steps on $ranks ranks"
+echo "uninterrupted run: $((kills * 40)) steps, ranks: $ranks"
 done_kills=0 in_saves=0
 while [ "$done_kills" -lt "$kills" ]; do
     before="$(newest)"

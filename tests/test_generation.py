@@ -346,7 +346,7 @@ def test_the_whole_reach_can_be_used():
         assert len(drain(model, random_ids(18), 2, use_cache=use_cache)) == 2
     assert len(drain(model, [BOS], 19)) == 19
     with pytest.raises(
-        UsageError, match="19 tokens and 2 new ones need 21 positions; this model has 20"
+        UsageError, match="19 tokens and 2 new need 21 positions; this model has 20"
     ):
         generate_ids(model, random_ids(19), 2)  # at the call, before the first step
 
@@ -496,9 +496,11 @@ def test_an_empty_stop_text_is_refused(model, bytes_tokenizer):
     "n_prompt, asked, limit, note",
     [
         (20, 12, 12, ""),
-        (20, 13, 13, "20 tokens and up to 13 new ones exceed the 32 tokens of context"),
+        (20, 13, 13, "20 tokens and up to 13 new exceed the 32 tokens of context"),
         (33, 4, 4, "the prompt's 33 tokens exceed the 32 tokens of context"),
         (33, 287, 287, "the prompt's 33 tokens exceed the 32 tokens of context"),
+        (1, 32, 32, "the prompt's 1 token and up to 32 new exceed"),
+        (319, 9, 1, "the text ends after 1 new token at the latest"),
         (33, 288, 287, "ends after 287 new tokens at the latest: this model has 320 positions"),
     ],
 )

@@ -24,6 +24,7 @@ from nanochat.common import (
     EXIT_FAILED,
     UsageError,
     ceil_div,
+    counted,
     human_time,
     in_a_line,
     path_argument,
@@ -669,7 +670,7 @@ def table(groups: Sequence[Group]) -> str:
             n = len(group.members)
             bpb = with_spread(group.bpb_values(), n)
             core = with_spread(group.core_values(), n)
-            means = ("", "", "", "", "", bpb, core, "", f"{n} seeds", "mean ± sd")
+            means = ("", "", "", "", "", bpb, core, "", counted(n, "seed"), "mean ± sd")
             rows.append((f"= {group.name}", *means))
     return aligned(rows)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanochat.common import UsageError, stream_seed
+from nanochat.common import UsageError, counted, stream_seed
 from nanochat.data.text import read_prompts
 from nanochat.eval.kv_cache import KVCache
 from nanochat.model.decoder import Decoder
@@ -174,8 +174,9 @@ def check_prompt(model: Decoder, prompt_ids: list[int], max_new_tokens: int) -> 
     needed = len(prompt_ids) + max_new_tokens
     if needed > reach:
         raise UsageError(
-            f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones need {needed} "
-            f"positions; this model has {reach}: shorten the prompt or ask for fewer new tokens"
+            f"the prompt's {counted(len(prompt_ids), 'token')} and {max_new_tokens} new need "
+            f"{needed} positions; this model has {reach}: shorten the prompt or ask for fewer new "
+            f"tokens"
         )
 
 
@@ -210,8 +211,8 @@ def room_for(model: Decoder, n_prompt: int, max_new_tokens: int) -> Room:
     fitting = min(max_new_tokens, reach - n_prompt)
     if fitting < max_new_tokens:
         note = (
-            f"the text ends after {fitting} new tokens at the latest: this model has {reach} "
-            f"positions, and the prompt takes {n_prompt} of them"
+            f"the text ends after {counted(fitting, 'new token')} at the latest: this model has "
+            f"{reach} positions, and the prompt takes {n_prompt} of them"
         )
     elif n_prompt > context:
         note = (
@@ -220,7 +221,7 @@ def room_for(model: Decoder, n_prompt: int, max_new_tokens: int) -> Room:
         )
     elif n_prompt + max_new_tokens > context:
         note = (
-            f"the prompt's {n_prompt} tokens and up to {max_new_tokens} new ones exceed the "
+            f"the prompt's {counted(n_prompt, 'token')} and up to {max_new_tokens} new exceed the "
             f"{context} tokens of context that the model was trained with; nothing is cut, but the "
             f"text may be poor from there on"
         )
