@@ -456,6 +456,9 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     from nanochat.run.checks import check_flags
     from nanochat.run.resume import open_run, values_in_force
 
+    # A plan is made by one process, whatever another program left in the environment.
+    if not args.dry_run:
+        ranks.check_environment()
     if problems := check_flags(values_in_force(args)):
         raise UsageError("\n".join(problems))
     if args.dry_run:

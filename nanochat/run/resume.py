@@ -121,6 +121,8 @@ def values_in_force(args: argparse.Namespace) -> argparse.Namespace:
             }
             found["max_seq_len"] = resumed["model"]["max_seq_len"]
             found["total_batch_size"] = resumed["plan"]["total_batch_tokens"]
+            # fit_to_machine() settles it
+            found["device_batch_size"] = -1
     kept = {name: value for name, value in found.items() if name not in args.given}
     return argparse.Namespace(**{**vars(args), **kept})
 
