@@ -566,6 +566,21 @@ def test_sample_prints_each_piece_as_it_is_drawn(loaded, capsys, monkeypatch):
     assert loaded == [("out/d2", None, "", "auto")]
 
 
+def test_sample_draws_nothing_for_a_reader_that_is_gone(loaded, monkeypatch):
+    """As after `| head`: neither the rest of the text nor the other prompts."""
+    calls = []
+
+    def last_logits(model, ids, cache=None):
+        calls.append(ids)
+        return torch.zeros(1, VOCAB)
+
+    monkeypatch.setattr(generation, "last_logits", last_logits)
+    monkeypatch.setattr("nanochat.output.reader_is_gone", lambda: len(calls) >= 3)
+    prompts = ["--prompt", "Oh", "--prompt", "Ah"]
+    assert sample.main(["out/d2", *prompts, "--max-tokens=50", "--seed=1"]) == 0
+    assert len(calls) <= 4
+
+
 def test_sample_same_seed_same_text(loaded, model, bytes_tokenizer, capsys):
     argv = [
         "out/d2",

@@ -235,6 +235,8 @@ def main(argv: list[str]) -> int:
                 if titled:
                     print(f"--- prompt {p} of {len(prompts)}, sample {s} of {args.num_samples} ---")
                 _print_text(prompt, pieces)
+                if output.reader_is_gone():
+                    return EXIT_COMPLETED
     except NotNumbers as error:
         # ends the line of the prompt
         print(flush=True)
@@ -302,4 +304,7 @@ def _print_text(prompt: str, pieces: Iterable[str]) -> None:
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
+        # as after `| head`
+        if output.reader_is_gone():
+            return
     print()
