@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import small
+from torch.distributed.run import get_args_parser
 
 import train
 from nanochat.__main__ import APPS
+from nanochat.run import flags
 from nanochat.run.checks import check_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,11 +147,90 @@ def test_python_example_runs(tmp_path):
     exec(compile(example.replace("out/quickstart", str(tmp_path / "run")), "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_torchrun_is_told_where_its_flags_end(words):
-    """Its own parser also reads what stands behind the script, and refuses --run."""
-    if any("torchrun" in word or "torch.distributed.run" in word for word in words):
-        assert words[words.index("train.py") - 1] == "--"
+def parsed_by_torchrun(words):
+    """What torchrun's own parser makes of the words after `torchrun`: (script, its arguments,
+    whether the script is a module)."""
+    args = get_args_parser().parse_args(words)
+    return args.training_script, args.training_script_args, args.module
+
+
+def options_of_train():
+    """Every spelling of every flag of train.py, `--no-` forms and -h included."""
+    return sorted(flags.build_parser()._option_string_actions)
+
+
+@pytest.mark.parametrize("spelling", [["{}=x"], ["{}", "x"], ["{}"]], ids=" ".join)
+def test_torchrun_leaves_every_flag_of_train_alone(spelling):
+    """In the form that is shown everywhere; on several machines, and for an app, too."""
+    options = options_of_train()
+    assert {"--run", "--depth", "--no-compile"} <= set(options)
+    several = ["--nnodes=2", "--nproc_per_node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=a:29500"]
+    for option in options:
+        words = [word.format(option) for word in spelling]
+        for start in (["--standalone", "--nproc_per_node=8"], several):
+            found = parsed_by_torchrun([*start, "--", "train.py", *words])
+            assert found == ("train.py", words, False)
+            found = parsed_by_torchrun([*start, "-m", "--", "nanochat", "evaluate", *words])
+            assert found == ("nanochat", ["evaluate", *words], True)
+
+
+def test_readme_has_the_error_of_a_torchrun_command_without_dashes(capsys):
+    with pytest.raises(SystemExit):
+        parsed_by_torchrun(["--standalone", "--nproc_per_node=8", "train.py", "--run=NAME"])
+    message = capsys.readouterr().err.splitlines()[-1].split("error: ")[1]
+    (row,) = [line for line in README.splitlines() if f"error: {message}`" in line]
+    assert "`torchrun --standalone --nproc_per_node=8 -- train.py --run=NAME`" in row
+
+
+def torchrun_commands():
+    """(file, command) for each torchrun command with options that is shown or run anywhere: in
+    documents, scripts, docstrings, messages."""
+    git = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        path = ROOT / name
+        if path.suffix in (".md", ".py", ".sh", ".slurm", ".yml", ".yaml", ".toml", "") and (
+            path.is_file() and not name.startswith("tests/")
+        ):
+            # a command goes on behind a backslash, and from one string of Python to the next
+            text = re.sub(r'\\\n|"\s*\n\s*f?"', " ", path.read_text(encoding="utf-8"))
+            for command in re.findall(r"\btorchrun +-[^\n`;]*", text):
+                yield name, command
+
+
+@pytest.mark.parametrize(
+    "name, command", [pytest.param(*found, id=found[0]) for found in torchrun_commands()]
+)
+def test_torchrun_is_told_where_its_flags_end(name, command):
+    """Its own parser also reads what stands behind the script, and refuses --run; without
+    --standalone, two runs on one machine would want the same port."""
+    first_file = re.search(r"train\.py|COMMAND|\bnanochat\b|\)$", command)
+    # without one it is prose about torchrun itself
+    if first_file:
+        options = command[: first_file.start()].split()
+        assert "--" in options, f"{name}: {command}"
+        assert "--standalone" in options or "--rdzv-backend=c10d" in options
+
+
+def test_torchrun_commands_are_found():
+    found = {name for name, _ in torchrun_commands()}
+    assert found >= {
+        "README.md",
+        "train.py",
+        "nanochat/ranks.py",
+        *(f"runs/{name}" for name in ("chaos.sh", "requeue.slurm", "restart.sh", "speedrun.sh")),
+    }
+
+
+def test_torchrun_is_told_where_its_flags_end_by_apps():
+    """Apps start it as a module, with a list of words."""
+    starts = [
+        text.split("torch.distributed.run", 1)[1][:200]
+        for text in (path.read_text() for path in (ROOT / "nanochat").rglob("*.py"))
+        if "torch.distributed.run" in text
+    ]
+    assert len(starts) == 2
+    assert all('"--"]' in start and "--standalone" in start for start in starts)
 
 
 def modules():
