@@ -12,6 +12,7 @@ from nanochat.common import (
     EXIT_USAGE,
     Unavailable,
     UsageError,
+    find_own_tasks,
     printable,
 )
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nanochat: error: '{app}' {why}; there are: {', '.join(APPS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        # before anything imports a `tasks` that is somebody else's
+        find_own_tasks()
         return importlib.import_module(f"nanochat.apps.{app}").main(rest)
     except UsageError as error:
         print(printable(f"nanochat {app}: error: {error}"), file=sys.stderr)

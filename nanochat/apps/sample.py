@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from nanochat import output
 from nanochat.common import (
     EXIT_COMPLETED,
     UsageError,

@@ -23,6 +23,7 @@ import torch
 
 from nanochat.common import (
     UsageError,
+    apply_umask,
     delete_folder,
     fsync_dir,
     human_bytes,
@@ -444,7 +445,7 @@ def _write_files(
     files = {}
     for path in sorted(folder.iterdir()):
         # safetensors makes its files readable by their owner only.
-        path.chmod(0o644)
+        apply_umask(path)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
         files[path.name] = FileEntry(path.stat().st_size, sha256_file(path))
