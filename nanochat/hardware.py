@@ -183,6 +183,9 @@ def prepare(device_type: str) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     set_determinism(device_type)
     limit_threads()
+    # Processes of the compiler.
+    config = torch._inductor.config
+    config.compile_threads = min(config.compile_threads, limits.available_cpus())
     if device_type == "cpu":
         keep_freed_memory()
     # The profiler, which counts memory, would log when it starts and stops.
@@ -215,9 +218,6 @@ def limit_threads() -> int:
     # Where nothing is limited nothing is changed, since the number of threads changes sums.
     if "OMP_NUM_THREADS" not in os.environ and cores < torch.get_num_threads():
         torch.set_num_threads(cores)
-    # Processes of the compiler.
-    config = torch._inductor.config
-    config.compile_threads = min(config.compile_threads or cores, cores)
     return torch.get_num_threads()
 
 

@@ -109,8 +109,10 @@ def test_keys_of_the_json(capsys):
     assert all(list(remark) == ["what", "why", "remedy"] for remark in facts["slow"])
 
 
-def test_text_and_a_real_compilation():
+def test_text_and_a_real_compilation(monkeypatch, tmp_path):
     """In a process of its own, as a user starts it; imports of the module alone are light."""
+    # other tests may have let torch set it
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     code = (
         "import sys\nfrom nanochat.apps import doctor\nassert 'torch' not in sys.modules\n"
         "sys.exit(doctor.main(sys.argv[1:]))"
@@ -128,6 +130,8 @@ def test_text_and_a_real_compilation():
     assert "TFLOP/s" in found["matrix products"] and "cores" in found["cpu"]
     if compiler.missing("cpu") is None:
         assert found["torch.compile"] == "works"
+        # where training looks for it
+        assert any((tmp_path / "base" / "compile").rglob("*.so"))
     assert "everything that training needs is here" in done.stdout
     assert "what will be slow here and why:" in done.stdout
 

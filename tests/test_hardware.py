@@ -236,9 +236,15 @@ def test_threads_follow_the_cores(monkeypatch, cores, threads, set_by_user, expe
     monkeypatch.setattr(limits, "available_cpus", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
     monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert hardware.limit_threads() == expected
+
+
+def test_processes_of_the_compiler_follow_the_cores(monkeypatch):
+    monkeypatch.setattr(limits, "available_cpus", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     with torch._inductor.config.patch(compile_threads=12):
-        assert hardware.limit_threads() == expected
-        assert torch._inductor.config.compile_threads == min(12, cores)
+        hardware.prepare("mps")
+        assert torch._inductor.config.compile_threads == 3
 
 
 def test_memory_is_kept_only_by_glibc(monkeypatch):
