@@ -1,5 +1,6 @@
 """Batches and shards that are prepared ahead of training."""
 
+import queue
 import threading
 
 import pytest
@@ -8,7 +9,9 @@ from test_rows import BYTE, documents, make_rows
 from nanochat.common import UsageError
 from nanochat.data.prefetch import Ahead, Prefetcher
 from nanochat.data.rows import Rows
+from nanochat.data.sources import Corpus, file_shard
 from nanochat.data.token_cache import DataFailed, TokenCache
+from nanochat.data.tokenizer import Tokenizer
 
 
 def test_reading_ahead_makes_files_of_known_length(tmp_path):
@@ -26,6 +29,47 @@ def test_reading_ahead_makes_files_of_known_length(tmp_path):
     assert not ahead.thread.is_alive()
     order = [rows.shards[i] for i in rows.shard_order(0)]
     assert [rows.cache.path(shard).exists() for shard in order] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "spoil, error, words",
+    [
+        ("not UTF-8", UsageError, "b.jsonl line 2 is not UTF-8"),
+        ("memory", DataFailed, "not enough memory to tokenize b.jsonl"),
+    ],
+)
+def test_a_text_that_fails_when_it_is_read_ahead(tmp_path, monkeypatch, spoil, error, words):
+    """Training can save its state: the error is one of the two that it expects, with the place."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    line = b'{"text": "some text that is read first"}\n'
+    fine = line * 50
+    broken = fine.replace(b"first", b"caf\xe9") if spoil == "not UTF-8" else fine
+    for name, content in (("a.jsonl", fine), ("b.jsonl", line + broken)):
+        (tmp_path / name).write_bytes(content)
+    shards = [file_shard([tmp_path / name]) for name in ("a.jsonl", "b.jsonl")]
+    cache = TokenCache(BYTE, 1)
+    # the first is tokenized, the second read ahead
+    monkeypatch.setattr(Rows, "shard_order", lambda self, epoch: [0, 1])
+    rows = Rows(Corpus("a and b", shards, [], ""), cache, 16, seed=0)
+    first = rows.shard_rows(0)
+    if spoil == "memory":
+        monkeypatch.setattr(Tokenizer, "encode_batch", out_of_memory)
+    reports = queue.Queue()
+    ahead = Ahead(rows, first, lambda: first + 1, reports.put)
+    assert words in reports.get(timeout=10)
+    ahead.close()
+    ahead.thread.join(10)
+    assert not ahead.thread.is_alive()
+    batches = Prefetcher(rows.row(i) for i in range(first + 1))
+    for _ in range(first):
+        next(batches)
+    with pytest.raises(error, match=words):
+        next(batches)
+    batches.close()
+
+
+def out_of_memory(*_):
+    raise MemoryError
 
 
 def test_prefetcher_keeps_order_and_hands_over_exceptions():

@@ -531,8 +531,9 @@ def test_documents_between(first, last):
 
 
 @pytest.mark.parametrize("pattern", [SPLIT_PATTERN, GPT2_PATTERN])
-def test_pieces_cut_at_blanks_have_the_tokens_of_the_whole(pattern):
+def test_pieces_cut_at_blanks_have_the_tokens_of_the_whole(monkeypatch, pattern):
     """Any text, cut anywhere, encodes as it would in one piece."""
+    monkeypatch.setattr("nanochat.data.text.PIECE_CHARACTERS", 13)
     corpus = Path(__file__).read_text(encoding="utf-8")
     tokens = train_tokenizer("bpe", [corpus], 700).tokens
     tokenizer = Tokenizer("bpe", tokens, pattern)
@@ -564,6 +565,8 @@ def test_pieces_cut_at_blanks_have_the_tokens_of_the_whole(pattern):
         assert [piece.ends for piece in found] == [False] * (len(found) - 1) + [True]
         encoded = tokenizer.encode_batch([piece.text for piece in found])
         assert [i for ids in encoded for i in ids] == tokenizer.encode(text), repr(text)
+    long = list(cut_at_blanks([Piece("some words " * 99, True)]))
+    assert max(len(piece.text) for piece in long) < 26
 
 
 PROMPTS = "\ufeffone\u2028still one\r\n\n  \ntwo\x0cstill two\x85\n three"

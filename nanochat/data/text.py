@@ -33,6 +33,8 @@ FORMATS = (".parquet", ".jsonl", ".json", ".txt", ".csv")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 DEFAULT_COLUMN = "text"
 MARK_LINE = re.compile(rf"^[^\S\n]*{re.escape(END_OF_DOCUMENT)}[^\S\n]*$", re.MULTILINE)
+# of text that is encoded in one go
+PIECE_CHARACTERS = 1 << 20
 # rows of a table that are read together
 BATCH_ROWS = 1024
 # of which inline_marks() looks at the beginning
@@ -219,9 +221,10 @@ def cut_at_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The pieces, cut again so that each can be split into words or tokens by itself.
 
     That is before a space or line end that follows another character: no tokenizer of this program
-    has a token that goes on there. Text without any such place is one piece."""
+    has a token that goes on there. A piece has about PIECE_CHARACTERS at most; only text without
+    any such place is longer."""
     parts: list[str] = []
-    for text, ends in pieces:
+    for text, ends in _shortened(pieces):
         cut = 0 if ends else _last_blank(text)
         if cut:
             yield Piece("".join([*parts, text[:cut]]), False)
@@ -230,6 +233,15 @@ def cut_at_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
         if ends:
             yield Piece("".join(parts), True)
             parts.clear()
+
+
+def _shortened(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, none of more than PIECE_CHARACTERS."""
+    for text, ends in pieces:
+        last = max(0, len(text) - 1) // PIECE_CHARACTERS
+        for i in range(last + 1):
+            part = text[i * PIECE_CHARACTERS : (i + 1) * PIECE_CHARACTERS]
+            yield Piece(part, ends and i == last)
 
 
 def _last_blank(text: str) -> int:

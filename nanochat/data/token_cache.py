@@ -4,6 +4,7 @@ Where cached() says:
     tokenizers/<key>/                        fitted tokenizers, by text, kind and size
     tokens/<tokenizer>/<shard>.safetensors   ids and offsets of a shard, by fingerprints"""
 
+import array
 import contextlib
 import hashlib
 import itertools
@@ -13,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from nanochat.common import (
 )
 from nanochat.data.download import DownloadFailed
 from nanochat.data.sources import Corpus, Shard
+from nanochat.data.text import Piece, cut_at_blanks
 from nanochat.data.tokenizer import (
     SPLIT_PATTERN,
     TOKENIZER_FILE,
@@ -54,6 +56,8 @@ ANNOUNCE_BYTES = 64 << 20
 CHECK_IDS = 1 << 20
 # token files kept open
 OPEN_SHARDS = 8
+
+T = TypeVar("T")
 
 
 class DataFailed(Unavailable):
@@ -123,10 +127,12 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
             f"({human_bytes(corpus.train_bytes)}); use bpe or byte"
         )
     shards = shards_to_fit(corpus, kind, vocab_size)
-    texts = itertools.chain.from_iterable(shard.documents() for shard in shards)
+    documents = itertools.chain.from_iterable(shard.documents() for shard in shards)
+    # their words are those of the documents, of which any may be large
+    pieces = cut_at_blanks(Piece(document, True) for document in documents)
     if kind == "bpe":
-        texts = _first_characters(texts, BPE_SAMPLE_BYTES)
-    fitted = train_tokenizer(kind, texts, vocab_size)
+        pieces = _first_characters(pieces, BPE_SAMPLE_BYTES)
+    fitted = train_tokenizer(kind, (piece.text for piece in pieces), vocab_size)
     fitted.save(folder)
     return fitted
 
@@ -156,12 +162,12 @@ def shards_to_fit(corpus: Corpus, kind: str, vocab_size: int) -> list[Shard]:
     return corpus.train[:: max(1, ceil_div(corpus.train_bytes, BPE_SAMPLE_BYTES))]
 
 
-def _first_characters(documents: Iterable[str], n_characters: int) -> Iterator[str]:
-    """The first documents, about n_characters of them in all."""
-    for document in documents:
-        yield document
-        n_characters -= len(document)
-        if n_characters <= 0:
+def _first_characters(pieces: Iterable[Piece], n_characters: int) -> Iterator[Piece]:
+    """The pieces of the first documents, about n_characters of them in all."""
+    for piece in pieces:
+        yield piece
+        n_characters -= len(piece.text)
+        if piece.ends and n_characters <= 0:
             return
 
 
@@ -210,7 +216,7 @@ class TokenCache:
         ids: read lazily, ids[a:b] is a numpy array of uint16 or uint32; a BOS follows each
         document. offsets: int64. A shard without a file is tokenized first, which downloads remote
         text. A damaged file raises UsageError: the disk may be failing, so it is not silently
-        replaced. Raises DataFailed when the text is unavailable or the disk is full."""
+        replaced. Raises DataFailed when the text is unavailable, or the disk or memory is full."""
         if shard.fingerprint not in self.opened:
             opened = self._built_and_opened(shard)
             while len(self.opened) >= OPEN_SHARDS:
@@ -240,6 +246,11 @@ class TokenCache:
                         return self._open(shard, path)
         except DownloadFailed as error:
             raise DataFailed(str(error)) from None
+        except MemoryError:
+            raise DataFailed(
+                f"token cache: there is not enough memory to tokenize {shard.name}, which is in "
+                f"memory as token ids, twice; split it into several files"
+            ) from None
         except (OSError, SafetensorError) as error:
             raise DataFailed(
                 f"token cache: {path} cannot be written ({error}); free some space, or name "
@@ -281,15 +292,25 @@ class TokenCache:
         # half the disk for vocabularies up to 65,536
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         bos = np.array([self.tokenizer.bos], dtype=dtype)
-        pieces = [np.empty(0, dtype)]
-        lengths = [0]
-        for documents in by_size(shard.documents(self.report), ENCODE_BYTES):
-            encoded = self.tokenizer.encode_batch(documents, self.threads)
-            lengths += [len(ids) + 1 for ids in encoded]
-            parts = [part for ids in encoded for part in (ids.astype(dtype), bos)]
+        arrays = [np.empty(0, dtype)]
+        offsets = array.array("q", [0])
+        n_ids = 0
+        # in pieces, since what tiktoken returns takes ten times the memory of the text
+        documents = shard.documents(self.report)
+        found = cut_at_blanks(Piece(document, True) for document in documents)
+        for pieces in by_size(found, ENCODE_BYTES, _characters):
+            encoded = self.tokenizer.encode_batch([piece.text for piece in pieces], self.threads)
+            parts = []
+            for piece, ids in zip(pieces, encoded, strict=True):
+                parts.append(ids.astype(dtype))
+                n_ids += len(ids)
+                if piece.ends:
+                    parts.append(bos)
+                    n_ids += 1
+                    offsets.append(n_ids)
             # one array for each batch: the parts of millions of documents would take more room
-            pieces.append(np.concatenate(parts))
-        return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
+            arrays.append(np.concatenate(parts))
+        return _joined(arrays), np.array(offsets, dtype=np.int64)
 
     def _open(self, shard: Shard, path: Path) -> tuple[Any, np.ndarray]:
         """tokens() of an existing file, whose checksum is compared first, and which counts as used.
@@ -336,13 +357,31 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def by_size(documents: Iterable[str], n_characters: int) -> Iterator[list[str]]:
-    """Lists of consecutive documents, each of about n_characters, so that not all are held."""
+def _characters(piece: Piece) -> int:
+    return len(piece.text)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """np.concatenate() of arrays, which are dropped from their list so that not all are held."""
+    joined = np.empty(sum(map(len, arrays)), arrays[0].dtype)
+    end = len(joined)
+    while arrays:
+        ids = arrays.pop()
+        joined[end - len(ids) : end] = ids
+        end -= len(ids)
+    return joined
+
+
+def by_size(
+    items: Iterable[T], n_characters: int, size_of: Callable[[T], int] = len
+) -> Iterator[list[T]]:
+    """Lists of consecutive documents or pieces, each of about n_characters, so that not all are
+    held. size_of: characters of one."""
     batch = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
         if size >= n_characters:
             yield batch
             batch = []

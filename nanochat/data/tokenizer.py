@@ -52,6 +52,8 @@ GPT2_FINGERPRINT = "dcdb3967ca5dc5666beb6fba0f93bf03f8187499e879d73b3c4fba1fd5b3
 BOS_OF_PATTERN = {SPLIT_PATTERN: BOS_TEXT, GPT2_PATTERN: GPT2_BOS_TEXT}
 # A run of over a million blanks overflows the stack of the regex engine in tiktoken and rustbpe.
 BLANKS_AT_ONCE = 500_000
+# texts that rustbpe holds; its default of 8,192 would be gigabytes of texts of a megabyte
+TEXTS_AT_ONCE = 128
 # ids whose tokens are the single bytes, in every byte-pair encoding
 N_BYTES = 256
 
@@ -478,6 +480,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokeniz
     trainer.train_from_iterator(
         (part for text in texts for part in _blanks_cut(text)),
         vocab_size - 1,
+        buffer_size=TEXTS_AT_ONCE,
         pattern=SPLIT_PATTERN,
     )
     # the order of the merges is the order of the ids
