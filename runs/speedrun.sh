@@ -21,7 +21,24 @@ mkdir -p "${OUT:-out}"
 if [ "${TOY:-}" = 1 ]; then depth=2 gpus=1; else depth=24 gpus=8; fi
 if [[ "${1:-}" =~ ^[0-9]+$ ]]; then depth="$1"; shift; fi
 if [[ "${1:-}" =~ ^[0-9]+$ ]]; then gpus="$1"; shift; fi
-if [ "$gpus" -lt 1 ]; then echo "speedrun.sh: GPUS=$gpus: give 1 or more" >&2; exit 2; fi
+refuse() { echo "speedrun.sh: error: $1" >&2; exit 2; }
+[ "$gpus" -ge 1 ] || refuse "GPUS=$gpus: give 1 or more"
+# not with TOY=1, which trains on CPUs
+present="$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)"
+if [ "${TOY:-}" != 1 ] && [ "$present" -gt 0 ] && [ "$gpus" -gt "$present" ]; then
+    refuse "GPUS=$gpus: this machine has $present; give at most that many"
+fi
+# What the other steps rely on. Found out now, not after hours of tokenizing or training.
+for flag in "$@"; do
+    case "$flag" in
+        --depth* | --gpu*) refuse "$flag: give numbers instead: speedrun.sh DEPTH GPUS" ;;
+        --out-dir* | --model-tag*) refuse "$flag: set OUT=FOLDER instead" ;;
+        --core-bundle*) refuse "$flag: set CORE_BUNDLE=FOLDER instead" ;;
+        --data* | --tokenizer* | --vocab-size* | --max-seq-len*)
+            refuse "$flag: fixed, as text is tokenized ahead; leave it out, or use train.py" ;;
+        --dry-run | --no-save) refuse "$flag: leaves nothing to evaluate; use train.py instead" ;;
+    esac
+done
 # CORE during training: a sample of the examples; afterwards all of them
 data=climbmix max_seq_len=2048 sample=500 examples=-1
 train=(--depth="$depth" --target-param-data-ratio=8)
@@ -46,7 +63,7 @@ if [ "$gpus" -gt 1 ]; then
 fi
 
 plan="${OUT:-out}/speedrun-d$depth.plan.json"
-python train.py "${train[@]}" --dry-run --json --gpus="$gpus" >"$plan"
+python train.py "${train[@]}" --resume --dry-run --json --gpus="$gpus" >"$plan"
 # prints what is planned; creates the tokenizer as well
 nanochat data tokenize "$data" --plan="$plan"
 "${start[@]}" train.py "${train[@]}" --resume

@@ -148,10 +148,10 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
     [("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)],
 )
 def test_requeue(tmp_path, status, requeued, code):
-    assert requeue(tmp_path, "--fp8", after={"status": status, "step": 3})[:2] == (code, requeued)
+    assert requeue(tmp_path, "--run=x", after={"status": status, "step": 3})[:2] == (code, requeued)
     call = (tmp_path / "srun_calls").read_text()
     assert "--nnodes=2" in call and "--rdzv-endpoint=node1:29500" in call
-    assert call.endswith("train.py --depth=4 --model-tag=d4 --out-dir=out --resume --fp8\n")
+    assert call.endswith(" -- train.py --depth=4 --model-tag=d4 --out-dir=out --resume --run=x\n")
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,9 @@ def test_scripts_are_sound_shell(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True).stderr == b""
 
 
-def test_speedrun_at_toy_size(tmp_path):
-    """The real commands in their order, on text of this repository; a second start finds the run
-    complete."""
+def speedrun(tmp_path, **commands):
+    """A function that runs speedrun.sh at toy size, in a copy of this repository; returns the
+    finished process. commands: shell scripts in place of some commands."""
     root = tmp_path / "tree"
     root.mkdir()
     for name in ("runs", "nanochat", "tasks"):
@@ -222,27 +222,75 @@ def test_speedrun_at_toy_size(tmp_path):
         shutil.copy(ROOT / name, root / name)
     (root / "runs" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."')
     (root / "bin").mkdir()
-    for name, command in (
-        ("python", f'{sys.executable} "$@"'),
-        ("nanochat", f'{sys.executable} -m nanochat "$@"'),
-    ):
-        (root / "bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
+    scripts = {
+        "python": f'exec {sys.executable} "$@"',
+        "nanochat": f'exec {sys.executable} -m nanochat "$@"',
+        # whatever this machine has
+        "nvidia-smi": "exit 1",
+    }
+    for name, script in (scripts | commands).items():
+        (root / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (root / "bin" / name).chmod(0o755)
     environ = small.environment() | {
         "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
         "TOY": "1",
         "PYTHONPATH": str(root),
-        "CORE_BUNDLE": str(small.core_bundle(tmp_path)),
+        "NANOCHAT_BASE_DIR": str(tmp_path / "caches"),
     }
 
-    def run(*arguments):
+    def run(*arguments, **variables):
         return subprocess.run(
             ["bash", "runs/speedrun.sh", *arguments],
             cwd=root,
-            env=environ,
+            env=environ | variables,
             capture_output=True,
             text=True,
         )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, variables, problem",
+    [
+        (["2", "0"], {}, "GPUS=0: give 1 or more"),
+        (["24", "8"], {"TOY": ""}, "GPUS=8: this machine has 2"),
+        (["--depth=3"], {}, "--depth=3: give numbers instead"),
+        (["2", "1", "--gpus=4"], {}, "--gpus=4: give numbers instead"),
+        (["--run=x", "--model-tag", "x"], {}, "--model-tag: set OUT="),
+        (["--core-bundle=x"], {}, "--core-bundle=x: set CORE_BUNDLE="),
+        (["--data=x"], {}, "--data=x: fixed"),
+        (["--no-save"], {}, "--no-save: leaves nothing to evaluate"),
+    ],
+)
+def test_speedrun_refuses_flags_before_anything_else(tmp_path, arguments, variables, problem):
+    gpus = "echo GPU 0: H100; echo GPU 1: H100"
+    done = speedrun(tmp_path, python="exit 3", nanochat="exit 3", **{"nvidia-smi": gpus})(
+        *arguments, **variables
+    )
+    assert done.returncode == 2 and f"speedrun.sh: error: {problem}" in done.stderr
+
+
+def test_speedrun_has_train_check_its_flags_before_there_is_data(tmp_path):
+    """--run included, which torchrun would misread: it passes, so that text is tokenized next."""
+    run = speedrun(tmp_path, nanochat="echo nanochat $1 $2; exit 3")
+    for flag, problem in (("--flux=1", "unrecognized"), ("--overwrite", "contradicts --resume")):
+        refused = run("2", "2", "--run=x", flag)
+        assert refused.returncode == 2 and problem in refused.stderr
+        assert "nanochat" not in refused.stdout
+    assert not (tmp_path / "caches").exists()
+    taken = run("2", "2", "--run=x")
+    assert taken.returncode == 3 and taken.stdout == "nanochat data tokenize\n", taken.stderr
+
+
+def test_speedrun_at_toy_size(tmp_path):
+    """The real commands in their order, on text of this repository; a second start finds the run
+    complete."""
+    start, root = speedrun(tmp_path), tmp_path / "tree"
+    bundle = str(small.core_bundle(tmp_path))
+
+    def run(*arguments):
+        return start(*arguments, CORE_BUNDLE=bundle)
 
     done = run("2", "1", "--num-iterations=20")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -256,8 +304,6 @@ def test_speedrun_at_toy_size(tmp_path):
     again = run("2", "1", "--num-iterations=20")
     said = again.stdout + again.stderr
     assert again.returncode == 0 and "is complete at step 20" in said, said
-    refused = run("2", "0")
-    assert refused.returncode == 2 and "GPUS=0" in refused.stderr
 
 
 def test_the_plan_of_the_speedrun_is_what_its_header_says():
