@@ -935,6 +935,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         return ended_with(f"training failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         return ended_with("interrupted", EXIT_STOPPED)
+    # as while torch is imported, within a tight limit
+    except MemoryError as error:
+        reason = str(error) or "the limit on memory is too low"
+        return ended_with(f"training failed: out of memory in the set-up ({reason})", EXIT_FAILED)
     except RuntimeError as error:
         from nanochat.ranks import is_lost_exchange
 

@@ -106,7 +106,7 @@ def test_fewer_rows_than_a_batch_spans_epochs(tmp_path):
 
 
 def test_too_little_text_is_an_error_with_numbers(tmp_path):
-    with pytest.raises(UsageError, match="4 training tokens in 1 shards .* one row of 8"):
+    with pytest.raises(UsageError, match="4 training tokens in 1 shard .* one row of 8"):
         make_rows(tmp_path, [["abc"]], T=8).tokens_per_epoch()
 
 

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat.common import UsageError
+from nanochat.common import UsageError, sha256_hex
 from nanochat.data import sources
-from nanochat.data.files import find_files
+from nanochat.data.files import named_files
 from nanochat.data.sources import (
+    Part,
     compressed_bits_per_byte,
     describe_corpus,
     estimated_bytes,
@@ -177,7 +178,7 @@ def test_text_that_moved_is_named_by_its_new_place(tmp_path):
             UsageError,
             match=f"^{flag}=.*gone.txt: no such file.*a resumed run takes {flag}=NEWPATH",
         ):
-            find_files(str(tmp_path / "gone.txt"), flag)
+            named_files(str(tmp_path / "gone.txt"), flag)
 
 
 def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
@@ -389,3 +390,19 @@ def test_text_that_changes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "sha256_file", hash_and_append)
     with pytest.raises(UsageError, match="a.txt changed while it was in use, from 202 to 206 byte"):
         hash_files([path])
+
+
+@pytest.mark.parametrize(
+    "name, content, is_anew",
+    [
+        ("a.txt", b"one\ntwo\n", False),
+        ("a.txt", b"one\r\ntwo\r\n", True),
+        ("a.jsonl", b'{"text": "x"}\r\n', False),
+        ("a.txt.gz", b"", True),
+    ],
+)
+def test_token_files_of_what_was_read_otherwise_are_not_used(tmp_path, name, content, is_anew):
+    (tmp_path / name).write_bytes(content)
+    identity = json.dumps([[sha256_hex(content)], 0, None, False])
+    shard = file_shard([tmp_path / name], Part(n_bytes=3))
+    assert (shard.fingerprint != sha256_hex(identity)) == is_anew

@@ -27,10 +27,12 @@ from nanochat.data.splits import (
     more_last_files,
 )
 from nanochat.data.text import (
+    Piece,
     cut_pieces,
+    documents_between,
     inline_marks,
-    iterate_documents,
     iterate_pieces,
+    joined,
     split_column,
     text_format,
 )
@@ -93,7 +95,11 @@ class Shard:
     sizes: tuple[int, ...] = ()
 
     def documents(self, report: Report = print) -> Iterator[str]:
-        """The documents, none of them blank.
+        """The documents, none of them blank. Raises as pieces()."""
+        return joined(self.pieces(report))
+
+    def pieces(self, report: Report = print) -> Iterator[Piece]:
+        """The documents in pieces, so that one of any size takes little memory.
 
         Remote files are downloaded first; report gets a line on each fault. Raises DownloadFailed,
         or UsageError for files that cannot be read as text, or that changed since they were
@@ -103,14 +109,9 @@ class Shard:
         paths = (
             file.fetch(report) if isinstance(file, RemoteFile) else file for file in self.files
         )
-        if self.cut_characters:
-            pieces = iterate_pieces(next(iter(paths)), self.column)
-            # without the rest of the text, which may be large
-            return iter(["".join(p.text for p in cut_pieces(pieces, self.first, self.last))])
-        documents = itertools.chain.from_iterable(
-            iterate_documents(path, self.column) for path in paths
-        )
-        return itertools.islice(documents, self.first, self.last)
+        pieces = itertools.chain.from_iterable(iterate_pieces(path, self.column) for path in paths)
+        select = cut_pieces if self.cut_characters else documents_between
+        return select(pieces, self.first, self.last)
 
     def remote_files(self) -> list[RemoteFile]:
         """Those of the files that come from the network."""
@@ -171,6 +172,8 @@ def file_shard(
     identity = [contents, part.first, part.last, part.cut_characters]
     if column != "text":
         identity.append(column)
+    if any(map(_is_read_anew, files)):
+        identity.append("reader 2")
     return Shard(
         name=files[0].name + more,
         files=tuple(files),
@@ -183,6 +186,15 @@ def file_shard(
         contents=tuple(contents),
         sizes=tuple(path.stat().st_size for path in files),
     )
+
+
+def _is_read_anew(path: Path) -> bool:
+    """Whether earlier versions read other documents from this file, so that what they stored of it
+    is not to be used: compressed files, and text with the line ends of Windows."""
+    if text_format(path.name)[1]:
+        return True
+    with open(path, "rb") as file:
+        return path.suffix.lower() == ".txt" and b"\r\n" in file.read(1 << 16)
 
 
 def _grouped(files: list[Path], hashes: dict[Path, str], column: str = "text") -> list[Shard]:

@@ -127,9 +127,8 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
             f"({human_bytes(corpus.train_bytes)}); use bpe or byte"
         )
     shards = shards_to_fit(corpus, kind, vocab_size)
-    documents = itertools.chain.from_iterable(shard.documents() for shard in shards)
     # their words are those of the documents, of which any may be large
-    pieces = cut_at_blanks(Piece(document, True) for document in documents)
+    pieces = cut_at_blanks(itertools.chain.from_iterable(shard.pieces() for shard in shards))
     if kind == "bpe":
         pieces = _first_characters(pieces, BPE_SAMPLE_BYTES)
     fitted = train_tokenizer(kind, (piece.text for piece in pieces), vocab_size)
@@ -295,9 +294,8 @@ class TokenCache:
         arrays = [np.empty(0, dtype)]
         offsets = array.array("q", [0])
         n_ids = 0
-        # in pieces, since what tiktoken returns takes ten times the memory of the text
-        documents = shard.documents(self.report)
-        found = cut_at_blanks(Piece(document, True) for document in documents)
+        # in pieces, so that memory is that of the ids, whatever the size of a document
+        found = cut_at_blanks(shard.pieces(self.report))
         for pieces in by_size(found, ENCODE_BYTES, _characters):
             encoded = self.tokenizer.encode_batch([piece.text for piece in pieces], self.threads)
             parts = []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanochat import hardware, ranks
-from nanochat.common import TrainingFailed, Unavailable, human_time, write_json
+from nanochat.common import TrainingFailed, Unavailable, human_time, in_a_line, write_json
 from nanochat.data.rows import Rows
 from nanochat.run import checkpoint
 from nanochat.run.clock import Clock
@@ -164,7 +164,7 @@ def _cause(
         if divisors:
             remedy = f"--device-batch-size={divisors[-1]} would likely fit"
         return TrainingFailed(
-            f"out of memory with --device-batch-size={device_batch}; {remedy} ({error})"
+            f"out of memory with --device-batch-size={device_batch}; {remedy} ({in_a_line(error)})"
         )
     if lost and (gone := ranks.who_is_gone(step_seconds)):
         return TrainingFailed(

@@ -16,7 +16,7 @@ from nanochat import hardware, limits, ranks
 from nanochat.common import (
     TrainingFailed,
     UsageError,
-    base_dir,
+    cached,
     human_bytes,
     in_a_line,
     sha256_hex,
@@ -379,7 +379,7 @@ def _fewer(
 def _path_of(key: Any) -> Path:
     """The file that keeps what was measured for a key."""
     digest = sha256_hex(json.dumps([MEASURED_AS, key], sort_keys=True))
-    return base_dir() / "fit" / f"{digest[:32]}.json"
+    return cached("fit", f"{digest[:32]}.json")
 
 
 def _remembered(path: Path) -> float | None:

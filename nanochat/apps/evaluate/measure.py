@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from nanochat.eval.bpb import bits_per_byte
 from nanochat.eval.core import Progress, len_limit, measure, open_core
 from nanochat.eval.generation import NotNumbers, generate_text
 from nanochat.eval.unison import EvaluationFailed
+from nanochat.limits import available_cpus
 from nanochat.run.plan import ASSUMED_MFU
 from tasks.core import LABELS
 
@@ -75,7 +75,7 @@ def measure_bpb(subject: Subject, machine: Machine, *, data: str, eval_tokens: i
     if subject.foreign:
         pieces = _foreign_pieces(shards, subject.tokenizer, row_tokens, limit)
     else:
-        cache = TokenCache(subject.tokenizer, os.cpu_count() or 1, report=machine.say)
+        cache = TokenCache(subject.tokenizer, available_cpus(), report=machine.say)
         ranks.from_rank0_or_raise(lambda: cache.prepare(shards, lambda shards: shards))
         pieces = held_out_pieces(shards, cache, row_tokens, limit)
     if not pieces:
@@ -198,7 +198,7 @@ def measure_core(
         max_per_task=max_per_task,
         labels=labels,
         baselines=baselines,
-        threads=os.cpu_count() or 1,
+        threads=available_cpus(),
         # one evaluation: no reason to hold prompts
         keep=False,
         shares=not subject.foreign,
