@@ -231,7 +231,8 @@ GROUPS: dict[str, list[Flag]] = {
             "climbmix",
             "climbmix, fineweb-edu, tinystories, shakespeare or "
             "hf:<dataset>[:<config>[:<split>[:<column>]]] (downloaded as needed), python (source "
-            "code on this machine), or a path, glob or folder of .txt, .jsonl, .parquet",
+            "code on this machine), or a path, glob or folder of .txt, .jsonl, .parquet; "
+            "FILE:column names the field with the text",
             type=path_argument,
             on_resume=FREE,
         ),
