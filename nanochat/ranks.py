@@ -242,7 +242,7 @@ def _join_hearing_signals(
                     )
     finally:
         wait.over.set()
-    if isinstance(wait.error, dist.DistError):
+    if wait.error is not None and is_lost_exchange(wait.error):
         raise Unavailable(
             f"rank {launch.rank} could not join the others at {launch.place} "
             f"({in_a_line(wait.error)}); {remedy}"

@@ -607,6 +607,27 @@ def test_a_signal_ends_the_wait_for_the_master(started, monkeypatch):
         stop.restore()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[gloo/transport/tcp/pair.cc:152] timed out"), dist.DistNetworkError("reset")],
+)
+def test_ranks_that_are_lost_while_they_join(started, monkeypatch, error):
+    """Other exceptions are faults of the program, and stay what they are."""
+
+    def fails(*_):
+        raise error
+
+    started(TWO)
+    monkeypatch.setattr(ranks, "_join", fails)
+    with pytest.raises(
+        Unavailable, match=r"rank 1 could not join .* 127.0.0.1:29500 \(.*unset RANK"
+    ):
+        ranks.setup("cpu")
+    error = RuntimeError("else")
+    with pytest.raises(RuntimeError, match="else"):
+        ranks.setup("cpu")
+
+
 def test_a_port_that_is_taken(started, listener):
     started(TWO | {"RANK": "0", "MASTER_PORT": str(listener)})
     with pytest.raises(UsageError, match=f"MASTER_PORT={listener}: .*another port.*--standalone"):
