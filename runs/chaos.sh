@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Kills a training run again and again, then compares it with an identical run that was never
-# interrupted: every weight, loss and sample must be equal, and no checkpoint may be lost.
+# interrupted: every weight, loss and sample must be equal, and no checkpoint may be lost. The program
+# that reads its screen is killed as well.
 # usage: runs/chaos.sh [KILLS] [RANKS] [SEED]
 #   default: 50 kills, 1 rank, seed 1; about 10 s a kill on two cores
 # Half of the SIGKILLs come at a random moment of the run, half while a checkpoint is being written
@@ -37,14 +38,21 @@ newest() {
 
 saving() { compgen -G "$folder/broken/checkpoints/.step_*" >/dev/null; }
 
+mkfifo "$folder/screen"
 train --model-tag=whole
 echo "uninterrupted run: $((kills * 40)) steps, ranks: $ranks"
 done_kills=0 in_saves=0
 while [ "$done_kills" -lt "$kills" ]; do
     before="$(newest)"
+    # as with `2>&1 | tee log`; whoever reads the screen is killed as well, some time before
+    tee -a "$folder/log" <"$folder/screen" >/dev/null &
+    reader=$!
+    # without a word from the shell when it is killed
+    disown "$reader"
     # a process group of its own, so that one kill reaches torchrun and its workers
-    setsid "${start[@]}" "${flags[@]}" --model-tag=broken --resume >>"$folder/log" 2>&1 &
+    setsid "${start[@]}" "${flags[@]}" --model-tag=broken --resume >"$folder/screen" 2>&1 &
     pid=$!
+    { sleep "$((RANDOM % 6)).$((RANDOM % 10))"; kill -9 "$reader" 2>/dev/null || true; } &
     sleep 3
     if [ $((RANDOM % 2)) -eq 0 ]; then
         # let up to two saves pass, then kill in the middle of the next one
