@@ -20,7 +20,7 @@ from nanochat.run.checks import check_flags
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # From the lowest to the highest: a module imports from its own layer and from those before it.
-FLOOR = {"common", "hardware", "limits", "locks", "output", "ranks", "signals"}
+FLOOR = {"common", "hardware", "limits", "locks", "native", "output", "ranks", "signals"}
 LAYERS = ["floor", "model", "optim", "data", "run", "eval", "apps"]
 HEAVY = (
     "datasets",

@@ -1,0 +1,88 @@
+"""Compiles and loads C++ of this package. Imports no torch."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from nanochat.common import Unavailable, in_a_line, own_cache, sha256_hex
+
+COMPILERS = ("g++", "clang++")
+# No -ffast-math: it would let the compiler sum in another order.
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+COMPILE_SECONDS = 300
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file, compiled for this processor and kept in the base dir.
+
+    Unavailable, with the reason in a line, where that is not possible."""
+    try:
+        return ctypes.CDLL(str(_built(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(
+            f"{source.name} cannot be compiled and loaded ({_cause(error)})"
+        ) from None
+
+
+def _built(source: Path) -> Path:
+    """The compiled library. Raises OSError or SubprocessError."""
+    compiler = _compiler()
+    arm = platform.machine() in ("arm64", "aarch64")
+    command = [compiler, *FLAGS, "-mcpu=native" if arm else "-march=native", "-pthread"]
+    # A base dir may serve machines with other processors.
+    key = sha256_hex("\n".join([source.read_text(), *command, _processor()]))
+    library = own_cache("native") / f"{source.stem}-{key[:16]}.so"
+    if library.exists():
+        return library
+    descriptor, partial = tempfile.mkstemp(dir=library.parent, suffix=".partial")
+    os.close(descriptor)
+    try:
+        subprocess.run(
+            [*command, str(source), "-o", partial],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMPILE_SECONDS,
+        )
+        os.replace(partial, library)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    return library
+
+
+def _compiler() -> str:
+    """The path of the C++ compiler. FileNotFoundError if there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        raise FileNotFoundError(f"no C++ compiler ({' or '.join(names)}) on PATH")
+    return found
+
+
+def _processor() -> str:
+    """What identifies the instructions that -march=native uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    named = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(named)}))
+
+
+def _cause(error: Exception) -> str:
+    """What made it fail, in a line."""
+    output = getattr(error, "stdout", None)
+    if output:
+        lines = output.decode(errors="replace").splitlines()
+        telling = [line for line in lines if "error" in line.lower()]
+        return in_a_line(ValueError((telling or lines)[0]))
+    return in_a_line(error)
