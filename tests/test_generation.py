@@ -767,3 +767,34 @@ def test_sample_usage_errors_of_the_parser(argv):
     with pytest.raises(SystemExit) as raised:
         sample.main(argv)
     assert raised.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 3.0},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 2.0},
+        {"min_p": 0.05},
+        {"min_p": 0.001, "top_p": 0.95},
+        {"top_k": generation.SORTED_FIRST},
+    ],
+    ids=str,
+)
+def test_the_likeliest_tokens_decide_as_all_sorted_ones_do(settings, monkeypatch):
+    """Sorting all of them is what the rule says; flat distributions need more than a few."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 500, generator=generator) * torch.linspace(0, 6, 400)[:, None]
+    points = torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    quick = generation.choose(logits, points, **settings)
+    monkeypatch.setattr(generation, "SORTED_FIRST", 10**9)
+    assert torch.equal(quick, generation.choose(logits, points, **settings))
+
+
+def test_min_p_keeps_what_is_likely_enough():
+    """Probabilities 1/2, 1/4, 3/20, 1/10: with min_p a half, the first two, at 2/3 and 1/3."""
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log().expand(4, -1)
+    points = torch.tensor([[0.0], [0.66], [0.67], [0.99]], dtype=torch.float64)
+    assert generation.choose(logits, points, min_p=0.49).tolist() == [0, 0, 1, 1]
+    assert generation.choose(logits, points, min_p=0.0).tolist() == [0, 1, 1, 3]

@@ -22,6 +22,8 @@ from nanochat.model.decoder import Decoder
 
 # tokens of a sample drawn during training
 SAMPLE_TOKENS = 96
+# of the most likely tokens, which are looked at before all are sorted
+SORTED_FIRST = 64
 
 
 class NotNumbers(ValueError):
@@ -42,15 +44,43 @@ def sample_next(
 ) -> Tensor:
     """Draw one token for each row. Returns int64 (B,) on the CPU.
 
+    generator: on the CPU; one number is drawn from it for each row, none at temperature 0. The rest
+    as in choose()."""
+    point_Bx1 = None
+    if temperature != 0:
+        point_Bx1 = draw_points(logits_BxV.size(0), generator)
+    return choose(
+        logits_BxV, point_Bx1, temperature, top_k, top_p, repetition_penalty, seen_BxV=seen_BxV
+    )
+
+
+def draw_points(n: int, generator: torch.Generator | None) -> Tensor:
+    """The n random numbers, fp64 (n, 1), with which choose() draws n tokens."""
+    return torch.rand(n, 1, generator=generator, dtype=torch.float64)
+
+
+def choose(
+    logits_BxV: Tensor,
+    point_Bx1: Tensor | None,
+    temperature: float = 1.0,
+    top_k: int | None = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    min_p: float = 0.0,
+    seen_BxV: Tensor | None = None,
+) -> Tensor:
+    """The token of each row that a random number between 0 and 1 draws. Returns int64 (B,) on the
+    CPU.
+
     logits_BxV: any float dtype and device; computed with in fp64 on the CPU, in this order:
     repetition_penalty  divides the logits of the tokens marked in seen_BxV (bool, CPU), or
                         multiplies negative ones, so that all become less likely; 1: off
                         (arXiv 1909.05858)
-    temperature         divides the logits; 0: always the most likely token
+    temperature         divides the logits; 0: always the most likely token (no point is needed)
     top_k               keeps the k most likely tokens; 0, negative or None: off
     top_p               of those, keeps the smallest set of most likely tokens whose probability
                         reaches p, one at least; 1 or more: off (nucleus, arXiv 1904.09751)
-    generator: on the CPU; one number is drawn from it for each row, none at temperature 0.
+    min_p               keeps tokens at least min_p times as probable as the most likely one; 0: off
     Raises NotNumbers if a logit is NaN or plus infinity."""
     logits_BxV = logits_BxV.detach().cpu().double()
     # written so that NaN fails too
@@ -69,21 +99,52 @@ def sample_next(
     if temperature == 0:
         return logits_BxV.argmax(-1)
 
-    B, V = logits_BxV.shape
+    V = logits_BxV.size(1)
     k = min(top_k, V) if top_k and top_k > 0 else V
+    # Sorting all tokens takes longer than a small model; nearly always a few of them decide.
+    if k == V > SORTED_FIRST:
+        relative_BxV = (logits_BxV - logits_BxV.amax(-1, keepdim=True)) / temperature
+        total_Bx1 = relative_BxV.exp().sum(-1, keepdim=True)
+        chosen_B = _draw(logits_BxV, point_Bx1, temperature, SORTED_FIRST, top_p, min_p, total_Bx1)
+        if chosen_B is not None:
+            return chosen_B
+    return _draw(logits_BxV, point_Bx1, temperature, k, top_p, min_p)
+
+
+def _draw(
+    logits_BxV: Tensor,
+    point_Bx1: Tensor,
+    temperature: float,
+    k: int,
+    top_p: float,
+    min_p: float,
+    total_Bx1: Tensor | None = None,
+) -> Tensor | None:
+    """choose() among the k most likely tokens of each row.
+
+    total_Bx1: the sum over all tokens, relative to the most likely one, if all may be drawn; the
+    result is then None unless the k most likely decide."""
     # sorted, the most likely first
     kept_logits, kept_ids = logits_BxV.topk(k)
     # the largest becomes 0 before the division, so that a tiny temperature cannot overflow
-    cumulative = ((kept_logits - kept_logits[:, :1]) / temperature).softmax(-1).cumsum(-1)
-    last_Bx1 = torch.full((B, 1), k - 1)
+    highest_Bx1 = kept_logits[:, :1]
+    shares = ((kept_logits - highest_Bx1) / temperature).exp()
+    kept_Bx1 = shares.sum(-1, keepdim=True) if total_Bx1 is None else total_Bx1
+    cumulative = (shares / kept_Bx1).cumsum(-1)
+    last_Bx1 = torch.full_like(kept_ids[:, :1], k - 1)
     if top_p < 1:
         # the first place whose running sum reaches p; rounding may leave even the whole sum short
         last_Bx1 = torch.minimum((cumulative < top_p).sum(-1, keepdim=True), last_Bx1)
+    if min_p > 0:
+        last_Bx1 = torch.minimum((shares >= min_p).sum(-1, keepdim=True) - 1, last_Bx1)
     # invert the cumulative distribution: a point below the kept mass falls into one token's share
-    point_Bx1 = torch.rand(B, 1, generator=generator, dtype=torch.float64)
-    place_Bx1 = torch.searchsorted(
-        cumulative, point_Bx1 * cumulative.gather(1, last_Bx1), right=True
-    )
+    mass_Bx1 = cumulative.gather(1, last_Bx1)
+    if total_Bx1 is not None:
+        ends_here = last_Bx1 < k - 1
+        mass_Bx1 = torch.where(ends_here, mass_Bx1, 1.0)
+        if not (ends_here | (point_Bx1 < cumulative[:, -1:])).all():
+            return None
+    place_Bx1 = torch.searchsorted(cumulative, point_Bx1 * mass_Bx1, right=True)
     return kept_ids.gather(1, place_Bx1)[:, 0]
 
 

@@ -29,6 +29,8 @@ def in_compute_dtype(model: Decoder) -> Decoder:
 class TorchDecoder:
     """As CpuDecoder, in PyTorch, for devices and machines that decode.cpp is not for."""
 
+    is_batch_invariant = False
+
     def __init__(self, model: Decoder, slots: int, positions: int) -> None:
         self.model = model
         self.device = model.embedding.weight.device

@@ -69,6 +69,9 @@ class LayerSlots:
 class CpuDecoder:
     """A model and the keys and values of up to `slots` texts that it continues together."""
 
+    # whether a text gets the same bits alone and among others
+    is_batch_invariant = True
+
     def __init__(self, model: Decoder, slots: int, positions: int, threads: int) -> None:
         """positions: of a text, at most. threads: that share a step.
 
