@@ -64,12 +64,13 @@ inline F16 load(const BFloat16* at) {
     return value;
 }
 
+// Halves are added, then quarters, and so on.
 inline float sum(F16 x) {
-    float lanes[LANES];
-    std::memcpy(lanes, &x, sizeof x);
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    return lanes[0];
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return x[0];
 }
 
 // e^x within 2 units in the last place: x = n ln 2 + r, and a polynomial of r (Cephes' expf).
@@ -307,6 +308,26 @@ inline void shift_key(float* key, float* before, int64_t D) {
     }
 }
 
+// The sum of n values, each times its share; they begin at `first` in a ring of `capacity`.
+template <class W>
+inline void mix(const W* values, int64_t first, int64_t capacity, int64_t n, int64_t D,
+                const float* shares, float* out) {
+    int64_t i = 0;
+    for (; i + LANES <= D; i += LANES) {
+        F16 total{};
+        for (int64_t j = 0, at = first; j < n; j++) {
+            total += shares[j] * load(values + at * D + i);
+            if (++at == capacity) at = 0;
+        }
+        std::memcpy(out + i, &total, sizeof total);
+    }
+    for (; i < D; i++) {
+        out[i] = 0;
+        for (int64_t j = 0; j < n; j++)
+            out[i] += shares[j] * to_float(values[(first + j) % capacity * D + i]);
+    }
+}
+
 template <class W>
 struct Step {
     const Model& m;
@@ -453,10 +474,10 @@ struct Step {
             float* query = &b.q[((row * m.n_kv_head + head) * group + g) * D];
             position(query, m, at);
             float scale = 1.0f / std::sqrt(float(D)), highest = -INFINITY;
-            for (int64_t j = 0; j < n; j++) {
-                int64_t from = (first + j) % layer.capacity;
+            for (int64_t j = 0, from = first; j < n; j++) {
                 scores[j] = scale * dot(keys + from * D, query, D);
                 highest = std::max(highest, scores[j]);
+                if (++from == layer.capacity) from = 0;
             }
             std::fill(scores.begin() + n, scores.end(), -INFINITY);
             F16 total{};
@@ -467,13 +488,9 @@ struct Step {
             std::fill(scores.begin() + n, scores.end(), 0.0f);
             for (size_t j = 0; j < scores.size(); j += LANES) total += load(&scores[j]);
             float norm = 1.0f / sum(total);
+            for (int64_t j = 0; j < n; j++) scores[j] *= norm;
             float* out = &b.attended[((row * m.n_kv_head + head) * group + g) * D];
-            std::fill_n(out, D, 0.0f);
-            for (int64_t j = 0; j < n; j++) {
-                const W* from = values + (first + j) % layer.capacity * D;
-                float share = scores[j] * norm;
-                for (int64_t i = 0; i < D; i++) out[i] += share * to_float(from[i]);
-            }
+            mix(values, first, layer.capacity, n, D, scores.data(), out);
         }
     }
 };
