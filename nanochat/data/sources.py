@@ -19,6 +19,7 @@ from nanochat.data import hub
 from nanochat.data.download import DownloadFailed, RemoteFile, Report
 from nanochat.data.files import Named, listed, named_files, text_bytes
 from nanochat.data.splits import (
+    LEAST_TRAINED,
     Group,
     files_to_train,
     files_to_validate,
@@ -359,8 +360,8 @@ def _held_out(
 ) -> tuple[list[Shard], list[Shard], str]:
     """(training shards, validation shards, note) where nothing but the files is given.
 
-    The last files are held out; of a single file, or where the last ones hold too little, a part of
-    the largest file."""
+    The last files are held out; of a single file, or where the last ones hold too little or nearly
+    all, a part of the largest file."""
     if len(files) == 1:
         return _split_off(files[0], [], hashes, column)
     # one file is a shard of documents, or each file is a document
@@ -373,16 +374,19 @@ def _held_out(
     sizes = [text_bytes(path, column) for path in files]
     least = least_held_out_bytes(sum(sizes))
     n_bytes = _text_bytes_in(files[-n_last:], column, least)
+    last = "the last file" if n_last == 1 else f"the last {n_last} files"
     if n_bytes < least:
-        last = "the last file" if n_last == 1 else f"the last {n_last} files"
         why = f"{counted(n_bytes, 'byte')} of text in {last} are too little to validate on"
         n_last = more_last_files(sizes, least)
-        if not n_last:
-            largest = max(files, key=dict(zip(files, sizes, strict=True)).get)
-            others = [path for path in files if path != largest]
-            train, val, note = _split_off(largest, others, hashes, column)
-            return train, val, f"{note} of {largest.name}; {why}"
         note = f"held out: the last {n_last} of {len(files)} files; {why}"
+    elif sum(sizes[:-n_last]) < LEAST_TRAINED * sum(sizes):
+        why = f"nearly all text is in {last}"
+        n_last = 0
+    if not n_last:
+        largest = max(files, key=dict(zip(files, sizes, strict=True)).get)
+        others = [path for path in files if path != largest]
+        train, val, note = _split_off(largest, others, hashes, column)
+        return train, val, f"{note} of {largest.name}; {why}"
     train = _mixed(files[:-n_last], hashes, column)
     return train, _grouped(files[-n_last:], hashes, column), note
 

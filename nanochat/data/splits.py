@@ -23,7 +23,8 @@ SPLIT_WORDS = {
     "eval": VALIDATION,
     "test": TEST,
 }
-
+# Words that titles of texts hold as well: these mean a split as the whole name only.
+SPLIT_NAMES = {"training": TRAIN, "evaluation": VALIDATION, "testing": TEST}
 
 # The least text to validate on: bits per byte of 4 KiB, some thousand tokens, are known to a few
 # percent. A corpus of less than a megabyte may have less: this share of it.
@@ -35,6 +36,8 @@ HELD_OUT_SHARE = 1 / 20_000
 HELD_OUT_BYTES = 1 << 20
 # the largest share of the text that is held out in whole files to reach the above
 MOST_HELD_OUT = 1 / 10
+# The least share that trains: a README in front of a corpus is not what someone trains on.
+LEAST_TRAINED = 1 / 10
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,14 @@ def _by_split(named: Named) -> dict[str, list[Path]]:
 def split_of(path: Path) -> str:
     """The split that the names in a path mean: TRAIN, VALIDATION or TEST, "" if none.
 
-    The outermost folder that means one decides. Words are whole: `contest.txt` and
-    `training_notes.txt` mean nothing. Neither does a name with words for two splits."""
+    The outermost folder that means one decides. Words are whole, and digits end them: `test2.txt`
+    means one, `contest.txt` and `training_notes.txt` do not. Neither does a name with words for two
+    splits."""
     for name in path.parts:
-        words = re.split(r"[_.-]", name.lower())
+        stem = name.lower().partition(".")[0]
+        if stem in SPLIT_NAMES:
+            return SPLIT_NAMES[stem]
+        words = re.split(r"[_.\d-]", name.lower())
         meant = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
         if len(meant) == 1:
             return meant.pop()
