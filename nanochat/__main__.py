@@ -22,6 +22,7 @@ APPS = {
     "compare": "compare runs: tables, noise, plots",
     "report": "a run's summary, curves and samples on one page",
     "runs": "list the runs under a folder",
+    "serve": "answer OpenAI's clients with the models of runs",
     "sweep": "train and compare the runs of a sweep",
     "export": "turn a run into a Hugging Face folder, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
@@ -29,7 +30,7 @@ APPS = {
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
-LATER = ("serve", "client", "sft", "dpo", "jobs", "certify", "verify")
+LATER = ("client", "sft", "dpo", "jobs", "certify", "verify")
 USAGE = (
     "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n"
     + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())

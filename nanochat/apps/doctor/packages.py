@@ -33,11 +33,13 @@ OPTIONAL = {
     "tensorboard": Package("tensorboard", "--tensorboard"),
     "transformers": Package("transformers>=4.57", "nanochat export"),
     "tokenizers": Package("tokenizers>=0.22", "nanochat export"),
-    "fastapi": Package("fastapi", "nanochat serve"),
+    "starlette": Package("starlette", "nanochat serve"),
     "uvicorn": Package("uvicorn", "nanochat serve"),
     "pytest": Package("pytest", "the tests"),
     "pytest-xdist": Package("pytest-xdist", "the tests"),
     "ruff": Package("ruff>=0.17", "the tests"),
+    "httpx": Package("httpx", "the tests"),
+    "openai": Package("openai", "the tests"),
     "triton": Package("triton==3.7.1", "torch.compile on NVIDIA GPUs"),
 }
 

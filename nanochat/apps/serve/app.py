@@ -1,0 +1,244 @@
+"""The ASGI application: routes, and what becomes of refusals, lost clients and defects."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from nanochat.apps.serve.answers import ChatShape, CompletionShape, model_object
+from nanochat.apps.serve.api import Conversation
+from nanochat.apps.serve.errors import UNAVAILABLE, Refused, error_body
+from nanochat.apps.serve.guard import Guard, Message, Receive, disconnected, read_body
+from nanochat.apps.serve.metrics import CONTENT_TYPE, Metrics
+from nanochat.apps.serve.requests import Asked, asked_chat, asked_completion, find_run
+from nanochat.apps.serve.runs import FOLLOW_SECONDS, ServedRun
+from nanochat.common import Report
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+Send = Callable[[Message], Awaitable[None]]
+Load = Callable[..., tuple]
+# the paths that /metrics tells apart
+PATHS = (
+    "/health",
+    "/metrics",
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+)
+OFFER = "this server offers /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics"
+# a client that reads slowly has this much longer than the answer
+SENDING_SECONDS = 60.0
+
+
+class Application:
+    """What the routes share, and their functions."""
+
+    def __init__(self, runs: list[ServedRun], guard: Guard, timeout_s: float) -> None:
+        self.runs = runs
+        self.guard = guard
+        self.timeout_s = timeout_s
+        self.metrics = Metrics()
+
+    async def models(self, request: "Request") -> "Response":
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [model_object(run) for run in self.runs]})
+
+    async def model(self, request: "Request") -> "Response":
+        """GET /v1/models/NAME."""
+        return _json(model_object(find_run(self.runs, request.path_params["name"])))
+
+    async def health(self, request: "Request") -> "Response":
+        """GET /health: whether every engine works."""
+        problems = [run.problem for run in self.runs if run.problem]
+        steps = {run.name: run.step for run in self.runs}
+        status = UNAVAILABLE if problems else 200
+        content = {"status": "failed" if problems else "ok", "steps": steps, "problems": problems}
+        return _json(content, status)
+
+    async def show_metrics(self, request: "Request") -> "Response":
+        """GET /metrics."""
+        from starlette.responses import Response
+
+        return Response(self.metrics.text(self.runs), media_type=CONTENT_TYPE)
+
+    async def completions(self, request: "Request") -> "Response":
+        """POST /v1/completions."""
+        return await self._generate(request, asked_completion, CompletionShape)
+
+    async def chat(self, request: "Request") -> "Response":
+        """POST /v1/chat/completions."""
+        return await self._generate(request, asked_chat, ChatShape)
+
+    async def _generate(
+        self,
+        request: "Request",
+        read: Callable[[bytes, list[ServedRun]], Asked],
+        shape: type[CompletionShape] | type[ChatShape],
+    ) -> "Response":
+        raw = await read_body(request.scope, request.receive, self.guard.body_seconds)
+        if raw is None:
+            return _json({})
+        # in another thread: a long prompt takes a while to encode
+        asked = await asyncio.to_thread(read, raw, self.runs)
+        conversation = Conversation(asked, shape(asked), self.timeout_s, self.metrics)
+        if asked.stream:
+            return _event_stream(conversation, self.timeout_s + SENDING_SECONDS)
+        try:
+            answer = await _unless_gone(conversation.answer(), request.receive)
+        finally:
+            conversation.close()
+        return _json(answer)
+
+
+async def _unless_gone(answer: Awaitable[dict[str, Any]], receive: Receive) -> dict[str, Any]:
+    """An answer; an empty one as soon as the client goes away."""
+    answering = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else {}
+    finally:
+        for task in (answering, watching):
+            task.cancel()
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> "Response":
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(content, status, headers)
+
+
+def _event_stream(conversation: Conversation, seconds: float) -> "Response":
+    """A response of server-sent events that frees its slots however it ends."""
+    from starlette.responses import StreamingResponse
+
+    class EventStream(StreamingResponse):
+        async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+            try:
+                await asyncio.wait_for(super().__call__(scope, receive, send), seconds)
+            except asyncio.TimeoutError:
+                # The client does not read. The connection is closed without an end of the stream.
+                return
+            finally:
+                conversation.close()
+
+    return EventStream(conversation.events(), media_type="text/event-stream")
+
+
+class Gate:
+    """ASGI middleware around everything: the guard, headers of every response, and counts."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], application: Application) -> None:
+        self.app = app
+        self.application = application
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Handle a request; what is not HTTP passes."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        metrics = self.application.metrics
+        began = time.monotonic()
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
+
+        metrics.in_progress += 1
+        try:
+            try:
+                self.application.guard.check(scope)
+            except Refused as refusal:
+                await refused(None, refusal)(scope, receive, send_and_note)
+                return
+            await self.app(scope, receive, send_and_note)
+        finally:
+            metrics.in_progress -= 1
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            metrics.answered(path, status, time.monotonic() - began)
+
+
+# no proxy may keep or collect what a model says, no browser may guess what it is
+HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+def refused(request: "Request | None", refusal: Refused) -> "Response":
+    """The response to a request that is refused."""
+    return _json(refusal.body(), refusal.status, dict(refusal.headers))
+
+
+def _not_found(request: "Request", error: Any) -> "Response":
+    """The response for paths and methods without a route."""
+    path = request.url.path
+    if error.status_code == 404:
+        message = f"{path} is not available; {OFFER}"
+    else:
+        message = f"{request.method} {path}: {error.detail}; {OFFER}"
+    return _json(error_body(message, error.status_code), error.status_code, error.headers)
+
+
+def _defect(request: "Request", error: Exception) -> "Response":
+    """The response to a request that met a defect; its traceback goes to the console."""
+    message = "an internal error; the console of the server shows it"
+    return _json(error_body(message, 500), 500)
+
+
+def build_app(
+    runs: list[ServedRun], guard: Guard, timeout_s: float, load: Load, report: Report
+) -> "Starlette":
+    """The application. It starts the engines and ends them.
+
+    load: as loading.load_run(), for newer checkpoints."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
+    application = Application(runs, guard, timeout_s)
+    routes = [
+        Route("/health", application.health),
+        Route("/metrics", application.show_metrics),
+        Route("/v1/models", application.models),
+        Route("/v1/models/{name:path}", application.model),
+        Route("/v1/completions", application.completions, methods=["POST"]),
+        Route("/v1/chat/completions", application.chat, methods=["POST"]),
+    ]
+    handlers = {Refused: refused, HTTPException: _not_found, Exception: _defect}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        followers = [asyncio.create_task(follow(run, load, report)) for run in runs if run.follows]
+        for run in runs:
+            run.start()
+        try:
+            yield
+        finally:
+            for follower in followers:
+                follower.cancel()
+            for run in runs:
+                await asyncio.to_thread(run.close)
+
+    middleware = [Middleware(Gate, application=application)]
+    return Starlette(
+        routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
+    )
+
+
+async def follow(run: ServedRun, load: Load, report: Report) -> None:
+    """Serve each newer checkpoint of a run, for ever."""
+    while True:
+        await asyncio.sleep(FOLLOW_SECONDS)
+        await asyncio.to_thread(run.follow, load, report)

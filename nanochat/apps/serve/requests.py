@@ -1,0 +1,267 @@
+"""What the JSON body of a request asks of a model: prompts as token ids, and requests for the
+engine."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat.apps.serve.errors import Refused
+from nanochat.apps.serve.fields import (
+    CHAT,
+    COMPLETION,
+    LARGEST_SEED,
+    Field,
+    Message,
+    parse_json,
+    read_fields,
+)
+from nanochat.apps.serve.runs import ServedRun
+from nanochat.common import UsageError, counted, stream_seed
+from nanochat.eval.engine import Request, Sampling
+from nanochat.eval.generation import prompt_with_bos
+
+# how a conversation is written for a model without a chat template
+SPEAKERS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids: BOS first. hidden: how many of them the client did not send: 1 for a BOS put in front
+    of its ids or text, else 0."""
+
+    ids: tuple[int, ...]
+    hidden: int
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The ids that the client knows of."""
+        return self.ids[self.hidden :]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for, checked.
+
+    requests: for the engine, one for each choice of the answer: n for the first prompt, n for the
+    second, and so on. logprobs: how many alternatives of each token are wanted, or None."""
+
+    run: ServedRun
+    prompts: tuple[Prompt, ...]
+    requests: tuple[Request, ...]
+    max_tokens: int
+    logprobs: int | None
+    echo: bool
+    stream: bool
+    include_usage: bool
+
+    @property
+    def n(self) -> int:
+        """Choices for each prompt."""
+        return len(self.requests) // len(self.prompts)
+
+    def prompt_of(self, choice: int) -> Prompt:
+        """The prompt of a choice, by its index."""
+        return self.prompts[choice // self.n]
+
+
+def asked_completion(raw: bytes, runs: list[ServedRun]) -> Asked:
+    """What the body of a request to /v1/completions asks for. Raises Refused."""
+    values = _values_of(raw, COMPLETION, "prompt")
+    run = find_run(runs, values["model"])
+    n_tokens, echo, logprobs = values["max_tokens"], values["echo"], values["logprobs"]
+    if n_tokens == 0 and not echo:
+        raise Refused("max_tokens: 0 needs echo, which returns the prompt", "max_tokens")
+    if values["stream"] and echo and logprobs is not None:
+        raise Refused(
+            "stream: cannot be combined with echo and logprobs: the log-probabilities of the "
+            "prompt are known at the end; leave stream out",
+            "stream",
+        )
+    # here, and not after the prompts are encoded: a body may hold thousands
+    _check_choices(run, len(values["prompt"]), values["n"], "prompt")
+    prompts = tuple(_prompt(run, each) for each in values["prompt"])
+    return _asked(run, prompts, values, n_tokens, logprobs, echo, values["stop"])
+
+
+def asked_chat(raw: bytes, runs: list[ServedRun]) -> Asked:
+    """What the body of a request to /v1/chat/completions asks for. Raises Refused."""
+    values = _values_of(raw, CHAT, "messages")
+    run = find_run(runs, values["model"])
+    _check_choices(run, 1, values["n"], "messages")
+    prompt = _prompt(run, transcript(values["messages"]), "messages")
+    logprobs = values["top_logprobs"] if values["logprobs"] else None
+    if values["top_logprobs"] and logprobs is None:
+        raise Refused("top_logprobs: needs logprobs to be true", "top_logprobs")
+    # a new turn of somebody else ends the answer
+    stop = (*values["stop"], f"\n{SPEAKERS['user']}", f"\n{SPEAKERS['system']}")
+    n_tokens = values["max_completion_tokens"] or values["max_tokens"]
+    if n_tokens is None:
+        room = run.engine.positions - len(prompt.ids)
+        n_tokens = max(1, min(run.max_tokens, room))
+    return _asked(run, (prompt,), values, n_tokens, logprobs, False, stop)
+
+
+def find_run(runs: list[ServedRun], name: str) -> ServedRun:
+    """The run that a request names; without a name, the only one. Raises Refused."""
+    names = ", ".join(run.name for run in runs)
+    if not name and len(runs) == 1:
+        return runs[0]
+    if not name:
+        raise Refused(f"model: is missing; choose one of {names}", "model")
+    for run in runs:
+        if run.name == name:
+            return run
+    raise Refused(
+        f"model: {name!r} is not served here; choose one of {names}",
+        "model",
+        "model_not_found",
+        404,
+    )
+
+
+def transcript(messages: tuple[Message, ...]) -> str:
+    """A conversation as plain text, which ends where the assistant's answer begins.
+
+    If the last message is the assistant's, the answer continues it."""
+    lines = [f"{SPEAKERS[each.role]} {each.content}".rstrip(" ") for each in messages]
+    if messages[-1].role != "assistant":
+        lines.append(SPEAKERS["assistant"])
+    return "\n".join(lines)
+
+
+def _values_of(raw: bytes, table: tuple[Field, ...], needed: str) -> dict[str, Any]:
+    values = read_fields(table, parse_json(raw))
+    if values[needed] is None:
+        raise Refused(f"{needed}: is missing", needed, "missing")
+    return values
+
+
+def _check_choices(run: ServedRun, n_prompts: int, n: int, param: str) -> None:
+    """Refused if a request wants more texts than may ever wait together."""
+    if n_prompts * n > run.queue:
+        raise Refused(
+            f"{'n' if n > 1 else param}: {counted(n_prompts, 'prompt')} and n={n} are "
+            f"{n_prompts * n} texts, and this server takes {run.queue} together; send several "
+            f"requests",
+            "n" if n > 1 else param,
+        )
+
+
+def _prompt(run: ServedRun, given: str | tuple[int, ...], param: str = "prompt") -> Prompt:
+    """The ids of a prompt that is text or ids. Raises Refused for what the model cannot read."""
+    tokenizer, positions = run.tokenizer, run.engine.positions
+    if isinstance(given, str):
+        # no token is longer: a text that cannot fit need not be encoded, which takes a while
+        if len(given.encode("utf-8")) > positions * run.longest_token_bytes:
+            raise _too_long(f"{len(given)} characters", positions, param)
+        try:
+            ids, hidden = tuple(prompt_with_bos(tokenizer, given)), 1
+        except UsageError as error:
+            raise Refused(f"{param}: {error}", param) from None
+    else:
+        hidden = int(given[0] != tokenizer.bos)
+        ids = (tokenizer.bos,) * hidden + given
+        unknown = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)
+        if unknown is not None:
+            raise Refused(
+                f"{param}: holds the token id {shortened(unknown)}; this model's ids are 0 to "
+                f"{tokenizer.vocab_size - 1}",
+                param,
+            )
+    if len(ids) >= positions:
+        raise _too_long(counted(len(ids), "token"), positions, param)
+    return Prompt(ids, hidden)
+
+
+def shortened(value: int) -> str:
+    """A whole number as text; of a very large one, that it is."""
+    return str(value) if abs(value) < 10**20 else "beyond 10^20"
+
+
+def _too_long(length: str, positions: int, param: str) -> Refused:
+    return Refused(
+        f"{param}: has {length}, and this model has {positions} positions for a prompt and its "
+        f"continuation; shorten it",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _asked(
+    run: ServedRun,
+    prompts: tuple[Prompt, ...],
+    values: dict[str, Any],
+    n_tokens: int,
+    logprobs: int | None,
+    echo: bool,
+    stop: tuple[str, ...],
+) -> Asked:
+    """The rest of the checks, and the requests for the engine."""
+    _check_new_tokens(run, prompts, n_tokens)
+    requests = []
+    for prompt in prompts:
+        for sampling in _samplings(values):
+            scores_prompt = echo and logprobs is not None
+            request = Request(
+                prompt=prompt.ids,
+                # without a prompt to score the engine generates one at least, which is dropped
+                max_new_tokens=max(n_tokens, 0 if scores_prompt else 1),
+                sampling=sampling,
+                stop=stop,
+                logprobs=logprobs,
+                prompt_logprobs=scores_prompt,
+            )
+            try:
+                run.engine.check(request)
+            except UsageError as error:
+                raise Refused(str(error)) from None
+            requests.append(request)
+    return Asked(
+        run,
+        prompts,
+        tuple(requests),
+        n_tokens,
+        logprobs,
+        echo,
+        values["stream"],
+        bool(values["stream_options"]),
+    )
+
+
+def _check_new_tokens(run: ServedRun, prompts: tuple[Prompt, ...], n_tokens: int) -> None:
+    if n_tokens > run.max_tokens:
+        raise Refused(
+            f"max_tokens: {n_tokens} is more than the {run.max_tokens} that this server admits "
+            f"(--max-tokens)",
+            "max_tokens",
+        )
+    longest = max(len(prompt.ids) for prompt in prompts)
+    positions = run.engine.positions
+    if longest + n_tokens > positions:
+        raise Refused(
+            f"max_tokens: the prompt's {counted(longest, 'token')} and {n_tokens} new need "
+            f"{longest + n_tokens} positions, and this model has {positions}; ask for fewer",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+
+
+def _samplings(values: dict[str, Any]) -> list[Sampling]:
+    """The settings of each of the n choices of a prompt; they differ in the seed."""
+    seed = values["seed"]
+    if seed is None:
+        seed = secrets.randbelow(LARGEST_SEED)
+    # the first choice is that of a request with n = 1
+    seeds = [seed] + [stream_seed(seed, "choice", i) for i in range(1, values["n"])]
+    return [
+        Sampling(
+            temperature=values["temperature"],
+            # -1 means off, as 0 does
+            top_k=max(0, values["top_k"]),
+            top_p=values["top_p"],
+            min_p=values["min_p"],
+            repetition_penalty=values["repetition_penalty"],
+            seed=each,
+        )
+        for each in seeds
+    ]
