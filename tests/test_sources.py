@@ -336,16 +336,16 @@ def test_what_is_no_text_is_named(tmp_path, files, value, words):
         open_corpus(str(tmp_path / value))
 
 
-def test_marks_inside_lines_are_counted(tmp_path):
+def test_marks_inside_documents_are_counted(tmp_path):
     text = "one <|endoftext|> two\n<|endoftext|>\nthree\n" * 5
-    said = (
-        "note: <|endoftext|> stands among other text in 5 lines of the first 8.0 MiB of up to 8 "
-        "files; it is text there, and ends a document only alone on its line"
-    )
-    for name in ("a.txt", "a.md"):
-        corpus = open_corpus(str(write(tmp_path / name, text)))
-        assert remarks(corpus) == ([said] if name == "a.txt" else [])
-        assert len(text_of(corpus.train + corpus.val)) == 6
+    lines = (json.dumps({"text": f"{i} <|endoftext|>"}) + "\n" for i in range(5))
+    files = {"a.txt": text, "a.md": text, "a.jsonl": "".join(lines)}
+    for name, content in files.items():
+        corpus = open_corpus(str(write(tmp_path / name, content)))
+        assert remarks(corpus) == [
+            "note: <|endoftext|> stands inside documents, 5 times in the beginnings of up to 8 "
+            "files; it is text there: it ends a document only in a text file, alone on its line"
+        ]
 
 
 def test_one_large_document_is_split_in_pieces(tmp_path):

@@ -271,6 +271,8 @@ REFUSED = {
         ["line 2 is not UTF-8 (byte 10 is 0xe9", "iconv -f WINDOWS"],
     ),
     "other.jsonl": (b'{"text": "x"}\n{"id": "1"}', ["line 2 has no column 'text'"]),
+    # a column that does not exist is no advice
+    "chat.jsonl": (b'{"messages": [{"role": "user"}]}', ["it has: messages), and none that holds"]),
     "latin.json": (b'[{"text": "\xe9"}]', ["is not UTF-8 (byte 11", "iconv -f WINDOWS-1252"]),
     "item.json": (b'[{"text": "x"}, 5]', ["item 2 is 5, not an object"]),
     "number.jsonl.gz": (
@@ -396,7 +398,7 @@ def test_strings_of_every_type_in_parquet(tmp_path, kind):
     [
         ([b"one"], pa.binary(), ["hold strings but binary", "table['text'].cast('string')"]),
         ([b"one"], pa.large_binary(), ["hold strings but large_binary", "set_column(1, 'text'"]),
-        ([1], pa.int64(), ["hold strings but int64", "a.parquet:content"]),
+        ([1], pa.int64(), ["hold strings but int64; write the text as strings"]),
         ([["one"]], pa.list_(pa.string()), ["hold strings but list<"]),
     ],
 )
@@ -438,7 +440,7 @@ def test_a_column_of_every_format(tmp_path, name):
     assert list(iterate_documents(path, "body")) == ["one", "two"]
     message = refusal(path)
     assert "has no column 'text' (it has: id, body)" in message
-    assert f"--data={path}:body" in message
+    assert f"after a colon, behind the file, folder or pattern, such as {path}:body" in message
 
 
 def test_plain_text_has_no_column(tmp_path):
@@ -489,18 +491,23 @@ def test_formats_of_names(name, found, suffix):
 # ---- marks inside lines, pieces, prompts ----
 
 
-def test_marks_inside_lines_are_counted(tmp_path):
+def test_marks_inside_documents_are_counted(tmp_path):
     text = f"a{END_OF_DOCUMENT}b{END_OF_DOCUMENT}\r\n {END_OF_DOCUMENT} \n{END_OF_DOCUMENT}c\n"
-    assert inline_marks(write(tmp_path / "a.txt", text)) == 2
-    assert inline_marks(write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))) == 2
-    assert inline_marks(write(tmp_path / "a.jsonl", text)) == 0
-    assert inline_marks(write(tmp_path / "none.txt", "a\nb\n")) == 0
+    line = json.dumps({"body": text}) + "\n"
+    cases = [
+        ("a.txt", text, "text", 3),
+        ("a.txt.gz", gzip.compress(text.encode()), "text", 3),
+        ("a.jsonl", line * 2, "body", 8),
+        ("none.txt", "a\nb\n", "text", 0),
+    ]
+    for name, content, column, n in cases:
+        assert inline_marks(write(tmp_path / name, content), column, 1000) == n, name
 
 
 def test_inline_marks_reads_no_further_than_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(textfile, "BLOCK_BYTES", 100)
     path = write(tmp_path / "a.txt", f"x{END_OF_DOCUMENT}\n" * 100)
-    assert inline_marks(path) == 100 and inline_marks(path, limit_bytes=500) < 50
+    assert inline_marks(path, "text", 10_000) == 100 and inline_marks(path, "text", 500) < 50
 
 
 def test_pieces_of_a_document_join_to_it(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UsageError, counted, human_bytes, sha256_file, sha256_hex
+from nanochat.common import UsageError, counted, sha256_file, sha256_hex
 from nanochat.data import hub
 from nanochat.data.download import DownloadFailed, RemoteFile, Report
 from nanochat.data.files import Named, listed, named_files, text_bytes
@@ -45,9 +45,9 @@ SHARD_BYTES = 8 << 20
 HELD_OUT_MUCH = 0.2
 # the smallest dictionary of xz
 MIN_DICTIONARY = 4096
-# of files and bytes whose text remarks() looks into for END_OF_DOCUMENT
+# files that remarks() searches for END_OF_DOCUMENT, and characters of each
 MARKS_FILES = 8
-MARKS_BYTES = 8 << 20
+MARKS_CHARACTERS = 8 << 20
 # one file in this many is held out of the embedded corpus
 PYTHON_HELD_OUT = 50
 # A corpus of no more text than this is tokenized before step 0, a larger one as training needs it.
@@ -655,9 +655,9 @@ def remarks(corpus: Corpus) -> list[str]:
     marks = _inline_marks(corpus)
     if marks:
         found.append(
-            f"note: {END_OF_DOCUMENT} stands among other text in {counted(marks, 'line')} of the "
-            f"first {human_bytes(MARKS_BYTES)} of up to {MARKS_FILES} files; it is text there, and "
-            f"ends a document only alone on its line"
+            f"note: {END_OF_DOCUMENT} stands inside documents, {counted(marks, 'time')} in the "
+            f"beginnings of up to {MARKS_FILES} files; it is text there: it ends a document only "
+            f"in a text file, alone on its line"
         )
     if both:
         more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
@@ -669,10 +669,15 @@ def remarks(corpus: Corpus) -> list[str]:
 
 
 def _inline_marks(corpus: Corpus) -> int:
-    """Lines with END_OF_DOCUMENT among other text, in the beginnings of some training files."""
-    files = (file for shard in corpus.train for file in shard.files if isinstance(file, Path))
-    texts = (path for path in files if text_format(path.name)[0] == ".txt")
-    return sum(inline_marks(path, MARKS_BYTES) for path in itertools.islice(texts, MARKS_FILES))
+    """How often END_OF_DOCUMENT is plain text in the beginnings of some training files."""
+    files = (
+        (file, shard.column)
+        for shard in corpus.train
+        for file in shard.files
+        if isinstance(file, Path)
+    )
+    first = itertools.islice(files, MARKS_FILES)
+    return sum(inline_marks(path, column, MARKS_CHARACTERS) for path, column in first)
 
 
 def _whole_files(shards: list[Shard]) -> dict[str, str]:

@@ -37,8 +37,6 @@ MARK_LINE = re.compile(rf"^[^\S\n]*{re.escape(END_OF_DOCUMENT)}[^\S\n]*$", re.MU
 PIECE_CHARACTERS = 1 << 20
 # rows of a table that are read together
 BATCH_ROWS = 1024
-# of which inline_marks() looks at the beginning
-MARKS_BYTES = 64 << 20
 # files of a folder that the package datasets wrote with save_to_disk()
 SAVED_DATASET = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
@@ -272,22 +270,17 @@ def read_prompts(path: str | Path, flag: str) -> list[str]:
     return prompts
 
 
-def inline_marks(path: Path, limit_bytes: int = MARKS_BYTES) -> int:
-    """Lines of a text file that hold END_OF_DOCUMENT among other text, where it is plain text.
+def inline_marks(path: Path, column: str, limit: int) -> int:
+    """How often END_OF_DOCUMENT is plain text in the documents of a file.
 
-    Only about the first limit_bytes are read; 0 for other formats. Raises UsageError."""
-    suffix, compression = text_format(path.name)
-    if suffix not in ("", ".txt"):
-        return 0
-    n_lines = n_read = 0
-    for block in text_blocks(path, compression, suffix, f"data: {path}"):
-        if END_OF_DOCUMENT in block:
-            found = (line for line in block.split("\n") if END_OF_DOCUMENT in line)
-            n_lines += sum(line.strip() != END_OF_DOCUMENT for line in found)
-        n_read += len(block)
-        if n_read >= limit_bytes:
+    Only about the first `limit` characters are read. Raises as iterate_documents()."""
+    n_marks = n_read = 0
+    for piece in iterate_pieces(path, column):
+        n_marks += piece.text.count(END_OF_DOCUMENT)
+        n_read += len(piece.text)
+        if n_read >= limit:
             break
-    return n_lines
+    return n_marks
 
 
 def _pieces(path: Path, column: str) -> Iterator[Piece]:
@@ -469,12 +462,15 @@ def _no_column(
     path: Path, here: str, column: str, names: list[str], texts: dict[str, str]
 ) -> UsageError:
     """The error for a missing column. texts: {name: example} of the columns that hold strings."""
-    # the longest is most likely the text
     known = textwrap.shorten(", ".join(names), 200, placeholder=" ...")
-    best = max(texts, key=lambda name: len(texts[name]), default="content")
+    opening = f"{here} has no column '{column}' (it has: {known})"
+    if not texts:
+        return UsageError(f"{opening}, and none that holds strings; write the text as strings")
+    # the longest is most likely the text
+    best = max(texts, key=lambda name: len(texts[name]))
     return UsageError(
-        f"{here} has no column '{column}' (it has: {known}); name the one with the text: "
-        f"{shlex.quote(f'--data={path}:{best}')}, or of a dataset of the hub "
+        f"{opening}; name the one with the text after a colon, behind the file, folder or pattern, "
+        f"such as {shlex.quote(f'{path}:{best}')}, or of a dataset of the hub "
         f"hf:<dataset>:<config>:<split>:<column>"
     )
 
@@ -570,8 +566,8 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
     """UsageError if a parquet file's schema has no such column, or one that holds no strings."""
     import pyarrow
 
+    texts = {field.name: field.name for field in schema if _holds_strings(field.type)}
     if column not in schema.names:
-        texts = {field.name: field.name for field in schema if _holds_strings(field.type)}
         raise _no_column(path, f"data: {path}", column, schema.names, texts)
     i = schema.names.index(column)
     kind = schema.field(i).type
@@ -587,8 +583,11 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
             f"cast it and write the file again, with pyarrow: table = table.set_column({i}, "
             f"'{column}', table['{column}'].cast('string'))"
         )
+    elif texts:
+        other = shlex.quote(f"{path}:{next(iter(texts))}")
+        remedy = f"name another one, such as {other}, or write the text as strings"
     else:
-        remedy = f"name another one, as in --data={path}:content, or write the text as strings"
+        remedy = "write the text as strings"
     raise UsageError(
         f"data: {path}: the column '{column}' does not hold strings but {kind}; {remedy}"
     )
