@@ -655,6 +655,23 @@ def test_sample_takes_a_file_or_standard_input_as_one_prompt(loaded, capsys, tmp
         assert f"--- prompt {p} of 3, sample 1 of 1 ---\n{prompt}" in printed
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("one\ntwo".encode("utf-16"), "is text in UTF-16; convert it to UTF-8: iconv"),
+        (b"caf\xe9", "is not UTF-8 .byte 3 is 0xe9"),
+        (b"one\0two", "is a binary file"),
+        (None, "cannot be read .No such file"),
+    ],
+)
+def test_sample_reads_a_prompt_as_it_reads_other_text(loaded, tmp_path, content, words):
+    path = tmp_path / "poem.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"--prompt-from={path}: {words}"):
+        sample.main(["out/d2", "--prompt-from", str(path)])
+
+
 def test_sample_tells_what_exceeds_the_context(loaded, capsys):
     prompts = ["--prompt", "a", "--prompt", "b" * 40, "--prompt", "c" * 317]
     assert sample.main(["out/d2", *prompts, "--max-tokens=5"]) == 0

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat import output
@@ -13,7 +14,7 @@ from nanochat.common import (
     step_argument,
     valid_unicode,
 )
-from nanochat.data.text import read_prompts
+from nanochat.data.text import read_prompts, read_text
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -173,18 +174,23 @@ def read_prompt(path: str) -> str:
     """The prompt that a whole file is, or standard input, without the line end at its end.
 
     Raises UsageError if it cannot be read."""
+    text = _standard_input() if path == STDIN else read_text(Path(path), f"--prompt-from={path}:")
+    # editors and `echo` put the last line end there
+    return text.removesuffix("\n")
+
+
+def _standard_input() -> str:
+    """The text of standard input. UsageError if it cannot be read."""
     try:
         # utf-8-sig: a byte order mark is not text
         # the descriptor, since there is no sys.stdin where it was closed
-        source = 0 if path == STDIN else path
-        with open(source, encoding="utf-8-sig", newline="", closefd=source != 0) as file:
-            text = file.read()
+        with open(0, encoding="utf-8-sig", newline="", closefd=False) as file:
+            # as in texts to train on
+            return file.read().replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--prompt-from {path}: cannot be read as UTF-8 text ({error}); name a text file"
+            f"--prompt-from=-: standard input cannot be read as UTF-8 text ({error}); give it text"
         ) from None
-    # as in texts to train on; editors and `echo` put the last line end there
-    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def main(argv: list[str]) -> int:
