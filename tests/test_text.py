@@ -113,7 +113,7 @@ READ = {
     "crlf.txt": ("a\r\nb\r\n<|endoftext|>\r\nc\r\n", ["a\nb", "c"]),
     "twice.txt": ("a\r\r\nb\r\n", ["a\nb\n"]),
     "bar.txt": ("10%\r20%\rdone\n", ["10%\r20%\rdone\n"]),
-    "table.tsv": ("id\ttext\n1\ta\n", ["id\ttext\n1\ta\n"]),
+    "table.log": ("id\ttext\n1\ta\n", ["id\ttext\n1\ta\n"]),
     "empty.txt": ("", []),
     "a.jsonl": (LINES, ["one é\n", "two"]),
     "crlf.jsonl": ('\ufeff{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n', ["one", "two\r\n"]),
@@ -231,6 +231,7 @@ def test_a_zstd_checksum_is_compared(tmp_path):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+TAR = b"a.txt".ljust(257, b"\0") + b"ustar\0"
 ANY = "any content, with any text in it " * 9
 
 REFUSED = {
@@ -242,8 +243,12 @@ REFUSED = {
     "zstd.jsonl": (zstd(b"text"), ["is zstd data", "ends in .zst"]),
     "bzip2.csv": (bz2.compress(b"text"), ["is bzip2 data", "ends in .bz2"]),
     "xz.gz": (lzma.compress(b"text"), ["is xz data", "ends in .xz"]),
-    "twice.txt.gz": (gzip.compress(gzip.compress(b"text")), ["gzip data once more", "unpack"]),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"text")), ["gzip data inside", "unpack"]),
     "zip.txt": (b"PK\x03\x04\x14\0", ["is a zip archive", "unzip"]),
+    "t.tar": (TAR, ["is a tar archive", "unpack it, with tar"]),
+    "t.tar.gz": (gzip.compress(TAR), ["holds a tar archive inside; unpack it"]),
+    "a.ndjson": (b'{"text": "x"}', ["is JSON lines", "ends in .jsonl"]),
+    "A.TSV.gz": (gzip.compress(b"id\ttext\n1\tx\n"), ["a table with tabs", ".csv or .jsonl"]),
     "a.pdf": (b"%PDF-1.7\n%\xe2\xe3", ["is a PDF", "pdftotext"]),
     "table.txt": (b"PAR1\x15\x04\x15", ["is a parquet file", "ends in .parquet"]),
     "no.parquet": (b"PAR0" * 9, ["is not a readable parquet file"]),

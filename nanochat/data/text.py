@@ -31,6 +31,12 @@ from nanochat.data.textfile import (
 
 FORMATS = (".parquet", ".jsonl", ".json", ".txt", ".csv")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
+# Formats that are not read: files so named would pass for plain text.
+OTHER_FORMATS = {
+    ".ndjson": "JSON lines; give it a name that ends in .jsonl",
+    ".jsonlines": "JSON lines; give it a name that ends in .jsonl",
+    ".tsv": "a table with tabs; convert it to a file whose name ends in .csv or .jsonl",
+}
 DEFAULT_COLUMN = "text"
 MARK_LINE = re.compile(rf"^[^\S\n]*{re.escape(END_OF_DOCUMENT)}[^\S\n]*$", re.MULTILINE)
 # of text that is encoded in one go
@@ -287,6 +293,7 @@ def _pieces(path: Path, column: str) -> Iterator[Piece]:
     """The documents of a file in pieces, blank ones too."""
     suffix, compression = text_format(path.name)
     if suffix in ("", ".txt"):
+        _refuse_other_formats(path, compression)
         if column != DEFAULT_COLUMN:
             raise UsageError(
                 f"data: {path} is plain text, which has no column '{column}'; leave the column out"
@@ -299,6 +306,14 @@ def _pieces(path: Path, column: str) -> Iterator[Piece]:
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
         documents = readers[suffix](path, found, column)
     return (Piece(text, True) for text in documents if text is not None)
+
+
+def _refuse_other_formats(path: Path, compression: str) -> None:
+    """UsageError for a file whose name says that it is one of OTHER_FORMATS."""
+    name = path.name.lower().removesuffix(compression)
+    for ending, what in OTHER_FORMATS.items():
+        if name.endswith(ending):
+            raise UsageError(f"data: {path} is {what}, or in .txt to train on it as it is")
 
 
 def _without_blank_documents(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -51,6 +51,7 @@ KINDS = (
     _Kind(re.compile(rb"PAR1\x15"), "a parquet file", ".parquet"),
     _Kind(re.compile(rb"ARROW1\0\0"), "an Arrow file", "", "write it as parquet"),
     _Kind(re.compile(rb"PK\x03\x04"), "a zip archive", "", "unpack it, with unzip"),
+    _Kind(re.compile(rb"(?s:.{257})ustar"), "a tar archive", "", "unpack it, with tar"),
     _Kind(re.compile(rb"%PDF-\d"), "a PDF", "", "extract its text, for example with pdftotext"),
 )
 BYTE_ORDER_MARKS = (
@@ -116,7 +117,7 @@ def _refuse_other_encoding(path: Path, compression: str, block: bytes, where: st
         )
     kind = next((kind for kind in KINDS if kind.begins.match(block)), None)
     if kind and compression:
-        raise UsageError(f"{where} holds {kind.what} once more; unpack it")
+        raise UsageError(f"{where} holds {kind.what} inside; unpack it")
 
 
 def _encoding_by_nul(head: bytes) -> str:
