@@ -366,6 +366,8 @@ def test_refused_bodies(client, raw, words):
         ("GET", "/v1/files", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", "/config.json", 404),
+        ("GET", "/v1/models/", 404),
+        ("POST", "/v1/completions/", 404),
         ("GET", "/../config.json", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models/d4", 405),

@@ -232,9 +232,12 @@ def build_app(
                 await asyncio.to_thread(run.close)
 
     middleware = [Middleware(Gate, application=application)]
-    return Starlette(
+    app = Starlette(
         routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )
+    # to paths that are not offered there is one answer
+    app.router.redirect_slashes = False
+    return app
 
 
 async def follow(run: ServedRun, load: Load, report: Report) -> None:
