@@ -67,7 +67,7 @@ class Asked:
 def asked_completion(raw: bytes, runs: list[ServedRun]) -> Asked:
     """What the body of a request to /v1/completions asks for. Raises Refused."""
     values = _values_of(raw, COMPLETION, "prompt")
-    run = find_run(runs, values["model"])
+    run = _run_of(runs, values)
     n_tokens, echo, logprobs = values["max_tokens"], values["echo"], values["logprobs"]
     if n_tokens == 0 and not echo:
         raise Refused("max_tokens: 0 needs echo, which returns the prompt", "max_tokens")
@@ -86,7 +86,7 @@ def asked_completion(raw: bytes, runs: list[ServedRun]) -> Asked:
 def asked_chat(raw: bytes, runs: list[ServedRun]) -> Asked:
     """What the body of a request to /v1/chat/completions asks for. Raises Refused."""
     values = _values_of(raw, CHAT, "messages")
-    run = find_run(runs, values["model"])
+    run = _run_of(runs, values)
     _check_choices(run, 1, values["n"], "messages")
     prompt = _prompt(run, transcript(values["messages"]), "messages")
     logprobs = values["top_logprobs"] if values["logprobs"] else None
@@ -102,21 +102,30 @@ def asked_chat(raw: bytes, runs: list[ServedRun]) -> Asked:
 
 
 def find_run(runs: list[ServedRun], name: str) -> ServedRun:
-    """The run that a request names; without a name, the only one. Raises Refused."""
-    names = ", ".join(run.name for run in runs)
-    if not name and len(runs) == 1:
-        return runs[0]
-    if not name:
-        raise Refused(f"model: is missing; choose one of {names}", "model")
+    """The run of that name. Raises Refused."""
     for run in runs:
         if run.name == name:
             return run
     raise Refused(
-        f"model: {name!r} is not served here; choose one of {names}",
+        f"model: {name!r} is not served here; choose one of {_names(runs)}",
         "model",
         "model_not_found",
         404,
     )
+
+
+def _run_of(runs: list[ServedRun], values: dict[str, Any]) -> ServedRun:
+    """The run that a body names; if it names none, the only one."""
+    name = values["model"]
+    if not name and len(runs) == 1:
+        return runs[0]
+    if not name:
+        raise Refused(f"model: is missing; choose one of {_names(runs)}", "model")
+    return find_run(runs, name)
+
+
+def _names(runs: list[ServedRun]) -> str:
+    return ", ".join(run.name for run in runs)
 
 
 def transcript(messages: tuple[Message, ...]) -> str:
