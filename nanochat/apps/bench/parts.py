@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.apps.bench.core_prompts import time_core
+from nanochat.apps.bench.decoding import time_decoding
 from nanochat.apps.bench.saving import time_saving
 from nanochat.apps.bench.text import python_text, temporary_base_dir
-from nanochat.common import UsageError, counted
+from nanochat.common import UsageError
 from nanochat.data.rows import Rows
 from nanochat.data.sources import open_corpus
 from nanochat.data.token_cache import TokenCache, fit_tokenizer
-from nanochat.eval.generation import generate_ids
 from nanochat.limits import available_cpus
 from nanochat.run.timing import Entry, measured
 from nanochat.run.workload import (
@@ -29,9 +29,6 @@ from nanochat.run.workload import (
     windows_of,
 )
 
-# Samples drawn together: one is limited by memory bandwidth, eight share the reading of weights.
-DECODE_ROWS = (1, 8)
-DECODE_TOKENS = 32
 # A first compilation takes minutes on a slow machine; beyond this, something hangs.
 START_UP_SECONDS = 900
 # The smallest vocabulary that the data part trains a tokenizer for.
@@ -119,27 +116,7 @@ def _data(bench: Bench) -> Iterator[Entry]:
 
 
 def _decode(bench: Bench) -> Iterator[Entry]:
-    """Sampling with a cache of keys and values, after a prompt of half the context."""
-    model = bench.training.model
-    setup = bench.setup
-    prompt = bench.training.inputs[0, : setup.config.max_seq_len // 2].tolist()
-
-    def decode(rows: int) -> None:
-        # Tokens are drawn while the iterator is consumed.
-        for _ in generate_ids(model, prompt, DECODE_TOKENS, num_samples=rows):
-            pass
-
-    model.eval()
-    for rows in DECODE_ROWS:
-        yield measured(
-            f"decode, {counted(rows, 'sample')}",
-            lambda rows=rows: decode(rows),
-            setup.device,
-            bench.repeats,
-            tokens=rows * DECODE_TOKENS,
-            note=f"after a prompt of {len(prompt)} tokens",
-        )
-    model.train()
+    return time_decoding(bench.training.model, bench.training.inputs[0], bench.repeats)
 
 
 def _core(bench: Bench) -> Iterator[Entry]:

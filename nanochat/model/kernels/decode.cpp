@@ -177,7 +177,7 @@ inline void relax() {
 #endif
 }
 
-// Looks at a flag before a thread sleeps or gives way: some tens of microseconds, longer than it waits
+// Looks at a flag before a thread sleeps: some tens of microseconds, longer than it waits
 // where every thread has a core.
 constexpr int SPINS = 2000;
 
@@ -210,14 +210,12 @@ class Team {
         if (arrived.fetch_add(1) + 1 == size) {
             arrived.store(0);
             turns.fetch_add(1);
+            turns.notify_all();
             return;
         }
-        for (int spin = 0; turns.load() == turn; spin++) {
-            if (spin < SPINS)
-                relax();
-            else
-                std::this_thread::yield();
-        }
+        // Asleep, a thread leaves its core to the one that it waits for.
+        for (int spin = 0; spin < SPINS && turns.load() == turn; spin++) relax();
+        turns.wait(turn);
     }
 
     const int size;
