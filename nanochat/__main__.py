@@ -23,6 +23,7 @@ APPS = {
     "report": "a run's summary, curves and samples on one page",
     "runs": "list the runs under a folder",
     "serve": "answer OpenAI's clients with the models of runs",
+    "client": "text from a server that speaks OpenAI's API",
     "sweep": "train and compare the runs of a sweep",
     "export": "turn a run into a Hugging Face folder, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
@@ -30,7 +31,7 @@ APPS = {
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
-LATER = ("client", "sft", "dpo", "jobs", "certify", "verify")
+LATER = ("sft", "dpo", "jobs", "certify", "verify")
 USAGE = (
     "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n"
     + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())
