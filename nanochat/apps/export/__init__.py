@@ -1,8 +1,8 @@
-"""`nanochat export`: a run as a Hugging Face folder that transformers loads, or back.
+"""`nanochat export`: a run as a folder for transformers or for llama.cpp, or back to a run.
 
-A llama run becomes a plain Llama folder; a speedrun run also carries its modelling file. Data files
-are safetensors and JSON, in both directions. A folder is loaded again and compared before it gets
-its name."""
+A llama run becomes a plain Llama folder, or a gguf file; a speedrun run carries its modelling file
+for transformers, and llama.cpp does not know it. Data files are safetensors, JSON and gguf. What
+was written is loaded again and compared before the folder gets its name."""
 
 import argparse
 import sys
@@ -16,10 +16,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanochat export",
         allow_abbrev=False,
-        description="Write a run as a Hugging Face folder (--format hf), or turn such a folder of "
-        "an exported llama back into a run (--format run). The result is loaded and compared with "
-        "the original before it gets its name. The comparison needs the package transformers (pip "
-        "install transformers); without it the folder is written and reported as not verified.",
+        description="Write a run as a Hugging Face folder (--format hf), or a llama run as a file "
+        "for llama.cpp and Ollama (--format gguf), or turn the Hugging Face folder of an exported "
+        "llama back into a run (--format run). The result is loaded and compared with the original "
+        "before it gets its name. The comparison needs the package transformers (hf) or xllamacpp "
+        "(gguf); without it the folder is written and reported as not verified.",
     )
     parser.add_argument(
         "source",
@@ -34,10 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         default="hf",
-        choices=("hf", "run"),
+        choices=("hf", "gguf", "run"),
         help="hf: a folder for AutoModelForCausalLM.from_pretrained(OUT); a speedrun model needs "
-        "trust_remote_code=True. run: a run folder for train.py and the other apps "
-        "(default: %(default)s)",
+        "trust_remote_code=True. gguf: model.gguf and a Modelfile for Ollama, of a llama that was "
+        "trained with --tokenizer=gpt2, char or byte. run: a run folder for train.py and the other "
+        "apps (default: %(default)s)",
     )
     parser.add_argument(
         "--step",
@@ -45,14 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
         default=-1,
         metavar="N",
         help="checkpoint to export, by its step; best: the best by validation; -1: the newest "
-        "(default: %(default)s); only with --format hf",
+        "(default: %(default)s); only with --format hf and gguf",
     )
     parser.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16"),
-        help="dtype of the saved weights: float32 is lossless, bfloat16 takes half the space "
-        "(default: %(default)s); only with --format hf",
+        choices=("float32", "bfloat16", "q8_0"),
+        help="dtype of the saved weights: float32 is lossless, bfloat16 takes half the space, q8_0 "
+        "(8 bits and a scale for each 32 weights; only with --format gguf) about a quarter "
+        "(default: %(default)s); only with --format hf and gguf",
     )
     return parser
 
@@ -70,16 +73,20 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     # These import torch, which takes seconds and which --help does not need.
     from nanochat.apps.export.from_huggingface import import_folder
+    from nanochat.apps.export.to_gguf import export_gguf
     from nanochat.apps.export.to_huggingface import export_run
     from nanochat.apps.export.verify import ExportFailed
 
+    # Only the command line writes the newest as -1: it has no other word for None.
+    step = None if args.step == -1 else args.step
     try:
         if args.format == "run":
             import_folder(source, out)
+        elif args.format == "gguf":
+            export_gguf(source, out, step, args.dtype)
         else:
-            # Only the command line writes the newest as -1: it has no other word for None.
-            export_run(source, out, None if args.step == -1 else args.step, args.dtype)
-    # Not a UsageError: the request was valid, and another release of transformers may honour it.
+            export_run(source, out, step, args.dtype)
+    # Not a UsageError: the request was valid, and another release of a package may honour it.
     except ExportFailed as error:
         print(f"nanochat export: failed: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -94,12 +101,17 @@ def _problems(target: str, step: int | str, dtype: str) -> list[str]:
         problems.append(f"--step {step}: must be the step of a checkpoint; use -1 for the newest")
     if target == "run" and step != -1:
         problems.append(
-            f"--step {step}: works only with --format hf, since a Hugging Face folder has no "
-            "steps; leave it out"
+            f"--step {step}: works only with --format hf and gguf, since a Hugging Face folder "
+            "has no steps; leave it out"
         )
     if target == "run" and dtype != "float32":
         problems.append(
-            f"--dtype {dtype}: works only with --format hf, since a run's weights are float32; "
-            "leave it out"
+            f"--dtype {dtype}: works only with --format hf and gguf, since a run's weights are "
+            "float32; leave it out"
+        )
+    if target == "hf" and dtype == "q8_0":
+        problems.append(
+            "--dtype q8_0: works only with --format gguf, since transformers has no such dtype; "
+            "use bfloat16"
         )
     return problems
