@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Kills a training run again and again, then compares it with an identical run that was never
-# interrupted: every weight, loss and sample must be equal, and no checkpoint may be lost. The program
-# that reads its screen is killed as well.
+# interrupted: every weight, loss and sample must be equal, and no checkpoint may be lost. The
+# program that reads its screen is killed as well.
 # usage: runs/chaos.sh [KILLS] [RANKS] [SEED]
 #   default: 50 kills, 1 rank, seed 1; about 10 s a kill on two cores
 # Half of the SIGKILLs come at a random moment of the run, half while a checkpoint is being written

@@ -9,7 +9,6 @@ from test_slots import model_of
 
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import train_tokenizer
-from nanochat.eval import engine as engine_module
 from nanochat.eval.engine import Ended, Engine, QueueFull, Request, Sampling, Token
 from nanochat.eval.generation import generate_ids
 from nanochat.eval.slots import TorchDecoder
@@ -32,7 +31,7 @@ def model(tokenizer):
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(engine_module, "PIECE", PIECE)
+    monkeypatch.setattr("nanochat.eval.engine.PIECE", PIECE)
 
 
 def prompt_of(n, seed):
@@ -138,8 +137,7 @@ def test_requests_get_what_the_model_says_alone(start, model, monkeypatch, kind)
     """More of them than slots, of different lengths and settings."""
     if kind != "decode.cpp":
         monkeypatch.setattr(
-            engine_module,
-            "open_decoder",
+            "nanochat.eval.engine.open_decoder",
             lambda model, slots, positions, threads, report: TorchDecoder(model, slots, positions),
         )
     engine = start(batch_invariant=kind.endswith("at a time"))
