@@ -1,6 +1,7 @@
 """`nanochat serve`: who is heard, and limits that any client meets; with real connections where
 HTTP itself matters."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -261,3 +262,28 @@ def test_the_command_ends_in_order(number):
         watchdog.cancel()
         process.kill()
         process.stdout.close()
+
+
+def test_what_has_not_ended_when_the_server_does(monkeypatch, caplog):
+    """An answer, a stream and a body that never come: each client hears of the end, and nothing of
+    it is an error of the server's."""
+    monkeypatch.setattr(server, "ENDING_SECONDS", 0)
+    engine = FakeEngine(held=True, queue_size=2)
+    app = application(served(engine=engine))
+    bodies = [json.dumps({"prompt": "hi", "stream": stream}).encode() for stream in (False, True)]
+    with contextlib.ExitStack() as stack:
+        with running(app) as url:
+            connections = [stack.enter_context(connect(url)) for _ in range(3)]
+            connections[2].sendall(head(5))
+            for connection, body in zip(connections, bodies):
+                engine.submitted.clear()
+                connection.sendall(head(len(body)) + body)
+                assert engine.submitted.wait(SECONDS)
+            assert connections[1].recv(15) == b"HTTP/1.1 200 OK"
+        whole, stream, body = [answer(connection) for connection in connections]
+    assert whole.startswith(b"HTTP/1.1 503 ") and b"the server is ending" in whole
+    assert b"the server is ending" in stream and b"[DONE]" not in stream
+    # it may be that the server never came to read it
+    assert body == b"" or body.startswith(b"HTTP/1.1 503 ")
+    assert engine.waiting == {}
+    assert not [record for record in caplog.records if record.exc_info]

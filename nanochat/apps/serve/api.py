@@ -87,14 +87,15 @@ class Conversation:
             yield LAST_EVENT
         except Refused as refusal:
             # the status has been sent already
-            yield _event(refusal.body())
+            yield event_of(refusal.body())
 
     def _chunk(self, choices: list[dict[str, Any]], total: dict[str, int] | None = None) -> bytes:
         content = {**self.shape.chunk_head, "choices": choices}
         if self.asked.include_usage:
             content["usage"] = total
-        return _event(content)
+        return event_of(content)
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def event_of(content: dict[str, Any]) -> bytes:
+    """A server-sent event."""
     return f"data: {json.dumps(content, allow_nan=False)}\n\n".encode()

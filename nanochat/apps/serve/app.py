@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from nanochat.apps.serve.answers import ChatShape, CompletionShape, model_object
-from nanochat.apps.serve.api import Conversation
-from nanochat.apps.serve.errors import UNAVAILABLE, Refused, error_body
+from nanochat.apps.serve.api import Conversation, event_of
+from nanochat.apps.serve.errors import ENDING, UNAVAILABLE, Refused, error_body
 from nanochat.apps.serve.guard import Guard, Message, Receive, disconnected, read_body
 from nanochat.apps.serve.metrics import CONTENT_TYPE, Metrics
 from nanochat.apps.serve.requests import Asked, asked_chat, asked_completion, find_run
@@ -124,6 +124,9 @@ def _event_stream(conversation: Conversation, seconds: float) -> "Response":
             except asyncio.TimeoutError:
                 # The client does not read. The connection is closed without an end of the stream.
                 return
+            except asyncio.CancelledError:
+                # a stream that only stopped would pass for a complete text
+                await send({"type": "http.response.body", "body": event_of(ENDING.body())})
             finally:
                 conversation.close()
 
@@ -161,6 +164,9 @@ class Gate:
                 await refused(None, refusal)(scope, receive, send_and_note)
                 return
             await self.app(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            # By uvicorn, when the time of a server that ends is over. Nothing runs above this.
+            await refused(None, ENDING)(scope, receive, send_and_note)
         finally:
             metrics.in_progress -= 1
             path = scope["path"] if scope["path"] in PATHS else "other"

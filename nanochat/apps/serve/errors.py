@@ -48,3 +48,7 @@ def error_body(
     kind = TYPES.get(status, "invalid_request_error")
     shown_param = None if param is None else printable(param)[:100]
     return {"error": {"message": message, "type": kind, "param": shown_param, "code": code}}
+
+
+# the answer to what has not ended when the server does
+ENDING = Refused("the server is ending; try again later", code="ending", status=UNAVAILABLE)

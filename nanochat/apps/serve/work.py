@@ -5,7 +5,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from nanochat.apps.serve.errors import TIMED_OUT, UNAVAILABLE, Refused
+from nanochat.apps.serve.errors import ENDING, TIMED_OUT, UNAVAILABLE, Refused
 from nanochat.apps.serve.runs import ServedRun
 from nanochat.common import UsageError
 from nanochat.eval.engine import Ended, QueueFull, Request, Token
@@ -123,4 +123,4 @@ def _check_end(event: Ended) -> None:
         problem = event.problem or "the model failed"
         raise Refused(problem, code="model_failed", status=UNAVAILABLE)
     if event.reason == "cancelled":
-        raise Refused("the server is ending", code="ending", status=UNAVAILABLE)
+        raise ENDING
