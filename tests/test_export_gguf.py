@@ -303,8 +303,13 @@ def test_llama_cpp_computes_the_same(tmp_path, capsys, shape, kind, dtype, said)
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("wrong", ["heads", "pre-tokenizer", "file"])
-def test_what_llama_cpp_computes_differently_is_not_kept(tmp_path, monkeypatch, capsys, wrong):
+@pytest.mark.parametrize(
+    "wrong, dtype",
+    [("heads", "float32"), ("heads", "q8_0"), ("pre-tokenizer", "float32"), ("file", "float32")],
+)
+def test_what_llama_cpp_computes_differently_is_not_kept(
+    tmp_path, monkeypatch, capsys, wrong, dtype
+):
     run = make_run(tmp_path / "run", LLAMA, "bpe" if wrong == "pre-tokenizer" else "byte")
     if wrong == "heads":
         monkeypatch.setattr(gguf_file, "_heads_turned", lambda name, config: 0)
@@ -316,7 +321,8 @@ def test_what_llama_cpp_computes_differently_is_not_kept(tmp_path, monkeypatch, 
         monkeypatch.setattr(to_gguf, "write_gguf", lambda path, *rest: path.write_bytes(b"no"))
         monkeypatch.setattr(to_gguf, "read_gguf", lambda *_: right_file(run))
         message = "cannot run the exported file"
-    assert export.main([str(run), str(tmp_path / "out"), "--format=gguf"]) == 1
+    flags = ["--format=gguf", f"--dtype={dtype}"]
+    assert export.main([str(run), str(tmp_path / "out"), *flags]) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 # New tokens per prompt, and tokens of the longest prompt, at most.
 GREEDY_TOKENS = 200
 PROMPT_TOKENS = 256
-# How far the logit of a greedy token may lie below our largest one, relative to that. llama.cpp
-# rounds the activations to the type of the weights as well: measured are 1e-6, 0.004 and 0.01.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "q8_0": 0.06}
+# How far the logit of a greedy token may lie below our largest one, relative to the largest
+# magnitude. In other types than float32 llama.cpp rounds the activations as well. Measured on six
+# models: 0, at most 0.017 and 0.10, the latter with random weights, which amplify rounding.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "q8_0": 0.3}
 # Of random text whose token ids are compared.
 RANDOM_TEXTS = 40
 RANDOM_CHARACTERS = 100
