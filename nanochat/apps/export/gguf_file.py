@@ -2,7 +2,6 @@
 
 Only this module imports the package gguf."""
 
-import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,8 +201,7 @@ def write_gguf(path: Path, title: str, saved: Saved, config: "GPTConfig", dtype:
         writer.close()
     # Of a full disk numpy reports neither the number of the error nor the file.
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, reason, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _add_shape(writer: "gguf.GGUFWriter", config: "GPTConfig") -> None:
