@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat import signals
+from nanochat import limits, signals
 from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -29,6 +29,7 @@ from nanochat.common import (
     TrainingFailed,
     Unavailable,
     UsageError,
+    check_system,
     human_time,
     stream_seed,
 )
@@ -926,6 +927,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     # Before torch is imported, which takes seconds in which Ctrl-C should be heard.
     stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
     try:
+        check_system()
         return main(parse_args(argv), stop)
     except UsageError as error:
         return ended_with(f"error: {error}", EXIT_USAGE)
@@ -935,14 +937,16 @@ def run(argv: Sequence[str] | None = None) -> int:
         return ended_with(f"training failed: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         return ended_with("interrupted", EXIT_STOPPED)
-    # as while torch is imported, within a tight limit
-    except MemoryError as error:
-        reason = str(error) or "the limit on memory is too low"
-        return ended_with(f"training failed: out of memory in the set-up ({reason})", EXIT_FAILED)
-    except RuntimeError as error:
+    except Exception as error:
+        # of many types, and as early as while torch is imported
+        if limits.is_out_of_memory(error):
+            reason = limits.out_of_memory_in_words(error)
+            return ended_with(f"training failed in the set-up: {reason}", EXIT_FAILED)
+        if not stop.requested:
+            raise
         from nanochat.ranks import is_lost_exchange
 
-        if not (stop.requested and is_lost_exchange(error)):
+        if not is_lost_exchange(error):
             raise
         text = "stopped, as requested, during the set-up: the other ranks were asked as well"
         return ended_with(text, EXIT_STOPPED)

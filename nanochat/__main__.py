@@ -12,9 +12,11 @@ from nanochat.common import (
     EXIT_USAGE,
     Unavailable,
     UsageError,
+    check_system,
     find_own_tasks,
     printable,
 )
+from nanochat.limits import is_out_of_memory, out_of_memory_in_words
 
 APPS = {
     "sample": "generate text from a run",
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nanochat: error: '{app}' {why}; there are: {', '.join(APPS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        check_system()
         # before anything imports a `tasks` that is somebody else's
         find_own_tasks()
         return importlib.import_module(f"nanochat.apps.{app}").main(rest)
@@ -62,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = printable(out_of_memory_in_words(error))
+        print(f"nanochat {app}: failed: {reason}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def run() -> NoReturn:

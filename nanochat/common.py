@@ -50,6 +50,16 @@ def install_hint(package: str, purpose: str) -> UsageError:
     )
 
 
+def check_system() -> None:
+    """UsageError on native Windows, which has neither file locks nor the signals and limits of
+    Unix."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UsageError(
+            "nanochat needs Linux or macOS: on Windows, install WSL (wsl --install) and start it "
+            "in there"
+        )
+
+
 def find_own_tasks() -> None:
     """Make sure that `import tasks` finds the package next to this one: `python -m` looks in the
     current folder first, which may hold other modules of that name.

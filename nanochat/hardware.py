@@ -3,7 +3,6 @@
 Nothing is probed at import. `device_type` is "cuda", "mps" or "cpu" throughout."""
 
 import ctypes
-import errno
 import itertools
 import os
 import platform
@@ -59,16 +58,6 @@ GPUS = {
 }
 # Rows of the square products whose best speed counts as a device's peak.
 PEAK_SIZES = (2048, 4096)
-# What those say that have no exception type for a lack of memory: the allocators of torch for CPUs
-# and mps; the system, also through the compiler's processes; C++; CUDA, NCCL, cuBLAS and cuDNN;
-# oneDNN, which names only what it could not create; threads, whose stacks are memory.
-OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|cannot allocate memory|memory exhausted|bad_alloc|"
-    r"out[ _]of[ _]memory|ALLOC(ATION)?_FAILED|"
-    r"could not (create a memory|create a primitive(?! desc)|execute a primitive)|"
-    r"can't start new thread|pthread_create failed|thread creation failed",
-    re.IGNORECASE,
-)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # For tests: CPUs multiply fp16 a thousand times slower than bf16 (runs/LOG.md).
 FP16_ON_CPU = False
@@ -344,25 +333,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS reports bytes, Linux KiB.
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation that failed, on any device or of the host, caused this exception."""
-    seen: set[int] = set()
-    # Only what torch, its libraries and the system raise: this program's own exceptions, and a
-    # signal that arrives meanwhile, say something else even when a lack of memory precedes them.
-    while isinstance(error, RuntimeError | MemoryError | OSError) and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
-            return True
-        context = None if error.__suppress_context__ else error.__context__
-        # The compiler keeps what it wraps in an attribute of its own.
-        error = getattr(error, "inner_exception", None) or error.__cause__ or context
-    return False
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -3,17 +3,30 @@
 
 root, a parameter throughout: where /proc and /sys are looked for; tests make up such trees."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import ceil_div, human_bytes
+from nanochat.common import ceil_div, human_bytes, in_a_line
 
 ROOT = Path("/")
 # Resource limit, the field of /proc/self/status that counts towards it, and the shell's words.
 ULIMITS = (("RLIMIT_AS", "VmSize", "ulimit -v"), ("RLIMIT_DATA", "VmData", "ulimit -d"))
+# What those say that have no exception type for a lack of memory: the allocators of torch for CPUs
+# and mps; the system, also through the compiler's processes; C++; CUDA, NCCL, cuBLAS and cuDNN;
+# oneDNN, which names only what it could not create; threads, whose stacks are memory.
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|cannot allocate memory|memory exhausted|bad_alloc|"
+    r"out[ _]of[ _]memory|ALLOC(ATION)?_FAILED|"
+    r"could not (create a memory|create a primitive(?! desc)|execute a primitive)|"
+    r"can't start new thread|pthread_create failed|thread creation failed",
+    re.IGNORECASE,
+)
+# exceptions of torch, its libraries and the system
+_OF_THE_SYSTEM = (RuntimeError, MemoryError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,40 @@ def free_memory(root: Path = ROOT) -> FreeMemory:
             text = f"{name} of {human_bytes(limit)}"
             free.append(FreeMemory(max(0, limit - 1024 * used), text))
     return min(free, key=lambda memory: memory.free_bytes)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation that failed, on any device or of the host, caused this exception."""
+    seen: set[int] = set()
+    # Only what torch, its libraries and the system raise: this program's own exceptions, and a
+    # signal that arrives meanwhile, say something else even when a lack of memory precedes them.
+    while isinstance(error, _OF_THE_SYSTEM) and id(error) not in seen:
+        seen.add(id(error))
+        if _says_out_of_memory(error):
+            return True
+        context = None if error.__suppress_context__ else error.__context__
+        # The compiler keeps what it wraps in an attribute of its own.
+        error = getattr(error, "inner_exception", None) or error.__cause__ or context
+    return False
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    # torch's own type has this name; it is not imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # a library that does not fit; of one on a disk that allows no code the loader says the same
+    if isinstance(error, ImportError):
+        return "failed to map segment" in str(error) and bool(free_memory().limit)
+    return OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def out_of_memory_in_words(error: BaseException) -> str:
+    """ "out of memory", with the words of an error for which is_out_of_memory() holds, and with the
+    limit that is in force."""
+    limit = free_memory().limit
+    return f"out of memory ({in_a_line(error)}{f'; {limit}' if limit else ''})"
 
 
 def _free_on_machine(root: Path) -> int:

@@ -7,13 +7,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from nanochat.common import Report, UsageError, note_once
-
-try:
-    import fcntl
-except ImportError:
-    # native Windows; take() says so
-    fcntl = None
+from nanochat.common import Report, check_system, note_once
 
 
 class Lock(enum.Enum):
@@ -49,11 +43,10 @@ def take(
     wait: until it is free, instead of returning HELD_ELSEWHERE. folder: is named in the warning
     that a process gives once where there are no locks. report: gets that line; by default it goes
     to standard error. Raises UsageError on native Windows."""
-    if fcntl is None:
-        raise UsageError(
-            "nanochat needs Linux or macOS: on Windows, install WSL (wsl --install) and start it "
-            "in there"
-        )
+    check_system()
+    # here, so that whatever needs no lock can be imported on Windows
+    import fcntl
+
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)

@@ -10,6 +10,11 @@ from types import FrameType
 
 from nanochat import output
 
+# Windows has no SIGHUP.
+STOPPING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+]
+
 
 class Stopped(BaseException):
     """The run was asked to stop. Exit code 75.
@@ -32,7 +37,7 @@ class StopSignals:
         self.speaks = speaks
         self.previous = {
             number: signal.signal(number, self._note)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            for number in STOPPING
             # nohup, for example, leaves SIGHUP ignored
             if signal.getsignal(number) != signal.SIG_IGN
         }
@@ -70,7 +75,7 @@ def exit_with(run: Callable[[], int]) -> None:
     before and after it: torchrun ends all ranks by SIGTERM when the first is done, and a late
     Ctrl-C has nothing left to stop. The interpreter's clean-up is skipped: it would end threads in
     the middle of C++ code, which aborts."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _ignore)
     output.protect()
@@ -79,6 +84,10 @@ def exit_with(run: Callable[[], int]) -> None:
     # argparse raises it before anything has begun
     except SystemExit:
         raise
+    # raised while the error was reported: nothing that takes memory can be said
+    except MemoryError:
+        output.write_from_signal_handler("out of memory\n")
+        code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -1,6 +1,5 @@
 """What is chosen for a machine: GPU data, dtype, threads; and what is measured on it."""
 
-import errno
 import os
 import re
 from types import SimpleNamespace
@@ -9,8 +8,7 @@ import pytest
 import torch
 
 from nanochat import hardware, limits
-from nanochat.common import TrainingFailed, UsageError
-from nanochat.signals import Stopped
+from nanochat.common import UsageError
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -253,76 +251,6 @@ def test_memory_is_kept_only_by_glibc(monkeypatch):
 
 
 # ---- memory ----
-
-
-def caused_by(error, cause=None, **attributes):
-    """An exception with a cause or other attributes, as a wrapper sets them."""
-    error.__cause__ = cause
-    vars(error).update(attributes)
-    return error
-
-
-NO_MEMORY = MemoryError("std::bad_alloc")
-
-
-@pytest.mark.parametrize(
-    "error, expected",
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried 1 byte"), True),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), True),
-        # oneDNN
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("could not create a memory object"), True),
-        (RuntimeError("could not execute a primitive"), True),
-        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
-        # threads and processes
-        (RuntimeError("can't start new thread"), True),
-        (RuntimeError("pthread_create failed: Resource temporarily unavailable"), True),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (RuntimeError("unable to mmap 9 bytes from file <f>: Cannot allocate memory (12)"), True),
-        # the compiler, by its words or by what it wraps
-        (RuntimeError("C++ compile error\ncc1plus: out of memory allocating 65536 bytes"), True),
-        (RuntimeError("virtual memory exhausted: Cannot allocate memory"), True),
-        (caused_by(RuntimeError("backend raised"), inner_exception=NO_MEMORY), True),
-        (caused_by(RuntimeError("a"), caused_by(RuntimeError("b"), NO_MEMORY)), True),
-        # a signal, or this program's own conclusion, while an error of memory is handled
-        (caused_by(Stopped(), NO_MEMORY), False),
-        (caused_by(TrainingFailed("the disk is full"), NO_MEMORY), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("can't allocate memory"), False),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-    ],
-)
-def test_out_of_memory(error, expected):
-    assert hardware.is_out_of_memory(error) is expected
-
-
-def test_out_of_memory_behind_another_exception():
-    """As its context; not where whoever raised the second one hid the first."""
-    second = RuntimeError("second")
-    second.__context__ = MemoryError()
-    assert hardware.is_out_of_memory(second)
-    # as `raise second from None` does
-    second.__suppress_context__ = True
-    assert not hardware.is_out_of_memory(second)
-    circle = RuntimeError("first")
-    circle.__cause__ = RuntimeError("second")
-    circle.__cause__.__cause__ = circle
-    assert hardware.is_out_of_memory(circle) is False
-
-
-def test_an_allocation_that_fails_is_out_of_memory():
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    assert hardware.is_out_of_memory(raised.value)
 
 
 def test_free_memory(monkeypatch):

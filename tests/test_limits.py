@@ -1,12 +1,20 @@
-"""What a process may use, after made-up control groups and resource limits."""
+"""What a process may use, after made-up control groups and resource limits, and what is raised
+when memory ends."""
 
+import errno
 import os
 import resource
 
 import pytest
+import torch
 
+import train
 from nanochat import limits
+from nanochat.__main__ import main
+from nanochat.apps import runs
+from nanochat.common import TrainingFailed
 from nanochat.limits import FreeMemory
+from nanochat.signals import Stopped
 
 MiB = 2**20
 # What systems write where there is no limit.
@@ -177,3 +185,116 @@ def test_this_machine():
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < limits.free_memory().free_bytes <= physical
     assert 1 <= limits.available_cpus() <= os.cpu_count()
+
+
+# ---- lack of memory ----
+
+
+def caused_by(error, cause=None, **attributes):
+    """An exception with a cause or other attributes, as a wrapper sets them."""
+    error.__cause__ = cause
+    vars(error).update(attributes)
+    return error
+
+
+NO_MEMORY = MemoryError("std::bad_alloc")
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried 1 byte"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"), True),
+        # oneDNN
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("could not execute a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        # threads and processes
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("pthread_create failed: Resource temporarily unavailable"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <f>: Cannot allocate memory (12)"), True),
+        # the compiler, by its words or by what it wraps
+        (RuntimeError("C++ compile error\ncc1plus: out of memory allocating 65536 bytes"), True),
+        (RuntimeError("virtual memory exhausted: Cannot allocate memory"), True),
+        (caused_by(RuntimeError("backend raised"), inner_exception=NO_MEMORY), True),
+        (caused_by(RuntimeError("a"), caused_by(RuntimeError("b"), NO_MEMORY)), True),
+        # a signal, or this program's own conclusion, while an error of memory is handled
+        (caused_by(Stopped(), NO_MEMORY), False),
+        (caused_by(TrainingFailed("the disk is full"), NO_MEMORY), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (ImportError("No module named 'x'"), False),
+    ],
+)
+def test_out_of_memory(monkeypatch, error, expected):
+    monkeypatch.setattr(limits, "free_memory", lambda: FreeMemory(9, "ulimit -v of 9 B"))
+    assert limits.is_out_of_memory(error) is expected
+
+
+def test_out_of_memory_behind_another_exception():
+    """As its context; not where whoever raised the second one hid the first."""
+    second = RuntimeError("second")
+    second.__context__ = MemoryError()
+    assert limits.is_out_of_memory(second)
+    # as `raise second from None` does
+    second.__suppress_context__ = True
+    assert not limits.is_out_of_memory(second)
+    circle = RuntimeError("first")
+    circle.__cause__ = RuntimeError("second")
+    circle.__cause__.__cause__ = circle
+    assert limits.is_out_of_memory(circle) is False
+
+
+def test_an_allocation_that_fails_is_out_of_memory():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert limits.is_out_of_memory(raised.value)
+
+
+def test_a_library_that_the_loader_refuses_without_a_limit(monkeypatch):
+    """It says the same of one on a disk that allows no code."""
+    monkeypatch.setattr(limits, "free_memory", lambda: FreeMemory(9, ""))
+    assert not limits.is_out_of_memory(ImportError("x.so: failed to map segment from shared obj"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("std::bad_alloc"), OSError(errno.ENOMEM, "Cannot")]
+)
+def test_lack_of_memory_ends_every_command_with_a_line(monkeypatch, capsys, error):
+    """Also where it comes before anything was set up, as while torch is imported."""
+
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(limits, "free_memory", lambda: FreeMemory(9, "ulimit -v of 9 B"))
+    monkeypatch.setattr(train, "main", fail)
+    monkeypatch.setattr(runs, "main", fail)
+    for command in (lambda: train.run([]), lambda: main(["runs"])):
+        assert command() == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "out of memory (" in line and line.endswith("; ulimit -v of 9 B)")
+
+
+def test_other_errors_are_no_lack_of_memory(monkeypatch):
+    """They are faults of the program, and keep their traceback."""
+
+    def fail(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(train, "main", fail)
+    monkeypatch.setattr(runs, "main", fail)
+    for command in (lambda: train.run([]), lambda: main(["runs"])):
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            command()

@@ -100,14 +100,21 @@ def test_a_run_without_locks_is_alive_while_it_writes(tmp_path, monkeypatch):
     assert read_summary(run).status == "died"
 
 
-def test_native_windows_is_refused_in_one_line(tmp_path):
-    """Python has no fcntl there."""
-    program = (
-        "import sys; sys.modules['fcntl'] = None\n"
-        "from nanochat.__main__ import main\n"
-        "sys.exit(main(['data', 'mix', 'out', 'a.txt=1', '--bytes=1000']))"
-    )
-    (tmp_path / "a.txt").write_text("some words\n" * 1000)
+@pytest.mark.parametrize(
+    "command", ["train.py --depth=1", "nanochat doctor", "nanochat sample out/d1"]
+)
+def test_native_windows_is_refused_in_one_line(tmp_path, command):
+    """Python has neither these modules nor these functions there."""
+    name, *arguments = command.split()
+    module = name.removesuffix(".py")
+    program = f"""
+import os, runpy, signal, sys
+del signal.SIGHUP, os.geteuid, os.statvfs
+for name in ("fcntl", "resource", "pwd", "grp"):
+    sys.modules[name] = None
+sys.argv[1:] = {arguments}
+runpy.run_module("{module}", run_name="__main__", alter_sys=True)
+"""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -117,4 +124,4 @@ def test_native_windows_is_refused_in_one_line(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
-    assert "WSL" in line and line.startswith("nanochat data: error:")
+    assert "WSL" in line and line.startswith(name)

@@ -238,6 +238,11 @@ def test_an_unforeseen_error_is_shown_and_its_exit_code_stands():
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
+def test_a_lack_of_memory_for_any_words_is_named():
+    done = ended("raise MemoryError")
+    assert (done.returncode, done.stderr) == (1, "out of memory\n")
+
+
 def test_train_ends_that_way(monkeypatch):
     called = []
     monkeypatch.setattr(signals, "exit_with", called.append)

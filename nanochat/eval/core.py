@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanochat import hardware
+from nanochat import limits
 from nanochat.common import Unavailable, UsageError, ceil_div, human_time, in_a_line
 from nanochat.eval.core_answers import answers_of, batches, tokens_of
 from nanochat.eval.core_bundle import find_bundle
@@ -301,8 +301,8 @@ def _inference_copy(model: torch.nn.Module) -> torch.nn.Module:
         return model.eval()
     try:
         return for_inference(model)
-    except RuntimeError as error:
-        if not hardware.is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not limits.is_out_of_memory(error):
             raise
         # slower, with the same results
         return model.eval()

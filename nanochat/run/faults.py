@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import limits, ranks
 from nanochat.common import TrainingFailed, Unavailable, human_time, in_a_line, write_json
 from nanochat.data.rows import Rows
 from nanochat.run import checkpoint
@@ -158,7 +158,7 @@ def cause(
 def _cause(
     error: BaseException, lost: bool, device_batch: int, stop: StopSignals, step_seconds: float
 ) -> BaseException:
-    if hardware.is_out_of_memory(error):
+    if limits.is_out_of_memory(error):
         divisors = [n for n in range(1, device_batch) if device_batch % n == 0]
         remedy = "lower --max-seq-len or --depth"
         if divisors:

@@ -347,7 +347,7 @@ def _try(
         return allocated_peak(lambda: trial(n), device), None
     # What is raised depends on who ran out: torch, its libraries, the compiler or the system.
     except Exception as error:
-        if not hardware.is_out_of_memory(error):
+        if not limits.is_out_of_memory(error):
             raise
         # The frames of a traceback hold the tensors that did not fit.
         return None, error.with_traceback(None)
