@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat import limits, signals
+from nanochat import limits, output, signals
 from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -463,7 +463,10 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     if problems := check_flags(values_in_force(args)):
         raise UsageError("\n".join(problems))
     if args.dry_run:
-        return dry_run(args)
+        dry_run(args)
+        # the plan is all that was asked for
+        lost = output.lost()
+        return ended_with(lost, EXIT_FAILED) if lost else EXIT_COMPLETED
     # Before the first tensor: determinism, kernel caches and the heap are set up per process.
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
@@ -478,8 +481,8 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     return EXIT_COMPLETED if run.over else code
 
 
-def dry_run(args: Namespace) -> int:
-    """Print the plan without reading data or building weights. Returns the exit code."""
+def dry_run(args: Namespace) -> None:
+    """Print the plan without reading data or building weights."""
     import json
 
     import torch
@@ -521,12 +524,11 @@ def dry_run(args: Namespace) -> int:
     planned = fit_plan(args, plan, config, machine, runtime, tokens_per_epoch, free_bytes)
     if args.json:
         print(json.dumps(as_json(planned), indent=2))
-        return EXIT_COMPLETED
+        return
     print(format_plan(planned))
     print(runtime_in_words(runtime, config, device_type, args.gpus))
     if advice := long_run_advice(planned):
         print(advice)
-    return EXIT_COMPLETED
 
 
 def prepare(run: OpenedRun, device: torch.device) -> Prepared:

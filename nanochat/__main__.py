@@ -79,12 +79,15 @@ def run() -> NoReturn:
     A reader that has seen enough, such as `head`, is no failure; output that is lost for another
     reason, such as a full disk, makes the exit code 1."""
     output.protect()
-    code = main()
-    lost = output.refused()
-    if code == EXIT_COMPLETED and lost and not output.reader_is_gone():
+    try:
+        code = main()
+    # argparse's, after --help or wrong options
+    except SystemExit as ended:
+        code = ended.code
+    lost = output.lost()
+    if code == EXIT_COMPLETED and lost:
         print(
-            f"nanochat: the output could not be written ({lost.strerror}); what the command itself "
-            "wrote to files is complete",
+            f"nanochat: {lost}; what the command itself wrote to files is complete",
             file=sys.stderr,
         )
         code = EXIT_FAILED

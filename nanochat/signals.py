@@ -10,6 +10,9 @@ from types import FrameType
 
 from nanochat import output
 
+# for which a run waits for a screen that takes nothing
+SCREEN_PATIENCE_SECONDS = 10.0
+
 # Windows has no SIGHUP.
 STOPPING = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -78,7 +81,7 @@ def exit_with(run: Callable[[], int]) -> None:
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _ignore)
-    output.protect()
+    output.protect(SCREEN_PATIENCE_SECONDS)
     try:
         code = run()
     # argparse raises it before anything has begun

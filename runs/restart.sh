@@ -12,6 +12,8 @@ attempts="${ATTEMPTS:-5}"
 failures=0 asked=0 child="" code=0 ended=75
 # Forwards a signal to whatever is running, training or the pause. Training saves before it ends.
 trap 'asked=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' INT TERM
+# Whoever reads the screen, such as tee, may be gone: that does not end this script.
+trap '' PIPE
 
 # Runs a command in the background, because bash handles a signal only after a foreground command
 # has ended. Sets $code to its exit code.

@@ -165,8 +165,8 @@ def test_many_links_do_not_multiply(tmp_path):
     "pattern, found, said",
     [
         ("*.txt", ["a.txt"], []),
-        ("sub/*", ["sub/b.txt"], ["left out of {}: 1 folder (deep)"]),
-        ("*/*.txt", ["sub/b.txt"], ["left out of {}: 1 hidden or system name (__MACOSX)"]),
+        ("sub/*", ["sub/b.txt"], ["left out for {}: 1 folder (deep)"]),
+        ("*/*.txt", ["sub/b.txt"], ["left out for {}: 1 hidden or system name (__MACOSX)"]),
         ("**/deep/*.txt", ["sub/deep/c.txt"], 1),
         ("s*/**/c.*", ["sub/deep/c.txt"], []),
         ("sub/**", ["sub/b.txt", "sub/deep/c.txt"], []),
@@ -247,9 +247,9 @@ def test_nothing_found(tmp_path):
     refused = {
         f"{folder}": r"the folder holds no .txt, .jsonl.*1 hidden or system name \(.a.txt\)",
         f"{folder}/gone.txt": "a link to nowhere, which does not exist; repair the link",
-        f"{folder}/s*": r"no file that can be read. left out of .*: 1 folder \(sub\)",
+        f"{folder}/s*": r"no file that can be read. left out for .*: 1 folder \(sub\)",
         f"{folder}/none.txt": "no such file or folder, and no file matches.*--val-data=NEWPATH",
-        f"{folder}/**/*.txt": "no file that can be read. left out of .*: 1 dangling link",
+        f"{folder}/**/*.txt": "no file that can be read. left out for .*: 1 dangling link",
         "": "no such file or folder",
     }
     for value, words in refused.items():

@@ -1,6 +1,10 @@
 """A screen that takes no more output costs the output, never the run, its exit code or a
 checkpoint."""
 
+import contextlib
+import errno
+import fcntl
+import io
 import os
 import pty
 import signal
@@ -9,6 +13,8 @@ import sys
 
 import pytest
 import small
+
+from nanochat import output
 
 # Imports no torch.
 SCRIPT = """
@@ -118,9 +124,24 @@ def test_a_full_pipe_that_does_not_block_loses_nothing(tmp_path):
     assert process.wait(60) == 7
 
 
-def nanochat(folder, stdout):
-    """`nanochat runs` on a folder without runs; returns (exit code, standard error)."""
-    command = [sys.executable, "-m", "nanochat", "runs", str(folder)]
+def test_what_a_stuck_reader_does_not_take_is_dropped_until_it_reads_again():
+    """As in a terminal after Ctrl-S."""
+    reader, writer = os.pipe()
+    screen = output._Screen(writer, 0)
+    with io.BufferedWriter(screen) as stream:
+        stream.write(b"x" * (1 << 20))
+        assert screen.refused.errno == errno.ETIMEDOUT
+        assert 0 < len(os.read(reader, 1 << 20)) < 1 << 20
+        stream.write(b"again")
+        stream.flush()
+        assert os.read(reader, 1 << 20) == b"again"
+    os.close(reader)
+    os.close(writer)
+
+
+def nanochat(stdout, *arguments):
+    """A command of nanochat; returns (exit code, standard error)."""
+    command = [sys.executable, "-m", "nanochat", *map(str, arguments)]
     done = subprocess.run(
         command, cwd=small.ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
     )
@@ -129,14 +150,15 @@ def nanochat(folder, stdout):
 
 def test_an_app_whose_reader_has_seen_enough(tmp_path, broken_pipe):
     small.copy_run(small.finished(), tmp_path)
-    assert nanochat(tmp_path, broken_pipe) == (0, "")
+    assert nanochat(broken_pipe, "runs", tmp_path) == (0, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_app_whose_output_is_lost(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--help"]])
+def test_an_app_whose_output_is_lost(tmp_path, options):
     small.copy_run(small.finished(), tmp_path)
     with open("/dev/full", "w") as full:
-        code, said = nanochat(tmp_path, full)
+        code, said = nanochat(full, "runs", *options, tmp_path)
     assert code == 1
     assert said == (
         "nanochat: the output could not be written (No space left on device); what the command "
@@ -144,11 +166,18 @@ def test_an_app_whose_output_is_lost(tmp_path):
     )
 
 
-# Ends as train.py does.
+def test_a_plan_that_is_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "lost", lambda: "the output could not be written (of late)")
+    assert small.run(tmp_path, "--dry-run") == 1
+    assert capsys.readouterr().err == "train.py: the output could not be written (of late)\n"
+
+
+# Ends as train.py does, without any patience.
 TRAIN = """
 import sys
 import train
 from nanochat import signals
+signals.SCREEN_PATIENCE_SECONDS = 0
 signals.exit_with(lambda: train.run(sys.argv[1:]))
 """
 LONG = ("--num-iterations=100000", "--eval-every=20", "--sample-every=20", "--save-every=-1")
@@ -161,23 +190,41 @@ def asked_to_stop(folder, tag):
     return summary["status"], summary["reason"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_training_continues_without_a_reader_and_saves_when_it_is_asked_to_stop(tmp_path, number):
-    """As with `2>&1 | tee log` and Ctrl-C, which ends tee as well."""
+@pytest.mark.parametrize(
+    "number, is_stuck",
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+)
+def test_training_continues_without_a_reader_and_saves_when_it_is_asked_to_stop(
+    tmp_path, number, is_stuck
+):
+    """As with `2>&1 | tee log` and Ctrl-C, which ends tee as well; or with a reader that stands
+    still."""
     screen = tmp_path / "screen"
     os.mkfifo(screen)
     argv = small.argv_of(tmp_path, "run", LONG)
     process = small.start(argv, small.environment(), screen, TRAIN)
-    with open(screen) as reader:
-        while not reader.readline().startswith("step 1/"):
-            pass
-    # Nobody reads from here on; evaluations and samples print.
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while sum('"val/bpb"' in line for line in metrics.read_text().splitlines()) < 3:
-        assert process.exitcode is None
-    os.kill(process.pid, number)
-    assert small.ended(process) == 75
+    with contextlib.ExitStack() as held:
+        with open(screen) as reader:
+            if is_stuck:
+                # the pipe has a reader as long as this is open
+                held.callback(os.close, os.dup(reader.fileno()))
+                # the least that a pipe of Linux holds; elsewhere it takes longer to fill
+                with contextlib.suppress(AttributeError):
+                    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1)
+            while not reader.readline().startswith("step 1/"):
+                pass
+        # Nobody reads from here on; evaluations and samples print.
+        wait_for_evaluations(tmp_path, process)
+        os.kill(process.pid, number)
+        assert small.ended(process) == 75
     assert asked_to_stop(tmp_path, "run") == ("stopped", "asked to stop by a signal")
+
+
+def wait_for_evaluations(folder, process):
+    """Until a run has far more evaluations than a pipe holds lines."""
+    metrics = folder / "run" / "metrics.jsonl"
+    while sum('"val/bpb"' in line for line in metrics.read_text().splitlines()) < 30:
+        assert process.exitcode is None
 
 
 def test_a_terminal_that_is_closed_stops_the_run_which_is_saved(tmp_path):

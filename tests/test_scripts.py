@@ -57,6 +57,15 @@ def test_restart(tmp_path, codes, code, starts):
     assert ("giving up" in shown) == (starts == 3 and code == 1)
 
 
+def test_restart_needs_no_reader(tmp_path):
+    """As with `2>&1 | tee log` when tee has been killed."""
+    process = start(tmp_path, [1, 0])
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert len((tmp_path / "starts").read_text().splitlines()) == 2
+
+
 def test_restart_passes_a_signal_on(tmp_path):
     """The run's exit code is returned; it is not started again."""
     process = start(tmp_path, ["wait", 0])
@@ -93,7 +102,16 @@ exit "$(cat code)"
 """
 
 
-def requeue(folder, *flags, before=None, after=None, code=1, told=False, restarts=0):
+def requeue(
+    folder,
+    *flags,
+    before=None,
+    after=None,
+    code=1,
+    told=False,
+    restarts=0,
+    stdout=subprocess.PIPE,
+):
     """The job script with stand-ins for Slurm's commands; returns (exit code, whether it requeued,
     standard error). before, after: summaries of an earlier job and of this one."""
     for name in ("runs", "out/d4"):
@@ -131,7 +149,7 @@ def requeue(folder, *flags, before=None, after=None, code=1, told=False, restart
     job = subprocess.Popen(
         ["bash", "runs/requeue.slurm", *flags],
         cwd=folder,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | variables,
@@ -197,6 +215,13 @@ def test_requeue_ends_where_no_step_is_done(tmp_path):
         )
     ]
     assert requeued == [True, True, True, True, False, True, True, True, True, False]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_requeue_when_its_log_is_on_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        _, requeued, _ = requeue(tmp_path, after={"status": "stopped", "step": 3}, stdout=full)
+    assert requeued
 
 
 def test_requeue_has_one_way_to_name_the_folder(tmp_path):

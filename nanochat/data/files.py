@@ -166,7 +166,7 @@ def _of_pattern(pattern: str, flag: str) -> Named:
     # the part without wildcards; of a pattern without any, the folder of the missing file
     n_literal = next((i for i, part in enumerate(parts) if _has_wildcard(part)), len(parts) - 1)
     root = Path(*parts[:n_literal])
-    finder = _Finder(root, f"of {pattern}")
+    finder = _Finder(root, f"for {pattern}")
     if "**" in parts:
         n_head = parts.index("**")
         tail = parts[n_head:]
