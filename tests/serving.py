@@ -113,10 +113,12 @@ def served(name="d4", max_tokens=40, engine=None, **options):
     return ServedRun(name, None, 500, config, BYTES, engine, max_tokens, engine.queue_size)
 
 
-def application(*runs, api_key=None, host="127.0.0.1", timeout_s=30.0, body_seconds=20.0):
+def application(
+    *runs, api_key=None, host="127.0.0.1", timeout_s=30.0, body_seconds=20.0, watch=None
+):
     """The ASGI application of these runs, or of one fake one."""
     guard = Guard(host, api_key, body_seconds)
-    return build_app(list(runs or [served()]), guard, timeout_s, None, print)
+    return build_app(list(runs or [served()]), guard, timeout_s, None, print, watch)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,11 @@ def fuzz_case(client, seed):
     assert response.status_code in STATUSES, response.text
     if case.method == "HEAD" or case.path == "/metrics":
         return response.status_code
-    if response.headers["content-type"].startswith("text/event-stream"):
+    kind = response.headers["content-type"].partition(";")[0]
+    # the page
+    if kind == "text/html":
+        assert case.method == "GET" and "content-security-policy" in response.headers
+    elif kind == "text/event-stream":
         assert response.text.endswith("data: [DONE]\n\n")
     elif response.status_code != 200:
         error = response.json()["error"]

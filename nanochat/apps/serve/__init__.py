@@ -1,7 +1,9 @@
-"""`nanochat serve RUN [RUN ...]`: trained models behind an API that OpenAI's clients speak."""
+"""`nanochat serve RUN [RUN ...]`: trained models behind an API that OpenAI's clients speak, and a
+page to try them and to watch runs."""
 
 import argparse
 from argparse import Namespace
+from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, UsageError, install_hint, path_argument, step_argument
 
@@ -14,14 +16,16 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nanochat serve",
         allow_abbrev=False,
         description="Serve runs over HTTP: /v1/models, /v1/completions and /v1/chat/completions as "
-        "OpenAI's clients expect them, /health, and /metrics for Prometheus. The name of a model "
-        "is the name of its run folder. SIGTERM and Ctrl-C let running requests finish for some "
+        "OpenAI's clients expect them, /health, and /metrics for Prometheus; and a page for "
+        "browsers at /, which plays with the models and watches runs. The name of a model is the "
+        "name of its run folder. SIGTERM and Ctrl-C let running requests finish for some "
         "seconds.",
     )
     parser.add_argument(
         "runs", nargs="+", type=path_argument, metavar="RUN", help="run folder, for example out/d4"
     )
     _add_model_flags(parser)
+    _add_watch_flags(parser)
     _add_network_flags(parser)
     _add_limit_flags(parser)
     return parser
@@ -55,6 +59,25 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float32"),
         help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
         "(default %(default)s)",
+    )
+
+
+def _add_watch_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--watch",
+        default="",
+        type=path_argument,
+        metavar="FOLDER",
+        help="the page shows the curves and samples of the runs in this folder, up to 2 levels "
+        "below (default: the folder that holds the first RUN)",
+    )
+    add(
+        "--no-watch",
+        dest="watch",
+        action="store_const",
+        const=None,
+        help="the page shows no curves and samples",
     )
 
 
@@ -138,6 +161,10 @@ def check_arguments(args: Namespace) -> None:
     if args.follow and args.step != -1:
         problems.append(
             f"--step {args.step}: --follow serves the newest checkpoint; give only one of the two"
+        )
+    if args.watch and not Path(args.watch).is_dir():
+        problems.append(
+            f"--watch {args.watch}: no such folder; name one that holds runs, or use --no-watch"
         )
     if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip()):
         problems.append(

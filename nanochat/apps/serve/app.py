@@ -11,8 +11,10 @@ from nanochat.apps.serve.api import Conversation, event_of
 from nanochat.apps.serve.errors import ENDING, UNAVAILABLE, Refused, error_body
 from nanochat.apps.serve.guard import Guard, Message, Receive, disconnected, read_body
 from nanochat.apps.serve.metrics import CONTENT_TYPE, Metrics
+from nanochat.apps.serve.page import page_routes
 from nanochat.apps.serve.requests import Asked, asked_chat, asked_completion, find_run
 from nanochat.apps.serve.runs import FOLLOW_SECONDS, ServedRun
+from nanochat.apps.serve.watch import Watch
 from nanochat.common import Report
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ Send = Callable[[Message], Awaitable[None]]
 Load = Callable[..., tuple]
 # the paths that /metrics tells apart
 PATHS = (
+    "/",
+    "/watch/runs",
     "/health",
     "/metrics",
     "/v1/models",
@@ -203,11 +207,16 @@ def _defect(request: "Request", error: Exception) -> "Response":
 
 
 def build_app(
-    runs: list[ServedRun], guard: Guard, timeout_s: float, load: Load, report: Report
+    runs: list[ServedRun],
+    guard: Guard,
+    timeout_s: float,
+    load: Load,
+    report: Report,
+    watch: Watch | None = None,
 ) -> "Starlette":
     """The application. It starts the engines and ends them.
 
-    load: as loading.load_run(), for newer checkpoints."""
+    load: as loading.load_run(), for newer checkpoints. watch: the runs that the page shows."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
@@ -215,6 +224,7 @@ def build_app(
 
     application = Application(runs, guard, timeout_s)
     routes = [
+        *page_routes(watch),
         Route("/health", application.health),
         Route("/metrics", application.show_metrics),
         Route("/v1/models", application.models),

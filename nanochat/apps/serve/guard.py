@@ -21,8 +21,8 @@ ALL_ADDRESSES = ("0.0.0.0", "::")
 # of a body; the longest prompts of a full queue fit
 LARGEST_BODY_BYTES = 4 << 20
 BODY_SECONDS = 20.0
-# needs no key, so that whoever watches the server has none
-OPEN_PATHS = ("/health",)
+# need no key: whoever watches the server has none, and the page asks for it
+OPEN_PATHS = ("/health", "/")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat.apps.serve.app import build_app
 from nanochat.apps.serve.guard import LOCAL_NAMES, Guard
 from nanochat.apps.serve.runs import ServedRun
+from nanochat.apps.serve.watch import Watch
 from nanochat.common import UsageError, printable
 from nanochat.run.loading import load_run
 
@@ -71,7 +72,9 @@ def serve(runs: list[ServedRun], args: Namespace, listener: socket.socket) -> No
 
     _raise_descriptor_limit()
     load = functools.partial(load_run, device_type=args.device_type, dtype=args.dtype)
-    app = build_app(runs, Guard(args.host, args.api_key), args.timeout, load, _report)
+    watch = None if args.watch is None else Watch(args.watch or runs[0].folder.resolve().parent)
+    guard = Guard(args.host, args.api_key)
+    app = build_app(runs, guard, args.timeout, load, _report, watch)
     server = uvicorn.Server(config_of(app))
     # uvicorn hears both signals only while it runs, and sends them to itself again at its end
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,11 +83,14 @@ def serve(runs: list[ServedRun], args: Namespace, listener: socket.socket) -> No
         print(printable(f"serving {run.name}, step {run.step}"), flush=True)
     if not args.api_key and args.host not in LOCAL_NAMES:
         _report(
-            f"note: --host {args.host}: whoever reaches this address can use the models; "
-            f"--api-key restricts that"
+            f"note: --host {args.host}: whoever reaches this address can use the models"
+            f"{' and read the runs under ' + str(watch.folder) if watch else ''}; --api-key "
+            f"restricts that"
         )
     print(
-        f"listening on {url_of(listener)}, OpenAI's base URL is {url_of(listener)}/v1", flush=True
+        f"listening on {url_of(listener)}, OpenAI's base URL is {url_of(listener)}/v1; the page "
+        f"for browsers is {url_of(listener)}/",
+        flush=True,
     )
     server.run(sockets=[listener])
 
