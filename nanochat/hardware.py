@@ -2,6 +2,7 @@
 
 Nothing is probed at import. `device_type` is "cuda", "mps" or "cpu" throughout."""
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat import limits
-from nanochat.common import UsageError, own_cache
+from nanochat import limits, locks
+from nanochat.common import UsageError, note_once, own_cache
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def prepare(device_type: str) -> None:
     """Set this process up for training: kernel cache, determinism, threads, memory.
 
     Call it before the first tensor is created."""
+    ignore_unusable_kernel_cache()
     # Under the base dir, so that a second start is warm. Before set_determinism(): that loads
     # inductor, which would choose a place of its own, below the folder of temporary files; it may
     # do so where compiled code could not be written to this one or loaded from it.
@@ -184,12 +186,32 @@ def prepare(device_type: str) -> None:
     torch._dynamo.config.recompile_limit = 64
 
 
+def ignore_unusable_kernel_cache() -> None:
+    """Unset TORCHINDUCTOR_CACHE_DIR, with one line, if that folder cannot be created: torch creates
+    it as soon as a part of its compiler is imported, and fails with a traceback."""
+    # "" would be the current folder to torch
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or None
+    try:
+        if given:
+            os.makedirs(given, exist_ok=True)
+    except OSError as error:
+        note_once(
+            f"TORCHINDUCTOR_CACHE_DIR={given}: cannot be created ({error.strerror}) and is ignored"
+        )
+        given = None
+    if given is None:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+
+
 def _holds_code(folder: Path) -> bool:
-    """Whether inductor can write code into a folder and load it from there."""
+    """Whether inductor can write code into a folder, lock it, and load it from there."""
     # It splits command lines at blanks that it did not quote.
     if needs_quotes(folder):
         return False
-    return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    # a disk that is full, for example
+    with contextlib.suppress(OSError):
+        return locks.exist_in(folder) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    return False
 
 
 def needs_quotes(path: str | os.PathLike) -> bool:

@@ -4,6 +4,7 @@ A lock lasts until its file is closed or the process ends, however it ends: none
 
 import enum
 import os
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,13 @@ def open_lock(path: str | os.PathLike) -> BinaryIO:
         return open(path, "ab")
     except PermissionError:
         return open(path, "rb")
+
+
+def exist_in(folder: str | os.PathLike) -> bool:
+    """Whether the file system of a folder that can be written has locks; gives take()'s warning if
+    it has none."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return take(file, folder) is not Lock.NONE
 
 
 def take(

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import hardware, locks, ranks
+from nanochat.locks import Lock
 from nanochat.run import compiler
 
 GXX = shutil.which("g++")
@@ -136,6 +138,10 @@ def test_disks_that_take_no_code(kernels, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
     assert compiler.problem("cpu") == f"{kernels} is mounted noexec"
     compiler._problem.cache_clear()
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=0))
+    monkeypatch.setattr(locks, "take", lambda file, folder: Lock.NONE)
+    assert compiler.problem("cpu") == f"{kernels} has no file locks"
+    compiler._problem.cache_clear()
     monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: "/t m p")
     assert compiler.problem("cpu") == "torch does not quote the blanks in /t m p"
 
@@ -147,6 +153,19 @@ def test_a_full_disk(kernels, monkeypatch):
     monkeypatch.setattr(compiler, "_probe", full)
     monkeypatch.setattr(compiler, "missing", lambda device_type: None)
     assert "No space left on device" in compiler.problem("cpu")
+
+
+def test_a_disk_with_too_little_space_for_kernels(kernels, monkeypatch):
+    """The trial's own take less than those of training."""
+
+    def refuse(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(compiler, "missing", lambda device_type: None)
+    monkeypatch.setattr(compiler, "_trial", no_trial)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert "No space left on device" in compiler.problem("cpu")
+    assert list(kernels.iterdir()) == []
 
 
 class Wrapped(RuntimeError):

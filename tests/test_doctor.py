@@ -381,6 +381,7 @@ def test_no_folder_for_kernels(monkeypatch, tmp_path):
         ("g++: fatal error: cannot execute 'cc1plus'", "install g++ and Python's headers"),
         ("torch does not quote the blanks in /a b", "a folder without blanks"),
         ("/base/compile is mounted noexec", "TORCHINDUCTOR_CACHE_DIR"),
+        ("/base/compile has no file locks", "TORCHINDUCTOR_CACHE_DIR"),
         ("x.i: No space left on device", "free some space"),
         ("[Errno 13] Permission denied: '/c'", "folders of your own"),
         ("PATH is not set", "set PATH"),

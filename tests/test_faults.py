@@ -8,6 +8,8 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import CppCompileError
 
 from nanochat.common import TrainingFailed
 from nanochat.model import attention
@@ -382,6 +384,24 @@ def test_lack_of_memory_names_a_remedy(device_batch, remedy):
     assert isinstance(error, TrainingFailed)
     named = f"out of memory with --device-batch-size={device_batch}; {remedy} ("
     assert str(error).startswith(named)
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (BackendCompilerFailed("inductor", FULL, None), "No space"),
+        (CppCompileError(["g++"], "x.cpp:3: error: bad"), "x.cpp:3: error: bad"),
+    ],
+)
+def test_a_compiler_that_fails_after_its_trial(error, why):
+    stop = types.SimpleNamespace(requested=False, at_once=True)
+    found = faults.cause(error, 4, stop, 0.0)
+    assert isinstance(found, TrainingFailed)
+    assert why in str(found) and "--resume --no-compile" in str(found)
+    assert "\n" not in str(found)
 
 
 @pytest.mark.parametrize(

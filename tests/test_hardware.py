@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import hardware, limits
+from nanochat import common, hardware, limits, locks
 from nanochat.common import UsageError
+from nanochat.locks import Lock
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -189,23 +190,26 @@ def test_prepare(monkeypatch, tmp_path):
     assert torch._dynamo.config.recompile_limit == 64
 
 
-def test_what_the_user_set_is_kept(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+def test_what_the_user_set_is_kept(monkeypatch, tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", elsewhere)
     hardware.prepare("mps")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == elsewhere
 
 
 @pytest.mark.parametrize(
-    "folder, flags, used",
+    "folder, flags, lock, used",
     [
-        ("plain", 0, True),
-        ("with blanks", 0, False),
-        ("it's quoted", 0, False),
-        ("mounted", os.ST_NOEXEC, False),
+        ("plain", 0, Lock.TAKEN, True),
+        ("with blanks", 0, Lock.TAKEN, False),
+        ("it's quoted", 0, Lock.TAKEN, False),
+        ("mounted", os.ST_NOEXEC, Lock.TAKEN, False),
+        ("lockless", 0, Lock.NONE, False),
     ],
 )
-def test_kernels_are_cached_where_code_can_be(monkeypatch, tmp_path, folder, flags, used):
+def test_kernels_are_cached_where_code_can_be(monkeypatch, tmp_path, folder, flags, lock, used):
     """Elsewhere torch chooses a folder, below that of temporary files."""
+    monkeypatch.setattr(locks, "take", lambda file, folder: lock)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / folder))
@@ -213,6 +217,33 @@ def test_kernels_are_cached_where_code_can_be(monkeypatch, tmp_path, folder, fla
     hardware.prepare("mps")
     kept = str(tmp_path / folder / "compile") if used else None
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == kept
+
+
+def test_kernels_are_not_cached_on_a_full_disk(monkeypatch, tmp_path):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(locks.tempfile, "TemporaryFile", full)
+    hardware.prepare("mps")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_folder_of_kernels_that_cannot_be_created_is_ignored(monkeypatch, tmp_path, capfd):
+    """torch would raise while a part of its compiler is imported, whatever the command is."""
+    monkeypatch.setattr(common, "_noted", set())
+    (tmp_path / "file").write_text("")
+    for given, words in (("file", "File exists"), ("file/below", "Not a directory")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / given))
+        hardware.ignore_unusable_kernel_cache()
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"{given}: cannot be created ({words}) and is ignored" in line
+    # torch would take the current folder
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    hardware.ignore_unusable_kernel_cache()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Between a compiler that exists and one that works lie parts of it that are missi
 folders of other users, mounts that allow no code and paths with blanks. Whatever of these makes the
 trial fail, training runs uncompiled, and says why in a line."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -17,11 +18,13 @@ from pathlib import Path
 
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import hardware, locks, ranks
 from nanochat.common import in_a_line
 
 # Generous, for a machine that is busy or a disk that is far away.
 PROBE_SECONDS = 120
+# What has to be free for the kernels of a run: several times what they have been seen to take.
+ROOM_BYTES = 32 << 20
 # Needs the compiler's own parts, its headers, and Python's, as generated code does.
 PROBE = "#include <math.h>\n#include <Python.h>\ndouble probe(double x) { return exp(x); }\n"
 # The lines in which compilers, linkers and the system name a cause.
@@ -102,6 +105,8 @@ def _probe(device_type: str) -> str | None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     with tempfile.TemporaryDirectory(prefix="trial-", dir=cache_dir()) as folder:
+        # Free space says nothing of quotas; a write does.
+        Path(folder, "room").write_bytes(bytes(ROOM_BYTES))
         language, _ = _compilers(device_type)
         source = Path(folder, "probe.cpp" if language == "C++" else "probe.c")
         source.write_text(PROBE)
@@ -145,6 +150,14 @@ def _small_function(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square().sum()
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether torch.compile's back end raised this, or a compiler that it calls."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import CppCompileError
+
+    return isinstance(error, BackendCompilerFailed | CppCompileError)
+
+
 def cause(error: BaseException) -> str:
     """What made a compilation fail, in a line."""
     # dynamo wraps what a back end raises, and keeps it here
@@ -169,7 +182,7 @@ def _telling_line(output: str | bytes) -> str:
 
 def _explained(reason: str) -> str:
     """The reason that a trial failed, or what is known to cause such failures, if it is the case
-    here: a path with blanks, or a mount that allows no code."""
+    here: a path with blanks, a mount that allows no code, or one without locks."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for path in (cache_dir(), tempfile.gettempdir(), os.path.dirname(torch.__file__)):
@@ -177,4 +190,8 @@ def _explained(reason: str) -> str:
             return f"torch does not quote the blanks in {path}"
     if os.statvfs(cache_dir()).f_flag & os.ST_NOEXEC:
         return f"{cache_dir()} is mounted noexec"
+    # its file system may be so full that nothing can be created to be locked
+    with contextlib.suppress(OSError):
+        if not locks.exist_in(cache_dir()):
+            return f"{cache_dir()} has no file locks"
     return reason

@@ -15,7 +15,7 @@ import torch
 from nanochat import limits, ranks
 from nanochat.common import TrainingFailed, Unavailable, human_time, in_a_line, write_json
 from nanochat.data.rows import Rows
-from nanochat.run import checkpoint
+from nanochat.run import checkpoint, compiler
 from nanochat.run.clock import Clock
 from nanochat.run.state import TrainState
 from nanochat.signals import Stopped, StopSignals
@@ -142,7 +142,7 @@ def cause(
     error: BaseException, device_batch: int, stop: StopSignals, step_seconds: float
 ) -> BaseException:
     """The exception to end a run with, given the one that was raised: lack of memory, a rank that
-    is gone, or a signal that also ended what this rank waited for.
+    is gone, a compiler that fails, or a signal that also ended what this rank waited for.
 
     Notifies the other ranks: they do not hear of a rank that dies before training begins or after
     it has ended, and torchrun alone names it. stop: this process's. step_seconds: what a step
@@ -173,6 +173,12 @@ def _cause(
     # Ctrl-C ends the compiler's processes too
     if stop.requested and isinstance(error, Exception) and (lost or stop.at_once):
         return Stopped()
+    # after a trial that succeeded: a disk that filled up, a kernel that the compiler refuses
+    if compiler.is_failure(error):
+        return TrainingFailed(
+            f"torch.compile failed ({compiler.cause(error)}); --resume --no-compile continues "
+            f"without it"
+        )
     return error
 
 

@@ -91,6 +91,7 @@ def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder"
     from nanochat.model.attention import pick_backend
     from nanochat.model.build import build
 
+    hardware.ignore_unusable_kernel_cache()
     device = torch.device(hardware.pick_device_type(device_type))
     # One token at a time is bound by reading weights, where bf16 has no advantage on CPUs.
     if dtype == "auto" and device.type == "cpu":

@@ -30,6 +30,7 @@ COMPILER_REMEDIES = {
     "blanks in": "use a folder without blanks: of the virtual environment, TMPDIR or "
     "TORCHINDUCTOR_CACHE_DIR, whichever is named",
     "noexec": "set TORCHINDUCTOR_CACHE_DIR to a folder on another disk",
+    "no file locks": "set TORCHINDUCTOR_CACHE_DIR to a folder on another disk",
     "no space left": "free some space where caches are and in TMPDIR",
     "quota exceeded": "free some space where caches are and in TMPDIR",
     "permission denied": "set TORCHINDUCTOR_CACHE_DIR and TMPDIR to folders of your own",
