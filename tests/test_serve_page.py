@@ -497,6 +497,6 @@ def test_watch(open_page, expect, folder, scheme, width):
         write_lines(folder / "d4" / "metrics.jsonl", losses([1.2345], first=20), "a")
         expect(page.locator(".chart .readout").nth(0)).to_contain_text("d4 1.2345")
         page.locator("#sample-step").press("Home")
-        expect(page.locator("#texts h4").nth(0)).to_contain_text("step 0")
+        expect(page.locator("#texts h3").nth(0)).to_contain_text("step 0")
         assert page.title() == "nanochat"
         assert page.evaluate("document.documentElement.scrollWidth") <= width

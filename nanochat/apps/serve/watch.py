@@ -46,6 +46,7 @@ MOST_KEPT = 100
 PIECE_BYTES = 8 << 20
 # what reading a folder with arbitrary content can raise; deep brackets exhaust the parser
 TROUBLES = (*DAMAGES, RecursionError)
+NAN = float("nan")
 FILES = ("config.json", "summary.json", "metrics.jsonl", "samples.jsonl", "core.jsonl")
 
 
@@ -193,17 +194,18 @@ class Metrics:
             self._clear()
         n_lines = len(self.axes["step"])
         for line in self._tail.new():
-            numbers = [(name, finite_number(line.get(name))) for name in CURVES]
-            filled = [(name, value) for name, value in numbers if value is not None]
-            if not filled or finite_number(line["step"]) is None:
-                continue
-            for name, value in filled:
-                self.lines[name].append(n_lines)
-                self.values[name].append(value)
-            for name in AXES:
-                place = finite_number(line.get(name))
-                self.axes[name].append(np.nan if place is None else place)
-            n_lines += 1
+            is_shown = False
+            for name in CURVES:
+                # most lines have two of them
+                if (value := finite_number(line.get(name))) is not None:
+                    self.lines[name].append(n_lines)
+                    self.values[name].append(value)
+                    is_shown = True
+            if is_shown:
+                for name, places in self.axes.items():
+                    place = finite_number(line.get(name))
+                    places.append(NAN if place is None else place)
+                n_lines += 1
 
     def curve(self, name: str) -> Curve:
         """A curve, thinned."""
