@@ -34,7 +34,10 @@ PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
 )
-OFFER = "this server offers /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics"
+OFFER = (
+    "this server offers /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics "
+    "and, for browsers, /"
+)
 # a client that reads slowly has this much longer than the answer
 SENDING_SECONDS = 60.0
 
