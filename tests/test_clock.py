@@ -113,6 +113,12 @@ def test_a_slow_step_counts(usual, slow):
     assert clock.seconds == pytest.approx(3 * usual + slow)
 
 
+def test_a_machine_that_becomes_ten_times_slower_is_not_suspended():
+    clock, _ = clock_after([1.0] * 3 + [10.0] * 6)
+    assert clock.seconds == 3 + 1 + 5 * 10
+    assert clock.latest_step_seconds(40) == 10.0
+
+
 def time_of_run(seconds_of_step, budget, ratio=0.5, **schedule):
     """Seconds that a run with a time budget trains, and its plan. seconds_of_step(seconds so far):
     how long the next step takes."""

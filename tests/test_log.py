@@ -241,7 +241,23 @@ def test_the_steps_of_a_time_budget_are_written_down(tmp_path, capsys):
     assert written == {"args": {}, "plan": plan.as_dict(), "format": 1}
     assert log.trackers.configs == [{"args": {}, "plan": plan.as_dict()}]
     assert capsys.readouterr().out == (
-        "time budget: 40 steps at 1000 ms, 10,240 tokens; warm-down over the last 20\n"
+        "time budget: 40 steps at 1000.0 ms, 10,240 tokens; warm-down over the last 20\n"
+    )
+
+
+def test_corrections_of_a_time_budget_are_written_down_and_shown_if_they_are_large(
+    tmp_path, capsys
+):
+    plan = make_plan(horizon="target_minutes", horizon_value=1, num_iterations=None)
+    plan.fix_steps(1000, done=3)
+    log = open_log(tmp_path, plan=plan)
+    log.config = {"args": {}}
+    for done, steps in ((500, 991), (600, 990), (700, 995)):
+        plan.set_steps(steps, done)
+        log.steps_fixed(clock_after(0.0075))
+    assert json.loads((tmp_path / "config.json").read_text())["plan"] == plan.as_dict()
+    assert capsys.readouterr().out == (
+        "time budget: 990 steps instead of 1000, since a step takes 7.5 ms now\n"
     )
 
 

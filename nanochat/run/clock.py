@@ -15,7 +15,8 @@ RATE_SHARE = 0.05
 RATE_OUTLIER = 3
 RATE_STEPS = 4096  # at most
 # A step during which this process, or a rank that it waited for, was suspended: it took so many
-# times its usual duration, and so many seconds more. It counts with its usual duration.
+# times its usual duration, and so many seconds more. It counts with its usual duration. If the next
+# step takes as long, the machine has become slow, and that one counts in full.
 SUSPENDED_FACTOR = 5
 SUSPENDED_SECONDS = 2.0
 RECENT_STEPS = 32  # of which the median is what a step usually takes
@@ -48,6 +49,7 @@ class Clock:
         self.step_seconds = 0.0
         # what the latest adds to the training time: nothing for a suspension
         self.counted_seconds = 0.0
+        self.was_long = False
         self.recent: list[float] = []
         self.measured: collections.deque[float] = collections.deque(maxlen=RATE_STEPS)
         self.steps_before = 0
@@ -69,7 +71,9 @@ class Clock:
         self.step_seconds = self.now() - started
         usual = self.usual_seconds()
         longest = max(SUSPENDED_FACTOR * usual, usual + SUSPENDED_SECONDS)
-        is_suspended = bool(self.recent) and self.step_seconds > longest
+        is_long = bool(self.recent) and self.step_seconds > longest
+        is_suspended = is_long and not self.was_long
+        self.was_long = is_long
         self.counted_seconds = usual if is_suspended else self.step_seconds
         self.steps += 1
         self.seconds += self.counted_seconds

@@ -23,6 +23,8 @@ from nanochat.run.state import Scores, TrainState
 from nanochat.run.trackers import Trackers
 
 RETRY_SECONDS = 10  # between attempts to write a summary that a full disk has refused
+# of the steps of a time budget: a smaller correction is not worth a line
+REMARKABLE_SHARE = 0.01
 SMOOTHING = 0.95  # of the loss on the screen: share of the value before
 
 
@@ -224,18 +226,21 @@ class RunLog:
         self.config["plan"] = plan.as_dict()
         self.summarize("running")
         self.trackers.update_config(self.config)
-        milliseconds = 1000 * clock.usual_seconds()
+        steps, announced = plan.num_iterations, self.announced_steps
+        step_time = f"{1000 * clock.usual_seconds():.1f} ms"
         if not plan.corrections:
             self.message(
-                f"time budget: {plan.num_iterations} steps at {milliseconds:.0f} ms, "
-                f"{plan.tokens:,} tokens; warm-down over the last {plan.warmdown_steps}"
+                f"time budget: {steps} steps at {step_time}, {plan.tokens:,} tokens; "
+                f"warm-down over the last {plan.warmdown_steps}"
             )
-        elif plan.num_iterations != self.announced_steps:
+        elif abs(steps - announced) >= REMARKABLE_SHARE * announced:
             self.message(
-                f"time budget: {plan.num_iterations} steps instead of {self.announced_steps}, "
-                f"since a step takes {milliseconds:.0f} ms now"
+                f"time budget: {steps} steps instead of {announced}, since a step takes "
+                f"{step_time} now"
             )
-        self.announced_steps = plan.num_iterations
+        else:
+            return
+        self.announced_steps = steps
 
     def summarize(self, status: str, reason: str = "") -> dict[str, Any]:
         """Write config.json and summary.json; returns the summary. A full disk is only reported;
