@@ -10,9 +10,9 @@ import pytest
 from disk import read_only
 from safetensors import safe_open
 
-from nanochat.common import UsageError
-from nanochat.data.sources import file_shard
-from nanochat.data.token_cache import TokenCache, _digest, trim_cache
+from nanochat.common import Unavailable, UsageError
+from nanochat.data.sources import file_shard, local_corpus
+from nanochat.data.token_cache import TokenCache, _digest, fit_tokenizer, trim_cache
 from nanochat.data.tokenizer import train_tokenizer
 
 BYTE = train_tokenizer("byte", [], -1)
@@ -90,6 +90,17 @@ def test_a_cache_that_cannot_be_written_is_read(shared_base):
     assert lengths == [14 * 40 + 1] * 2
     assert paths[0].is_relative_to(shared_base)
     assert [path.stat().st_mode & 0o777 for path in paths] == [0o644] * 2
+
+
+def test_a_tokenizer_that_cannot_be_kept(shared_base, monkeypatch):
+    """Neither in the shared folder of caches nor in a home folder."""
+    monkeypatch.setenv("HOME", str(shared_base))
+    text = shared_base.parent / "a.txt"
+    text.write_text("some words\n<|endoftext|>\n" * 50)
+    corpus = local_corpus(str(text))
+    with read_only(shared_base):
+        with pytest.raises(Unavailable, match="Permission denied.*NANOCHAT_BASE_DIR"):
+            fit_tokenizer(corpus, "char", -1)
 
 
 def test_opening_holds_no_copy_of_the_ids(tmp_path):

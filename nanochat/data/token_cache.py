@@ -57,6 +57,8 @@ CHECK_IDS = 1 << 20
 # token files kept open
 OPEN_SHARDS = 8
 
+# of a disk that refuses a file
+REMEDY = "free some space, or name another folder for caches by NANOCHAT_BASE_DIR"
 T = TypeVar("T")
 
 
@@ -115,7 +117,8 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
 
     A char tokenizer is trained on all text, so that validation has no unknown character.
     vocab_size: -1 derives it from the size of the text. The result is kept where cached() says.
-    Raises UsageError for a char tokenizer of a corpus that is not eager."""
+    Raises UsageError for a char tokenizer of a corpus that is not eager, Unavailable if the disk
+    refuses the result."""
     if kind == "byte":
         return train_tokenizer("byte", [], -1)
     vocab_size, folder = _fitted(corpus, kind, vocab_size)
@@ -132,7 +135,12 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
     if kind == "bpe":
         pieces = _first_characters(pieces, BPE_SAMPLE_BYTES)
     fitted = train_tokenizer(kind, (piece.text for piece in pieces), vocab_size)
-    fitted.save(folder)
+    try:
+        fitted.save(folder)
+    except OSError as error:
+        raise Unavailable(
+            f"the tokenizer cannot be written to {folder} ({error.strerror or error}); {REMEDY}"
+        ) from None
     return fitted
 
 
@@ -251,10 +259,7 @@ class TokenCache:
                 f"memory as token ids, twice; split it into several files"
             ) from None
         except (OSError, SafetensorError) as error:
-            raise DataFailed(
-                f"token cache: {path} cannot be written ({error}); free some space, or name "
-                f"another folder for caches by NANOCHAT_BASE_DIR"
-            ) from None
+            raise DataFailed(f"token cache: {path} cannot be written ({error}); {REMEDY}") from None
 
     def _build(self, shard: Shard, path: Path, locked: bool) -> None:
         """Tokenize a shard into its file.
