@@ -10,7 +10,7 @@ import pytest
 from disk import read_only
 
 from nanochat.common import UsageError
-from nanochat.run.folder import RunFolder, provenance, status_of
+from nanochat.run.folder import RunFolder, provenance, saved_step, status_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +28,38 @@ def test_the_status_in_a_damaged_summary_is_unknown(tmp_path, content):
     if content is not None:
         (tmp_path / "summary.json").write_bytes(content)
     assert status_of(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "summary, flags, steps, known",
+    [
+        # what the summary says is believed
+        ({"checkpoint": 4}, {}, 9, 4),
+        ({"checkpoint": None, "status": "running"}, {"save_every": 2}, 9, None),
+        # of earlier versions
+        ({"status": "stopped", "step": 9}, {}, 8, 9),
+        ({"status": "stopped", "step": 0}, {}, 0, None),
+        ({"status": "stopped", "step": 9}, {"no_save": True}, 8, None),
+        ({"status": "running", "step": 5}, {"save_every": 4}, 9, 8),
+        ({"status": "running", "step": 5}, {"save_every": 10}, 9, None),
+        # lost or damaged
+        (None, {"save_every": 4}, 9, 8),
+        (None, {"save_every_minutes": 0.1}, 9, 7),
+        (None, {"save_every_minutes": 10}, 9, None),
+        (None, {}, 20, 20),
+        ([], {"save_every": 4}, 9, 8),
+    ],
+)
+def test_the_checkpoint_that_a_run_had(tmp_path, summary, flags, steps, known):
+    """The run has 20 steps of a second; `steps` are in its metrics."""
+    args = {"no_save": False, "save_every": -1, "save_every_minutes": -1, **flags}
+    config = {"args": args, "plan": {"num_iterations": 20}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    lines = [{"step": step, "total_training_time": float(step)} for step in range(steps + 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert saved_step(tmp_path) == known
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path):

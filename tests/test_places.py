@@ -72,7 +72,7 @@ def test_a_run_folder_that_is_a_link_to_nowhere(tmp_path, capsys):
     assert f"run is a link to {tmp_path / 'gone'}, which does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("version", ["this", "an earlier one"])
+@pytest.mark.parametrize("version", ["this", "an earlier one", "this, without its summary"])
 @pytest.mark.parametrize("place", ["empty", "missing"])
 def test_a_run_that_had_checkpoints_does_not_begin_again(copy, elsewhere, capsys, place, version):
     """Its disk is not mounted: an empty folder is there in its place."""
@@ -84,6 +84,8 @@ def test_a_run_that_had_checkpoints_does_not_begin_again(copy, elsewhere, capsys
     summary = copy / "run" / "summary.json"
     if version == "an earlier one":
         summary.write_text(summary.read_text().replace('"checkpoint"', '"of_no_name"'))
+    elif version != "this":
+        summary.unlink()
     before = small.files(copy)
     assert small.run(copy, "--resume", "--num-iterations=20") == 2
     error = capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanochat import locks
 from nanochat.common import PARTIAL, UsageError, can_create, delete_folder, read_json, write_json
-from nanochat.run.metrics import finite_or_null
+from nanochat.run.metrics import finite_or_null, read_lines
 
 FORMAT = 1
 # What --overwrite deletes, config.json first: without it the folder holds no run, so that a
@@ -166,17 +166,43 @@ def status_of(path: Path | str) -> str | None:
 
 
 def saved_step(path: Path | str) -> int | None:
-    """The step of the newest checkpoint that a run's summary.json knows of, None if it knows of
-    none; runs saved by earlier versions tell only by having completed."""
+    """The step of the newest checkpoint that a run's records know of, None if they know of none.
+
+    summary.json has it; where that is lost or of an earlier version, the flags and metrics.jsonl
+    tell when a checkpoint was due."""
+    path = Path(path)
+    summary = None
+    with contextlib.suppress(UsageError):
+        summary = read_json(path / "summary.json", "run folder")
+    if not isinstance(summary, dict):
+        summary = {}
+    if "checkpoint" in summary:
+        return summary["checkpoint"]
     try:
-        summary = read_json(Path(path) / "summary.json", "run folder")
-        if "checkpoint" in summary:
-            return summary["checkpoint"]
-        config = read_json(Path(path) / "config.json", "run folder")
-        was_saved = summary["status"] == "completed" and not config["args"]["no_save"]
-        return summary["step"] if was_saved else None
+        return _due_checkpoint(path, summary)
     except (UsageError, KeyError, TypeError):
         return None
+
+
+def _due_checkpoint(path: Path, summary: dict[str, Any]) -> int | None:
+    """The step of a checkpoint that must have been saved, if a run's config.json and metrics.jsonl
+    tell of one. UsageError, KeyError or TypeError for a damaged config.json."""
+    config = read_json(path / "config.json", "run folder")
+    args = config["args"]
+    lines = read_lines(path / "metrics.jsonl")
+    if args["no_save"] or not lines:
+        return None
+    last = lines[-1]["step"]
+    is_at_end = last == config["plan"]["num_iterations"]
+    if is_at_end or summary.get("status") in ("completed", "stopped"):
+        return summary.get("step", last) or None
+    every, minutes = args["save_every"], args["save_every_minutes"]
+    if every != -1 and last >= every:
+        return last // every * every
+    if minutes == -1:
+        return None
+    overdue = (line["step"] for line in lines if line["total_training_time"] > 60 * minutes)
+    return next(overdue, None)
 
 
 def provenance() -> dict[str, Any]:
