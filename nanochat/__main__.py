@@ -27,7 +27,7 @@ APPS = {
     "serve": "answer OpenAI's clients with the models of runs",
     "client": "text from a server that speaks OpenAI's API",
     "sweep": "train and compare the runs of a sweep",
-    "export": "turn a run into a Hugging Face folder, or back",
+    "export": "turn a run into a Hugging Face folder, or back, or into a gguf file",
     "data": "fetch, inspect, tokenize ahead and mix text",
     "tokenizer": "train, compare and inspect tokenizers",
     "bench": "time the parts of training on this machine",

@@ -33,6 +33,7 @@ OPTIONAL = {
     "tensorboard": Package("tensorboard", "--tensorboard"),
     "transformers": Package("transformers>=4.57", "nanochat export"),
     "tokenizers": Package("tokenizers>=0.22", "nanochat export"),
+    "gguf": Package("gguf>=0.19", "nanochat export --format gguf"),
     "starlette": Package("starlette", "nanochat serve"),
     "uvicorn": Package("uvicorn", "nanochat serve"),
     "pytest": Package("pytest", "the tests"),
