@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +93,11 @@ class Page:
 
 
 def _json(content: Any) -> "Response":
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
 
-    return JSONResponse(dataclasses.asdict(content))
+    # not asdict(), which copies each number
+    text = json.dumps(content, default=vars, allow_nan=False, separators=(",", ":"))
+    return Response(text, media_type="application/json")
 
 
 def page_routes(watch: Watch | None) -> list["Route"]:
