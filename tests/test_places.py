@@ -147,6 +147,20 @@ def test_a_run_outlives_the_run_that_it_began_with(tmp_path, repeated):
     assert small.summary(tmp_path)["step"] == 6
 
 
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_run_outlives_the_folder_of_its_tokenizer(copy, repeated):
+    tokenizer = copy / "run" / "tokenizer"
+    shutil.copytree(tokenizer, copy / "moved")
+    given = [f"--tokenizer={copy / 'moved'}"]
+    flags = (*given, "--num-iterations=2", *QUIET)
+    assert small.run(copy, *flags, tag="other") == 0
+    shutil.rmtree(copy / "moved")
+    argv = [f"--out-dir={copy}", "--model-tag=other", "--resume", "--num-iterations=4"]
+    assert train.run(argv + given * repeated) == 0
+    # a run that begins needs it
+    assert small.run(copy, *flags, "--resume", tag="new") == 2
+
+
 # ---- checks look at the values in force ----
 
 

@@ -192,9 +192,13 @@ def _check_head_dim(args: argparse.Namespace, problems: _Problems) -> None:
 
 
 def _check_tokenizer(args: argparse.Namespace, problems: _Problems) -> None:
+    # A resumed run has a copy of its own.
     problems.require(
         "tokenizer",
-        args.tokenizer in (*TOKENIZER_KINDS, "gpt2") or os.path.isdir(args.tokenizer),
+        args.resume
+        or args.resume_from_step != -1
+        or args.tokenizer in (*TOKENIZER_KINDS, "gpt2")
+        or os.path.isdir(args.tokenizer),
         "neither a kind of tokenizer nor a folder",
         f"choose {', '.join(TOKENIZER_KINDS)}, gpt2, a folder with a saved one, or a run folder",
     )
