@@ -187,4 +187,7 @@ def test_a_given_device_batch_is_checked_with_the_batch_of_the_run(copy, capsys)
     argv = [f"--out-dir={copy}", "--model-tag=run", "--resume", "--device-batch-size=3"]
     assert train.run([*argv, "--num-iterations=20"]) == 2
     error = capsys.readouterr().err
-    assert "--total-batch-size=256: not a multiple of one micro-batch" in error
+    assert (
+        "--device-batch-size=3: does not divide the 8 rows of a rank in this run's batch; use 1 or "
+        "2 or 4 or 8, or leave it out" in error
+    )

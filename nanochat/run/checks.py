@@ -224,6 +224,18 @@ def _check_batch(args: argparse.Namespace, problems: _Problems) -> None:
     unit = args.max_seq_len * max(1, args.device_batch_size) * devices
     if unit <= 0 or args.total_batch_size <= 0:
         return
+    rows, rest = divmod(args.total_batch_size, args.max_seq_len * devices)
+    # The batch of a resumed run is frozen: only how it is dealt out can change.
+    is_frozen = args.resume and "total_batch_size" not in args.given
+    if is_frozen and "device_batch_size" in args.given and args.device_batch_size > 0 and not rest:
+        divisors = " or ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        problems.require(
+            "device_batch_size",
+            rows % args.device_batch_size == 0,
+            f"does not divide the {rows} rows of a rank in this run's batch",
+            f"use {divisors}, or leave it out",
+        )
+        return
     # Both neighbours are named, so that nobody has to do the division.
     below = args.total_batch_size // unit * unit
     nearest = " or ".join(str(n) for n in (below, below + unit) if n)
