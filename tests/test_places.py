@@ -116,6 +116,11 @@ def test_a_name_with_which_no_checkpoint_can_be_written(tmp_path, capsys):
     assert not list(tmp_path.glob("caf*"))
 
 
+def test_a_name_that_is_too_long(tmp_path, capsys):
+    assert small.run(tmp_path, tag="x" * 300) == 2
+    assert "--model-tag: a run folder of that name cannot exist (File" in capsys.readouterr().err
+
+
 # ---- what a run began with is gone ----
 
 

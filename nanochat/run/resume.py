@@ -175,13 +175,23 @@ def claim_run(args: argparse.Namespace, folder: RunFolder) -> tuple[int | None, 
 
 def _refuse_unusable_path(folder: RunFolder) -> None:
     """Raise UsageError for a run folder in which checkpoints could not be written, or would be
-    missed: links that lead nowhere, as when a disk is not mounted, and names that are no text."""
+    missed: links that lead nowhere, as when a disk is not mounted, and impossible names."""
     try:
         str(folder.path).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError(
             f"--out-dir, --model-tag: {valid_unicode(str(folder.path))} holds bytes that are not "
             "UTF-8, a name with which checkpoints cannot be written; give another name"
+        ) from None
+    try:
+        os.lstat(folder.path)
+    # what does not exist can be created
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(
+            f"--out-dir, --model-tag: a run folder of that name cannot exist ({error.strerror}); "
+            "give another name"
         ) from None
     parts = [folder.path, *folder.path.parents]
     for path in (*parts, *sorted(folder.path.glob("*"))):
