@@ -9,6 +9,10 @@ import select
 import sys
 from typing import TextIO
 
+# Bytes for which a terminal that reports any room has room: unlike a pipe, it promises nothing, and
+# its buffers grow by 256 bytes.
+TERMINAL_PIECE = 64
+
 
 class _Screen(io.FileIO):
     """A file descriptor whose writes never fail, and never wait longer than patience_seconds, None
@@ -19,6 +23,9 @@ class _Screen(io.FileIO):
     def __init__(self, descriptor: int, patience_seconds: float | None) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self.patience_seconds = patience_seconds
+        # A piece of this size does not wait where there is room.
+        is_guarded_terminal = patience_seconds is not None and self.isatty()
+        self.piece = TERMINAL_PIECE if is_guarded_terminal else select.PIPE_BUF
         self.is_stuck = False
         self.refused: OSError | None = None
 
@@ -30,8 +37,7 @@ class _Screen(io.FileIO):
                 if not self._takes_text():
                     self.refused = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
                     return len(data)
-                # There is room for so much; a longer piece might have to wait.
-                written = super().write(data[: select.PIPE_BUF])
+                written = super().write(data[: self.piece])
             return written
         except OSError as error:
             self.refused = error
