@@ -72,7 +72,8 @@ def choose(
     """The token of each row that a random number between 0 and 1 draws. Returns int64 (B,) on the
     CPU.
 
-    logits_BxV: any float dtype and device; computed with in fp64 on the CPU, in this order:
+    logits_BxV: any float dtype and device; computed with on the CPU, probabilities in fp64, in this
+    order:
     repetition_penalty  divides the logits of the tokens marked in seen_BxV (bool, CPU), or
                         multiplies negative ones, so that all become less likely; 1: off
                         (arXiv 1909.05858)
@@ -82,7 +83,10 @@ def choose(
                         reaches p, one at least; 1 or more: off (nucleus, arXiv 1904.09751)
     min_p               keeps tokens at least min_p times as probable as the most likely one; 0: off
     Raises NotNumbers if a logit is NaN or plus infinity."""
-    logits_BxV = logits_BxV.detach().cpu().double()
+    logits_BxV = logits_BxV.detach().cpu()
+    # 16-bit ones have few values between two neighbours
+    if logits_BxV.dtype != torch.float64:
+        logits_BxV = logits_BxV.float()
     # written so that NaN fails too
     if not (logits_BxV < math.inf).all():
         raise NotNumbers(
@@ -104,7 +108,7 @@ def choose(
     # Sorting all tokens takes longer than a small model; nearly always a few of them decide.
     if k == V > SORTED_FIRST:
         relative_BxV = (logits_BxV - logits_BxV.amax(-1, keepdim=True)) / temperature
-        total_Bx1 = relative_BxV.exp().sum(-1, keepdim=True)
+        total_Bx1 = relative_BxV.exp_().sum(-1, keepdim=True, dtype=torch.float64)
         chosen_B = _draw(logits_BxV, point_Bx1, temperature, SORTED_FIRST, top_p, min_p, total_Bx1)
         if chosen_B is not None:
             return chosen_B
@@ -126,6 +130,7 @@ def _draw(
     result is then None unless the k most likely decide."""
     # sorted, the most likely first
     kept_logits, kept_ids = logits_BxV.topk(k)
+    kept_logits = kept_logits.double()
     # the largest becomes 0 before the division, so that a tiny temperature cannot overflow
     highest_Bx1 = kept_logits[:, :1]
     shares = ((kept_logits - highest_Bx1) / temperature).exp()
