@@ -44,7 +44,7 @@ class _Model(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "depth width n_head n_kv_head head_dim hidden vocab_size"),
         *_fields(ctypes.c_int64, "gate_channels is_speedrun key_shift middle_layer is_bf16"),
-        *_fields(ctypes.c_float, "norm_eps smear_lambda backout_lambda"),
+        *_fields(ctypes.c_float, "norm_eps smear_lambda backout_lambda softcap"),
         *_fields(ctypes.c_void_p, "embedding head final_norm smear_gate rope_cos rope_sin"),
         *_fields(ctypes.c_void_p, "previous_embedding layers"),
     )
@@ -118,9 +118,6 @@ class CpuDecoder:
             at + 16 * B,
             logits_BxV.data_ptr(),
         )
-        softcap = self.model.softcap
-        if softcap is not None:
-            logits_BxV.div_(softcap).tanh_().mul_(softcap)
         return logits_BxV
 
     # ---- the description of the model ----
@@ -153,6 +150,7 @@ class CpuDecoder:
             key_shift=config.key_shift,
             middle_layer=max(0, config.depth // 2 - 1),
             is_bf16=model.compute_dtype == torch.bfloat16,
+            softcap=model.softcap or 0,
             norm_eps=NORM_EPS if config.arch == "speedrun" else LLAMA_NORM_EPS,
             embedding=self._weight(model.embedding.weight),
             head=self._weight(model.head_weight()),

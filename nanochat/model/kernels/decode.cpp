@@ -259,7 +259,7 @@ struct Layer {
 struct Model {
     int64_t depth, width, n_head, n_kv_head, head_dim, hidden, vocab_size, gate_channels;
     int64_t is_speedrun, key_shift, middle_layer, is_bf16;
-    float norm_eps, smear_lambda, backout_lambda;
+    float norm_eps, smear_lambda, backout_lambda, softcap;  // 0: no softcap
     const void *embedding, *head;
     const float *final_norm, *smear_gate, *rope_cos, *rope_sin;
     float* previous_embedding;  // (slots, C)
@@ -282,6 +282,19 @@ struct Buffers {
 inline void norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
     float scale = 1.0f / std::sqrt(dot(x, x, n) / n + eps);
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * (weight ? weight[i] : 1.0f);
+}
+
+// c tanh(x / c) of n numbers, in place.
+inline void cap(float* x, int64_t n, float c) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        float part[LANES] = {};
+        int64_t here = std::min<int64_t>(LANES, n - i);
+        std::copy_n(x + i, here, part);
+        F16 tanh = 1.0f - 2.0f / (exp(load(part) * (2.0f / c)) + 1.0f);
+        tanh *= c;
+        std::memcpy(part, &tanh, sizeof tanh);
+        std::copy_n(part, here, x + i);
+    }
 }
 
 // Rotary position, and QK-norm in a speedrun model; in place.
@@ -407,6 +420,11 @@ struct Step {
         int64_t V = m.vocab_size;
         multiply(static_cast<const W*>(m.head), V, C, b.normed.data(), B, t, team.size,
                  [&](int64_t row, int64_t out, float value) { logits[row * V + out] = value; });
+        if (m.softcap == 0) return;
+        // This thread's own outputs: as many as multiply() gave it.
+        Share share = share_of(V, 4, t, team.size);
+        for (int64_t row = 0; row < B; row++)
+            cap(logits + row * V + share.first, share.last - share.first, m.softcap);
     }
 
     void into(const void* w, int64_t n_out, int64_t n, const std::vector<float>& x,
@@ -502,7 +520,7 @@ void* nanochat_team(int threads) { return new Team(threads); }
 void nanochat_disband(void* team) { delete static_cast<Team*>(team); }
 
 // Reads one token of each of B texts: ids, their positions, and the slots of the cache that hold
-// what was read before. logits: (B, V), not softcapped. No slot may occur twice.
+// what was read before. logits: (B, V). No slot may occur twice.
 void nanochat_decode(const Model* model, void* team, int64_t B, const int64_t* ids,
                      const int64_t* positions, const int64_t* slots, float* logits) {
     Team& threads = *static_cast<Team*>(team);
