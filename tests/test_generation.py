@@ -800,11 +800,14 @@ def test_sample_usage_errors_of_the_parser(argv):
     ids=str,
 )
 def test_the_likeliest_tokens_decide_as_all_sorted_ones_do(settings, monkeypatch):
-    """Sorting all of them is what the rule says; flat distributions need more than a few."""
+    """Sorting all of them is what the rule says; flat distributions need more than a few. A row
+    gets the same token alone and among others."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(400, 500, generator=generator) * torch.linspace(0, 6, 400)[:, None]
     points = torch.rand(400, 1, generator=generator, dtype=torch.float64)
-    quick = generation.choose(logits, points, **settings)
+    rows = zip(logits.split(1), points.split(1), strict=True)
+    quick = torch.cat([generation.choose(row, point, **settings) for row, point in rows])
+    assert torch.equal(quick, generation.choose(logits, points, **settings))
     monkeypatch.setattr(generation, "SORTED_FIRST", 10**9)
     assert torch.equal(quick, generation.choose(logits, points, **settings))
 

@@ -409,30 +409,34 @@ def _choose(group: list[_Running], logits_BxV: Tensor) -> list[int | None]:
     for row, running in enumerate(group):
         settings = dataclasses.replace(running.request.sampling, seed=0)
         alike.setdefault(settings, []).append(row)
-    are_numbers = (logits_BxV < math.inf).all(-1).tolist()
+    are_numbers = [bool(logits_V.amax() < math.inf) for logits_V in logits_BxV]
     chosen: list[int | None] = [None] * len(group)
     for settings, rows in alike.items():
         rows = [row for row in rows if are_numbers[row]]
-        if not rows:
-            continue
-        points = seen = None
-        if settings.temperature != 0:
-            points = torch.cat([draw_points(1, group[row].generator) for row in rows])
-        if settings.repetition_penalty != 1:
-            seen = torch.stack([group[row].seen_V for row in rows])
-        found = choose(
-            logits_BxV[rows],
-            points,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.repetition_penalty,
-            settings.min_p,
-            seen,
-        )
-        for row, token_id in zip(rows, found.tolist(), strict=True):
-            chosen[row] = token_id
+        if rows:
+            found = _choose_alike([group[row] for row in rows], logits_BxV[rows], settings)
+            for row, token_id in zip(rows, found, strict=True):
+                chosen[row] = token_id
     return chosen
+
+
+def _choose_alike(group: list[_Running], logits_BxV: Tensor, settings: Sampling) -> list[int]:
+    points = seen = None
+    if settings.temperature != 0:
+        points = torch.cat([draw_points(1, running.generator) for running in group])
+    if settings.repetition_penalty != 1:
+        seen = torch.stack([running.seen_V for running in group])
+    chosen_B = choose(
+        logits_BxV,
+        points,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        settings.repetition_penalty,
+        settings.min_p,
+        seen,
+    )
+    return chosen_B.tolist()
 
 
 def _logprobs(logits_nxV: Tensor, ids: list[int], n_top: int) -> list[tuple[float, Top]]:

@@ -22,6 +22,9 @@ from nanochat.model.decoder import Decoder
 
 # tokens of a sample drawn during training
 SAMPLE_TOKENS = 96
+# Beyond so many numbers torch uses several threads, which then spin for a while on the cores that
+# the threads of decode.cpp need.
+ONE_THREAD_NUMBERS = (1 << 15) - 1
 # of the most likely tokens, which are looked at before all are sorted
 SORTED_FIRST = 64
 
@@ -83,6 +86,22 @@ def choose(
                         reaches p, one at least; 1 or more: off (nucleus, arXiv 1904.09751)
     min_p               keeps tokens at least min_p times as probable as the most likely one; 0: off
     Raises NotNumbers if a logit is NaN or plus infinity."""
+    B, V = logits_BxV.shape
+    together = max(1, ONE_THREAD_NUMBERS // V)
+    if together < B:
+        settings = (temperature, top_k, top_p, repetition_penalty, min_p)
+        parts = [slice(first, first + together) for first in range(0, B, together)]
+        return torch.cat(
+            [
+                choose(
+                    logits_BxV[part],
+                    None if point_Bx1 is None else point_Bx1[part],
+                    *settings,
+                    seen_BxV=None if seen_BxV is None else seen_BxV[part],
+                )
+                for part in parts
+            ]
+        )
     logits_BxV = logits_BxV.detach().cpu()
     # 16-bit ones have few values between two neighbours
     if logits_BxV.dtype != torch.float64:
@@ -103,16 +122,22 @@ def choose(
     if temperature == 0:
         return logits_BxV.argmax(-1)
 
-    V = logits_BxV.size(1)
     k = min(top_k, V) if top_k and top_k > 0 else V
     # Sorting all tokens takes longer than a small model; nearly always a few of them decide.
     if k == V > SORTED_FIRST:
         relative_BxV = (logits_BxV - logits_BxV.amax(-1, keepdim=True)) / temperature
         total_Bx1 = relative_BxV.exp_().sum(-1, keepdim=True, dtype=torch.float64)
-        chosen_B = _draw(logits_BxV, point_Bx1, temperature, SORTED_FIRST, top_p, min_p, total_Bx1)
-        if chosen_B is not None:
-            return chosen_B
-    return _draw(logits_BxV, point_Bx1, temperature, k, top_p, min_p)
+        chosen_B, is_decided_B = _draw(
+            logits_BxV, point_Bx1, temperature, SORTED_FIRST, top_p, min_p, total_Bx1
+        )
+        # row by row, so that a text gets the same token alone and among others
+        rest_B = ~is_decided_B
+        if rest_B.any():
+            chosen_B[rest_B], _ = _draw(
+                logits_BxV[rest_B], point_Bx1[rest_B], temperature, k, top_p, min_p
+            )
+        return chosen_B
+    return _draw(logits_BxV, point_Bx1, temperature, k, top_p, min_p)[0]
 
 
 def _draw(
@@ -123,11 +148,11 @@ def _draw(
     top_p: float,
     min_p: float,
     total_Bx1: Tensor | None = None,
-) -> Tensor | None:
-    """choose() among the k most likely tokens of each row.
+) -> tuple[Tensor, Tensor]:
+    """choose() among the k most likely tokens of each row, and whether they decide, bool (B,).
 
-    total_Bx1: the sum over all tokens, relative to the most likely one, if all may be drawn; the
-    result is then None unless the k most likely decide."""
+    total_Bx1: the sum over all tokens, relative to the most likely one, if all may be drawn; None
+    if only these k may."""
     # sorted, the most likely first
     kept_logits, kept_ids = logits_BxV.topk(k)
     kept_logits = kept_logits.double()
@@ -144,13 +169,17 @@ def _draw(
         last_Bx1 = torch.minimum((shares >= min_p).sum(-1, keepdim=True) - 1, last_Bx1)
     # invert the cumulative distribution: a point below the kept mass falls into one token's share
     mass_Bx1 = cumulative.gather(1, last_Bx1)
-    if total_Bx1 is not None:
-        ends_here = last_Bx1 < k - 1
-        mass_Bx1 = torch.where(ends_here, mass_Bx1, 1.0)
-        if not (ends_here | (point_Bx1 < cumulative[:, -1:])).all():
-            return None
+    is_decided_Bx1 = torch.ones_like(last_Bx1, dtype=torch.bool)
+    if total_Bx1 is not None and (top_p < 1 or min_p > 0):
+        # where the cut is further on, its mass is not known
+        is_decided_Bx1 = last_Bx1 < k - 1
+    elif total_Bx1 is not None:
+        is_decided_Bx1 = point_Bx1 < cumulative[:, -1:]
+        mass_Bx1 = torch.ones_like(mass_Bx1)
     place_Bx1 = torch.searchsorted(cumulative, point_Bx1 * mass_Bx1, right=True)
-    return kept_ids.gather(1, place_Bx1)[:, 0]
+    # behind the last one: not decided
+    place_Bx1.clamp_(max=k - 1)
+    return kept_ids.gather(1, place_Bx1)[:, 0], is_decided_Bx1[:, 0]
 
 
 class Problem(NamedTuple):
