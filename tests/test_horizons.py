@@ -61,7 +61,7 @@ def test_a_time_budget_fixes_the_steps_once(tmp_path, monkeypatch, capsys):
     inject_clock(monkeypatch, 1.5)
     assert small.run(tmp_path, *NO_LIMIT, "--target-minutes=0.5") == 0
     shown = capsys.readouterr().out
-    assert shown.count("time budget: 20 steps at 1500 ms, 5,120 tokens; warm-down") == 1
+    assert shown.count("time budget: 20 steps at 1500.0 ms, 5,120 tokens; warm-down") == 1
     plan = small.config(tmp_path)["plan"]
     assert plan["horizon"] == "target_minutes"
     assert plan["num_iterations"] == small.summary(tmp_path)["step"] == 20
@@ -70,8 +70,9 @@ def test_a_time_budget_fixes_the_steps_once(tmp_path, monkeypatch, capsys):
 
 
 def test_a_measured_time_budget_is_kept(tmp_path, monkeypatch):
-    """It is in config.json before the next step ends; a resumed run that is slower trains as many
-    steps."""
+    """It is in config.json before the next step ends, and so is the decision where the warm-down
+    begins. A resumed run repeats both, and decides again once it has measured its own speed: at
+    20 s a step, the budget is over."""
     written = []
 
     def note_and_leave(update):
@@ -87,8 +88,9 @@ def test_a_measured_time_budget_is_kept(tmp_path, monkeypatch):
     assert written == [20] and checkpoint.steps_of(tmp_path / "run") == [5, 10]
     inject_clock(monkeypatch, 20.0)
     assert small.run(tmp_path, *flags, QUIET, "--resume") == 0
-    assert small.summary(tmp_path)["step"] == 20
-    assert list(small.losses(tmp_path)) == list(range(20))
+    plan = small.config(tmp_path)["plan"]
+    assert (plan["scheduled_steps"], plan["corrections"]) == (20, [[10, 20], [16, 17]])
+    assert list(small.losses(tmp_path)) == list(range(17))
 
 
 def test_extending_by_a_time_budget(tmp_path, monkeypatch):
