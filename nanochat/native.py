@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,8 @@ COMPILERS = ("g++", "clang++")
 # No -ffast-math: it would let the compiler sum in another order.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 COMPILE_SECONDS = 300
+# The lines in which compilers, linkers and the system name a cause.
+CAUSE = re.compile(r"error|cannot|no such|no space|denied|not found|not permitted", re.IGNORECASE)
 
 
 @functools.cache
@@ -80,9 +83,14 @@ def _processor() -> str:
 
 def _cause(error: Exception) -> str:
     """What made it fail, in a line."""
-    output = getattr(error, "stdout", None)
-    if output:
-        lines = output.decode(errors="replace").splitlines()
-        telling = [line for line in lines if "error" in line.lower()]
-        return in_a_line(ValueError((telling or lines)[0]))
-    return in_a_line(error)
+    return telling_line(getattr(error, "stdout", None) or b"") or in_a_line(error)
+
+
+def telling_line(output: str | bytes) -> str:
+    """The first line of a compiler's output that names a cause, or else the first one."""
+    if isinstance(output, bytes):
+        output = output.decode(errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    telling = [line for line in lines if CAUSE.search(line)]
+    first = (telling or lines or [""])[0]
+    return in_a_line(ValueError(first)) if first else ""

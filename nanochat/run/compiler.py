@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -20,6 +19,7 @@ import torch
 
 from nanochat import hardware, locks, ranks
 from nanochat.common import in_a_line
+from nanochat.native import telling_line
 
 # Generous, for a machine that is busy or a disk that is far away.
 PROBE_SECONDS = 120
@@ -27,8 +27,6 @@ PROBE_SECONDS = 120
 ROOM_BYTES = 32 << 20
 # Needs the compiler's own parts, its headers, and Python's, as generated code does.
 PROBE = "#include <math.h>\n#include <Python.h>\ndouble probe(double x) { return exp(x); }\n"
-# The lines in which compilers, linkers and the system name a cause.
-CAUSE = re.compile(r"error|cannot|no such|no space|denied|not found|not permitted", re.IGNORECASE)
 
 
 def missing(device_type: str) -> str | None:
@@ -128,7 +126,7 @@ def _probe(device_type: str) -> str | None:
         )
         if done.returncode:
             name = os.path.basename(compiler)
-            return _telling_line(done.stdout) or f"{name} ended with exit code {done.returncode}"
+            return telling_line(done.stdout) or f"{name} ended with exit code {done.returncode}"
         ctypes.CDLL(str(library))
     return None
 
@@ -167,17 +165,7 @@ def cause(error: BaseException) -> str:
         return f"the compiler took more than {error.timeout:g} s"
     # inductor's exception for a failed compiler has its output, after a long command
     text = getattr(error, "output", None) or str(error)
-    return _telling_line(text) or in_a_line(error)
-
-
-def _telling_line(output: str | bytes) -> str:
-    """The first line of a compiler's output that names a cause, or else the first one."""
-    if isinstance(output, bytes):
-        output = output.decode(errors="replace")
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if CAUSE.search(line)]
-    first = (telling or lines or [""])[0]
-    return in_a_line(ValueError(first)) if first else ""
+    return telling_line(text) or in_a_line(error)
 
 
 def _explained(reason: str) -> str:
