@@ -1,5 +1,6 @@
 """What every layer uses: errors, exit codes, seeds, files, formatted numbers. Imports no torch."""
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -431,6 +432,24 @@ def number_or_auto(text: str) -> int | str:
 def step_argument(text: str) -> int | str:
     """argparse type of --step: a whole number, or "best". ValueError otherwise."""
     return text if text == "best" else int(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare --device-type and --dtype, for apps that compute with a trained model."""
+    parser.add_argument(
+        "--device-type",
+        default="",
+        choices=("", "cuda", "mps", "cpu"),
+        help="default: the first available of cuda, mps, cpu",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        # float16 is left out: its range is made up for by loss scaling, which only training has
+        choices=("auto", "bfloat16", "float32"),
+        help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
+        "(default %(default)s)",
+    )
 
 
 # ---- numbers ----

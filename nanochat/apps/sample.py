@@ -10,6 +10,7 @@ from nanochat import output
 from nanochat.common import (
     EXIT_COMPLETED,
     UsageError,
+    add_model_flags,
     path_argument,
     step_argument,
     valid_unicode,
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_prompt_flags(parser)
     _add_sampling_flags(parser)
-    _add_device_flags(parser)
+    add_model_flags(parser)
     return parser
 
 
@@ -139,24 +140,6 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=42,
         metavar="N",
         help="the same seed gives the same text (default %(default)s)",
-    )
-
-
-def _add_device_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--device-type",
-        default="",
-        choices=("", "cuda", "mps", "cpu"),
-        help="default: the first available of cuda, mps, cpu",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        # float16 is left out: its range is made up for by loss scaling, which only training has
-        choices=("auto", "bfloat16", "float32"),
-        help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
-        "(default %(default)s)",
     )
 
 

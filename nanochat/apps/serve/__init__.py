@@ -5,7 +5,14 @@ import argparse
 from argparse import Namespace
 from pathlib import Path
 
-from nanochat.common import EXIT_COMPLETED, UsageError, install_hint, path_argument, step_argument
+from nanochat.common import (
+    EXIT_COMPLETED,
+    UsageError,
+    add_model_flags,
+    install_hint,
+    path_argument,
+    step_argument,
+)
 
 PURPOSE = "nanochat serve"
 
@@ -47,19 +54,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="while a run is training, replace its weights by those of each newer checkpoint, "
         "between requests",
     )
-    add(
-        "--device-type",
-        default="",
-        choices=("", "cuda", "mps", "cpu"),
-        help="default: the first available of cuda, mps, cpu",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "bfloat16", "float32"),
-        help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
-        "(default %(default)s)",
-    )
+    add_model_flags(parser)
 
 
 def _add_watch_flags(parser: argparse.ArgumentParser) -> None:
