@@ -11,30 +11,27 @@ that use them, so that --help and a wrong flag answer immediately."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat import limits, output, signals
+from nanochat import output, signals
 from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
-    EXIT_STOPPED,
-    EXIT_USAGE,
     TrainingFailed,
-    Unavailable,
     UsageError,
-    check_system,
     human_time,
     stream_seed,
 )
 from nanochat.optim import schedules
 from nanochat.run import flags
+from nanochat.run.exits import exit_code_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,20 +42,17 @@ if TYPE_CHECKING:
     from nanochat.model.decoder import Decoder
     from nanochat.optim.loss_scaler import LossScaler
     from nanochat.optim.optimizer import Optimizer
-    from nanochat.ranks import Agreed
     from nanochat.run.clock import Clock
-    from nanochat.run.faults import Watchdog
+    from nanochat.run.control import Control
     from nanochat.run.keeper import Keeper
+    from nanochat.run.lifecycle import Taken
     from nanochat.run.log import RunLog, StepResult
     from nanochat.run.plan import Machine, Plan
     from nanochat.run.plan_text import PlannedRun
     from nanochat.run.profiler import Profiler
     from nanochat.run.resume import OpenedRun
-    from nanochat.run.saver import Saver
     from nanochat.run.state import TrainState
     from nanochat.run.training_text import TrainingText
-
-EXIT_CODES = {"completed": EXIT_COMPLETED, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -174,6 +168,8 @@ class Session:
     batches: Prefetcher
     profiler: Profiler
     stop: signals.StopSignals
+    control: Control
+    ends_early: bool = True
 
     @property
     def args(self) -> Namespace:
@@ -184,11 +180,6 @@ class Session:
     def batch_tokens(self) -> int:
         """Tokens that a device takes per pass, also in evaluations."""
         return self.device_batch * self.args.max_seq_len
-
-    def asked_to_stop(self) -> bool:
-        """Asked between the passes of an evaluation, which is a sign of progress."""
-        self.clock.begin(f"the evaluation of step {self.state.step}")
-        return self.stop.requested
 
     def dropout_seed(self, micro: int, step: int | None = None) -> int | None:
         """Seed of a micro-batch's dropout on this rank, so that resuming needs no generator
@@ -213,6 +204,7 @@ def train(session: Session) -> str:
     from nanochat.optim.step import accumulate
     from nanochat.run import faults
     from nanochat.run.log import StepResult
+    from nanochat.run.orders import agree
     from nanochat.run.plan import due
 
     args, plan, state = session.args, session.plan, session.state
@@ -249,11 +241,7 @@ def train(session: Session) -> str:
             return ended_early
 
         # agree: one exchange, so that all ranks hear the same and leave at the same step
-        micro_batches, agreed = agree(session)
-        rolling_due = agreed.save
-        if agreed.steps:
-            plan.set_steps(agreed.steps, done=state.step)
-            log.steps_fixed(clock)
+        micro_batches, rolling_due = agree(session)
 
         # step: forward and backward over the micro-batches, average, clip, update
         session.profiler.step(state.step)
@@ -289,19 +277,22 @@ def evaluate(session: Session) -> str:
     """Validation bits per byte. Returns why the run ends early because of them, or ""."""
     from nanochat.eval.bpb import bits_per_byte
     from nanochat.eval.unison import EvaluationFailed
+    from nanochat.run.orders import interrupted, undisturbed
     from nanochat.run.plan import early_end
 
     args, text, log, scores = session.args, session.text, session.log, session.log.scores
     step = session.state.step
+    score = functools.partial(
+        bits_per_byte,
+        session.model,
+        text.held_out,
+        text.byte_counts,
+        session.batch_tokens,
+        session.device,
+        functools.partial(interrupted, session),
+    )
     try:
-        result = bits_per_byte(
-            session.model,
-            text.held_out,
-            text.byte_counts,
-            session.batch_tokens,
-            session.device,
-            session.asked_to_stop,
-        )
+        result = undisturbed(session, score)
     except EvaluationFailed as error:
         scores.add_bpb(None)
         log.message(f"step {step}: the evaluation failed, training continues ({error})")
@@ -327,21 +318,24 @@ def evaluate(session: Session) -> str:
 def evaluate_core(session: Session) -> None:
     """The CORE metric; where it fails, a result without a number."""
     from nanochat.eval.core import as_metrics, in_words, measure, write_lines
+    from nanochat.run.orders import interrupted, undisturbed
 
     log, step = session.log, session.state.step
 
     def show(share: float, task: str, seconds_left: float) -> None:
         log.meanwhile(f"step {step}: CORE {share:.0%}, {task} | eta {human_time(seconds_left)}")
 
-    result = measure(
+    score = functools.partial(
+        measure,
         session.core,
         session.no_core,
         session.model,
         batch_tokens=session.batch_tokens,
         device=session.device,
-        interrupted=session.asked_to_stop,
+        interrupted=functools.partial(interrupted, session),
         progress=show,
     )
+    result = undisturbed(session, score)
     log.scores.add_core(result.core_metric, result.n)
     log.line(**as_metrics(result))
     if log.writes:
@@ -351,54 +345,27 @@ def evaluate_core(session: Session) -> None:
 
 
 def sample(session: Session) -> None:
-    """Text samples on rank 0, while the others wait. Raises Stopped on all ranks if rank 0 was
-    asked to stop meanwhile; a resumed run then samples here again."""
+    """Text samples on rank 0, while the others wait. Raises Stopped on all ranks if one was asked
+    to stop meanwhile; a resumed run then samples here again."""
     from nanochat.eval.generation import draw_samples
-    from nanochat.ranks import from_rank0
+    from nanochat.run.orders import attend
 
     log, step = session.log, session.state.step
-    session.clock.begin(f"the samples of step {step}")
-    for drawn in draw_samples(
+    samples = draw_samples(
         session.model,
         session.text.tokenizer,
         session.prompts if log.writes else [],
         session.args.seed,
         step,
         session.stop,
-    ):
-        log.sample(drawn.prompt, drawn.text, drawn.problem)
-    if from_rank0(session.stop.requested):
-        raise signals.Stopped
-
-
-def agree(session: Session) -> tuple[list, Agreed]:
-    """The micro-batches of the next step, and what all ranks agree on before it. Raises Stopped or
-    DataFailed on every rank if any was asked to stop or has no data."""
-    from nanochat import ranks
-    from nanochat.data.token_cache import DataFailed
-
-    state, clock, plan = session.state, session.clock, session.plan
-    micro_batches, no_data = [], ""
-    try:
-        micro_batches = next(session.batches)
-    except (DataFailed, UsageError) as error:
-        # the other ranks have data: tell them, and leave together
-        no_data = str(error)
-    agreed = ranks.agree(
-        session.device,
-        stop=session.stop.requested,
-        no_data=no_data,
-        save=session.keeper.rolling_due(),
-        steps=clock.steps_in_budget(
-            plan.budget_to_fit(state.step),
-            state.step,
-            state.training_seconds,
-            first=plan.num_iterations is None,
-        ),
     )
-    if agreed.no_data:
-        raise DataFailed(agreed.no_data)
-    return micro_batches, agreed
+    for _ in session.prompts:
+        session.clock.begin(f"the samples of step {step}")
+        # none on the other ranks, and after a signal
+        drawn = next(samples, None)
+        if drawn is not None:
+            log.sample(drawn.prompt, drawn.text, drawn.problem)
+        attend(session)
 
 
 def note_skipped(
@@ -454,6 +421,7 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     if args.profile:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from nanochat import hardware, ranks
+    from nanochat.run import lifecycle
     from nanochat.run.checks import check_flags
     from nanochat.run.resume import open_run, values_in_force
 
@@ -465,8 +433,9 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     if args.dry_run:
         dry_run(args)
         # the plan is all that was asked for
-        lost = output.lost()
-        return ended_with(lost, EXIT_FAILED) if lost else EXIT_COMPLETED
+        if lost := output.lost():
+            print(f"train.py: {lost}", file=sys.stderr)
+        return EXIT_FAILED if lost else EXIT_COMPLETED
     # Before the first tensor: determinism, kernel caches and the heap are set up per process.
     device_type = hardware.pick_device_type(args.device_type)
     hardware.prepare(device_type)
@@ -475,8 +444,13 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     if run.over:
         ranks.print0(run.over)
     else:
-        prepared = prepare(run, device)
-        code = train_to_its_end(prepared, stop)
+        with contextlib.closing(lifecycle.open_control(run, stop)) as control:
+            prepared = prepare(run, device)
+            # from here on the disk changes: a signal waits until that is done
+            stop.at_once = False
+            taken = take_run_folder(prepared)
+            build = functools.partial(build_session, prepared, taken, stop, control)
+            code = lifecycle.train_to_its_end(taken, build, train, stop, control)
     ranks.close()
     return EXIT_COMPLETED if run.over else code
 
@@ -541,6 +515,7 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     from nanochat.eval.core import open_for_training
     from nanochat.eval.generation import sample_prompts
     from nanochat.ranks import from_rank0_or_raise, print0, world_size
+    from nanochat.run import lifecycle
     from nanochat.run.memory import free_memory
     from nanochat.run.plan import Machine
     from nanochat.run.plan_text import fit_plan, format_plan, long_run_advice
@@ -555,8 +530,9 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     machine = Machine(device.type, world_size(), *peak)
     text = open_text(run)
     config, plan = open_plan(run, text, machine)
+    run.take_over_changes()
     if run.config:
-        print0(resumed_in_words(run))
+        print0(lifecycle.resumed_in_words(run))
     from_rank0_or_raise(lambda: check_disk(text.rows, plan.tokens, text.tokens_per_epoch))
     free_bytes = free_memory(device, machine.devices)
     planned = from_rank0_or_raise(
@@ -607,159 +583,29 @@ def open_plan(run: OpenedRun, text: TrainingText, machine: Machine) -> tuple[GPT
     return config, plan
 
 
-def resumed_in_words(run: OpenedRun) -> str:
-    """The line on where a run resumes, and on what is different now."""
-    where = f"from step {run.step}" if run.step else "from the start (it has no checkpoint yet)"
-    changed = f"; changed: {', '.join(run.changed)}" if run.changed else ""
-    return f"resuming {run.folder.path} {where}{changed}"
-
-
-def train_to_its_end(prepared: Prepared, stop: signals.StopSignals) -> int:
-    """Take the run folder, build the parts, train, and save whatever ends it. Returns the exit
-    code; raises what cannot be saved or continued from."""
-    from nanochat.ranks import print0
-    from nanochat.run import checkpoint
-
-    # from here on the disk changes: a signal waits until that is done
-    stop.at_once = False
-    log, saver, clock = take_run_folder(prepared)
-    with contextlib.ExitStack() as workers:
-        # closed in the opposite order: the folder is released last
-        workers.callback(log.folder.release)
-        workers.callback(log.close)
-        if saver:
-            workers.callback(saver.close)
-        try:
-            session = build_session(prepared, log, saver, clock, stop, workers)
-            status, reason = train_and_save(session)
-            code = EXIT_CODES[status]
-            log.end(status, reason, code)
-        except BaseException as error:
-            raise unsaved_end(error, prepared, log, saver, clock, stop) from None
-    completed = status == "completed"
-    saved = checkpoint.newest_in_words(log.folder.path)
-    failure = reason if status == "failed" else ""
-    no_save = prepared.run.args.no_save
-    print0(log.last_words(completed=completed, failure=failure, saved=saved, no_save=no_save))
-    return code
-
-
-def train_and_save(session: Session) -> tuple[str, str]:
-    """train(), and the save on the way out. Returns (status, reason) of the summary; every way to
-    leave whose state is saved ends here."""
-    from nanochat.data.token_cache import DataFailed
-
-    # Every way to leave with a state that can be saved; others raise past this.
-    status, reason = "completed", ""
-    try:
-        reason = train(session)
-    except signals.Stopped:
-        status, reason = "stopped", "asked to stop by a signal"
-    except DataFailed as error:
-        status, reason = "failed", str(error)
-    if status != "completed":
-        session.keeper.save("rolling", session.state)
-    if failure := session.keeper.finish():
-        reason = f"{reason}; {failure}" if status == "failed" else failure
-        status = "failed"
-    return status, reason
-
-
-def unsaved_end(
-    error: BaseException,
-    prepared: Prepared,
-    log: RunLog,
-    saver: Saver | None,
-    clock: Clock,
-    stop: signals.StopSignals,
-) -> BaseException:
-    """Write down that an exception ends the run; returns the exception to raise."""
-    from nanochat.run import faults
-
-    device_batch = prepared.planned.device_batch
-    error = faults.cause(error, device_batch, stop, clock.usual_seconds())
-    status, why = "failed", f"{type(error).__name__}: {error}"
-    if isinstance(error, (KeyboardInterrupt, signals.Stopped)):
-        status, why = "stopped", "asked to stop by a signal"
-    # first of all: Ctrl-C may end what is waited for below
-    log.summarize(status, why)
-    # who interrupts twice waits for nothing
-    if saver and not isinstance(error, KeyboardInterrupt):
-        saver.wait()
-    log.end(status, why, EXIT_CODES[status])
-    return error
-
-
-def take_run_folder(prepared: Prepared) -> tuple[RunLog, Saver | None, Clock]:
+def take_run_folder(prepared: Prepared) -> Taken:
     """Claim the run folder, write its config.json, and open what is written into it."""
-    from nanochat import hardware
-    from nanochat.ranks import from_rank0, from_rank0_or_raise, rank
-    from nanochat.run.clock import Clock
-    from nanochat.run.log import RunLog
-    from nanochat.run.resume import prepare_folder, saved_scores, saved_train_state, take_folder
-    from nanochat.run.saver import Saver
+    from nanochat.run.lifecycle import Taken
 
-    run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
-    args, runtime = run.args, planned.runtime
-    # Nothing was refused so far, so from here the run exists.
-    from_rank0_or_raise(lambda: take_folder(run.folder, run.step))
-    clock = Clock(
-        save_minutes=args.save_every_minutes,
-        synchronize=lambda: hardware.synchronize(device.type),
-    )
-    log = RunLog(
-        run.folder,
-        writes=rank() == 0,
-        plan=planned.plan,
-        machine=planned.machine,
-        device=device,
-        state=saved_train_state(run, text.tokenizer),
-        scores=from_rank0(saved_scores(run) if rank() == 0 else None),
-        tokens_per_epoch=text.tokens_per_epoch,
-        untrained_vocabulary=None if run.source else text.tokenizer.vocab_size,
-    )
-    text.rows.cache.report = log.progress.message
-    if not log.writes:
-        return log, None, clock
-
-    def machine_facts() -> dict:
-        return {
-            "hardware": hardware.describe(device),
-            "runtime": {
-                "dtype": str(runtime.dtype),
-                "attention": runtime.attention,
-                "compiled": runtime.compiled,
-                "world_size": planned.machine.devices,
-                "device_batch_size": planned.device_batch,
-                "peak_flops": planned.machine.peak_flops,
-                "peak": planned.machine.peak,
-            },
-        }
-
-    best_bpb = prepare_folder(
-        run,
-        plan=planned.plan,
-        model_config=planned.config,
-        corpus=text.corpus,
-        tokens_per_epoch=text.tokens_per_epoch,
-        compressed_bpb=text.compressed_bpb,
+    text = prepared.text
+    taken = Taken(
+        prepared.run,
+        prepared.planned,
+        prepared.device,
+        data=text.facts(),
         tokenizer=text.tokenizer,
-        machine=machine_facts,
+        tokens_per_epoch=text.tokens_per_epoch,
         prompts=prepared.prompts,
-        records=log.records,
     )
-    log.config = run.config
-    log.summarize("running")
-    saver = Saver(run.folder.path, args.keep_last, log.progress.message, log.records, best_bpb)
-    return log, saver, clock
+    text.rows.cache.report = taken.log.progress.message
+    return taken
 
 
 def build_session(
     prepared: Prepared,
-    log: RunLog,
-    saver: Saver | None,
-    clock: Clock,
+    taken: Taken,
     stop: signals.StopSignals,
+    control: Control,
     workers: contextlib.ExitStack,
 ) -> Session:
     """Build model and optimizer, load what they resume from, compile, and start what works ahead.
@@ -767,25 +613,34 @@ def build_session(
     workers: gets what has to be closed at the end."""
     from nanochat.data.prefetch import Ahead, Prefetcher
     from nanochat.ranks import local_rank
+    from nanochat.run import checkpoint, lifecycle
     from nanochat.run.keeper import Keeper
     from nanochat.run.profiler import Profiler
 
     run, text, planned, device = prepared.run, prepared.text, prepared.planned, prepared.device
+    log, clock = taken.log, taken.clock
     args, plan, state = run.args, planned.plan, log.state
     log.open_trackers(args.run, args.tensorboard)
     # Building and compiling take minutes and leave nothing to save: a signal ends them directly.
     stop.at_once = True
     stop.check()
-    model, optimizer, scaler = build_parts(prepared)
-    device_batch = warm_up(prepared, log, model, optimizer, scaler)
+
+    def load_source(model: Decoder) -> None:
+        checkpoint.load_model(args.init_from, run.source.step, model)
+
+    model, optimizer, scaler = lifecycle.build_parts(run, planned, device, load_source)
+
+    trial = functools.partial(pass_of, prepared, model, scaler)
+    device_batch = lifecycle.warm_up(args, planned, log, device, optimizer, trial)
     stop.at_once = False
-    workers.callback(watch(clock).close)
+    workers.callback(lifecycle.watch(clock, log).close)
     profiler = Profiler(
         run.folder.path / "profile", device, args.profile and log.writes, log.message
     )
     workers.callback(profiler.close)
     batches = Prefetcher(
-        batches_of_steps(prepared, state.step, device_batch), interrupted=lambda: stop.requested
+        batches_of_steps(prepared, state.step, device_batch),
+        interrupted=lambda: stop.requested or control.pending,
     )
     workers.callback(batches.close)
     # one process of a machine reads ahead
@@ -793,10 +648,10 @@ def build_session(
         first_row = state.step * plan.rows_per_step
         workers.callback(Ahead(text.rows, first_row, plan.last_row, log.message).close)
     keeper = Keeper(
-        saver,
+        taken.saver,
         model=model,
         optimizer=optimizer,
-        cache=text.rows.cache,
+        shard_tokens=text.rows.cache.lengths,
         clock=clock,
         first_step=state.step,
         enabled=not args.no_save,
@@ -820,146 +675,44 @@ def build_session(
         batches=batches,
         profiler=profiler,
         stop=stop,
+        control=control,
     )
 
 
-def build_parts(prepared: Prepared) -> tuple[Decoder, Optimizer, LossScaler]:
-    """Model, optimizer and loss scaler of a run, in the state that it starts or resumes from."""
-    import torch
-
-    from nanochat.model import fp8
-    from nanochat.model.build import build
-    from nanochat.optim.loss_scaler import LossScaler
-    from nanochat.optim.optimizer import Optimizer
-    from nanochat.run import checkpoint
-
-    run, planned = prepared.run, prepared.planned
-    args, runtime = run.args, planned.runtime
-    seed = stream_seed(args.seed, "model")
-    model = build(planned.config, prepared.device, runtime.dtype, runtime.attention, seed=seed)
-    model.checkpointing = args.activation_checkpointing
-    scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
-    # orthogonalisation would overflow in fp16
-    products = torch.float32 if scaler.enabled else runtime.dtype
-    optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products)
-    if run.step:
-        checkpoint.load_model(run.folder.path, run.step, model)
-        optimizer.load(checkpoint.load_optimizer(run.folder.path, run.step))
-    elif run.source:
-        checkpoint.load_model(args.init_from, run.source.step, model)
-    # Only training mode uses fp8 and compiled blocks.
-    model.train()
-    if runtime.fp8_recipe:
-        fp8.convert(model, runtime.fp8_recipe)
-    if runtime.compiled:
-        model.compile_parts()
-    return model, optimizer, scaler
-
-
-def warm_up(
-    prepared: Prepared, log: RunLog, model: Decoder, optimizer: Optimizer, scaler: LossScaler
-) -> int:
-    """One pass that changes nothing: it compiles what training runs, so that step 0 starts on a
-    warm machine, and finds the rows that a device takes per pass, which are returned."""
-    from nanochat import hardware
+def pass_of(prepared: Prepared, model: Decoder, scaler: LossScaler, n: int) -> None:
+    """A pass of n rows, which adds to the gradients: a trial before training."""
     from nanochat.optim.step import forward_backward
     from nanochat.ranks import rank, world_size
-    from nanochat.run import memory
 
-    run, planned, device = prepared.run, prepared.planned, prepared.device
-    args, plan = run.args, planned.plan
-    started = time.monotonic()
-
-    def trial(n: int) -> None:
-        """A pass of n rows, which adds to the gradients."""
-        rows = prepared.text.rows
-        batch = rows.batch(run.step, plan.rows_per_step, 0, n, rank(), world_size())
-        accumulation = plan.rows_per_step // (n * world_size())
-        seed = stream_seed(args.seed, "warm-up") if args.dropout else None
-        forward_backward(model, scaler, batch, accumulation, device, seed)
-
-    # Whatever changes the memory of a row is part of the key.
-    facts = hardware.describe(device)
-    key = [vars(planned.config), *map(str, planned.runtime), args.activation_checkpointing, facts]
-    is_given = args.device_batch_size != -1
-    device_batch = memory.settle(
-        trial, planned.device_batch, is_given, plan, key, device, log.message
-    )
-    optimizer.zero_grad()
-    if log.writes:
-        # a resumed run takes as many rows per pass, to the same last bit
-        log.config["runtime"] |= {"device_batch_size": device_batch, "world_size": world_size()}
-        log.summarize("running")
-    hardware.synchronize(device.type)
-    done = "compiled" if planned.runtime.compiled else "warmed up"
-    log.message(f"{done} in {human_time(time.monotonic() - started)}")
-    return device_batch
-
-
-def watch(clock: Clock) -> Watchdog:
-    """Start to report stalls of the loop."""
-    from nanochat.ranks import rank, world_size
-    from nanochat.run.faults import Watchdog
-
-    sender = f"rank {rank()}: " if world_size() > 1 else ""
-
-    def report(text: str) -> None:
-        print(f"{sender}{text}", file=sys.stderr, flush=True)
-
-    return Watchdog(report, clock)
+    run, plan, args = prepared.run, prepared.planned.plan, prepared.run.args
+    rows = prepared.text.rows
+    batch = rows.batch(run.step, plan.rows_per_step, 0, n, rank(), world_size())
+    accumulation = plan.rows_per_step // (n * world_size())
+    seed = stream_seed(args.seed, "warm-up") if args.dropout else None
+    forward_backward(model, scaler, batch, accumulation, prepared.device, seed)
 
 
 def batches_of_steps(prepared: Prepared, step: int, device_batch: int) -> Iterator[list]:
     """The micro-batches of this rank for each step, from `step` to the end of the run."""
+    from nanochat.optim.step import own_thread_on, page_locked
     from nanochat.ranks import rank, world_size
 
-    plan, rows = prepared.planned.plan, prepared.text.rows
+    plan, rows, device = prepared.planned.plan, prepared.text.rows, prepared.device
+    own_thread_on(device)
     accumulation = plan.rows_per_step // (device_batch * world_size())
     # A time budget has no end that is known beforehand: it may be corrected.
     while plan.budget_seconds is not None or not plan.is_last(step):
-        yield [
+        batches = (
             rows.batch(step, plan.rows_per_step, micro, device_batch, rank(), world_size())
             for micro in range(accumulation)
-        ]
+        )
+        yield [page_locked(batch, device) for batch in batches]
         step += 1
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """parse_args() and main(), with errors as messages and exit codes."""
-    # Before torch is imported, which takes seconds in which Ctrl-C should be heard.
-    stop = signals.StopSignals(speaks=os.environ.get("RANK", "0") == "0")
-    try:
-        check_system()
-        return main(parse_args(argv), stop)
-    except UsageError as error:
-        return ended_with(f"error: {error}", EXIT_USAGE)
-    except signals.Stopped:
-        return ended_with("stopped, as requested, before a step was done", EXIT_STOPPED)
-    except (TrainingFailed, Unavailable) as error:
-        return ended_with(f"training failed: {error}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        return ended_with("interrupted", EXIT_STOPPED)
-    except Exception as error:
-        # of many types, and as early as while torch is imported
-        if limits.is_out_of_memory(error):
-            reason = limits.out_of_memory_in_words(error)
-            return ended_with(f"training failed in the set-up: {reason}", EXIT_FAILED)
-        if not stop.requested:
-            raise
-        from nanochat.ranks import is_lost_exchange
-
-        if not is_lost_exchange(error):
-            raise
-        text = "stopped, as requested, during the set-up: the other ranks were asked as well"
-        return ended_with(text, EXIT_STOPPED)
-    finally:
-        stop.restore()
-
-
-def ended_with(text: str, code: int) -> int:
-    """Print why the program ends; returns the exit code."""
-    print(f"train.py: {text}", file=sys.stderr)
-    return code
+    return exit_code_of(lambda stop: main(parse_args(argv), stop), "train.py")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ def load(
 
 
 def generate(model: "Decoder", tokenizer: "Tokenizer", prompt: str, **options: Any) -> str:
-    """The text that continues a prompt. options: of eval.generation.generate_text()."""
-    from nanochat.eval.generation import generate_text
+    """The text that continues a prompt, as `nanochat serve` would write it.
 
-    return "".join(generate_text(model, tokenizer, prompt, **options))
+    options: max_new_tokens, stop, temperature, top_k, top_p, min_p, repetition_penalty and seed, as
+    in eval.writer.request_of()."""
+    from nanochat.eval.writer import Writer, request_of
+
+    with Writer(model, tokenizer) as writer:
+        return writer.texts([request_of(tokenizer, prompt, **options)])[0]

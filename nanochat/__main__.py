@@ -24,19 +24,22 @@ APPS = {
     "compare": "compare runs: tables, noise, plots",
     "report": "a run's summary, curves and samples on one page",
     "runs": "list the runs under a folder",
+    "jobs": "see runs while they train, and steer them",
     "serve": "answer OpenAI's clients with the models of runs",
     "client": "text from a server that speaks OpenAI's API",
+    "sft": "teach a run's model to answer, from conversations",
+    "dpo": "teach a run's model which of two answers is preferred",
     "sweep": "train and compare the runs of a sweep",
-    "export": "turn a run into a Hugging Face folder, or back, or into a gguf file",
+    "export": "turn a run into a Hugging Face folder, a gguf file or a page, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",
     "tokenizer": "train, compare and inspect tokenizers",
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
-LATER = ("sft", "dpo", "jobs", "certify", "verify")
+LATER = ("certify", "verify")
 USAGE = (
-    "usage: nanochat APP [options]      nanochat APP --help shows an app's options\n\napps:\n"
-    + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())
+    "usage: nanochat APP [options]      nanochat APP --help shows an app's options, --help-json "
+    "as data\n\napps:\n" + "\n".join(f"  {name:<10} {text}" for name, text in APPS.items())
 )
 
 
@@ -55,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_system()
         # before anything imports a `tasks` that is somebody else's
         find_own_tasks()
+        if "--help-json" in rest:
+            from nanochat.run.help_json import answer_in_json
+
+            rest = answer_in_json(rest)
         return importlib.import_module(f"nanochat.apps.{app}").main(rest)
     except UsageError as error:
         print(printable(f"nanochat {app}: error: {error}"), file=sys.stderr)

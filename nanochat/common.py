@@ -1,6 +1,7 @@
 """What every layer uses: errors, exit codes, seeds, files, formatted numbers. Imports no torch."""
 
 import argparse
+import base64
 import contextlib
 import errno
 import hashlib
@@ -11,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -434,22 +435,45 @@ def step_argument(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare --device-type and --dtype, for apps that compute with a trained model."""
+def python_command(script: str | os.PathLike, argv: Sequence[str], processes: int) -> list[str]:
+    """The command line that runs a Python script on this machine, by torchrun in several
+    processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        # without `--` torchrun's own parser would read --run as one of its options
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc_per_node={processes}", "--"]
+    return [*launcher, str(script), *argv]
+
+
+def add_model_flags(
+    parser: argparse._ActionsContainer,
+    auto: str = "float32 on CPUs, bfloat16 on GPUs that support it",
+) -> None:
+    """Declare --device-type and --dtype, for apps that compute with a trained model.
+
+    parser: a parser or one of its groups. auto: what --dtype=auto means, for its help."""
     parser.add_argument(
         "--device-type",
         default="",
         choices=("", "cuda", "mps", "cpu"),
-        help="default: the first available of cuda, mps, cpu",
+        help="empty, the default: the first available of cuda, mps, cpu",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         # float16 is left out: its range is made up for by loss scaling, which only training has
         choices=("auto", "bfloat16", "float32"),
-        help="compute dtype; auto: float32 on CPUs, bfloat16 on GPUs that support it "
-        "(default %(default)s)",
+        help=f"compute dtype; auto: {auto} (default %(default)s)",
     )
+
+
+def policy_hashes(html: str, tag: str) -> list[str]:
+    """The hashes of the contents of these elements of a page, as a Content-Security-Policy names
+    them; elements with attributes are left out."""
+    contents = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = [hashlib.sha256(content.encode()).digest() for content in contents]
+    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
 
 
 # ---- numbers ----

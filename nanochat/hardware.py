@@ -33,7 +33,11 @@ class Gpu:
 
 # Keys are whole words of the name that CUDA reports. Source: NVIDIA data sheets.
 GPUS = {
+    "B300": Gpu(2250e12, 270e9, (10, 3)),
+    "GB300": Gpu(2250e12, 270e9, (10, 3)),
     "B200": Gpu(2250e12, 180e9, (10, 0)),
+    "GB200": Gpu(2250e12, 186e9, (10, 0)),
+    "GH200": Gpu(989e12, 96e9, (9, 0)),
     "H200": Gpu(989e12, 141e9, (9, 0)),
     "H100": Gpu(989e12, 80e9, (9, 0)),
     "H100 NVL": Gpu(835e12, 94e9, (9, 0)),
@@ -43,6 +47,7 @@ GPUS = {
     "A800": Gpu(312e12, 80e9, (8, 0)),
     "A40": Gpu(149.7e12, 48e9, (8, 6)),
     "A30": Gpu(165e12, 24e9, (8, 0)),
+    "RTX A6000": Gpu(154.8e12, 48e9, (8, 6)),
     "A10": Gpu(125e12, 24e9, (8, 6)),
     "A10G": Gpu(70e12, 24e9, (8, 6)),
     "L40S": Gpu(362e12, 48e9, (8, 9)),
@@ -157,6 +162,8 @@ def set_determinism(device_type: str) -> None:
     if device_type == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size (its documentation).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Partial sums of one product, which cuBLAS would otherwise round to bf16 in between.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from nanochat.common import Unavailable, in_a_line, own_cache, sha256_hex
+from nanochat.common import Unavailable, in_a_line, note_once, own_cache, sha256_hex
 
 COMPILERS = ("g++", "clang++")
 # No -ffast-math: it would let the compiler sum in another order.
@@ -44,6 +44,7 @@ def _built(source: Path) -> Path:
     library = own_cache("native") / f"{source.stem}-{key[:16]}.so"
     if library.exists():
         return library
+    note_once(f"compiling {source.name} for this processor: once, some ten seconds")
     descriptor, partial = tempfile.mkstemp(dir=library.parent, suffix=".partial")
     os.close(descriptor)
     try:

@@ -448,36 +448,48 @@ def from_all(value: T) -> list[T]:
 class Agreed:
     """What all ranks have heard before a step. no_data: why a rank has no data, "" if all have.
 
-    From rank 0, whose clock counts: save: a rolling checkpoint is due. steps: the number of steps
-    of a time budget, once it is known, else None."""
+    waits: a rank still waits for its data. From rank 0, whose clock counts: save: a rolling
+    checkpoint is due. steps: the number of steps of a time budget, once it is known, else None.
+    orders: what was asked of the run."""
 
-    no_data: str
-    save: bool
-    steps: int | None
+    no_data: str = ""
+    waits: bool = False
+    save: bool = False
+    steps: int | None = None
+    orders: Sequence[Any] = ()
 
 
 def agree(
-    device: torch.device, *, stop: bool, no_data: str, save: bool, steps: int | None
+    device: torch.device,
+    *,
+    stop: bool,
+    no_data: str = "",
+    waits: bool = False,
+    save: bool = False,
+    steps: int | None = None,
+    orders: Sequence[Any] = (),
 ) -> Agreed:
     """One small exchange, so that all ranks continue or leave at the same step.
 
-    stop, no_data: of this rank; save, steps: read from rank 0. Raises Stopped on every rank if any
-    was asked to stop."""
+    stop, no_data, waits: of this rank; save, steps, orders: read from rank 0. Raises Stopped on
+    every rank if any was asked to stop."""
     if world_size() > 1:
-        is_first = rank() == 0
-        # A sum says all four things: any for the first two, rank 0's for the others.
-        mine = [stop, bool(no_data), save and is_first, (steps or 0) if is_first else 0]
-        # exact for any number of steps that a run can have
+        mine = [stop, bool(no_data), waits, 0, 0, 0]
+        if rank() == 0:
+            mine[3:] = [save, steps or 0, bool(orders)]
+        # A sum says all six things: any for the first three, rank 0's for the others. Exact for any
+        # number of steps that a run can have.
         votes = torch.tensor(mine, dtype=torch.float64, device=device)
-        stop_votes, no_data_votes, save_votes, all_steps = sum_over_ranks(votes).tolist()
-        stop = stop_votes > 0
-        save = save_votes > 0
-        steps = int(all_steps) or None
-        if no_data_votes and not stop:
+        sums = sum_over_ranks(votes).tolist()
+        stop, _, waits, save, _, any_orders = (votes > 0 for votes in sums)
+        steps = int(sums[4]) or None
+        if sums[1] and not stop:
             no_data = next(reason for reason in from_all(no_data) if reason)
+        # rare, so their content costs a second exchange
+        orders = from_rank0(orders) if any_orders and not stop else ()
     if stop:
         raise Stopped
-    return Agreed(no_data, save, steps)
+    return Agreed(no_data, waits, save, steps, orders)
 
 
 def last_word(text: str) -> None:

@@ -36,6 +36,8 @@ class StopSignals:
     def __init__(self, speaks: bool) -> None:
         """speaks: whether this process (rank 0) confirms on the screen that it will stop."""
         self.requested = False
+        # by whom, for summary.json
+        self.reason = "asked to stop by a signal"
         self.at_once = True
         self.speaks = speaks
         self.previous = {

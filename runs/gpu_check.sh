@@ -2,8 +2,8 @@
 # What a GPU makes of this program, in one call: kernels against references, attention and loss
 # backends, training in bf16 and fp8, exact resume. Prints a table, with the goals in it, and writes
 # JSON.
-#   model     depths 12, 20 and 24, context 2,048, vocabulary 32,768, 524,288 tokens a step; depth 8
-#             for the real training
+#   model     depths 12, 20 and 24, context 2,048, vocabulary 32,768, 524,288 tokens a step; the
+#             real training is of depth 12, with bytes
 #   tokens    39M bytes of this machine's Python source, the rest random
 #   hardware  one NVIDIA GPU of SM80 or later with torch for CUDA; two for the check of ranks
 #   time      at most 10 minutes (--minutes)

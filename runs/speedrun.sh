@@ -7,8 +7,8 @@
 #   hardware  eight H100, or as many as GPUS; one GPU runs the same steps without torchrun
 #   time      planned at 40% of the bf16 peak, not measured: 2.53 hours on eight, 20.3 on one
 #   cost      20.3 GPU-hours: $61 at $3 each
-#   expected  CORE above 0.2565, that of GPT-2 (1.6B). The published mark is 1.65 hours on eight
-#             H100; ours is not measured yet.
+#   expected  CORE above 0.2565, that of GPT-2 (1.6B). Public marks for it on eight H100: 1.65 hours
+#             (official), 81.8 ± 0.14 minutes (claimed). Ours is not measured yet.
 # usage: bash runs/speedrun.sh [DEPTH [GPUS]] [flags of train.py]
 #        such as  bash runs/speedrun.sh 24 8 --run=my-speedrun
 # From the environment: OUT (out: the run is OUT/speedrun-dDEPTH), FP8=0 (bf16 instead, for GPUs

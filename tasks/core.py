@@ -95,6 +95,8 @@ PUBLISHED = (
     ),
 )
 LABELS = tuple(label for label, *_ in PUBLISHED)
+# what can be asked in a chat
+CHOICE_LABELS = tuple(label for label, _, _, kind, _ in PUBLISHED if kind == _MC)
 
 
 def label_problem(labels: Iterable[str]) -> str:
@@ -329,7 +331,7 @@ class Prompt:
     row_of: list[int]
     # leading ids that all rows have in common and that lie before every scored prediction
     shared: int
-    # ids that were left out
+    # ids that the longest row lost
     cropped: int
 
 
@@ -356,6 +358,26 @@ def texts_of(task: Task, examples: list[dict], index: int) -> list[str]:
     return [before + _written(task, example, option) for option in range(n_options)]
 
 
+def dialogues_of(task: Task, examples: list[dict], index: int) -> list[list[dict[str, str]]]:
+    """A multiple-choice prompt as conversations, one for each choice: queries are the user's,
+    choices the assistant's. Few-shot examples, with the right choice, are the turns before."""
+    before = [
+        message
+        for i in shots_of(task, index, len(examples))
+        for message in _turns(examples[i], examples[i]["gold"])
+    ]
+    example = examples[index]
+    return [[*before, *_turns(example, choice)] for choice in range(len(example["choices"]))]
+
+
+def _turns(example: dict, choice: int) -> list[dict[str, str]]:
+    """A multiple-choice example with one of its choices, as two messages."""
+    return [
+        {"role": "user", "content": example["query"]},
+        {"role": "assistant", "content": example["choices"][choice]},
+    ]
+
+
 def _written(task: Task, example: dict, option: int) -> str:
     """An example with one of its options, or for language modelling with its continuation."""
     if task.kind == _MC:
@@ -371,11 +393,12 @@ def prompts_of(
     limit: int,
     indices: Iterable[int],
     threads: int = 1,
+    published_crop: bool = False,
 ) -> list[Prompt]:
     """The prompts of the examples at these places.
 
-    limit: tokens of a prompt at most; a longer one loses tokens after its BOS. threads: of
-    tokenizing. Raises UsageError if the tokenizer cannot encode a text."""
+    limit: tokens of a prompt at most; a longer one is cut, see cropped(). threads: of tokenizing.
+    Raises UsageError if the tokenizer cannot encode a text."""
     prompts = []
     indices = list(indices)
     for first in range(0, len(indices), AT_ONCE):
@@ -386,11 +409,18 @@ def prompts_of(
         for index, of_one in zip(part, texts, strict=True):
             rows = [np.concatenate([[tokenizer.bos], next(ids)]).astype(np.int32) for _ in of_one]
             gold = examples[index].get("gold", 0)
-            prompts.append(prompt_of_rows(task.kind, index, gold, rows, limit))
+            prompts.append(prompt_of_rows(task.kind, index, gold, rows, limit, published_crop))
     return prompts
 
 
-def prompt_of_rows(kind: str, index: int, gold: int, rows: list[np.ndarray], limit: int) -> Prompt:
+def prompt_of_rows(
+    kind: str,
+    index: int,
+    gold: int,
+    rows: list[np.ndarray],
+    limit: int,
+    published_crop: bool = False,
+) -> Prompt:
     """The Prompt of rows of ids, which stand for the texts of texts_of()."""
     if kind == _LM:
         starts = [_common_length(rows)]
@@ -400,11 +430,8 @@ def prompt_of_rows(kind: str, index: int, gold: int, rows: list[np.ndarray], lim
     else:
         alike = _common_length([row[::-1] for row in rows])
         starts = [len(row) - alike for row in rows]
-    cropped = max(0, max(map(len, rows)) - limit)
-    if cropped:
-        # every row loses as many ids, so that the choices keep the same context
-        rows = [np.concatenate([row[:1], row[1 + cropped :]]) for row in rows]
-    starts = [max(1, start - cropped) for start in starts]
+    longest = max(map(len, rows))
+    rows, starts = cropped(rows, starts, limit, published_crop)
     # choices with the same ids are scored once, and so tie exactly
     places = {}
     distinct = []
@@ -418,8 +445,29 @@ def prompt_of_rows(kind: str, index: int, gold: int, rows: list[np.ndarray], lim
     rows = [rows[i] for i in distinct]
     starts = [starts[i] for i in distinct]
     # the id before a scored span predicts it, so it is not part of what is only read
-    shared = min(_common_length(rows), *starts) - 1
-    return Prompt(index, gold, rows, starts, row_of, shared, cropped)
+    shared = max(0, min(_common_length(rows), *starts) - 1)
+    return Prompt(index, gold, rows, starts, row_of, shared, max(0, longest - limit))
+
+
+def cropped(
+    rows: list[np.ndarray], starts: list[int], limit: int, published: bool
+) -> tuple[list[np.ndarray], list[int]]:
+    """Rows of at most `limit` ids and where their scored spans begin, 1 or later.
+
+    Every row loses as many ids behind its BOS as the longest has too many, so that the choices keep
+    the same context. published: each row keeps its own last ids, without BOS where it is too long,
+    as the published evaluation of models with a fixed context does (GPT-2's 0.2565)."""
+    too_many = [max(0, len(row) - limit) for row in rows]
+    if not any(too_many):
+        return rows, [max(1, start) for start in starts]
+    if published:
+        rows = [row[n:] for row, n in zip(rows, too_many, strict=True)]
+    else:
+        too_many = [max(too_many)] * len(rows)
+        rows = [
+            np.concatenate([row[:1], row[1 + n :]]) for row, n in zip(rows, too_many, strict=True)
+        ]
+    return rows, [max(1, start - n) for start, n in zip(starts, too_many, strict=True)]
 
 
 def _common_length(rows: list[np.ndarray]) -> int:
@@ -429,11 +477,15 @@ def _common_length(rows: list[np.ndarray]) -> int:
     return shortest if same.all() else int(same.argmin())
 
 
-def fingerprint_of(task: Task, examples: list[dict]) -> str:
-    """SHA-256 that two evaluations of a task share if their prompts are the same texts.
+def fingerprint_of(task: Task, examples: list[dict], chat: bool = False) -> str:
+    """SHA-256 that two evaluations of a task share if their prompts are the same texts. chat:
+    whether they are those of dialogues_of().
 
     Only then their answers can be paired."""
-    return sha256_hex(json.dumps([task.kind, task.shots, task.delimiter, examples], sort_keys=True))
+    facts = [task.kind, task.shots, task.delimiter, examples]
+    if chat:
+        facts.append("chat")
+    return sha256_hex(json.dumps(facts, sort_keys=True))
 
 
 # ---- statistics ----

@@ -5,21 +5,19 @@ import atexit
 import os
 import shutil
 import signal
-import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 from nanochat import common
 
 # huggingface_hub and datasets read these variables once, when they are first imported, so they are
 # set before any test module is. Nothing listens on the port unless a test uses the fixture `hub`:
 # without it, a test has no network.
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    HUB_PORT = free.getsockname()[1]
+HUB_PORT = free_port()
 os.environ.update(
     HF_ENDPOINT=f"http://127.0.0.1:{HUB_PORT}",
     HF_HUB_DISABLE_TELEMETRY="1",

@@ -16,8 +16,9 @@ def evaluate(bundle, model, tokenizer, max_per_task=None, labels=None, crop=Fals
     """{label: {"answers", "correct", "accuracy", "centered"}} of a bundle's tasks, or of `labels`.
 
     The lists have one entry per example, in shuffled order. An answer is the number of the chosen
-    option, or for language modelling whether the continuation was predicted. crop: prompts are
-    cropped to the sequence length that the model was trained on."""
+    option, or for language modelling whether the continuation was predicted. crop: rows are cropped
+    to the sequence length that the model was trained on, each to its last tokens; else rows longer
+    than ten times that lose the same number of tokens behind BOS."""
     bundle = Path(bundle)
     chances, results = read_chances(bundle), {}
     limit = model.config.max_seq_len if crop else 10 * model.config.max_seq_len
@@ -26,7 +27,9 @@ def evaluate(bundle, model, tokenizer, max_per_task=None, labels=None, crop=Fals
         if labels is not None and label not in labels:
             continue
         examples = read_examples(bundle / "eval_data" / task["dataset_uri"], max_per_task)
-        answers = [answer(task, examples, i, model, tokenizer, limit) for i in range(len(examples))]
+        answers = [
+            answer(task, examples, i, model, tokenizer, limit, crop) for i in range(len(examples))
+        ]
         if task["icl_task_type"] == "language_modeling":
             correct = list(answers)
         else:
@@ -86,10 +89,10 @@ def common(rows):
     return length
 
 
-def rows_and_starts(task, examples, index, tokenizer, limit):
+def rows_and_starts(task, examples, index, tokenizer, limit, to_last):
     """The token ids of an example's prompts, and where the scored span of each begins.
 
-    limit: the most tokens that a prompt may have."""
+    limit: the most tokens that a prompt may have. to_last: each keeps its last ones."""
 
     def tokens(text):
         return [tokenizer.bos] + list(tokenizer.encode(text))
@@ -111,16 +114,22 @@ def rows_and_starts(task, examples, index, tokenizer, limit):
         )
         starts = [common([tokens(before.strip()), rows[0]])]
     excess = max(map(len, rows)) - limit
-    if excess > 0:
+    if to_last:
+        starts = [
+            max(1, start - max(0, len(row) - limit))
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        rows = [row[-limit:] for row in rows]
+    elif excess > 0:
         rows = [row[:1] + row[1 + excess :] for row in rows]
         starts = [max(1, start - excess) for start in starts]
     return rows, starts
 
 
 @torch.no_grad()
-def answer(task, examples, index, model, tokenizer, limit):
+def answer(task, examples, index, model, tokenizer, limit, to_last):
     """The answer to one example: the number of an option, or whether it is predicted."""
-    rows, starts = rows_and_starts(task, examples, index, tokenizer, limit)
+    rows, starts = rows_and_starts(task, examples, index, tokenizer, limit, to_last)
     longest = max(map(len, rows))
     logits_BxTxV = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows]))
     spans = [

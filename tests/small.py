@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import types
 from pathlib import Path
 
 import torch
+from ports import free_port
 
 import train
 from nanochat import hardware
@@ -81,6 +81,7 @@ FORKS.set_forkserver_preload(
         "nanochat.run.resume",
         "nanochat.run.training_text",
         "nanochat.run.keeper",
+        "nanochat.run.lifecycle",
         "nanochat.run.log",
         "nanochat.run.profiler",
         "nanochat.eval.core",
@@ -239,22 +240,23 @@ def ranks_of(folder, n, argv, script):
 
     What returns has `returncode` (the worst of them) and `stderr`, which is all that they
     printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shown = Path(folder) / "shown"
-    ranks = [
+    worst = max(abs(ended(rank)) for rank in start_ranks(n, argv, shown, script))
+    return types.SimpleNamespace(returncode=worst, stderr=shown.read_text())
+
+
+def start_ranks(n, argv, output, script):
+    """The processes of a script as n ranks on this machine, each as start() returns it."""
+    meeting = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
         start(
             argv,
             environment() | meeting | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            shown,
+            output,
             script,
         )
         for i in range(n)
     ]
-    worst = max(abs(ended(rank)) for rank in ranks)
-    return types.SimpleNamespace(returncode=worst, stderr=shown.read_text())
 
 
 def run_torchrun(folder, n, *flags, tag="run", script=ROOT / "train.py"):

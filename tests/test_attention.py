@@ -18,6 +18,7 @@ from nanochat.model.attention import (
     attention,
     blocks_of_scores,
     branched_attention,
+    check_flash_attention,
     pick_backend,
     usable_backends,
     visited_keys,
@@ -121,7 +122,7 @@ def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("T", [1, 63, 65, 257, 601])
+@pytest.mark.parametrize("T", [1, 63, 65, 257])
 @pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 1, 64), (2, 2, 128), (4, 1, 128)])
 def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
     """The blocked path at windows 1, 31 and T: errors of outputs and all gradients against fp64 are
@@ -196,8 +197,10 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
     for T, S, window, H, K, n_masks in [
         (200, 200, 100, 4, 2, 1),
         (200, 200, 100, 1, 1, 1),
-        (65, 200, 9, 2, 1, 2),
-        (65, 65, FULL, 2, 1, 2),
+        (128, 200, 9, 2, 1, 2),
+        # too few queries for a kernel whose gradients are the same every time
+        (127, 200, 9, 2, 1, 2),
+        (200, 200, FULL, 2, 1, 2),
     ]:
         torch.compiler.reset()  # each has a graph of its own, and there is a limit
         *leaves, grad_out = (x.requires_grad_() for x in inputs(T, S, H, K, 32))
@@ -218,6 +221,16 @@ def test_flex_skips_the_mask_and_keeps_the_meaning(monkeypatch):
         ):
             torch.testing.assert_close(grad, exact_grad, atol=5e-5, rtol=5e-5)
         assert len(vars(flex_attention._masks)) == n_masks
+
+
+def test_flex_takes_small_tiles_where_shared_memory_is_small(monkeypatch):
+    from nanochat.model.kernels import flex_attention
+
+    for n_bytes, small in ((101_376, True), (166_912, False), (232_448, False)):
+        properties = types.SimpleNamespace(shared_memory_per_block_optin=n_bytes)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        assert flex_attention._has_little_shared_memory(torch.device("cuda")) == small
+    assert not flex_attention._has_little_shared_memory(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend, everything", [("fa3", -1), ("fa4", None)])
@@ -253,6 +266,28 @@ def test_fa3_and_fa4_are_asked_for_the_same_window(
     torch.testing.assert_close(
         attention(q, k, v, window, backend), reference(q, k, v, window), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("fault", ["", "the same gradients twice", "something else than SDPA"])
+def test_an_installed_flash_attention_is_tried_first(monkeypatch, fault):
+    calls = []
+
+    def flash_attn_func(q, k, v, causal, window_size, deterministic):
+        calls.append(window_size)
+        window = window_size[0] + 1
+        if fault.startswith("something"):
+            window = q.size(1)
+        noise = 1e-3 * len(calls) if fault.startswith("the same") else 0
+        return attention(q, k, v, window, "sdpa") * (1 + noise)
+
+    package = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    if not fault:
+        check_flash_attention("fa3", torch.device("cpu"), torch.float32)
+    else:
+        with pytest.raises(UsageError, match=f"fa3: the installed flash_attn_interface .*{fault}"):
+            check_flash_attention("fa3", torch.device("cpu"), torch.float32)
+    assert calls == [(255, 0)] * 2
 
 
 def test_backend_choice(monkeypatch):
@@ -309,6 +344,7 @@ def test_backend_choice(monkeypatch):
         ("triton", "cuda", {"capability": (7, 5)}, "SM75"),
         ("triton", "cuda", {"capability": (9, 0), "head_dim": 96}, "head dim of 96"),
         ("flex", "cuda", {"capability": (9, 0), "no_compiler": "--no-compile"}, "--no-compile"),
+        ("flex", "cuda", {"capability": (9, 0), "head_dim": 8}, "a head dim of at least 16, not 8"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused(monkeypatch, backend, device_type, known, reason):

@@ -1,8 +1,12 @@
 """`nanochat bench`: every part is measured, figures follow from one another, wrong requests are
 refused. Speed itself is not tested."""
 
+import dataclasses
+import importlib.util
 import json
 import shutil
+import signal
+import subprocess
 
 import pytest
 import small
@@ -11,10 +15,17 @@ import torch
 from nanochat import hardware
 from nanochat.__main__ import main
 from nanochat.apps import bench
-from nanochat.apps.bench import text
+from nanochat.apps.bench import decoding, others, steering, text
 from nanochat.apps.bench.core_prompts import longest_and_others
 from nanochat.apps.bench.parts import PARTS
 from nanochat.apps.bench.saving import Times, cost_of, time_saving
+from nanochat.apps.bench.serving import STREAMS, ask, bodies_for, entries_of, put_under_load
+from nanochat.apps.bench.steering import time_steering
+from nanochat.apps.export.tokenizer_files import merges_of, pad_id
+from nanochat.common import UsageError
+from nanochat.model.build import build
+from nanochat.model.config import GPTConfig
+from nanochat.run import registry
 from nanochat.run.workload import Shape, TrainingStep, open_setup
 from tasks.core import Task
 
@@ -43,7 +54,10 @@ def results(tmp_path_factory):
     """JSON of every part."""
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
     bundle = small.core_bundle(path.parent, n=2)
-    assert main(["bench", *TINY, f"--out={path}", f"--core-bundle={bundle}"]) == 0
+    # Exports take a while: other programs have tests of their own.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "time_others", lambda *_: iter(()))
+        assert main(["bench", *TINY, f"--out={path}", f"--core-bundle={bundle}"]) == 0
     return path
 
 
@@ -69,6 +83,7 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
         "decode, 1 text",
         "decode, 8 texts",
         "decode, 32 texts",
+        "prefill, prompt of 32",
         "first token, prompt of 64",
         "start-up, --help",
         "core",
@@ -217,6 +232,71 @@ def test_what_saving_costs():
     assert "of state" in entries["save, stall"].note and len(tensors) > 0
 
 
+def test_what_steering_costs():
+    """Nothing is left of the runs that were announced, and signals are as before."""
+    shape = Shape("speedrun", 1, 16, 16, -1, 16, "L", -1, 300, 1)
+    training = TrainingStep(open_setup(shape, compile=False))
+    before = signal.getsignal(signal.SIGTERM), registry.entries()
+    reports = []
+    entries = {entry.name: entry for entry in time_steering(training, 2, reports.append)}
+    assert reports == [] and (signal.getsignal(signal.SIGTERM), registry.entries()) == before
+    assert [len(entry.seconds) for entry in entries.values()] == [2, 2, 2]
+    assert "of 2 pairs" in entries["step, listening"].note
+    assert steering.cost_in_words([2.0, 1.0, 1.0], [2.0, 1.01, 1.02]) == (
+        "costs +1.00% ± 2.48% of a step (95% interval of 3 pairs), by the median +1.00%"
+    )
+
+
+@pytest.fixture
+def fake_server():
+    """(host and port, engine) of a server whose texts depend on their seeds only."""
+    serving = pytest.importorskip("serving")
+    engine = serving.FakeEngine(queue_size=64)
+    with serving.running(serving.application(serving.served(engine=engine))) as url:
+        yield url.removeprefix("http://"), engine
+
+
+def test_texts_of_a_server_under_load_are_compared_with_those_alone(fake_server):
+    address, engine = fake_server
+    bodies = bodies_for(64, 257)
+    assert len({tuple(body["prompt"]) for body in bodies}) == len(bodies) == STREAMS
+    load = put_under_load(address, {}, bodies, seconds=0.1)
+    assert len(load.alone) == STREAMS <= len(load.together)
+    assert all(answer.n_tokens == 32 and answer.reason == "length" for answer in load.alone)
+    one, many = entries_of("serve", load)
+    assert (one.name, many.name) == ("serve, 1 stream", "serve, 32 streams")
+    assert one.tokens == 32 * STREAMS and many.tokens == 32 * len(load.together)
+    n = len(load.together)
+    assert f"{n} of {n} texts complete and equal" in many.note
+    # one that ended otherwise, and one that broke off
+    index, answer = load.together[0]
+    load.together[0] = (index, dataclasses.replace(answer, reason=None))
+    index, answer = load.together[1]
+    load.together[1] = (index, dataclasses.replace(answer, text="other"))
+    _, many = entries_of("serve", load)
+    assert f"{n - 2} of {n} texts" in many.note
+
+
+def test_a_server_that_refuses_is_an_error(fake_server):
+    with pytest.raises(UsageError, match="status 400"):
+        ask(fake_server[0], {}, bodies_for(64, 257)[0] | {"prompt": [999]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["speedrun", "llama"])
+def test_serving_is_timed(arch, capsys):
+    """With the real server; and llama.cpp's, where it is installed and knows the model."""
+    flags = ["--only=serve", "--serving-seconds=1", f"--arch={arch}", "--dtype=float32"]
+    assert main(["bench", *TINY, *flags, "--json"]) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["results"]}
+    servers = ["serve"]
+    if arch == "llama" and all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
+        servers.append("llama.cpp f32 server")
+    assert list(found) == [f"{each}, {n}" for each in servers for n in ("1 stream", "32 streams")]
+    words = found["serve, 32 streams"]["note"].split("; ")[1].split()
+    assert words[0] == words[2] and int(words[0]) >= STREAMS
+
+
 def test_the_cost_of_saving_by_hand():
     """Ten steps of 2 s; two stalls of 1 s after the first; two steps that took 0.5 s longer."""
     times = Times([9.0, 1.0, 1.0], [], steps_alone=[2.0] * 8, steps_during_save=[2.5, 2.5])
@@ -265,8 +345,96 @@ def test_start_up_trains_what_is_timed(flags, words):
         (["--vocab-size=100"], "--vocab-size=100: too small for a tokenizer; give at least 257"),
         (["--saving-steps=300"], "--saving-steps=300: --only does not name saving"),
         (["--only=saving", "--saving-steps=100"], "--saving-steps=100: too few for a second save"),
+        (["--serving-seconds=5"], "--serving-seconds=5: --only does not name serve"),
+        (["--only=serve", "--serving-seconds=nan"], "--serving-seconds=nan: must be above 0"),
+        (["--only=serve", "--max-seq-len=4"], "--max-seq-len=4: has no room for prompts"),
     ],
 )
 def test_refused(flags, message, capsys):
     assert main(["bench", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- other programs ----
+
+
+SHAPE = {
+    "window_pattern": "L",
+    "depth": 1,
+    "width": 16,
+    "head_dim": 16,
+    "n_head": 1,
+    "n_kv_head": 1,
+    "max_seq_len": 16,
+}
+
+
+def work(report=print):
+    ours = {"1 text": 0.5, "8 texts": 1.0, "prefill": 0.25, "first token": 0.125}
+    return others.Work(tuple(range(40)), (1, 2), 10, (1, 8), 1, 2, 1000.0, ours, report)
+
+
+def test_figures_of_other_programs():
+    entry = work().entry("llama.cpp f32", "8 texts", [2.0, 3.0, 4.0], weight_bytes=150)
+    assert (entry.name, entry.tokens, entry.seconds) == (
+        "llama.cpp f32, 8 texts",
+        80,
+        [2.0, 3.0, 4.0],
+    )
+    # 10 times 150 bytes in 3 s, of 1,000 a second
+    assert entry.note == ("weights are read at 50% of memory's speed; nanochat is 3 times as fast")
+    entry = work().entry("transformers", "prefill", [0.125], weight_bytes=150)
+    assert (entry.tokens, entry.note) == (40, "nanochat is 0.5 times as fast")
+    assert work().entry("transformers", "first token", [0.125], weight_bytes=150).tokens is None
+
+
+@pytest.mark.parametrize("vocab_size", [257, 1000, 256 + 248 * 248 + 500])
+def test_made_up_tokenizers_can_be_exported(vocab_size):
+    tokenizer = others.made_up_tokenizer(vocab_size)
+    assert tokenizer.vocab_size == vocab_size and len(set(tokenizer.tokens)) == vocab_size - 1
+    assert len(merges_of(tokenizer)) == vocab_size - 257
+    assert pad_id(tokenizer) == 255
+
+
+def test_programs_that_are_missing_are_named(monkeypatch):
+    lines = []
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: None)
+    config = GPTConfig(**SHAPE, vocab_size=300, arch="llama")
+    assert list(others.time_others(build(config, "cpu"), work(lines.append))) == []
+    assert lines == [
+        "transformers: left out; to see it: pip install transformers",
+        "llama.cpp: left out; to see it: pip install gguf xllamacpp",
+    ]
+    config = GPTConfig(**SHAPE, vocab_size=20, arch="llama")
+    assert list(others.time_others(build(config, "cpu"), work(lines.append))) == []
+    assert "--vocab-size=20 is too small" in lines[-1]
+
+
+def test_an_export_that_fails_is_reported(monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(others.importlib.util, "find_spec", lambda name: name)
+
+    def broken(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "warning\nnanochat export: failed: why")
+
+    monkeypatch.setattr(others.subprocess, "run", broken)
+    config = GPTConfig(**SHAPE, vocab_size=300)
+    assert list(others.time_others(build(config, "cpu"), work(lines.append))) == []
+    assert lines == ["transformers: left out: nanochat export: failed: why"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "speedrun"])
+def test_other_programs_are_timed_beside_ours(arch, tmp_path, capsys):
+    for package in ("transformers", "gguf", "xllamacpp"):
+        pytest.importorskip(package)
+    path = tmp_path / "decode.json"
+    flags = [*TINY, "--aspect-ratio=32", f"--arch={arch}", "--only=decode", f"--out={path}"]
+    assert main(["bench", *flags]) == 0
+    assert "left out" not in capsys.readouterr().out
+    names = {entry["name"] for entry in json.loads(path.read_text())["results"]}
+    programs = ["transformers"]
+    if arch == "llama":
+        programs += ["llama.cpp f32", "llama.cpp bf16", "llama.cpp q8_0"]
+    parts = ("1 text", "8 texts", "32 texts", "prefill", "first token")
+    assert {f"{program}, {part}" for program in programs for part in parts} <= names

@@ -65,7 +65,7 @@ WRONG = {
         ["--short-window=8", "full context", "leave the flag out"],
     ],
     # the tokenizer
-    "--tokenizer=bpee": [["--tokenizer=bpee", "bpe, char, byte, gpt2"]],
+    "--tokenizer=bpee": [["--tokenizer=bpee", "bpe, bpe-llama, char, byte, gpt2"]],
     "--tokenizer=bpe --vocab-size=100": [["--vocab-size=100", "256 bytes", "at least 257"]],
     "--vocab-size=512": [["--vocab-size=512", "--tokenizer=byte", "leave it out"]],
     # the batch

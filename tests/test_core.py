@@ -92,7 +92,8 @@ def test_answers_are_those_of_the_naive_way(bundle, arch, crop):
     expected = naive_core.evaluate(bundle, model, BYTES, crop=crop)
     assert len({answer for task in expected.values() for answer in task["answers"]}) > 2
     for batch_tokens in (1, 700, 10**6):
-        result = core.evaluate(model, described(bundle, 64 if crop else 640), batch_tokens, CPU)
+        prompts = described(bundle, 64 if crop else 640, published_crop=crop)
+        result = core.evaluate(model, prompts, batch_tokens, CPU)
         assert {label: task.answers for label, task in result.tasks.items()} == {
             label: list(map(int, task["answers"])) for label, task in expected.items()
         }

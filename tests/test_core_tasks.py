@@ -47,9 +47,9 @@ def task_of(kind, shots=0, delimiter=" ", path="none.jsonl"):
     return core.Task("copa", Path(path), kind, shots, delimiter, 0.5)
 
 
-def prompt_of(kind, examples, index=0, shots=0, delimiter=" ", limit=1000, tokenizer=BYTES):
+def prompt_of(kind, examples, index=0, shots=0, delimiter=" ", limit=1000, tokenizer=BYTES, **crop):
     (prompt,) = core.prompts_of(
-        task_of(kind, shots, delimiter), examples, tokenizer, limit, [index]
+        task_of(kind, shots, delimiter), examples, tokenizer, limit, [index], **crop
     )
     assert (prompt.index, prompt.gold) == (index, examples[index].get("gold", 0))
     return prompt
@@ -169,6 +169,22 @@ CHOICES = {
         [0, 1],
         5,
         4,
+    ),
+    "cropped as published, each row to its last ids": (
+        [choice("abcdefgh", "x", "yz")],
+        {"limit": 8, "published_crop": True},
+        ["cdefgh |x", "defgh |yz"],
+        [0, 1],
+        0,
+        4,
+    ),
+    "not cropped as published, where it is short enough": (
+        [choice("abcdefgh", "x", "yz")],
+        {"limit": 12, "published_crop": True},
+        ["^abcdefgh |x", "^abcdefgh |yz"],
+        [0, 1],
+        9,
+        0,
     ),
     "cropped into the spans": (
         [choice("abc", "three", "one", "x", "y", gold=2)],

@@ -25,6 +25,7 @@ from nanochat.common import Unavailable, UsageError, base_dir, in_a_line, new_fo
 from nanochat.data import download, sources, token_cache
 from nanochat.data.sources import Corpus, open_corpus
 from nanochat.data.text import iterate_documents
+from tasks.exercises import held_out
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +93,14 @@ def test_help_of_every_subcommand(name, capsys):
     """A % that is not escaped in any help text fails here."""
     module = importlib.import_module(f"nanochat.apps.{name}")
     parser = module.build_parser() if hasattr(module, "build_parser") else argparse.ArgumentParser()
-    commands = [
-        command
+    # by the name that their usage has: an alias has no help of its own
+    commands = {
+        command.prog.split()[-1]
         for action in parser._actions
         if isinstance(action, argparse._SubParsersAction)
-        for command in action.choices
-    ]
-    assert len(commands) == {"data": 4, "tokenizer": 3}.get(name, 0)
+        for command in action.choices.values()
+    }
+    assert len(commands) == {"data": 6, "jobs": 12, "tokenizer": 3}.get(name, 0)
     for argv in ([], *([command] for command in commands)):
         with pytest.raises(SystemExit) as caught:
             __main__.main([name, *argv, "--help"])
@@ -743,3 +745,36 @@ def test_memory_is_bounded_by_a_shard(tmp_path, monkeypatch):
         texts.append(text)
     assert len(set(texts)) == len(texts) == 4000 and most <= 20_000 // 100 + 1
     assert texts != sorted(texts)
+
+
+def test_pairs_are_preferences_to_learn_from(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text(" ".join(f"word{i}" for i in range(1000)))
+    command = ["pairs", str(text), str(out), "--n", "5"]
+    assert data.main(command) == 0 and "5 pairs" in capsys.readouterr().out
+    pairs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [set(pair) for pair in pairs] == [{"prompt", "chosen", "rejected"}] * 5
+    held_out = tmp_path / "held_out.jsonl"
+    assert data.main(["pairs", str(text), str(held_out), "--n", "3", "--held-out"]) == 0
+    words = [int(word[4:]) for word in re.findall(r"word\d+", held_out.read_text())]
+    # of the last tenth
+    assert min(words) > 850
+    with pytest.raises(UsageError, match="exists already"):
+        data.main(command)
+    with pytest.raises(UsageError, match="has words for 4 pairs; ask for fewer"):
+        data.main(["pairs", str(text), str(tmp_path / "new"), "--n", "9", "--held-out"])
+
+
+def test_exercises_are_conversations_to_learn_from(tmp_path, capsys):
+    out = tmp_path / "exercises.jsonl"
+    command = ["exercises", str(out), "--tasks", "sum,copy", "--n", "20"]
+    assert data.main(command) == 0
+    assert f"{out}: 40 conversations" in capsys.readouterr().out
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [message["role"] for message in lines[0]["messages"]] == ["user", "assistant"]
+    questions = {line["messages"][0]["content"] for line in lines}
+    assert not questions & {one.question for one in held_out("sum", 5000)}
+    with pytest.raises(UsageError, match="exists already"):
+        data.main(command)
+    with pytest.raises(UsageError, match="--tasks algebra: no such task"):
+        data.main(["exercises", str(tmp_path / "new"), "--tasks", "sum,algebra"])

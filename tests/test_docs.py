@@ -2,6 +2,7 @@
 no work."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +19,8 @@ from nanochat.run import flags
 from nanochat.run.checks import check_flags
 
 ROOT = Path(__file__).resolve().parent.parent
+# pages whose commands are tested as those of README
+PAGES = ("COMING_FROM.md", "CURVES.md", "MACHINES.md", "README.md", "SERVING.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # From the lowest to the highest: a module imports from its own layer and from those before it.
 FLOOR = {"common", "hardware", "limits", "locks", "native", "output", "ranks", "signals"}
@@ -61,6 +64,11 @@ def sources():
     yield "README.md", shell_blocks(README)
     for path in sorted((ROOT / "runs").glob("*.sh")):
         yield path.name, path.read_text(encoding="utf-8")
+    for name in PAGES:
+        yield name, shell_blocks((ROOT / "runs" / name).read_text(encoding="utf-8"))
+    cells = json.loads((ROOT / "runs" / "t4.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    yield "t4.ipynb", "\n".join(re.findall(r"^!((?:.*\\\n)*.*)$", code, re.MULTILINE))
 
 
 COMMANDS = [
@@ -77,13 +85,14 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     parser takes the flags."""
     monkeypatch.chdir(tmp_path)
     # files of the reader's
-    for name in re.findall(r"[\w./]+\.(?:txt|json)", " ".join(words)):
+    for name in re.findall(r"[\w./]+\.(?:txt|jsonl?)\b", " ".join(words)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    (tmp_path / "out" / "d4").mkdir(parents=True)
+    for run in {"out/d4", *re.findall(r"out/\w+", " ".join(words))}:
+        (tmp_path / run).mkdir(parents=True)
     words = [word for word in words if not re.fullmatch(r"\$@|\$\{\w+\[@\]\}", word)]
     if "train.py" in words:
-        if "--help" in words:
+        if {"--help", "--help-json"} & set(words):
             return
         given = words[words.index("train.py") + 1 :]
         # numbers that a script has in variables
@@ -94,8 +103,10 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     assert rest[0] in APPS
     if "--help" in rest:
         return
+    # these take flags of train.py, more than the help of all commands of the app names
+    app = rest[:2] if rest[:2] in (["jobs", "fork"], ["sweep", "try"]) else rest[:1]
     help_text = subprocess.run(
-        [sys.executable, "-m", "nanochat", rest[0], "--help"],
+        [sys.executable, "-m", "nanochat", *app, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -137,6 +148,14 @@ def test_file_map_is_the_tree():
         if (at_the_top or path.startswith(product)) and (ROOT / path).exists():
             shown.add(path)
     assert listed == shown
+
+
+def test_the_index_of_runs_is_complete():
+    index = (ROOT / "runs" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+\.\w+|Dockerfile)`|\]\((\w+\.\w+)\)", index))
+    named = {name for names in named for name in names if name}
+    files = {path.name for path in (ROOT / "runs").iterdir() if path.is_file()}
+    assert named == files - {"README.md"}
 
 
 def test_python_example_runs(tmp_path):
@@ -229,7 +248,7 @@ def test_torchrun_is_told_where_its_flags_end_by_apps():
         for text in (path.read_text() for path in (ROOT / "nanochat").rglob("*.py"))
         if "torch.distributed.run" in text
     ]
-    assert len(starts) == 2
+    assert len(starts) == 1
     assert all('"--"]' in start and "--standalone" in start for start in starts)
 
 

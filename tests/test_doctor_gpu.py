@@ -1,6 +1,7 @@
 """`nanochat doctor --gpu` without a GPU: how rows follow from what checks find, what counts as
 wrong, what is refused."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -50,14 +51,14 @@ class FakeTraining:
 
 
 def test_training_speed_is_that_of_a_batch_of_many_micro_batches():
-    rows = list(gpu_checks.rows_of_training(FakeTraining(), "d12 bf16", 989e12, "listed", 3))
+    rows = list(gpu_checks.rows_of_training(FakeTraining(), "d12 bf16", 989e12, "listed", 3, 3))
     found, seconds = values(rows), 8 * 0.100 + 0.010  # 524,288 tokens are 8 times 32 rows of 2,048
     assert found["d12 bf16 speed"] == pytest.approx(524288 / seconds)
     assert found["d12 bf16 MFU"] == pytest.approx(100 * 524288 / seconds * 6e8 / 989e12)
     assert found["d12 optimizer share"] == pytest.approx(100 * 0.010 / seconds)
     assert "32 rows of 2048 per pass, flex attention; 8 times 100.0 ms" in rows[0].note
     assert not any(row.wrong for row in rows)
-    others = gpu_checks.rows_of_training(FakeTraining(), "d12 fp8", 989e12, "listed", 3)
+    others = gpu_checks.rows_of_training(FakeTraining(), "d12 fp8", 989e12, "listed", 3, 3)
     assert "optimizer" not in " ".join(values(others))
 
 
@@ -222,6 +223,26 @@ def unable_on(**facts):
     return {name for name in gpu.CHECKS if gpu.unable(name, machine, toy=False)}
 
 
+def test_what_only_compiles_runs_first_and_side_by_side():
+    names = ["d12-bf16", "kernels", "loss", "warm-12"]
+    assert gpu.groups(names) == [["kernels", "warm-12"], ["d12-bf16"], ["loss"]]
+    assert gpu.groups(names[:1]) == [["d12-bf16"]]
+
+
+def test_a_variant_is_set_for_its_measurement_alone():
+    """Every variant but the first sets something that exists to another value."""
+    for name, settings in gpu_checks.VARIANTS.items():
+        assert (name == "as it is") == (not settings)
+
+        def values(settings=settings):
+            return [getattr(importlib.import_module(where), what) for where, what, _ in settings]
+
+        before = values()
+        with gpu_checks.switched(settings):
+            assert values() == [value for _, _, value in settings]
+        assert values() == before
+
+
 def test_only_what_the_machine_can_do_is_tried():
     assert unable_on(torchao=True, triton=True, pytest=True, gpus=2) == set()
     assert unable_on(torchao=False, triton=False, pytest=False, gpus=1) == {
@@ -268,7 +289,7 @@ def test_toy(tmp_path):
     done = toy(tmp_path, "--only=loss,kernels")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "sub" / "found.json").read_text())
-    assert [row.get("check") for row in rows[-3:]] == ["loss", "loss", "kernels"] and not any(
+    assert [row.get("check") for row in rows[-3:]] == ["kernels", "loss", "loss"] and not any(
         row["wrong"] for row in rows
     )
     assert done.stdout.splitlines()[-1] == f"RESULT toy=1 rows={len(rows)} wrong=0"

@@ -8,10 +8,14 @@ import torch
 from test_slots import model_of
 
 from nanochat.common import UsageError
+from nanochat.data.chat import with_chat
 from nanochat.data.tokenizer import train_tokenizer
-from nanochat.eval.engine import Ended, Engine, QueueFull, Request, Sampling, Token
+from nanochat.eval.engine import Ended, Engine, QueueFull, Request, Sampling, Scored, Token
 from nanochat.eval.generation import generate_ids
-from nanochat.eval.slots import TorchDecoder
+from nanochat.eval.slots import TorchDecoder, in_compute_dtype
+from nanochat.eval.ties import TOLERANCE
+from nanochat.eval.writer import Writer
+from nanochat.model.growing import grown
 
 GREEDY = Sampling(temperature=0)
 PIECE = 4
@@ -149,6 +153,45 @@ def test_requests_get_what_the_model_says_alone(start, model, monkeypatch, kind)
     assert counts.prompt_tokens == sum(len(request.prompt) for request in REQUESTS)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, repetition_penalty=1.2)])
+def test_near_ties_are_counted_where_the_batch_may_decide(start, model, monkeypatch, sampling):
+    """All are near-ties by a tolerance beyond all logits, none by one of 0."""
+    requests = [Request(prompt_of(5, seed=i), 6, sampling) for i in range(3)]
+    engine = start()
+    answers(engine, requests)
+    assert engine.is_batch_invariant and "decode.cpp" in engine.mode
+    assert engine.counts().near_ties == 0
+
+    monkeypatch.setattr(
+        "nanochat.eval.engine.open_decoder",
+        lambda model, slots, positions, threads, report: TorchDecoder(model, slots, positions),
+    )
+    invariant = start(batch_invariant=True)
+    answers(invariant, requests)
+    assert invariant.is_batch_invariant and "one text at a time" in invariant.mode
+    assert invariant.counts().near_ties == 0
+
+    for tolerance in (0.0, 1000.0):
+        monkeypatch.setitem(TOLERANCE, torch.float32, tolerance)
+        fast = start()
+        readers = answers(fast, requests)
+        assert not fast.is_batch_invariant and "--batch-invariant" in fast.mode
+        # the first token of each is chosen before others are beside it
+        n_chosen = sum(len(reader.ids) - 1 for reader in readers)
+        ended = sum(reader.end.reason == "stop" for reader in readers)
+        assert fast.counts().near_ties == (n_chosen + ended if tolerance else 0)
+
+
+def test_logits_of_a_batch_stay_within_the_tolerance(model):
+    """What near-ties are counted by: PyTorch's products of 8 rows and of one, in fp32."""
+    # two decoders: a slot remembers what it read last
+    beside, alone = (TorchDecoder(in_compute_dtype(model), 8, 60) for _ in range(2))
+    numbers = list(range(8))
+    together = beside.step(numbers, [0] * 8, numbers)
+    alone = torch.cat([alone.step([i], [0], [i]) for i in numbers])
+    assert (together - alone).abs().max() < TOLERANCE[torch.float32]
+
+
 def test_a_request_is_the_same_alone_and_among_others(start):
     """To the last bit of its log-probabilities, also where its beginning was read for another."""
     asked = [dataclasses.replace(request, logprobs=3) for request in REQUESTS]
@@ -182,7 +225,9 @@ def test_log_probabilities_are_those_of_the_model(start, model):
     ids = list(request.prompt) + reader.ids
     with torch.no_grad():
         expected = model.logits(model.hidden(torch.tensor([ids]))[0]).double().log_softmax(-1)
-    rows = [*reader.end.prompt_top, *((token.logprob, token.top) for token in reader.tokens)]
+    # the prompt's come before any token
+    scored = reader.events[0]
+    rows = [*scored.prompt_top, *((token.logprob, token.top) for token in reader.tokens)]
     assert rows[0] == (None, ()) and len(rows) == len(ids)
     for place, (logprob, top) in enumerate(rows[1:]):
         assert logprob == pytest.approx(expected[place, ids[place + 1]].item(), abs=1e-5)
@@ -194,15 +239,28 @@ def test_log_probabilities_are_those_of_the_model(start, model):
 def test_a_prompt_is_scored_without_a_new_token(start):
     request = Request(prompt_of(9, seed=5), 0, GREEDY, logprobs=0, prompt_logprobs=True)
     (reader,) = answers(start(), [request])
-    assert reader.tokens == [] and reader.end.reason == "length"
-    assert len(reader.end.prompt_top) == 9
+    scored, end = reader.events
+    assert isinstance(scored, Scored) and len(scored.prompt_top) == 9
+    assert end == Ended("length", "")
 
 
 def test_a_text_ends_before_its_stop_text(start, model, tokenizer):
     request = Request(prompt_of(5, seed=1), 12, GREEDY)
     text = tokenizer.decode(alone(model, request))
     (reader,) = answers(start(), [dataclasses.replace(request, stop=(text[4:7], "never"))])
-    assert reader.text == text[: text.index(text[4:7])] and reader.end.reason == "stop"
+    assert reader.text == text[: text.index(text[4:7])] and reader.end == Ended("stop", "")
+    # the token that completes the stop text is an event too, as its beginning may be shown
+    assert reader.ids == alone(model, request)[: text.index(text[4:7]) + 3]
+
+
+def test_a_text_ends_with_a_turn_of_a_chat(model, tokenizer, monkeypatch):
+    chat = with_chat(tokenizer)
+    drawn = iter([5, 6, chat.special_ids["<|turn_end|>"], 7])
+    monkeypatch.setattr("nanochat.eval.engine._choose", lambda *given: ([next(drawn)], 0))
+    with Writer(grown(model, chat.vocab_size), chat) as writer:
+        events = [event for _, event in writer.events([Request(prompt_of(3, 0), 9, GREEDY)])]
+    assert [event.id for event in events[:-1]] == [5, 6]
+    assert events[-1] == Ended("stop", "", id=chat.special_ids["<|turn_end|>"])
 
 
 def test_a_request_that_is_cancelled_frees_its_slot(start, model):

@@ -597,6 +597,7 @@ def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
                 "--core-bundle=x",
                 "--baselines=v2",
                 "--core-crop",
+                "--core-chat",
                 "--prompt=a",
                 "--seed=1",
             ],
@@ -608,6 +609,7 @@ def test_two_ranks_answer_as_one(run, bundle, text, tmp_path):
                     ("core-bundle", "core"),
                     ("baselines", "core"),
                     ("core-crop", "core"),
+                    ("core-chat", "core"),
                     ("prompt", "sample"),
                     ("seed", "sample"),
                 )
@@ -775,7 +777,7 @@ def test_help_is_light():
         for option in action.option_strings
         if option.startswith("--")
     ]
-    assert len(flags) == 20 and [flag for flag in flags if flag not in shown.stdout] == []
+    assert len(flags) == 21 and [flag for flag in flags if flag not in shown.stdout] == []
 
 
 # ---- Hugging Face folders ----

@@ -3,9 +3,11 @@
 The tests of llama.cpp itself need the package xllamacpp, which the others do without."""
 
 import importlib.util
+import random
 import re
 import sys
 import types
+import unicodedata
 from dataclasses import asdict
 
 import pytest
@@ -19,6 +21,7 @@ from nanochat.apps.export.verify import ExportFailed, Ours
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import (
     GPT2_PATTERN,
+    LLAMA_PATTERN,
     SPLIT_PATTERN,
     Tokenizer,
     gpt2_byte_characters,
@@ -97,10 +100,12 @@ def test_the_file_describes_the_run(tmp_path, capsys, without_llama_cpp, kind, s
     run = make_run(tmp_path / "d2", shape, kind)
     out = exported(run, tmp_path / "out")
     assert "not verified with llama.cpp (pip install xllamacpp" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "README.md", "model.gguf"]
     modelfile = (out / "Modelfile").read_text()
     assert "FROM ./model.gguf" in modelfile and "PARAMETER num_ctx 48" in modelfile
     assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\ntags: [gguf]\n") and "-m model.gguf" in card
     reader = gguf.GGUFReader(out / "model.gguf")
     tokenizer = tokenizer_of(kind)
     expected = {
@@ -193,7 +198,7 @@ def test_merges_build_the_tokens_from_bytes(kind):
     "shape, kind, flags, message",
     [
         (LLAMA | {"arch": "speedrun"}, "byte", [], "run is a speedrun model, .* --arch=llama"),
-        (LLAMA, "bpe", [], "no pre-tokenizer of llama.cpp .* --tokenizer=gpt2, char or byte"),
+        (LLAMA, "bpe", [], "no pre-tokenizer of llama.cpp .* next run with --tokenizer=bpe-llama"),
         (NARROW, "byte", ["--dtype=q8_0"], r"--dtype q8_0: .* embedding.weight have 24; use float"),
     ],
 )
@@ -243,7 +248,8 @@ def correct(asked, model, tokenizer):
     """What llama.cpp should answer."""
     ids = [[tokenizer.bos, *tokenizer.encode(text)] for text in asked.texts]
     ours = Ours(model, tokenizer)
-    return llama_cpp.Answered(ids, [ours.greedy(prompt, asked.n_new) for prompt in asked.prompts])
+    new_ids = [ours.greedy(prompt, asked.n_new) for prompt in asked.prompts]
+    return llama_cpp.Answered(ids, new_ids, [])
 
 
 def other_ids(answered):
@@ -264,7 +270,7 @@ def ends_early(answered):
         (lambda answered: None, None),
         (other_ids, "reads other token ids"),
         (unlikely_token, "logit is .* below nanochat's largest"),
-        (ends_early, "ends after 5 of 24 tokens without drawing BOS"),
+        (ends_early, "ends after 5 of 24 tokens without drawing one that ends a text"),
     ],
 )
 def test_answers_of_llama_cpp_are_compared(tmp_path, monkeypatch, change, message):
@@ -291,6 +297,7 @@ def test_answers_of_llama_cpp_are_compared(tmp_path, monkeypatch, change, messag
     [
         (LLAMA | {"max_seq_len": 512}, "gpt2", "float32", r"same [234]\d\d greedy tokens"),
         (TIED, "char", "float32", "greedy tokens"),
+        (LLAMA, "bpe-llama", "float32", "same 48 greedy tokens"),
         (NARROW, "byte", "bfloat16", "greedy tokens"),
         (LLAMA, "byte", "q8_0", "greedy tokens"),
     ],
@@ -300,6 +307,74 @@ def test_llama_cpp_computes_the_same(tmp_path, capsys, shape, kind, dtype, said)
     exported(run, tmp_path / "out", f"--dtype={dtype}")
     printed = capsys.readouterr().out
     assert re.search(rf"; verified with llama.cpp \(.*\): .*{said}", printed)
+
+
+def difficult_texts(n, seed):
+    """Texts of every kind of character, with what the patterns treat in a special way."""
+    generator = random.Random(seed)
+    known = unicodedata.ucd_3_2_0
+    points = [c for c in range(1, 0x110000) if not 0xD800 <= c < 0xE000]
+    assigned = [chr(c) for c in points if known.category(chr(c)) not in ("Cn", "Co")]
+    pools = [
+        [
+            "'s",
+            "'S",
+            "'RE",
+            "'Ll",
+            "'\u017f",
+            "DON'T",
+            "we'Ve",
+            "'",
+            "\u2019s",
+            "a",
+            "Z",
+            "e\u0301",
+        ],
+        [
+            "\r\n",
+            "\n",
+            "\n\n",
+            "\r",
+            "    ",
+            "\t",
+            "\u00a0",
+            "!\n",
+            "?!\r\n\r\n",
+            " \n",
+            "\u0085",
+            ".",
+        ],
+        list("0123456789 abc,"),
+        [chr(c) for c in range(0x1F300, 0x1F650)] + ["\u200d", "\ufe0f"],
+        [chr(c) for c in range(0x4E00, 0x4F00)] + [chr(c) for c in range(0x3040, 0x30FF)],
+        [c for c in assigned if unicodedata.category(c)[0] == "M"],
+        [c for c in assigned if unicodedata.category(c)[0] == "N"],
+        [c for c in assigned if c.isspace()],
+        assigned,
+    ]
+    lengths = [generator.randint(1, 40) for _ in range(n)]
+    return ["".join(generator.choice(generator.choice(pools)) for _ in range(k)) for k in lengths]
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [LLAMA_PATTERN, GPT2_PATTERN])
+def test_llama_cpp_splits_ten_thousand_random_texts_alike(tmp_path, pattern):
+    import rustbpe
+
+    # Merges that were learnt across all borders of words, so that every split changes ids.
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(difficult_texts(2000, 5), 4000, pattern=r"[\s\S]{1,20}")
+    ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
+    tokenizer = Tokenizer("bpe", [token for _, token in ranks], pattern)
+    model = build(GPTConfig(vocab_size=tokenizer.vocab_size, **NARROW), "cpu", seed=1)
+    saved = gguf_file.Saved(model.state_dict(), gguf_file.vocabulary_of(tokenizer))
+    path = tmp_path / "model.gguf"
+    gguf_file.write_gguf(path, "name", saved, model.config, "float32")
+    texts = difficult_texts(10_000, 1)
+    found = llama_cpp._answers(llama_cpp.Asked(path, 48, texts, [], 1, []), "llama.cpp")
+    for text, ids in zip(texts, found.ids, strict=True):
+        assert ids == [tokenizer.bos, *tokenizer.encode(text)], ascii(text)
 
 
 @needs_llama_cpp

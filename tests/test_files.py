@@ -14,7 +14,7 @@ MADE = [
     (
         "plain",
         {},
-        ["b.txt", "a.jsonl", "sub/c.parquet", "notes.md"],
+        ["b.txt", "a.jsonl", "sub/c.parquet"],
         ["a.jsonl", "b.txt", "sub/c.parquet"],
         [],
     ),
@@ -204,7 +204,7 @@ def test_a_file_that_is_named_is_taken(tmp_path):
 
 
 def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
-    folder = make(tmp_path / "data", ["a.txt", "closed/b.txt", "secret.txt", "secret.md"], {})
+    folder = make(tmp_path / "data", ["a.txt", "closed/b.txt", "secret.txt"], {})
     scandir, access = os.scandir, os.access
 
     def refuse(path):
@@ -243,7 +243,9 @@ def test_pipes_and_devices(tmp_path):
 
 
 def test_nothing_found(tmp_path):
-    folder = make(tmp_path / "data", [".a.txt", "sub/b.md"], {"gone.txt": "nowhere"})
+    folder = make(tmp_path / "data", [".a.txt"], {"gone.txt": "nowhere"})
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.png").write_bytes(b"\x89PNG\0")
     refused = {
         f"{folder}": r"the folder holds no .txt, .jsonl.*1 hidden or system name \(.a.txt\)",
         f"{folder}/gone.txt": "a link to nowhere, which does not exist; repair the link",
@@ -256,6 +258,36 @@ def test_nothing_found(tmp_path):
         opening = re.escape(f"--val-data={value}: ")
         with pytest.raises(UsageError, match=f"^{opening}{words}"):
             find_files(value, "--val-data")
+
+
+def test_a_folder_of_code_is_read_as_text(tmp_path):
+    """Where it has no format of ours; what is no text, or has a format, is left out."""
+    files = [
+        "a.py",
+        "b/c.rs",
+        "b/d.py",
+        "b/e.toml",
+        "Makefile",
+        "package.json",
+        "b/f.xml",
+        ".git/g",
+    ]
+    folder = make(tmp_path / "code", files, {})
+    (folder / "a.pyc").write_bytes(b"\xa7\r\r\n\0")
+    (folder / "utf16.txt.bak").write_bytes("text".encode("utf-16"))
+    (folder / "cut.md").write_bytes("é".encode() * (1 << 16))
+    (folder / "__init__.py").write_bytes(b"\n")
+    named = named_files(str(folder))
+    assert names(named.files, folder) == sorted(
+        ["Makefile", "a.py", "b/c.rs", "b/d.py", "b/e.toml", "b/f.xml", "cut.md"]
+    )
+    taken, other, hidden, binary = sorted(named.remarks, key=lambda text: text[:4] != "the ")
+    assert taken.endswith("its 7 files with text are read (2 .py, 1 without suffix, 1 .rs, ...)")
+    assert "1 .json; name them by a pattern" in other
+    assert "2 binary files (a.pyc, utf16.txt.bak)" in hidden + binary and ".git" in hidden + binary
+    # one file of ours, and the folder is taken for a corpus with descriptions beside it
+    (folder / "corpus.txt").write_text("text")
+    assert names(find_files(str(folder)), folder) == ["corpus.txt"]
 
 
 def test_paths_in_remarks(tmp_path):

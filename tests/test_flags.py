@@ -1,13 +1,18 @@
 """The table of train.py's flags: parsing, --config, ranges, and what each flag decides."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from nanochat.__main__ import APPS
 from nanochat.common import UsageError
 from nanochat.run import flags
 from nanochat.run.flags import FLAGS, flag, parse, range_problems
 
+ROOT = Path(__file__).resolve().parent.parent
 FREE_ON_RESUME = {
     "data",
     "val_data",
@@ -44,6 +49,7 @@ OF_ONE_START = {
     "out_dir",
     "model_tag",
     "config",
+    "notify",
     "dry_run",
     "json",
     "gpus",
@@ -100,6 +106,7 @@ SHAPE_THE_MODEL = {
     "tie_embeddings",
 }
 BOOKKEEPING = {
+    "notify",
     "seed",
     "resume",
     "resume_from_step",
@@ -432,3 +439,52 @@ def test_paths_are_expanded_on_the_command_line_and_in_a_config(tmp_path, monkey
     (tmp_path / "flags.json").write_text(json.dumps(values))
     args = parse(["--config=~/flags.json"])
     assert {getattr(args, name) for name in values} == {str(tmp_path / "x")}
+
+
+def test_all_flags_as_data(capsys):
+    """--help-json has every flag with what the table knows of it, and ends as --help does."""
+    with pytest.raises(SystemExit, match="0"):
+        flags.parse(["--depth=4", "--help-json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["program"] == "train.py" and shown["commands"] == {}
+    options = {option["name"]: option for option in shown["options"]}
+    assert list(options) == ["help_json", *flags.FLAGS]
+    depth = options["depth"]
+    assert (depth["words"], depth["type"], depth["default"]) == (["--depth"], "int", 20)
+    assert depth["range"] == "must be at least 1" and depth["group"] == "model"
+    assert depth["shapes_model"] and not depth["same_experiment"] and not depth["live"]
+    assert options["seed"]["same_experiment"] and options["eval_every"]["live"]
+    assert options["compile"]["words"] == ["--compile", "--no-compile"]
+    assert options["compile"]["type"] == "switch" and options["data"]["type"] == "path"
+    assert options["optimizer"]["choices"] == ["muon", "adamw"]
+    # a percent sign is one again
+    assert "%%" not in json.dumps(shown)
+
+
+def test_the_apps_options_as_data():
+    """One implementation for all apps, those with commands included."""
+    code = (
+        "import sys; from nanochat.__main__ import main\n"
+        "for app in sys.argv[1:]:\n"
+        "    try:\n"
+        "        main([*app.split(), '--help-json'])\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code == 0\n"
+        "    print('----')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, *APPS, "sweep try", "jobs list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = [json.loads(text) for text in done.stdout.split("----\n")[:-1]]
+    programs = [f"nanochat {app}" for app in (*APPS, "sweep try", "jobs list")]
+    assert [described["program"] for described in shown] == programs
+    by_name = dict(zip((*APPS, "sweep try"), shown, strict=False))
+    runs = {option["name"]: option for option in by_name["runs"]["options"]}
+    assert runs["sort"]["choices"] and runs["sort"]["default"] == "name"
+    compare = by_name["tokenizer"]["commands"]["compare"]
+    assert [option["name"] for option in compare["options"] if not option["words"]] == [
+        "data",
+        "tokenizers",
+    ]
+    gain = next(one for one in by_name["sweep try"]["options"] if one["name"] == "gain")
+    assert (gain["words"], gain["type"], gain["default"]) == (["--gain"], "float", 0.01)

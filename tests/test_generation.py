@@ -1,24 +1,17 @@
-"""Generation: cached against uncached, worked choices of tokens, streams of text, the app."""
-
-import os
-import re
-import subprocess
-import sys
+"""Generation: cached against uncached, worked choices of tokens, streams of text."""
 
 import pytest
 import torch
 
 import nanochat
-from nanochat import __main__
-from nanochat.apps import sample
 from nanochat.common import UsageError
+from nanochat.data.chat import with_chat
 from nanochat.data.tokenizer import train_tokenizer
 from nanochat.eval import generation
 from nanochat.eval.generation import (
     NotNumbers,
     generate_ids,
     generate_text,
-    generate_texts,
     room_for,
     sample_next,
     text_pieces,
@@ -30,7 +23,6 @@ from nanochat.model.config import GPTConfig
 
 VOCAB = 257  # the byte tokenizer's
 BOS = 256
-HELP = sample.build_parser().format_help()
 
 
 def tiny_model(backend="blocked", depth=4, max_seq_len=32, seed=0, **changes):
@@ -303,11 +295,11 @@ def scripted(monkeypatch, rows, vocab_size=VOCAB):
 
 def test_stopped_samples_yield_none(model, monkeypatch):
     scripted(monkeypatch, [[1, 9, 5, 5, 5], [2, 3, 9, 5, 5]])
-    steps = generate_ids(model, [BOS], 5, temperature=0, num_samples=2, stop_id=9)
+    steps = generate_ids(model, [BOS], 5, temperature=0, num_samples=2, stop_ids=[9])
     assert list(steps) == [[1, 2], [9, 3], [None, 9]]
 
 
-def test_without_stop_id_it_runs_to_the_end(model, monkeypatch):
+def test_without_stop_ids_it_runs_to_the_end(model, monkeypatch):
     scripted(monkeypatch, [[BOS, 4, BOS]])
     assert drain(model, [BOS], 3, temperature=0) == [[BOS], [4], [BOS]]
 
@@ -416,6 +408,13 @@ def test_text_ends_with_the_document(bytes_tokenizer, end):
     assert "".join(text_pieces(bytes_tokenizer, [104, 105, end, 33])) == "hi"
 
 
+def test_text_ends_with_a_turn_of_a_chat(bytes_tokenizer):
+    """Other special tokens are shown by name, as decode() shows them."""
+    chat = with_chat(bytes_tokenizer)
+    user, end = chat.special_ids["<|user_start|>"], chat.special_ids["<|turn_end|>"]
+    assert "".join(text_pieces(chat, [104, user, 105, end, 33])) == "h<|user_start|>i"
+
+
 def test_generate_text_streams(model, bytes_tokenizer, monkeypatch):
     scripted(monkeypatch, [[*"né".encode(), BOS, 33]])
     pieces = generate_text(model, bytes_tokenizer, "prompt", temperature=0)
@@ -423,15 +422,10 @@ def test_generate_text_streams(model, bytes_tokenizer, monkeypatch):
 
 
 def test_generate_text_reads_bos_then_the_prompt(model, bytes_tokenizer):
-    ids = [step[0] for step in drain(model, [BOS, *b"ab"], 12, seed=3, stop_id=BOS)]
+    ids = [step[0] for step in drain(model, [BOS, *b"ab"], 12, seed=3, stop_ids=[BOS])]
     text = "".join(generate_text(model, bytes_tokenizer, "ab", 12, seed=3))
     assert text == bytes(i for i in ids if i != BOS).decode("utf-8", "replace") != ""
-    assert generate_texts(model, bytes_tokenizer, "ab", 1, 12, seed=3) == [text]
-
-
-def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypatch):
-    scripted(monkeypatch, [[104, BOS, 33], [105, 106, 107]])
-    assert generate_texts(model, bytes_tokenizer, "", 2, 3, temperature=0) == ["h", "ijk"]
+    assert nanochat.generate(model, bytes_tokenizer, "ab", max_new_tokens=12, seed=3) == text
 
 
 @pytest.mark.parametrize(
@@ -456,20 +450,15 @@ def test_generate_texts_ends_each_sample_apart(model, bytes_tokenizer, monkeypat
     ],
 )
 def test_text_ends_before_a_stop_text(model, bytes_tokenizer, monkeypatch, text, stop, pieces):
-    """The same by bytes and by whole words, streamed and drawn together."""
+    """The same by bytes and by whole words."""
     ids = list(text.encode())
     assert "".join(text_pieces(bytes_tokenizer, [*ids, BOS], stop)) == pieces
     words = train_tokenizer("byte", [], 0)
     words.tokens[0] = text.encode()
     assert "".join(text_pieces(words, [0, None], stop)) == pieces
-    for several in (False, True):
-        scripted(monkeypatch, [[*ids, BOS]] * (2 if several else 1))
-        arguments = (model, bytes_tokenizer, "")
-        options = {"max_new_tokens": len(ids) + 1, "temperature": 0, "stop": stop}
-        if several:
-            assert generate_texts(*arguments, 2, **options) == [pieces] * 2
-        else:
-            assert "".join(generate_text(*arguments, **options)) == pieces
+    scripted(monkeypatch, [[*ids, BOS]])
+    options = {"max_new_tokens": len(ids) + 1, "temperature": 0, "stop": stop}
+    assert "".join(generate_text(model, bytes_tokenizer, "", **options)) == pieces
 
 
 def test_what_may_begin_a_stop_text_is_held_back(model, bytes_tokenizer, monkeypatch):
@@ -480,8 +469,6 @@ def test_what_may_begin_a_stop_text_is_held_back(model, bytes_tokenizer, monkeyp
 
 def test_nothing_is_drawn_behind_a_stop_text(model, bytes_tokenizer, monkeypatch):
     """The script holds no further ids, and would raise."""
-    scripted(monkeypatch, [b"a.", b".b"])
-    assert generate_texts(model, bytes_tokenizer, "", 2, 9, stop=".", temperature=0) == ["a", ""]
     scripted(monkeypatch, [b"a."])
     assert list(generate_text(model, bytes_tokenizer, "", 9, stop=".", temperature=0)) == ["a"]
 
@@ -507,283 +494,6 @@ def test_an_empty_stop_text_is_refused(model, bytes_tokenizer):
 def test_room_beyond_the_context(model, n_prompt, asked, limit, note):
     room = room_for(model, n_prompt, asked)
     assert room.max_new_tokens == limit and note in room.note and bool(note) == bool(room.note)
-
-
-# ---- nanochat sample ----
-
-
-@pytest.fixture
-def loaded(model, bytes_tokenizer, monkeypatch):
-    """nanochat.load() gives the tiny model; the list holds the arguments it was called with."""
-    calls = []
-
-    def load(run, step=None, device_type="", dtype="auto"):
-        calls.append((run, step, device_type, dtype))
-        return model, bytes_tokenizer
-
-    monkeypatch.setattr(nanochat, "load", load)
-    return calls
-
-
-def test_sample_help_imports_no_torch():
-    code = (
-        "import sys, nanochat.apps.sample\n"
-        "try: nanochat.apps.sample.main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    flags = [
-        "--step",
-        "--prompt",
-        "--prompt-from",
-        "--prompts-file",
-        "--num-samples",
-        "--max-tokens",
-        "--stop",
-        "--temperature",
-        "--top-k",
-        "--top-p",
-        "--repetition-penalty",
-        "--seed",
-        "--device-type",
-        "--dtype",
-    ]
-    assert [flag for flag in flags if f"\n  {flag} " not in done.stdout] == []
-
-
-def test_sample_prints_each_piece_as_it_is_drawn(loaded, capsys, monkeypatch):
-    script, printed = iter([*"hé".encode(), BOS]), []
-
-    def last_logits(model, ids, cache=None):
-        printed.append(capsys.readouterr().out)
-        return 10.0 * torch.nn.functional.one_hot(torch.tensor([next(script)]), VOCAB)
-
-    monkeypatch.setattr(generation, "last_logits", last_logits)
-    assert sample.main(["out/d2", "--prompt", "Oh", "--temperature", "0"]) == 0
-    assert printed == ["Oh", "h", "", "é"] and capsys.readouterr().out == "\n"
-    assert loaded == [("out/d2", None, "", "auto")]
-
-
-def test_sample_draws_nothing_for_a_reader_that_is_gone(loaded, monkeypatch):
-    """As after `| head`: neither the rest of the text nor the other prompts."""
-    calls = []
-
-    def last_logits(model, ids, cache=None):
-        calls.append(ids)
-        return torch.zeros(1, VOCAB)
-
-    monkeypatch.setattr(generation, "last_logits", last_logits)
-    monkeypatch.setattr("nanochat.output.reader_is_gone", lambda: len(calls) >= 3)
-    prompts = ["--prompt", "Oh", "--prompt", "Ah"]
-    assert sample.main(["out/d2", *prompts, "--max-tokens=50", "--seed=1"]) == 0
-    assert len(calls) <= 4
-
-
-def test_sample_same_seed_same_text(loaded, model, bytes_tokenizer, capsys):
-    argv = [
-        "out/d2",
-        "--step=500",
-        "--prompt=ab",
-        "--max-tokens=9",
-        "--device-type=cpu",
-        "--dtype=float32",
-        "--seed=5",
-    ]
-    texts = []
-    for _ in range(2):
-        sample.main(argv)
-        texts.append(capsys.readouterr().out)
-    continuation = "".join(
-        generate_text(model, bytes_tokenizer, "ab", 9, temperature=0.8, top_k=50, seed=5)
-    )
-    assert texts == [f"ab{continuation}\n"] * 2
-    assert loaded == [("out/d2", 500, "cpu", "float32")] * 2
-
-
-def test_sample_several_prompts_and_samples(loaded, capsys, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("second é\n\nthird\n", encoding="utf-8")
-    sample.main(
-        [
-            "out/d2",
-            "--prompt",
-            "first",
-            "--prompts-file",
-            str(prompts),
-            "--num-samples",
-            "2",
-            "--max-tokens",
-            "1",
-            "--temperature",
-            "0",
-        ]
-    )
-    printed = capsys.readouterr().out
-    for p, prompt in enumerate(["first", "second é", "third"], start=1):
-        for s in (1, 2):
-            assert f"--- prompt {p} of 3, sample {s} of 2 ---\n{prompt}" in printed
-    assert printed.count("---\n") == 6
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_sample_stops(loaded, capsys, monkeypatch, n):
-    scripted(monkeypatch, [b"yes\nUser: no"] * n)
-    flags = ["--stop=never", "--stop=\nUser:", "--temperature=0", f"--num-samples={n}"]
-    assert sample.main(["out/d2", "--prompt=Bot: ", "--max-tokens=20", *flags]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("Bot: yes\n") == n and "User" not in printed
-
-
-def test_sample_takes_a_file_or_standard_input_as_one_prompt(loaded, capsys, tmp_path, monkeypatch):
-    (tmp_path / "poem.txt").write_bytes(b"\xef\xbb\xbffirst\r\n\n  second\n\n")
-    read, write = os.pipe()
-    os.write(write, "dritte é".encode())
-    os.close(write)
-    before = os.dup(0)
-    os.dup2(read, 0)
-    try:
-        flags = ["--prompt-from", str(tmp_path / "poem.txt"), "--prompt-from=-", "--max-tokens=1"]
-        assert sample.main(["out/d2", "--prompt", "zero", *flags]) == 0
-    finally:
-        os.dup2(before, 0)
-        for descriptor in (read, before):
-            os.close(descriptor)
-    printed = capsys.readouterr().out
-    for p, prompt in enumerate(("zero", "first\n\n  second\n", "dritte é"), start=1):
-        assert f"--- prompt {p} of 3, sample 1 of 1 ---\n{prompt}" in printed
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ("one\ntwo".encode("utf-16"), "is text in UTF-16; convert it to UTF-8: iconv"),
-        (b"caf\xe9", "is not UTF-8 .byte 3 is 0xe9"),
-        (b"one\0two", "is a binary file"),
-        (None, "cannot be read .No such file"),
-    ],
-)
-def test_sample_reads_a_prompt_as_it_reads_other_text(loaded, tmp_path, content, words):
-    path = tmp_path / "poem.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UsageError, match=f"--prompt-from={path}: {words}"):
-        sample.main(["out/d2", "--prompt-from", str(path)])
-
-
-def test_sample_tells_what_exceeds_the_context(loaded, capsys):
-    prompts = ["--prompt", "a", "--prompt", "b" * 40, "--prompt", "c" * 317]
-    assert sample.main(["out/d2", *prompts, "--max-tokens=5"]) == 0
-    shown = capsys.readouterr()
-    first, second = shown.err.splitlines()
-    assert first.startswith("note: prompt 2 of 3: the prompt's 41 tokens exceed the 32 tokens")
-    assert second.startswith("note: prompt 3 of 3: the text ends after 2 new tokens at the latest")
-    assert "note" not in shown.out
-
-
-def test_sample_takes_bytes_that_are_not_utf8(loaded, capsys):
-    """They arrive in arguments as lone surrogates."""
-    argv = [os.fsdecode(word) for word in (b"--prompt=caf\xe9", b"--stop=\xe9", b"--max-tokens=1")]
-    assert sample.main(["out/d2", *argv]) == 0
-    assert capsys.readouterr().out.startswith("caf?")
-
-
-def test_sample_advises_no_flags_that_it_lacks(loaded, model, monkeypatch):
-    """A tokenizer of characters refuses others: of a run, the tokenizer cannot be chosen anew."""
-    characters = train_tokenizer("char", ["abc"], 0)
-    monkeypatch.setattr(nanochat, "load", lambda *_, **__: (model, characters))
-    with pytest.raises(UsageError) as raised:
-        sample.main(["out/d2", "--prompt=abc", "--prompt=abd"])
-    message = str(raised.value)
-    assert message.startswith("prompt 2 of 2: the character 'd'")
-    assert set(re.findall(r"--[a-z-]+", message)) <= set(re.findall(r"--[a-z-]+", HELP))
-
-
-def test_sample_names_every_bad_value_at_once(loaded):
-    with pytest.raises(UsageError) as raised:
-        sample.main(
-            [
-                "out/d2",
-                "--temperature=-1",
-                "--top-p=0",
-                "--max-tokens=0",
-                "--repetition-penalty=0",
-                "--top-k=-2",
-                "--num-samples=0",
-                "--seed=-1",
-                "--step=-2",
-                "--stop=",
-                "--prompts-file=/nowhere/prompts.txt",
-            ]
-        )
-    lines = str(raised.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == [
-        "--max-tokens 0",
-        "--temperature -1.0",
-        "--top-k -2",
-        "--top-p 0.0",
-        "--repetition-penalty 0.0",
-        "--seed -1",
-        "--num-samples 0",
-        "--step -2",
-        "--stop ''",
-        "--prompts-file=/nowhere/prompts.txt",
-    ]
-    assert loaded == []  # nothing was loaded for it
-
-
-def test_sample_checks_every_prompt_before_the_first_is_continued(loaded, capsys):
-    with pytest.raises(UsageError) as raised:
-        sample.main(
-            [
-                "out/d2",
-                "--prompt",
-                "fits",
-                "--prompt",
-                "x" * 320,
-                "--prompt",
-                "y" * 400,
-                "--max-tokens",
-                "4",
-            ]
-        )
-    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == [
-        "prompt 2 of 3",
-        "prompt 3 of 3",
-    ]
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_sample_of_damaged_weights(loaded, capsys, monkeypatch, n):
-    monkeypatch.setattr(
-        generation,
-        "last_logits",
-        lambda model, ids, cache=None: torch.full((1, VOCAB), float("nan")),
-    )
-    assert __main__.main(["sample", "out/d2", f"--num-samples={n}", "--max-tokens=9"]) == 2
-    shown = capsys.readouterr().err
-    assert (
-        "out/d2: the model's logits are not numbers" in shown
-        and "--step" in shown
-        and len(shown.splitlines()) == 1
-    )
-
-
-def test_sample_refuses_an_empty_prompts_file(loaded, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UsageError, match="holds no prompt"):
-        sample.main(["out/d2", "--prompts-file", str(tmp_path / "empty.txt")])
-
-
-@pytest.mark.parametrize(
-    "argv", [["out/d2", "--temp", "1"], ["out/d2", "--max-tokens", "many"], []]
-)
-def test_sample_usage_errors_of_the_parser(argv):
-    with pytest.raises(SystemExit) as raised:
-        sample.main(argv)
-    assert raised.value.code == 2
 
 
 @pytest.mark.parametrize(

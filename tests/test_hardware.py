@@ -27,6 +27,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-40GB", "A100"),
         # whole words: an A10G is not an A10, an L40S not an L4, an RTX A4000 not an A40
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA A10", "A10"),
         ("NVIDIA L40S", "L40S"),
@@ -49,7 +51,7 @@ def test_a_gpu_is_found_by_its_name(reported, listed):
 def test_the_table_is_plausible():
     for name, gpu in hardware.GPUS.items():
         assert 5e13 <= gpu.peak_flops <= 3e15, name
-        assert 10e9 <= gpu.memory_bytes <= 200e9, name
+        assert 10e9 <= gpu.memory_bytes <= 300e9, name
         assert (7, 0) <= gpu.capability <= (12, 0), name
         assert hardware.listed_gpu(f"NVIDIA {name}") == gpu
 

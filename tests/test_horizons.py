@@ -53,7 +53,7 @@ def inject_clock(monkeypatch, seconds, at_update=lambda n: None):
 
     monkeypatch.setattr(Optimizer, "step", step)
     timed = functools.partial(clock.Clock, now=lambda: seconds * updates[0])
-    monkeypatch.setattr("nanochat.run.clock.Clock", timed)
+    monkeypatch.setattr("nanochat.run.lifecycle.Clock", timed)
 
 
 def test_a_time_budget_fixes_the_steps_once(tmp_path, monkeypatch, capsys):

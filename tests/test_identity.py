@@ -148,12 +148,21 @@ def test_each_difference_is_named(runs, capsys, change, message):
     assert re.search(message, different[0]), different[0]
 
 
+def test_the_parts_as_data(tmp_path, capsys):
+    first, second = (make(tmp_path, name, steps=steps) for name, steps in (("a", 2), ("b", 3)))
+    assert nanochat(["compare", "--identical", "--json", str(first), str(first)]) == 0
+    assert json.loads(capsys.readouterr().out)["different"] == []
+    assert nanochat(["compare", "--identical", "--json", str(first), str(second)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] == [] and found["different"][0].startswith("metrics.jsonl, line 1")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["first"], "compares two runs, not 1"),
         (["first", "second", "first"], "compares two runs, not 3"),
-        (["first", "second", "--json"], "--json: has no effect with --identical"),
+        (["first", "second", "--per-task"], "--per-task: has no effect with --identical"),
         (["first", "nothing"], "nothing: holds no run"),
         (["bare", "bare"], "nothing to compare"),
     ],

@@ -1,6 +1,5 @@
 """When the state of a run is saved and by which rank; what becomes of held and failed saves."""
 
-import types
 from dataclasses import asdict
 
 import pytest
@@ -60,7 +59,7 @@ def keeper_with(saver, *, first_step=0, enabled=True, save_minutes=1):
         saver,
         model="the model",
         optimizer=Optimizer(),
-        cache=types.SimpleNamespace(lengths={"shard": 12}),
+        shard_tokens={"shard": 12},
         clock=Clock(now=lambda: time[0], save_minutes=save_minutes),
         first_step=first_step,
         enabled=enabled,

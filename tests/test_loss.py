@@ -1,5 +1,7 @@
 """The chunked loss against torch.nn.functional.cross_entropy: in fp64, and in the same dtype."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat.model import loss
-from nanochat.model.loss import linear_cross_entropy, pick_loss
+from nanochat.model.loss import linear_cross_entropy, pick_loss, pick_scoring_loss
 
 # N tokens, C width, V vocabulary, logits in a chunk, softcap
 CASES = [
@@ -70,6 +72,20 @@ def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
     with torch.no_grad():
         nats = linear_cross_entropy(hidden, weight, targets, softcap, reduction)
     assert torch.allclose(nats, ours["nats"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("V, rows", [(257, 320), (300, 320), (264, 264)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_padded_vocabulary_gives_the_same(V, rows, reduction, monkeypatch):
+    """As GPUs need it where V is no multiple of 8; no gradient of the padding is left over."""
+    hidden, weight, targets = inputs(63, 48, V)
+    whole = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
+    monkeypatch.setattr(loss, "PADDED_TO", {"cpu": 64})
+    assert loss._padded(weight).shape == (rows, 48)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 10 * V})
+    padded = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
+    for name, expected in whole.items():
+        torch.testing.assert_close(padded[name], expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -161,6 +177,18 @@ def test_compiled_equals_eager():
         )
         for name in eager:
             torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "installed, capability, expected",
+    [(True, (9, 0), "triton"), (True, (6, 1), "plain"), (False, (9, 0), "plain")],
+)
+def test_scoring_takes_a_kernel_of_any_shape_on_a_gpu(monkeypatch, installed, capability, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    # without its memory, which the patches must not enter
+    assert pick_scoring_loss.__wrapped__("cuda") == expected
+    assert pick_scoring_loss.__wrapped__("cpu") == "plain"
 
 
 def test_backend_choice():

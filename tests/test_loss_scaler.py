@@ -4,6 +4,7 @@ On a CPU fp16 is switched on by hardware.FP16_ON_CPU: products are correct there
 times too slow for anything else."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.loss import linear_cross_entropy
 from nanochat.optim import loss_scaler
 from nanochat.optim.loss_scaler import INITIAL_SCALE, MIN_SCALE, LossScaler
+from nanochat.optim.step import mean_loss
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(
@@ -91,7 +93,8 @@ def gradients(dtype, accumulation, scale=None):
         (loss / accumulation).backward()
     else:
         scaler = LossScaler(enabled=True, state=[scale, 0])
-        loss = scaler.backward(model, ids[:, :-1], ids[:, 1:], accumulation)
+        loss_of = partial(mean_loss, model, (ids[:, :-1], ids[:, 1:]))
+        loss = scaler.backward(loss_of, accumulation)
         assert not loss.requires_grad
         scaler.unscale(list(model.parameters()))
     found = {name: parameter.grad * accumulation for name, parameter in model.named_parameters()}

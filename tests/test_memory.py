@@ -15,6 +15,7 @@ from nanochat.model.build import build, meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
+from nanochat.run import memory
 from nanochat.run.memory import (
     HEAP_FACTOR,
     MEMORY_SHARE,
@@ -66,12 +67,26 @@ LLAMA = {"arch": "llama", "window_pattern": "L", "key_shift": False}
     "config, rows, dtype, settings",
     [
         (config_of(4, 256), 4, torch.bfloat16, {}),
-        (config_of(4, 256), 8, torch.bfloat16, {"activation_checkpointing": True}),
-        (config_of(6, 512, aspect_ratio=32, n_kv_head=2), 2, torch.bfloat16, {}),
+        pytest.param(
+            config_of(4, 256),
+            8,
+            torch.bfloat16,
+            {"activation_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            config_of(6, 512, aspect_ratio=32, n_kv_head=2),
+            2,
+            torch.bfloat16,
+            {},
+            marks=pytest.mark.slow,
+        ),
         (config_of(3, 600), 2, torch.float32, {"optimizer": "adamw"}),
         (config_of(4, 256, n_kv_head=4, **LLAMA), 4, torch.bfloat16, {}),
         # the update needs most
-        (config_of(2, 64, aspect_ratio=256), 1, torch.bfloat16, {}),
+        pytest.param(
+            config_of(2, 64, aspect_ratio=256), 1, torch.bfloat16, {}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_estimate_is_within_a_fifth_of_what_is_measured(config, rows, dtype, settings):
@@ -215,7 +230,9 @@ class Machine:
 
     def settle(self, first, rows=16, key="a", fixed=False):
         self.tried.clear()
-        plan = types.SimpleNamespace(rows_per_step=rows, parameters={"total": 2.5})
+        plan = types.SimpleNamespace(
+            rows_per_step=rows, total_batch_tokens=16 * rows, parameters={"total": 2.5}
+        )
         return settle(
             self.trial,
             first,
@@ -253,6 +270,15 @@ def test_settling_goes_up_and_down_to_what_fits_and_remembers():
         measured.format(8, 16),
         settled.format(16),
     ]
+
+
+def test_settling_does_not_go_past_what_makes_a_pass_faster(monkeypatch):
+    """Rows of 16 tokens: from 64 tokens a pass on, more rows are not tried, fewer are."""
+    monkeypatch.setattr(memory, "ENOUGH_TOKENS", {"cpu": 64})
+    machine = Machine(budget=10 + 165)
+    assert machine.settle(2) == 4 and machine.tried == [2, 2, 4, 4]
+    assert machine.settle(8, key="b") == 8 and machine.tried == [8, 8]
+    assert Machine(budget=10 + 45).settle(16, key="c") == 4
 
 
 def test_ranks_agree_on_the_least_memory(monkeypatch):

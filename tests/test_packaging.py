@@ -47,6 +47,22 @@ def test_versions_that_are_known_to_fail_are_excluded(ranges, package):
     assert not any(wanted.specifier.contains(TOO_OLD[package]) for wanted in found)
 
 
+def test_data_files_of_the_package_are_installed():
+    """What a module reads from beside itself is in the built package too."""
+    project = pytest.importorskip("tomllib", reason="part of Python from 3.11 on").loads(
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )
+    (patterns,) = project["tool"]["setuptools"]["package-data"].values()
+    package = ROOT / "nanochat"
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+    assert installed == others
+
+
 @pytest.mark.skipif(
     not (ROOT / ".git").exists() or not shutil.which("git"), reason="no git checkout"
 )

@@ -10,6 +10,7 @@ import train
 from nanochat.common import UsageError
 from nanochat.optim.schedules import Schedule
 from nanochat.run import flags
+from nanochat.run.clock import Clock
 from nanochat.run.plan import (
     Horizon,
     Machine,
@@ -19,7 +20,9 @@ from nanochat.run.plan import (
     early_end,
     model_config,
     size_of,
+    steps_to_land,
 )
+from nanochat.run.state import TrainState
 
 MACHINE = Machine("cpu", devices=1, peak_flops=1e12, peak="assumed")
 
@@ -328,6 +331,73 @@ def test_a_correction_before_the_warm_down_moves_its_beginning():
     plan.set_steps(120, done=100)
     assert plan.warmdown_begins == 100
     assert multipliers(plan, (100, 110, 119)) == pytest.approx([1.0, 0.5, 0.05])
+
+
+def test_a_landing_begins_the_warm_down_at_once():
+    """At step 20 of 100, 10 steps of landing: the rate falls from what it is to the last one."""
+    plan = plan_of("--depth=4", "--num-iterations=100", "--total-batch-size=2048")
+    plan.land(30, done=20)
+    assert (plan.num_iterations, plan.tokens, plan.warmdown_begins) == (30, 30 * 2048, 20)
+    assert plan.is_last(30) and plan.last_row() == 30
+    assert plan.checkpoint_due(20, False, -1) == "before_warmdown"
+    assert multipliers(plan, (0, 19, 20, 25, 29)) == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("given", [[], ["--final-lr-frac=0.25"], ["--lr-schedule=cosine"]])
+def test_a_landing_in_the_warm_down_falls_from_the_rate_that_it_has(given):
+    plan = plan_of("--depth=4", "--num-iterations=1000", *given)
+    begins = plan.warmdown_begins
+    before = multipliers(plan, range(801))
+    plan.land(840, done=800)
+    plan.land(820, done=810)
+    landed = multipliers(plan, range(821))
+    assert landed[:801] == before
+    assert landed[810] == pytest.approx((3 * before[800] + plan.schedule.final_lr_frac) / 4)
+    assert landed[820] == plan.schedule.final_lr_frac
+    falls = [before - after for before, after in itertools.pairwise(landed[800:])]
+    assert min(falls) > 0
+    # of a cosine, which has no warm-down, it is where the landing began
+    assert plan.warmdown_begins == (800 if begins is None else begins)
+
+
+def test_a_time_budget_that_is_landed_is_corrected_no_more():
+    """Also before its length has been measured; a longer horizon makes it a budget again."""
+    plan = budget()
+    plan.land(12, done=10)
+    assert plan.budget_to_fit(11) is None and plan.num_iterations == 12
+    assert multipliers(plan, (9, 10, 11)) == [1.0, 1.0, 0.5]
+    again = Plan.from_config({"args": {}, "plan": json.loads(json.dumps(plan.as_dict()))})
+    assert multipliers(again, range(12)) == multipliers(plan, range(12))
+    again.fix_steps(100)
+    assert multipliers(again, (11, 50, 75)) == [1.0, 1.0, 0.5]
+
+
+def test_a_fork_lands_in_a_share_of_its_steps():
+    """Whatever its parent decided later."""
+    plan = budget()
+    plan.set_steps(400, done=20)
+    plan.set_steps(420, done=210)
+    plan.set_steps(440, done=320)
+    plan.land(410, done=390)
+    plan.land_fork(300)
+    assert (plan.landings, plan.corrections) == ([[300, 345]], [[210, 420]])
+    assert plan.num_iterations == 345 and plan.lr_multiplier(345) == 0
+    with pytest.raises(UsageError, match="--land: the run ends at step 345 anyway"):
+        plan.land_fork(310)
+
+
+def test_how_many_steps_a_landing_has():
+    """15% of the training time, or the minutes that are given, at the latest rate."""
+    now = [0.0]
+    clock = Clock(now=lambda: now[0])
+    state = TrainState(step=100, training_seconds=400.0)
+    assert steps_to_land(clock, state, None) is None
+    for number in range(8):
+        with clock.step(number):
+            now[0] += 2.0
+    assert steps_to_land(clock, state, None) == 30
+    assert steps_to_land(clock, state, 0.5) == 15
+    assert steps_to_land(clock, state, 1e-9) == 1
 
 
 def test_the_warm_down_does_not_begin_in_the_past():

@@ -12,6 +12,8 @@ from nanochat import hardware
 from nanochat.run.profiler import Profiler, describe
 
 CPU = torch.device("cpu")
+# a trace of an evaluation or of samples is a hundred times as large
+STEPS_ALONE = ("--eval-every=-1", "--sample-every=-1")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def profiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiled")
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        assert small.run(folder, "--profile") == 0
+        assert small.run(folder, "--profile", *STEPS_ALONE) == 0
     return folder, shown.getvalue()
 
 
@@ -34,12 +36,12 @@ def test_a_trace_of_three_steps(profiled):
 
 
 def test_profiling_does_not_change_the_numbers_of_a_run(profiled, tmp_path):
-    assert small.run(tmp_path) == 0
+    assert small.run(tmp_path, *STEPS_ALONE) == 0
     assert small.losses(tmp_path) == small.losses(profiled[0])
 
 
 def test_a_run_that_ends_while_it_is_traced(tmp_path, capsys):
-    assert small.run(tmp_path, "--profile", "--num-iterations=5") == 0
+    assert small.run(tmp_path, "--profile", "--num-iterations=5", *STEPS_ALONE) == 0
     assert "profile of 2 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "profile" / "trace.json").exists()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 
 from nanochat import ranks
 from nanochat.common import Unavailable, UsageError
@@ -164,8 +165,16 @@ def agreements(device, me):
         "one stops, the other has no data": agree(
             **mine(stop=me == 0, no_data="gone" if me == 1 else "")
         ),
+        "rank 1 waits for its data": agree(**mine(waits=me == 1)),
         "by rank 0's clock": agree(**mine(save=me == 0, steps=10**15 + 1 if me == 0 else 7)),
         "by rank 1's clock": agree(**mine(save=me == 1, steps=7 if me == 1 else None)),
+        "orders to rank 0": agree(
+            **mine(orders=[{"verb": "save"}, {"verb": "pause"}] if me == 0 else [])
+        ),
+        "orders to rank 0 as rank 1 stops": agree(
+            **mine(orders=[{"verb": "save"}] if me == 0 else [], stop=me == 1)
+        ),
+        "orders to rank 1": agree(**mine(orders=[{"verb": "save"}] if me == 1 else [])),
     }
 
 
@@ -376,12 +385,16 @@ def test_functions_on_two_ranks(runs):
 @pytest.mark.parametrize(
     "case, agreed",
     [
-        ("nothing", Agreed("", False, None)),
+        ("nothing", Agreed()),
         ("rank 1 is asked to stop", "stopped"),
-        ("rank 1 has no data", Agreed("gone", False, None)),
+        ("rank 1 has no data", Agreed(no_data="gone")),
         ("one stops, the other has no data", "stopped"),
-        ("by rank 0's clock", Agreed("", True, 10**15 + 1)),
-        ("by rank 1's clock", Agreed("", False, None)),
+        ("rank 1 waits for its data", Agreed(waits=True)),
+        ("by rank 0's clock", Agreed(save=True, steps=10**15 + 1)),
+        ("by rank 1's clock", Agreed()),
+        ("orders to rank 0", Agreed(orders=[{"verb": "save"}, {"verb": "pause"}])),
+        ("orders to rank 0 as rank 1 stops", "stopped"),
+        ("orders to rank 1", Agreed()),
     ],
 )
 def test_all_ranks_hear_the_same_before_a_step(runs, case, agreed):
@@ -390,8 +403,8 @@ def test_all_ranks_hear_the_same_before_a_step(runs, case, agreed):
 
 def test_agreeing_with_oneself():
     device = torch.device("cpu")
-    mine = {"no_data": "gone", "save": True, "steps": 12}
-    assert ranks.agree(device, stop=False, **mine) == Agreed("gone", True, 12)
+    mine = {"no_data": "gone", "waits": True, "save": True, "steps": 12, "orders": [{"verb": "x"}]}
+    assert ranks.agree(device, stop=False, **mine) == Agreed(**mine)
     with pytest.raises(Stopped):
         ranks.agree(device, stop=True, **mine)
 
@@ -549,9 +562,12 @@ def listener():
         yield server.getsockname()[1]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+@pytest.fixture
+def silent():
+    """A port that is taken, so that no other test gets it, and on which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def no_such_host(*_, **__):
@@ -570,10 +586,10 @@ def test_waiting_for_a_rank_that_never_comes(started, impatient, capsys):
 
 @pytest.mark.parametrize("case", ["nobody listens", "nobody answers", "no such host"])
 def test_waiting_for_a_master_that_does_not_answer(
-    started, impatient, listener, monkeypatch, capfd, case
+    started, impatient, listener, silent, monkeypatch, capfd, case
 ):
     """One line, without torch's warnings; under torchrun with another remedy."""
-    port = listener if case == "nobody answers" else free_port()
+    port = listener if case == "nobody answers" else silent
     started(TWO | {"MASTER_PORT": str(port)})
     if case == "no such host":
         monkeypatch.setattr(socket, "create_connection", no_such_host)

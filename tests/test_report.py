@@ -124,6 +124,19 @@ def test_the_result_line(tmp_path, capsys):
     assert result_of(path, capsys)["val_bpb"] == "null"
 
 
+def test_the_summary_as_json(tmp_path, capsys):
+    path = make(tmp_path, "d4")
+    assert report.main([str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["status"] == "completed" and shown["val_bpb"] == 1.5 and shown["problems"] == []
+    assert shown["tokens"] == 200000 and shown["step"] <= shown["steps"]
+    files = [path / "loss.png", path / "report.html"]
+    assert [shown["plot"], shown["page"]] == list(map(str, files))
+    assert all(file.exists() for file in files)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(path), "--json", "--result"])
+
+
 def test_the_result_line_has_the_newest_evaluation(tmp_path, capsys):
     """Of all examples, rather than of the sample that training took."""
     path = make(tmp_path, "d4", core=made_tasks(1))

@@ -105,7 +105,6 @@ def test_compiled_resume_is_exact(tmp_path):
         "--aspect-ratio=32",
         "--num-iterations=6",
         QUIET,
-        "--dtype=bfloat16",
     )
     assert small.run(tmp_path, *flags, tag="whole") == 0
     assert small.run_killed(tmp_path, 5, *flags, tag="broken") == -9

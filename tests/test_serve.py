@@ -1,16 +1,28 @@
 """`nanochat serve`: the API, against an engine without a model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from serving import BYTES, FakeEngine, application, served
 
 from nanochat.__main__ import main as nanochat
 from nanochat.apps.serve import build_parser, check_arguments
+from nanochat.apps.serve.answers import ChatShape, Choice
 from nanochat.apps.serve.fields import Message
 from nanochat.apps.serve.requests import transcript
-from nanochat.apps.serve.transcript import NO_CHANCE, Transcript, finite, scored_prompt, shown
+from nanochat.apps.serve.transcript import (
+    NO_CHANCE,
+    Piece,
+    Transcript,
+    finite,
+    scored_prompt,
+    shown,
+)
+from nanochat.apps.serve.work import gather_seconds
 from nanochat.common import UsageError, stream_seed
+from nanochat.data.chat import render, with_chat
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.engine import Ended, Token
 
 from starlette.testclient import TestClient  # isort: skip  (serving skips without it)
@@ -72,14 +84,15 @@ def test_a_completion_has_openais_shape(client):
     [
         ("hi", [[256, 104, 105]]),
         (["hi", "o"], [[256, 104, 105], [256, 111]]),
-        ([104, 105], [[256, 104, 105]]),
+        ("<|bos|>hi", [[256, 104, 105]]),
+        ([104, 105], [[104, 105]]),
         ([256, 104], [[256, 104]]),
         ([256], [[256]]),
-        ([[104], [256, 105]], [[256, 104], [256, 105]]),
+        ([[104], [256, 105]], [[104], [256, 105]]),
     ],
 )
 def test_prompts(client, engine, prompt, ids):
-    """Texts and ids begin with BOS, which is put in front of ids where it is missing."""
+    """Texts begin with BOS; ids are taken as they are."""
     before = len(engine.requests)
     answer = completion(client, prompt=prompt)
     assert [list(request.prompt) for request in engine.requests[before:]] == ids
@@ -172,12 +185,14 @@ def test_echo(client):
 
 def test_echo_shows_the_bos_that_a_client_gives(client):
     """Entries stand where the ids of the request do, which lm_eval relies on."""
-    answer = completion(client, echo=True, logprobs=1, max_tokens=1, prompt=[256, 104])
-    logprobs = answer["choices"][0]["logprobs"]
-    assert logprobs["token_logprobs"] == [None, -1.04, -0.97]
-    assert logprobs["top_logprobs"][0] is None
-    hidden = completion(client, echo=True, logprobs=1, max_tokens=1, prompt=[104])
-    assert hidden["choices"][0]["logprobs"]["token_logprobs"] == [-1.04, -0.97]
+    for prompt in ([256, 104], "<|bos|>h"):
+        answer = completion(client, echo=True, logprobs=1, max_tokens=1, prompt=prompt)
+        (choice,) = answer["choices"]
+        assert choice["text"] == "<|bos|>ha"
+        assert choice["logprobs"]["token_logprobs"] == [None, -1.04, -0.97]
+        assert choice["logprobs"]["top_logprobs"][0] is None
+    without = completion(client, echo=True, logprobs=1, max_tokens=1, prompt=[104, 105])
+    assert without["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.05, -0.97]
 
 
 def test_a_prompt_alone_can_be_scored(client):
@@ -187,20 +202,47 @@ def test_a_prompt_alone_can_be_scored(client):
     assert choice["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 0
 
 
-def test_a_stream_equals_the_whole_answer(client):
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_stream_equals_the_whole_answer(client, logprobs):
     fields = {"prompt": ["hi", "o"], "n": 2, "seed": 3, "max_tokens": 6, "echo": True}
+    fields["logprobs"] = logprobs
     whole = completion(client, **fields)
     response = client.post(
         COMPLETIONS, json=fields | {"stream": True, "stream_options": {"include_usage": True}}
     )
     *chunks, last = events(response)
     joined = [""] * 4
+    scores = [[] for _ in joined]
     for chunk in chunks:
         assert chunk["usage"] is None and chunk["object"] == "text_completion"
         (choice,) = chunk["choices"]
         joined[choice["index"]] += choice["text"]
+        scores[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
     assert joined == texts(whole)
+    for choice, streamed in zip(whole["choices"], scores, strict=True):
+        assert streamed == (choice["logprobs"] or {}).get("token_logprobs", [])
     assert last["choices"] == [] and last["usage"] == whole["usage"]
+
+
+def test_tokens_that_come_together_share_a_message(client):
+    """The first one does not wait for others."""
+    body = {"prompt": "hi", "max_tokens": 30, "stream": True, "logprobs": 1, "seed": 0}
+    chunks = events(client.post(COMPLETIONS, json=body))
+    counts = [len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks]
+    assert sum(counts) == 30 and len(counts) < 30
+
+
+def test_more_texts_than_slots_and_queue():
+    """They are handed on as others end, and one request leaves room in the queue for others."""
+    engine = FakeEngine(queue_size=2, slots=1)
+    with client_of(served(engine=engine)) as client:
+        answer = completion(client, prompt=[[97 + i] for i in range(9)], echo=True, max_tokens=2)
+    assert [text[0] for text in texts(answer)] == list("abcdefghi")
+    assert {text[1:] for text in texts(answer)} == {"ab"} and engine.most_waiting <= 2
+
+
+def test_of_many_requests_each_gets_rarer_messages():
+    assert [gather_seconds(n) for n in (1, 10, 25, 50, 1000)] == [0.04, 0.04, 0.1, 0.2, 0.2]
 
 
 # ---- chat ----
@@ -241,6 +283,65 @@ def test_a_transcript():
     assert transcript(messages) == "System: Be brief.\nUser: Hi\nAssistant: Yes"
 
 
+CHATTY = with_chat(BYTES)
+
+
+@pytest.fixture
+def chat_engine():
+    return FakeEngine(tokenizer=CHATTY)
+
+
+@pytest.fixture
+def chat_client(chat_engine):
+    with client_of(served(engine=chat_engine)) as client:
+        yield client
+
+
+def test_chat_in_the_format_of_the_model(chat_client, chat_engine):
+    """Contents that spell special tokens are plain text; nothing but the model ends the answer."""
+    system = {"role": "developer", "content": "Be <|turn_end|>"}
+    body = {"messages": [system, *HELLO], "seed": 0, "max_tokens": 2}
+    answer = chat_client.post(CHAT, json=body).json()
+    assert answer["choices"][0]["message"]["content"] == "ab"
+    (request,) = chat_engine.requests
+    rendered, _ = render(CHATTY, [system | {"role": "system"}, *HELLO], generation_prompt=True)
+    assert list(request.prompt) == rendered.tolist() and request.stop == ()
+    assert answer["usage"]["prompt_tokens"] == len(rendered)
+    assert chat_client.get("/v1/models").json()["data"][0]["chat"] is True
+
+
+def test_a_chat_goes_on_with_an_answer_that_was_begun(chat_client, chat_engine):
+    messages = [*HELLO, {"role": "assistant", "content": "Wel"}]
+    assert chat_client.post(CHAT, json={"messages": messages, "stop": "b"}).status_code == 200
+    (request,) = chat_engine.requests
+    assert list(request.prompt) == render(CHATTY, messages)[0].tolist()[:-1]
+    assert request.stop == ("b",)
+
+
+def test_an_answer_keeps_its_first_blank_and_ends_with_the_turn(chat_engine):
+    asked = SimpleNamespace(run=served(engine=chat_engine), requests=[None], logprobs=None)
+    shape = ChatShape(asked)
+    assert shape.whole(0, Choice(" a"))["message"]["content"] == " a"
+    assert shape.chunk(0, Piece(" a"))["delta"] == {"content": " a"}
+
+
+@pytest.mark.parametrize(
+    "messages, words",
+    [
+        ([*HELLO, *HELLO], "message 2 is from user where assistant is expected"),
+        ([{"role": "assistant", "content": "a"}], "message 1 is from assistant"),
+        ([{"role": "system", "content": "a"}], "no message from the user"),
+        ([{"role": "user", "content": "a" * 60}], "has 64 tokens"),
+        ([{"role": "user", "content": "a" * 5800}], "has 5800 bytes of text"),
+    ],
+)
+def test_what_the_format_of_chats_cannot_say_is_refused(chat_client, messages, words):
+    answer = chat_client.post(CHAT, json={"messages": messages})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "messages" and words in error["message"]
+
+
 # ---- what is refused ----
 
 REFUSED = [
@@ -259,8 +360,8 @@ REFUSED = [
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": "x" * 64}, "prompt"),
     ({"prompt": "x" * 100_000}, "prompt"),
-    ({"prompt": ["a"] * 5}, "prompt"),
-    ({"n": 5}, "n"),
+    ({"prompt": ["a"] * 1025}, "prompt"),
+    ({"n": 1025}, "n"),
     ({"n": 0}, "n"),
     ({"n": 10**30}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -280,14 +381,13 @@ REFUSED = [
     ({"seed": -1}, "seed"),
     ({"seed": 2**63}, "seed"),
     ({"stop": ""}, "stop"),
-    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
     ({"stop": [1]}, "stop"),
     ({"stop": "a" * 201}, "stop"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
     ({"echo": 1}, "echo"),
     ({"stream": "yes"}, "stream"),
-    ({"stream": True, "echo": True, "logprobs": 1}, "stream"),
     ({"stream_options": {"other": 1}}, "stream_options"),
     ({"model": 5}, "model"),
     ({"best_of": 2}, "best_of"),
@@ -406,8 +506,8 @@ def test_several_models():
 
 
 def test_a_full_queue():
-    """All texts of a request are taken, or none."""
-    engine = FakeEngine(held=True, queue_size=2)
+    """A request of which no text finds a place."""
+    engine = FakeEngine(held=True, queue_size=1)
     with client_of(served(engine=engine)) as client:
         engine.waiting[99] = None
         response = client.post(COMPLETIONS, json={"prompt": "hi", "n": 2})
@@ -478,12 +578,38 @@ def test_metrics():
         'nanochat_model_step{model="a\\"b"} 500',
         'nanochat_engine_requests_total{model="a\\"b"} 1',
         'nanochat_engine_waiting{model="a\\"b"} 0',
+        'nanochat_engine_near_ties_total{model="a\\"b"} 0',
+        'nanochat_engine_batch_invariant{model="a\\"b"} 1',
         "nanochat_first_token_seconds_count 1",
     ):
         assert line in lines
 
 
 # ---- parts ----
+
+
+def test_a_token_that_reaches_into_a_stop_text_is_listed():
+    """Its beginning is shown; one that stands behind the end is not."""
+    tokenizer = Tokenizer("bpe", [b"ab", b"cd", b"de"])
+    transcript = Transcript(tokenizer, keeps_tokens=True)
+    pieces = [
+        transcript.push(event)
+        for event in (Token(0, "ab", -1.0, ()), Token(1, "c", -2.0, ()), Ended("stop", ""))
+    ]
+    assert [token.id for piece in pieces for token in piece.tokens] == [0, 1]
+    assert transcript.n_tokens == 2
+    transcript = Transcript(tokenizer, keeps_tokens=True)
+    # the stop text is "cde": what it began with is held back
+    pieces = [
+        transcript.push(event)
+        for event in (
+            Token(0, "ab", -1.0, ()),
+            Token(1, "", -2.0, ()),
+            Token(2, "", -3.0, ()),
+            Ended("stop", ""),
+        )
+    ]
+    assert [token.id for piece in pieces for token in piece.tokens] == [0]
 
 
 def test_tokens_of_an_unfinished_character_are_kept():

@@ -8,13 +8,14 @@ import pytest
 from serving import FakeEngine, application, served
 
 from nanochat.apps.serve.fields import CHAT, COMPLETION, NEUTRAL
+from nanochat.apps.serve.scores import HEAT
 
 from starlette.testclient import TestClient  # isort: skip  (serving skips without it)
 
 # what a body without such settings may be answered with; there is no key, no slow body, and the
 # engine neither fails nor is slow
 STATUSES = {200, 400, 403, 404, 405, 413, 415, 429}
-PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/heat/scores": HEAT}
 VALID = {
     "/v1/completions": {
         "model": "d4",
@@ -39,12 +40,14 @@ VALID = {
         "top_logprobs": 2,
         "stream": False,
     },
+    "/heat/scores": {"model": "d4", "text": "hi \N{SNOWMAN}"},
 }
 # as they stand in JSON, so that what Python cannot write is among them
 VALUES = [
     "null true false 0 1 -1 2 5 6 63 64 65 0.0 -0.0 1.5 1e-320 1e999 -1e999 NaN Infinity -Infinity",
     "9223372036854775807 9223372036854775808 -9223372036854775809",
     '"" "a" "\\ud800" "\\udc00\\ud800" "\\u0000" "\\uffff" "x" "1" "NaN" "\\u202e" "d4"',
+    '"d4@500" "d4@7" "d4@" "d4@99999999999999999999"',
     '[] [[]] [[[]]] {} [{}] [null] [""] ["a","b"] ["a",1] [1,"a"] [1] [256] [257] [-1]',
     "[1.0] [true] [[1],[2]] [[1],2] [[1],[]] [9223372036854775808] [[257]] [[256,256]]",
     '{"include_usage":true} {"include_usage":1} {"type":"text"} {"type":"json_object"} {"5":-100}',
@@ -92,7 +95,8 @@ class Case:
         self.path = self.rng.choice(list(PATHS))
         self.headers = {"Content-Type": "application/json"}
         valid = {name: json.dumps(value) for name, value in VALID[self.path].items()}
-        fields = valid | ({"stream": "true"} if self.rng.random() < 0.1 else {})
+        streams = "stream" in valid and self.rng.random() < 0.1
+        fields = valid | ({"stream": "true"} if streams else {})
         kind = self.rng.choice(
             ["field"] * 6 + ["fields", "json", "bytes", "headers", "path", "none"]
         )
@@ -140,6 +144,9 @@ class Case:
             "/",
             "/v1",
             "/v1/models/%00",
+            "/v1/models/d4@7",
+            "/heat/held-out/d4",
+            "/heat/held-out/..%2f..%2fconfig.json",
             "/v1/models/../../config.json",
             "/%2e%2e/config.json",
         ]

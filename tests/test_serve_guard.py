@@ -224,6 +224,14 @@ def test_a_port_that_is_taken():
                 pass
 
 
+# of the documentation, and a name that is too long for one
+@pytest.mark.parametrize("host", ["192.0.2.1", "x" * 300])
+def test_what_is_no_address_of_this_machine(host):
+    with pytest.raises(UsageError, match=f"--host {host}: is no address.*use 127.0.0.1"):
+        with server.listen(host, 0):
+            pass
+
+
 def test_names_of_models(tmp_path):
     folders = [tmp_path / name for name in ("a/d4", "b/d4", "d6")]
     assert names_of(folders) == ["a/d4", "b/d4", "d6"]
@@ -246,7 +254,7 @@ def test_the_command_ends_in_order(number):
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
-        assert process.stdout.readline() == "serving run, step 12\n"
+        assert process.stdout.readline().startswith("serving run, step 12; ")
         url = process.stdout.readline().split()[2].rstrip(",")
         if number == signal.SIGINT:
             process.send_signal(number)

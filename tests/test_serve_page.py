@@ -4,21 +4,27 @@ import json
 import os
 import re
 import shutil
+from urllib.request import Request, urlopen
 
 import made_runs
 import numpy as np
 import pytest
-from serving import FakeEngine, application, running, served
+import small
+from serving import BYTES, FakeEngine, application, running, served
 
 from nanochat.apps.serve import build_parser, check_arguments, watch
-from nanochat.apps.serve.page import PAGE, hashes_of
+from nanochat.apps.serve.page import read_page
+from nanochat.apps.serve.runs import load_runs
 from nanochat.apps.serve.watch import AXES, CURVES, Sample, Watch, spread, thinned
-from nanochat.common import UsageError
+from nanochat.common import UsageError, policy_hashes
+from nanochat.data.chat import render, with_chat
+from nanochat.eval.engine import Ended
+from nanochat.run.loading import load_run
 from nanochat.run.records import read_run
 
 from starlette.testclient import TestClient  # isort: skip  (serving skips without it)
 
-HTML = PAGE.read_text(encoding="utf-8")
+HTML = read_page()
 MARKUP = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
 
 
@@ -65,8 +71,8 @@ def test_the_page_may_run_its_own_script_and_nothing_else():
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     parts = response.headers["content-security-policy"].split("; ")
     policy = dict(part.split(" ", 1) for part in parts)
-    assert policy["script-src"].startswith("'sha256-") and len(hashes_of(HTML, "script")) == 1
-    assert policy["style-src"].startswith("'sha256-") and len(hashes_of(HTML, "style")) == 1
+    assert policy["script-src"].startswith("'sha256-") and len(policy_hashes(HTML, "script")) == 1
+    assert policy["style-src"].startswith("'sha256-") and len(policy_hashes(HTML, "style")) == 1
     for name in ("default-src", "base-uri", "form-action", "frame-ancestors", "trusted-types"):
         assert policy[name] == "'none'", name
     assert policy["connect-src"] == "'self'"
@@ -81,9 +87,9 @@ def test_the_page_asks_no_other_site():
     assert set(re.findall(r"(?:https?:)?//[\w.]+[^\s'\"]*", HTML)) == {"http://www.w3.org/2000/svg"}
     assert re.findall(r"\ssrc=|@import|\bimport\(", HTML) == []
     # paths that are fetched, and what is drawn with
-    assert set(re.findall(r"api\([\"`](/\w+)", HTML)) == {"/v1", "/watch"}
+    assert set(re.findall(r"api\([\"`](/\w+)", HTML)) == {"/v1", "/watch", "/heat"}
     assert set(re.findall(r"url\((.)", HTML)) == {"#"}
-    assert re.findall(r'href="(.)', HTML) == ["d", "#", "#"]
+    assert re.findall(r'href="(.)', HTML) == ["d", "#", "#", "#"]
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,67 @@ def test_core_has_its_interval(tmp_path):
     assert (curve.low, curve.high) == ([None, core.low], [None, core.high])
 
 
+def evaluated(run, step, tasks, name="", **changes):
+    """A file as `nanochat evaluate` writes it."""
+    folder = run / "evaluations"
+    folder.mkdir(exist_ok=True)
+    report = {"step": step, "core": {"tasks": tasks, "baselines": "v1"}} | changes
+    (folder / (name or f"step_{step:06d}.json")).write_text(json.dumps(report))
+
+
+def test_core_of_evaluations_after_training(tmp_path):
+    """They are added to those of training; of one step the one with more examples is shown."""
+    trained, few, more = (made_runs.made_tasks(seed, n) for seed, n in ((0, 50), (1, 30), (2, 90)))
+    run = made_runs.make(tmp_path, "d4", steps=10, core=trained)
+    write_lines(
+        run / "metrics.jsonl",
+        [{"step": step, "tokens": step * 1000, "train/loss": 1.0} for step in range(10)]
+        + [{"step": 10, "tokens": 10_000, "core_metric": 0.25}],
+    )
+    watched = Watch(tmp_path)
+    stamp = watched.listing().runs[0].stamp
+    evaluated(run, 4, few)
+    evaluated(run, 10, few)
+    evaluated(run, 77, few)
+    assert watched.listing().runs[0].stamp != stamp
+    expected = read_run(run).cores
+    curve = watched.run("d4").curves["core_metric"]
+    by_source = {core.source: core for core in expected}
+    assert curve.axes["step"] == [4, 10, 77] and curve.axes["tokens"] == [4000, 10_000, None]
+    assert curve.value[1] == 0.25 and curve.low[1] == by_source["core.jsonl, step 10"].low
+    for i, source in ((0, "evaluations/step_000004.json"), (2, "evaluations/step_000077.json")):
+        found = by_source[source]
+        assert (curve.value[i], curve.low[i], curve.high[i]) == (
+            found.core_metric,
+            found.low,
+            found.high,
+        )
+    evaluated(run, 10, more, "step_000010_2.json")
+    curve = watched.run("d4").curves["core_metric"]
+    assert curve.value[1] != 0.25 and curve.low[1] < curve.value[1] < curve.high[1]
+    assert curve.last == curve.value[2]
+
+
+def test_files_of_evaluations_that_are_none(tmp_path):
+    run = made_runs.make(tmp_path, "d4", steps=10)
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({"step": 1, "core": {"tasks": made_runs.made_tasks()}}))
+    evaluated(run, 3, {"arc_easy": {"accuracy": 1}})
+    evaluated(run, "x", made_runs.made_tasks(), "a.json")
+    (run / "evaluations" / "link.json").symlink_to(secret)
+    (run / "evaluations" / "torn.json").write_text('{"step": 1, "core": {"tas')
+    (run / "evaluations" / "deep.json").write_text("[" * 100_000)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(run / "evaluations" / "pipe.json")
+    assert Watch(tmp_path).run("d4").curves["core_metric"].value == []
+    (run / "evaluations" / "link.json").unlink()
+    # the folder itself leads elsewhere
+    (run / "evaluations").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    (run / "evaluations").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    problems = Watch(tmp_path).run("d4").problems
+    assert problems == ["evaluations cannot be read (it leads outside the folder)"]
+
+
 def test_readers_are_forgotten(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "MOST_KEPT", 1)
     for name in ("d4", "d6"):
@@ -447,6 +514,90 @@ def test_play(open_page, expect):
         expect(page.locator("#prompt")).to_have_value("hi 😀 aaabcde")
 
 
+@pytest.fixture(scope="module")
+def trained_url():
+    """A server of a real run with three kept steps and its held-out text."""
+    run = small.finished() / "run"
+    args = build_parser().parse_args([str(run), "--device-type=cpu"])
+    watch = Watch(run.parent)
+    app = application(*load_runs(args), load=load_run, steps_in_memory=2, watch=watch)
+    with running(app) as url:
+        yield url
+
+
+@pytest.mark.browser
+def test_two_steps_side_by_side(open_page, expect, trained_url):
+    page = open_page(trained_url)
+    page.fill("#prompt", "7 squared is")
+    page.check("#compare")
+    steps = page.locator("[data-name=step]")
+    # the second column begins with an earlier step of the only run
+    expect(steps.nth(1)).to_have_value("4")
+    steps.nth(0).select_option("8")
+    page.keyboard.press("Control+Enter")
+    for pane, step in enumerate((8, 4)):
+        expect(state_of(page, pane)).to_contain_text(f"step {step} · reached max tokens")
+    page.reload()
+    expect(steps.nth(0)).to_have_value("8")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1300])
+def test_the_heat_map(open_page, expect, trained_url, scheme, width):
+    size = {"width": width, "height": 800}
+    page = open_page(trained_url + "/#heat", color_scheme=scheme, viewport=size)
+    figures = page.locator("#heat-figures .figure")
+    # an early and the newest step of the first passage of the held-out text
+    expect(figures).to_have_count(3)
+    expect(figures.nth(0)).to_contain_text("step 4")
+    expect(figures.nth(2)).to_contain_text("better")
+    expect(page.locator("#heat-out .t.better")).not_to_have_count(0)
+    (first, second) = (scored(trained_url, step, passage=0, of="run") for step in (4, 12))
+    assert page.locator("#heat-out").text_content() == first["text"]
+    expect(figures.nth(1)).to_contain_text(f"{second['bpb']:.3f}")
+    # by keyboard: the second token, its losses in nats, the next passage
+    page.select_option("#heat-unit", "nats")
+    page.locator("#heat-out").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tip")).to_contain_text(f"A, step 4: {first['nats'][1]:.2f} nats")
+    expect(page.locator("#tip")).to_contain_text(f"B, step 12: {second['nats'][1]:.2f} nats")
+    expect(page.locator("#tip .columns > div").nth(0).locator(".each")).to_have_count(5)
+    page.keyboard.press("n")
+    expect(page.locator("#heat-passage")).to_have_value("2")
+    third = scored(trained_url, 4, passage=1, of="run")
+    expect(page.locator("#heat-out")).to_have_text(third["text"].strip())
+    # a text of one's own, one checkpoint
+    page.locator("#heat-form label", has_text="My own").click()
+    page.fill("#heat-text", f"{MARKUP} \N{SNOWMAN}")
+    page.uncheck("#heat-compare")
+    page.keyboard.press("Control+Enter")
+    expect(figures).to_have_count(1)
+    expect(page.locator("#heat-out")).to_have_text(f"{MARKUP} \N{SNOWMAN}")
+    # the bytes of a character share a place
+    expect(page.locator("#heat-out .t")).to_have_count(len(MARKUP) + 2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def scored(url, step, **question):
+    body = json.dumps({"model": f"run@{step}"} | question).encode()
+    request = Request(f"{url}/heat/scores", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+@pytest.mark.browser
+def test_the_heat_map_without_held_out_text(open_page, expect):
+    with running(application(served())) as url:
+        page = open_page(url + "/#heat")
+        page.locator("#heat-text").wait_for()
+        expect(page.locator("#heat-state")).to_contain_text("--no-watch")
+        page.fill("#heat-text", "abc" * 5000)
+        page.click("#heat-run")
+        expect(page.locator("#heat-state")).to_contain_text("shorten it")
+
+
 @pytest.mark.browser
 def test_stop_and_refusals(open_page, expect):
     engine = FakeEngine(held=True)
@@ -463,6 +614,137 @@ def test_stop_and_refusals(open_page, expect):
         page.fill("#prompt", "long" * 100)
         page.click("#run")
         expect(state_of(page)).to_contain_text("shorten it")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1300])
+def test_chat(open_page, expect, scheme, width):
+    engine = FakeEngine(positions=400, tokenizer=with_chat(BYTES))
+    with running(application(served(engine=engine), served("base"))) as url:
+        size = {"width": width, "height": 800}
+        page = open_page(url, color_scheme=scheme, viewport=size)
+        bubbles = page.locator("#turns .bubble")
+        page.locator("[data-name=fields] input").nth(1).fill("5")
+        page.locator("[data-name=fields] input").nth(2).fill("0")
+        page.fill("#system", "Be brief.")
+        page.fill("#message", f"Hi {MARKUP} \N{SNOWMAN}")
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-state")).to_contain_text("5 tokens")
+        expect(bubbles).to_have_text([f"Hi {MARKUP} \N{SNOWMAN}", "abcde"])
+        page.fill("#message", "And?")
+        page.click("#composer .main")
+        expect(bubbles).to_have_count(4)
+        expect(page.locator("#chat-state")).to_contain_text("reached max tokens")
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"Hi {MARKUP} \N{SNOWMAN}"},
+            {"role": "assistant", "content": "abcde"},
+            {"role": "user", "content": "And?"},
+        ]
+        ids, _ = render(engine.tokenizer, messages, generation_prompt=True)
+        assert engine.requests[-1].prompt == tuple(ids.tolist())
+        # another answer to the same
+        page.locator("[data-name=fields] input").nth(2).fill("3")
+        page.get_by_role("button", name="Regenerate").click()
+        expect(bubbles.nth(3)).to_have_text("defgh")
+        assert engine.requests[-1].prompt == tuple(ids.tolist())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # a conversation survives a reload; a message that is edited drops what follows it
+        page.reload()
+        expect(bubbles).to_have_count(4)
+        page.get_by_role("button", name="Edit").nth(1).click()
+        expect(page.locator("#message")).to_have_value("And?")
+        expect(bubbles).to_have_count(2)
+        # stopped before anything came: only the message stays, and can be answered
+        engine.held = True
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-stop")).to_be_enabled()
+        page.keyboard.press("Escape")
+        assert engine.cancelled.wait(20)
+        expect(page.locator("#chat-state")).to_have_text("stopped")
+        expect(bubbles).to_have_count(3)
+        engine.held = False
+        page.get_by_role("button", name="Answer").click()
+        expect(bubbles.nth(3)).to_have_text("defgh")
+        page.click("#chat-new")
+        expect(bubbles).to_have_count(0)
+        # a model without a chat format writes text
+        page.locator("#mode label", has_text="Text").click()
+        expect(page.locator("#prompt")).to_be_visible()
+        page.locator("#mode label", has_text="Chat").click()
+        page.locator("[data-name=model]").nth(0).select_option("base")
+        expect(page.locator("#chat")).to_be_hidden()
+        expect(page.locator("#prompt")).to_be_visible()
+
+
+@pytest.mark.browser
+def test_an_empty_answer_and_a_full_context(open_page, expect):
+    engine = FakeEngine(positions=100, tokenizer=with_chat(BYTES))
+    engine.end = Ended("stop", "")
+    with running(application(served(engine=engine))) as url:
+        page = open_page(url)
+        state = page.locator("#chat-state")
+        bubbles = page.locator("#turns .bubble")
+        page.fill("#message", "Hi")
+        page.keyboard.press("Enter")
+        expect(state).to_have_text("the answer is empty")
+        # the next message stands behind it, as the model saw it
+        page.fill("#message", "And?")
+        page.keyboard.press("Enter")
+        expect(bubbles).to_have_text(["Hi", "", "And?", ""])
+        expect(state).to_have_text("the answer is empty")
+        messages = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "And?"},
+        ]
+        ids, _ = render(engine.tokenizer, messages, generation_prompt=True)
+        assert engine.requests[-1].prompt == tuple(ids.tolist())
+        page.fill("#message", "long" * 20)
+        page.keyboard.press("Enter")
+        expect(state).to_contain_text("do not fit into the model's context. Edit a message")
+        # the message waits for an answer
+        expect(bubbles).to_have_count(5)
+
+
+@pytest.mark.browser
+def test_a_conversation_that_is_given_up(open_page, expect):
+    engine = FakeEngine(held=True, tokenizer=with_chat(BYTES))
+    with running(application(served(engine=engine))) as url:
+        page = open_page(url)
+        for button in (page.locator("#chat-new"), page.get_by_role("button", name="Edit").nth(0)):
+            engine.cancelled.clear()
+            page.fill("#message", "Now?")
+            page.keyboard.press("Enter")
+            expect(page.locator("#chat-state")).to_have_text("Waiting…")
+            expect(page.locator("#chat-stop")).to_be_enabled()
+            button.click()
+            assert engine.cancelled.wait(20)
+            # the end of an answer that nobody waits for is no news
+            page.evaluate("new Promise(requestAnimationFrame)")
+            expect(page.locator("#chat-state")).to_have_text("")
+            expect(page.locator("#chat-stop")).to_be_disabled()
+            expect(page.locator("#turns .bubble")).to_have_count(0)
+        # of a reload the message is what stays
+        page.fill("#message", "Now?")
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-state")).to_have_text("Waiting…")
+        page.reload()
+        expect(page.locator("#turns .bubble")).to_have_text(["Now?"])
+
+
+@pytest.mark.browser
+def test_a_server_that_is_gone(open_page, expect):
+    with running(application(served(tokenizer=with_chat(BYTES)))) as url:
+        page = open_page(url)
+        expect(page.locator("#message")).to_be_visible()
+    page.fill("#message", "Hi")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat-state")).to_contain_text("The server does not answer.")
+    expect(page.locator("#turns .bubble")).to_have_text(["Hi"])
+    page.click("nav a[href='#watch']")
+    expect(page.locator("#connection")).to_contain_text("Not up to date: The server does not")
 
 
 @pytest.mark.browser
@@ -493,6 +775,12 @@ def test_watch(open_page, expect, folder, scheme, width):
         expect(page.locator(".chart .curve")).to_have_count(6)
         expect(page.locator(".chart .readout").nth(1)).to_contain_text("difference")
         expect(page.locator("#texts")).to_contain_text(MARKUP)
+        # dots at the sides of a chart are whole: what is cut off is wider than the grid by them
+        cut = page.evaluate(
+            """document.querySelector("clipPath rect").getBBox().width
+            - document.querySelector(".grid").getBBox().width - 2 * DOT_RADIUS"""
+        )
+        assert abs(cut) < 0.01
         # a step that is written while the page is open
         write_lines(folder / "d4" / "metrics.jsonl", losses([1.2345], first=20), "a")
         expect(page.locator(".chart .readout").nth(0)).to_contain_text("d4 1.2345")

@@ -1,6 +1,8 @@
 """`nanochat serve` with real models: OpenAI's client against a server on a port, and runs that are
 followed while they train."""
 
+import asyncio
+import os
 import shutil
 import socket
 from argparse import Namespace
@@ -12,7 +14,10 @@ from serving import FakeEngine, application, running
 
 from nanochat import load
 from nanochat.apps.serve import build_parser
-from nanochat.apps.serve.runs import ServedRun, load_runs, newest_stamp
+from nanochat.apps.serve.errors import Refused
+from nanochat.apps.serve.runs import OlderStep, ServedRun, load_runs, newest_stamp
+from nanochat.apps.serve.steps import Steps
+from nanochat.common import UsageError
 from nanochat.eval.generation import generate_text, last_logits
 from nanochat.run.loading import load_run
 
@@ -30,7 +35,7 @@ def model_and_tokenizer(folder):
 @pytest.fixture(scope="module")
 def url(folder):
     args = build_parser().parse_args([str(folder), "--slots=4", "--device-type=cpu"])
-    with running(application(*load_runs(args))) as url:
+    with running(application(*load_runs(args), load=load_run, steps_in_memory=1)) as url:
         yield url
 
 
@@ -54,6 +59,7 @@ def greedy(model_and_tokenizer, max_new_tokens=12, stop=()):
 def test_the_client_lists_models(client):
     (model,) = client.models.list().data
     assert model.id == "run" and model.step == 12
+    assert {4, 8, 12} < set(model.steps) and model.best_step in model.steps
     assert client.models.retrieve("run").positions == 32
 
 
@@ -153,6 +159,137 @@ def test_no_file_of_the_run_is_served(url):
             assert connection.recv(100).startswith(b"HTTP/1.1 404 ")
 
 
+# ---- RUN@STEP ----
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_a_step_is_a_model(client, folder, step):
+    model, tokenizer = load(folder, step)
+    name = f"run@{step}"
+    answer = client.completions.create(**GREEDY | {"model": name})
+    assert answer.choices[0].text == greedy((model, tokenizer))
+    assert answer.system_fingerprint == f"step_{step}"
+    chunks = client.completions.create(**GREEDY | {"model": name}, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
+    assert client.models.retrieve(name).step == step
+
+
+@pytest.mark.parametrize(
+    "name", ["run@5", "run@08", "run@", "run@4@4", "@4", "run@-1", "run@" + "9" * 40]
+)
+def test_steps_that_do_not_exist(client, name):
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(**GREEDY | {"model": name})
+    assert caught.value.code == "model_not_found"
+    assert (name != "run@5") or "it has 4, " in str(caught.value)
+
+
+@pytest.fixture
+def older(folder):
+    """A ServedRun at step 12 whose older steps get fake engines, and what closed them."""
+    model, tokenizer = load_run(folder, 12)
+    one = ServedRun("run", folder, 12, model.config, tokenizer, FakeEngine(), 10)
+    one.open_engine = lambda model, tokenizer: FakeEngine()
+    return one
+
+
+def test_the_step_that_was_not_asked_for_the_longest_gives_way(older):
+    loaded = []
+
+    def load(folder, step):
+        loaded.append(step)
+        return load_run(folder, step)
+
+    async def ask():
+        steps = Steps(2, load, print)
+        for step in (4, 8, 4, 12, 4, 8):
+            async with steps.held(older, step) as run:
+                assert (run.name, run.step) == (f"run@{step}", step)
+                assert run.thread.is_alive()
+        await steps.close()
+        return run
+
+    assert not asyncio.run(ask()).thread.is_alive()
+    assert loaded == [4, 8, 12, 8]
+
+
+def test_a_step_that_is_used_does_not_give_way(older):
+    async def ask():
+        steps = Steps(1, load_run, print)
+        async with steps.held(older, 4) as run:
+            with pytest.raises(Refused, match="all in use") as caught:
+                async with steps.held(older, 8):
+                    pass
+        assert caught.value.status == 429
+        # its engine still works on a request
+        run.works.add("work")
+        with pytest.raises(Refused, match="all in use"):
+            async with steps.held(older, 8):
+                pass
+        run.works.clear()
+        async with steps.held(older, 8) as other:
+            assert other.step == 8
+        assert not run.thread.is_alive()
+        await steps.close()
+
+    asyncio.run(ask())
+
+
+def test_a_step_that_was_written_anew_is_loaded_anew(older, tmp_path):
+    older.folder = small.copy_run(older.folder.parent, tmp_path)
+    manifest = older.folder / "checkpoints" / "step_000004" / "manifest.json"
+
+    async def ask():
+        steps = Steps(1, load_run, print)
+        found = []
+        for seconds in (1e9, 1e9, 2e9):
+            os.utime(manifest, (seconds, seconds))
+            async with steps.held(older, 4) as run:
+                found.append(run)
+        assert found[0] is found[1] and found[2] is not found[0]
+        assert not found[0].thread.is_alive()
+        # an engine that failed is not asked again
+        found[2].problem = "it is broken"
+        async with steps.held(older, 4) as run:
+            assert run is not found[2]
+        await steps.close()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "most, step, error, status, message",
+    [
+        (0, 4, None, 404, "--steps-in-memory 0"),
+        (1, 5, None, 404, "has no checkpoint of that step; it has 4, "),
+        (1, 4, UsageError("/home/me/run is damaged"), 404, "damaged or was removed"),
+        (1, 4, MemoryError("no memory"), 503, "console says why"),
+    ],
+)
+def test_steps_that_cannot_be_loaded(older, capsys, most, step, error, status, message):
+    def load(folder, step):
+        raise error
+
+    async def ask():
+        async with Steps(most, load, print).held(older, step):
+            pass
+
+    with pytest.raises(Refused, match=message) as caught:
+        asyncio.run(ask())
+    assert caught.value.status == status and "/home" not in caught.value.message
+    assert (error is None) or str(error) in capsys.readouterr().out
+
+
+def test_the_step_that_is_served_is_not_loaded_again(older):
+    assert older.answers_to("run") and older.answers_to("run@12")
+    assert not older.answers_to("other@12") and not older.answers_to("run@x")
+    older.follows = True
+    with pytest.raises(OlderStep) as caught:
+        older.answers_to("run@12")
+    assert (caught.value.run, caught.value.step) == (older, 12)
+
+
 # ---- --follow ----
 
 
@@ -162,7 +299,7 @@ def followed(folder, tmp_path):
     run = small.copy_run(folder.parent, tmp_path)
     later = shutil.move(run / "checkpoints" / "step_000012", tmp_path / "step_000012")
     model, tokenizer = load_run(run, 8)
-    one = ServedRun("run", run, 8, model.config, tokenizer, FakeEngine(), 10, 4, follows=True)
+    one = ServedRun("run", run, 8, model.config, tokenizer, FakeEngine(), 10, follows=True)
     one.looked_at = newest_stamp(run)
     return run, later, one
 

@@ -16,10 +16,9 @@ import train
 from nanochat import signals
 from nanochat.data.token_cache import TokenCache
 from nanochat.eval import bpb, generation
-from nanochat.model import build
 from nanochat.model.gpt import GPT
 from nanochat.optim.optimizer import Optimizer
-from nanochat.run import checkpoint, training_text
+from nanochat.run import checkpoint, lifecycle, training_text
 from nanochat.run.folder import RunFolder
 from nanochat.run.saver import Saver
 
@@ -77,7 +76,7 @@ def send_at(monkeypatch, owner, name, call=1):
         ("tokenizing", TokenCache, "_build", 1, None),
         ("planning", train, "derive_plan", 1, None),
         ("creating the run folder", RunFolder, "write_config", 1, 0),
-        ("building", build, "build", 1, 0),
+        ("building", lifecycle, "build", 1, 0),
         ("compiling", GPT, "forward", 1, 0),
         ("a step", Optimizer, "reduce", 3, 3),
         ("evaluating", bpb, "pad", 1, 5),
@@ -200,6 +199,7 @@ def test_a_lost_exchange_after_a_signal_is_a_stop(tmp_path, monkeypatch):
     monkeypatch.setattr("nanochat.ranks.world_size", lambda: 2)
     monkeypatch.setattr("nanochat.ranks.setup", lambda device_type: torch.device(device_type))
     monkeypatch.setattr("nanochat.ranks.from_rank0", lambda value: value)
+    monkeypatch.setattr("nanochat.ranks.from_all", lambda value: [value])
     assert small.run(tmp_path) == 75
 
 

@@ -197,9 +197,8 @@ def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
         write(tmp_path / name, f"text of {name} " * (300 if name != "c.txt" else 30))
     corpus = open_corpus(str(tmp_path))
     assert remarks(corpus) == [
-        f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz; name them by a pattern, "
-        "such as "
-        f"'{tmp_path}/**/*.csv'"
+        f"left out in the folder {tmp_path}: 2 .csv, 1 .json, 1 .jsonl.gz, 1 .md; name them by a "
+        f"pattern, such as '{tmp_path}/**/*.csv'"
     ]
     assert "  " + remarks(corpus)[0] in describe_corpus(corpus)
     assert remarks(open_corpus("python", str(tmp_path))) == remarks(corpus), "of --val-data too"

@@ -199,6 +199,27 @@ def names(shards, folder):
     return sorted({str(path.relative_to(folder)) for shard in shards for path in shard.files})
 
 
+@pytest.mark.parametrize(
+    "files, train",
+    [
+        # a program, whose names mean nothing
+        (["eval.py", "model.py", "tests/test_model.py", "train.py"], None),
+        # a corpus whose suffix is none of ours
+        (["wiki.test.tokens", "wiki.train.tokens", "wiki.valid.tokens"], ["wiki.train.tokens"]),
+    ],
+)
+def test_names_of_files_without_a_format(tmp_path, files, train):
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{number} " * 3000)
+    for value in (tmp_path, f"{tmp_path}/**/*.{files[0].rsplit('.', 1)[1]}"):
+        corpus = local_corpus(str(value))
+        if train:
+            assert names(corpus.train, tmp_path) == train
+        else:
+            assert names([*corpus.train, *corpus.val], tmp_path) == files
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
     sizes, train, val, note, left_out = LAYOUTS[layout]

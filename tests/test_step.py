@@ -1,6 +1,7 @@
 """The passes and the update of one training step: micro-batches, the loss scaler switched off, and
 recorded numbers of a whole step."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
-from nanochat.optim.step import accumulate, forward_backward
+from nanochat.optim.step import accumulate, forward_backward, page_locked
 
 CPU = torch.device("cpu")
 OFF = LossScaler(enabled=False)
@@ -31,6 +32,24 @@ SETTINGS = {
     "unembedding": ADAMW,
     "scalars": ADAMW | {"lr": 0.005, "eps": 1e-6},
 }
+
+
+def test_batches_for_a_gpu_lie_in_memory_that_it_copies_from(monkeypatch):
+    """Each part adjacent, because only then it is copied as it is; for other devices nothing is."""
+    pinned = []
+
+    def pin_memory(part):
+        assert part.is_contiguous()
+        pinned.append(part)
+        return part
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    rows = np.arange(12).reshape(3, 4)
+    batch = rows[:, :-1], rows[:, 1:]
+    assert page_locked(batch, CPU) is batch
+    inputs, targets = page_locked(batch, torch.device("cuda", 1))
+    assert len(pinned) == 2
+    assert inputs.tolist() == batch[0].tolist() and targets.tolist() == batch[1].tolist()
 
 
 def start(arch, **changes):

@@ -1,7 +1,8 @@
-"""nanochat sweep and its four scripts: what is trained and skipped, failures, results."""
+"""nanochat sweep and its five scripts: what is trained and skipped, failures, results."""
 
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -81,6 +82,7 @@ leave({0: "completed", 1: "failed", 75: "stopped"}.get(code), code, reason)
 # the stand-in trains depth 1, and then there is room for a head of 128
 WIDE = "--aspect-ratio=128"
 VARIABLES = "NPROC RETRY TOY CORE_BUNDLE PREDICT OUT DEPTHS BUDGETS SEEDS VARIANTS"
+VARIABLES += " DEPTH STEPS STOPS DATA JOBS PYTHON"
 
 
 @pytest.fixture
@@ -166,9 +168,15 @@ def result(text):
 # ----- tables
 
 
-def row(name, val_bpb, status="completed", core=None, seconds=10.0):
+def row(name, val_bpb, status="completed", core=None, seconds=10.0, step=None):
     facts = Facts(
-        status=status, val_bpb=val_bpb, core_metric=core, seconds=seconds, flops=1e9, tokens=None
+        status=status,
+        val_bpb=val_bpb,
+        core_metric=core,
+        seconds=seconds,
+        flops=1e9,
+        tokens=None,
+        step=step,
     )
     return Row(name, name, [], facts)
 
@@ -214,6 +222,33 @@ def test_ablation_is_paired_by_seed():
     assert list(asdict(x)["difference"]) == ["mean", "se", "reach", "n"]
 
 
+def test_landings_are_paired_by_where_they_began():
+    """Those whose partner is missing, failed or of another length are left out."""
+    rows = [
+        row("a/base", 1.0),
+        row("a/planned-20", 2.0, step=23),
+        row("a/landed-20", 2.02, step=23),
+        row("b/landed-20", 1.99, step=23),
+        row("b/planned-20", 2.0, step=23),
+        row("b/landed-40", 2.0, step=46),
+        row("b/planned-40", 2.0, "failed", step=46),
+        row("b/landed-60", 2.0, step=69),
+        row("b/planned-60", 2.0, step=70),
+    ]
+    found = results.landings(rows)
+    assert [(pair.text, pair.stop, pair.steps) for pair in found] == [
+        ("a", "20", 23),
+        ("b", "20", 23),
+    ]
+    assert [pair.excess for pair in found] == pytest.approx([0.01, -0.005])
+    assert results.landings_table(found).splitlines()[1].split() == [
+        *("a", "20", "23", "2.0200", "2.0000", "+1.00%")
+    ]
+    assert command.conclude_landing(Path(), rows).values == pytest.approx(
+        {"pairs": 2, "within": 1, "worst": 0.01, "mean": 0.0025, "a_20": 0.01, "b_20": -0.005}
+    )
+
+
 def test_result_line():
     line = results.result_line(runs=1, failed=0, a=None, b=0.123456789, c=True)
     assert line == "RESULT runs=1 failed=0 a=null b=0.123457 c=true"
@@ -257,6 +292,24 @@ def test_completed_runs_are_skipped_and_failures_shown(tree, capsys):
     assert "FAILED" not in capsys.readouterr().out
     behave(tree)
     assert do("seeds", LINES) == EXIT_COMPLETED and calls(tree) == []
+
+
+@pytest.mark.parametrize("words", [["--json", "seeds", "o"], ["seeds", "o", "--json"]])
+def test_results_as_json(tree, monkeypatch, capsys, words):
+    """Standard output is for them alone."""
+    read = Settings.read
+
+    def with_stand_in(*args):
+        return replace(read(*args), train_py=Path("train.py").absolute())
+
+    monkeypatch.setattr(Settings, "read", with_stand_in)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(LINES))
+    # signals stay those of the tests
+    monkeypatch.setattr(Stop, "listen", lambda self: None)
+    assert sweep.main([*words, WIDE]) == EXIT_COMPLETED
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == read_json("o/results.json", "")
+    assert "d1: completed" in shown.err and "RESULT runs=3" in shown.err
 
 
 def test_a_failure_that_another_process_tried_again_is_not_tried_a_third_time(tree):
@@ -571,7 +624,7 @@ def test_a_prediction_needs_laws(tree, made_up_model, capsys):
     assert found["predictions"] == []
 
 
-# ----- the four scripts, with the stand-in
+# ----- the scripts, with the stand-in
 
 
 def test_scaling_laws_script(checkout):
@@ -636,6 +689,10 @@ def test_ablation_script(checkout):
         ("ablation", [], {"SEEDS": "0"}, "SEEDS=0: give how many"),
         ("ablation", [], {"VARIANTS": "nowhere"}, "VARIANTS=nowhere: cannot be read"),
         ("scaling_laws", ["--predict"], {}, "--predict: give a depth"),
+        ("landing", [], {"STEPS": "100"}, "STEPS=100: give a multiple of 400"),
+        ("landing", [], {"STOPS": "20 90"}, "STOPS: at 90% the run ends before"),
+        ("landing", [], {"STOPS": "20 33"}, "STOPS: 33: give multiples of 5"),
+        ("landing", [], {"JOBS": "two"}, "STEPS, STOPS, JOBS: two is no number"),
     ],
 )
 def test_scripts_refuse_in_one_line(checkout, name, arguments, variables, reason):
@@ -685,6 +742,51 @@ def test_miniseries_script(checkout):
     assert result(done.stdout)["failed"] == "0"
 
 
+# Stands for `nanochat jobs fork`: copies the parent, and notes what it was asked for.
+FORK = """
+import json, shutil
+from pathlib import Path
+
+def main(argv):
+    parent, flags = Path(argv[1]), dict(word[2:].split("=") for word in argv[2:-1])
+    assert (argv[0], argv[-1]) == ("fork", "--land")
+    child = Path(flags["out-dir"]) / flags["tag"]
+    shutil.copytree(parent, child)
+    config = json.loads((child / "config.json").read_text()) | {"forked_from": flags["step"]}
+    (child / "config.json").write_text(json.dumps(config))
+    summary = json.loads((child / "summary.json").read_text()) | {"status": "stopped"}
+    (child / "summary.json").write_text(json.dumps(summary))
+    print("forked at", flags["step"])
+    return 0
+"""
+
+
+def test_landing_script(checkout):
+    """Two texts: the runs that are landed and planned first, then the forks, each once."""
+    (checkout / "nanochat" / "apps" / "jobs" / "__init__.py").write_text(FORK)
+    (checkout / "some-text.txt").write_text("text\n" * 1000)
+    environ = {"STEPS": "200", "STOPS": "80", "DATA": "python some-text.txt", "OUT": "l"}
+    environ |= {"DEPTH": "1", "JOBS": "2"}
+    done = script(checkout, "landing", **environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    planned, landed = {"base", "planned-160"}, {"landed-160"}
+    texts = ("python", "some-text")
+    assert set(calls(checkout)[:4]) == {f"l/{text}/{run}" for text in texts for run in planned}
+    assert set(calls(checkout)[4:]) == {f"l/{text}/{run}" for text in texts for run in landed}
+    assert len(calls(checkout)) == 6 and done.stdout.count("forked at") == 2
+    of_run = {
+        row["name"]: row["flags"] for row in read_json(checkout / "l" / "results.json", "")["runs"]
+    }
+    assert of_run["python/base"][1:] == ["--num-iterations=200", "--save-every=10"]
+    assert of_run["python/planned-160"][1:] == ["--num-iterations=184"]
+    assert of_run["some-text/landed-160"] == ["--data=some-text.txt"]
+    values = result(done.stdout)
+    assert (values["pairs"], values["within"], values["failed"]) == ("2", "2", "0")
+    behave(checkout)
+    again = script(checkout, "landing", **environ)
+    assert result(again.stdout) == values and calls(checkout) == []
+
+
 # ----- real trainings
 
 
@@ -698,8 +800,13 @@ def real(folder, name, *words, **environ):
         shutil.copytree(ROOT / "runs", tree / "runs")
         add_commands(tree)
     variables = {"PATH": path_of(tree), "TOY": "1", "PYTHONPATH": str(ROOT)}
+    # it varies the text, and then takes it from the environment
+    if name == "landing":
+        variables["DATA"] = small.corpus(folder).removeprefix("--data=")
+    else:
+        words = (small.corpus(folder), *words)
     done = subprocess.run(
-        ["bash", f"runs/{name}.sh", small.corpus(folder), *words],
+        ["bash", f"runs/{name}.sh", *words],
         cwd=tree,
         capture_output=True,
         text=True,
@@ -719,7 +826,8 @@ def test_seeds_really_trained(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, completed", [("miniseries", "2"), ("scaling_laws", "12"), ("ablation", "10")]
+    "name, completed",
+    [("miniseries", "2"), ("scaling_laws", "12"), ("ablation", "10"), ("landing", "5")],
 )
 def test_scripts_at_toy_size(tmp_path, name, completed):
     values = result(real(tmp_path, name))

@@ -33,7 +33,13 @@ from nanochat.data.text import (
     text_suffix,
 )
 from nanochat.data.textfile import END_OF_DOCUMENT, is_lfs_pointer
-from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN, Tokenizer, train_tokenizer
+from nanochat.data.tokenizer import (
+    GPT2_PATTERN,
+    LLAMA_PATTERN,
+    SPLIT_PATTERN,
+    Tokenizer,
+    train_tokenizer,
+)
 
 pa = pytest.importorskip("pyarrow")
 
@@ -542,7 +548,7 @@ def test_documents_between(first, last):
     assert list(joined(found)) == documents[first:last]
 
 
-@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, GPT2_PATTERN])
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, LLAMA_PATTERN, GPT2_PATTERN])
 def test_pieces_cut_at_blanks_have_the_tokens_of_the_whole(monkeypatch, pattern):
     """Any text, cut anywhere, encodes as it would in one piece."""
     monkeypatch.setattr("nanochat.data.text.PIECE_CHARACTERS", 13)

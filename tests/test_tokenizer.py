@@ -21,9 +21,10 @@ from nanochat.data.tokenizer import (
     GPT2_PATTERN,
     GPT2_REPO,
     GPT2_VOCAB_SIZE,
+    LLAMA_PATTERN,
     SPLIT_PATTERN,
     TOKENIZER_FILE,
-    TOKENIZER_KINDS,
+    TRAINED_TOKENIZERS,
     Tokenizer,
     _blanks_cut,
     derived_vocab_size,
@@ -49,7 +50,7 @@ def bpe():
     return train_tokenizer("bpe", [TEXT, "plain words and more plain words"], 300)
 
 
-@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize("kind", TRAINED_TOKENIZERS)
 def test_round_trip_and_save(kind, tmp_path):
     tokenizer = train_tokenizer(kind, [TEXT], 300)
     ids = tokenizer.encode(TEXT)
@@ -73,7 +74,7 @@ def test_text_that_spells_a_special_token_is_plain_text(bpe):
     assert bpe.decode(ids) == f"a{BOS_TEXT}b"
 
 
-@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize("kind", TRAINED_TOKENIZERS)
 def test_byte_counts_sum_to_the_text(kind):
     """Also for text that BPE cuts inside a character, where counting decoded tokens goes wrong."""
     tokenizer = train_tokenizer(kind, [TEXT], 257)
@@ -81,7 +82,8 @@ def test_byte_counts_sum_to_the_text(kind):
     counts = tokenizer.byte_counts()
     assert counts[tokenizer.encode(rare)].sum() == len(rare.encode())
     assert counts[tokenizer.bos] == 0
-    if kind == "bpe":  # 257 means no merge: each token is one byte and, alone, no valid UTF-8
+    # 257 means no merge: each token is one byte and, alone, no valid UTF-8
+    if tokenizer.kind == "bpe":
         assert all(len(tokenizer.token_bytes(i)) == 1 for i in tokenizer.encode("日"))
 
 
@@ -122,6 +124,24 @@ def test_split_pattern(text, pieces):
     assert regex.findall(SPLIT_PATTERN, text) == pieces
 
 
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("f(x) == 12345", ["f", "(x", ")", " ==", " ", "123", "45"]),
+        ("DON'T\n'sad", ["DON", "'T", "\n", "'s", "ad"]),
+        ("if a:\r\n        b \n\n c", ["if", " a", ":\r\n", "       ", " b", " \n\n", " c"]),
+    ],
+)
+def test_llama_pattern(text, pieces):
+    import regex
+
+    assert regex.findall(LLAMA_PATTERN, text) == pieces
+    tokenizer = train_tokenizer("bpe-llama", [text] * 9, 400)
+    assert tokenizer.pattern == LLAMA_PATTERN
+    # with every merge learnt, each piece is one token
+    assert [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text)] == pieces
+
+
 def test_vocabulary_size_from_the_data_size():
     # 55 MiB / 12,800 = 4,521, nearest power of two 4,096; 1.1 MB -> 87 -> the floor; 100 GB -> the
     # ceiling
@@ -150,6 +170,76 @@ def test_damaged_or_foreign_files_are_refused(bpe, tmp_path, change):
     bpe.save(tmp_path)
     path = tmp_path / TOKENIZER_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match="tokenizer"):
+        read_tokenizer(tmp_path)
+
+
+SPECIALS = ("<|user_start|>", "<|turn_end|>")
+
+
+def gpt2_kind():
+    """A tokenizer of GPT-2's kind: every byte in GPT-2's order, and its pattern."""
+    tokens = [bytes([byte]) for byte in gpt2_byte_characters().values()]
+    return Tokenizer("bpe", tokens, GPT2_PATTERN)
+
+
+@pytest.mark.parametrize("name", (*TRAINED_TOKENIZERS, "gpt2"))
+def test_special_tokens_follow_bos_and_move_no_id(name, tmp_path):
+    """They are saved, decoded by name, counted without bytes and never read from text."""
+    text = TEXT + "".join(SPECIALS) + BOS_TEXT + "<|endoftext|>"
+    base = gpt2_kind() if name == "gpt2" else train_tokenizer(name, [text], 300)
+    tokenizer = base.with_specials(SPECIALS)
+    assert tokenizer.special_ids == {name: base.bos + i for i, name in enumerate(SPECIALS, 1)}
+    assert (tokenizer.bos, tokenizer.vocab_size) == (base.bos, base.vocab_size + 2)
+    assert (tokenizer.end_ids, base.end_ids) == ({base.bos, base.bos + 2}, {base.bos})
+    ids = tokenizer.encode(text)
+    assert ids == base.encode(text) and max(ids) < base.bos
+    assert tokenizer.encode_batch([text])[0].tolist() == ids
+    turn_end = tokenizer.special_ids["<|turn_end|>"]
+    opened = [tokenizer.bos, turn_end, *ids]
+    assert tokenizer.decode(opened) == tokenizer.bos_text + "<|turn_end|>" + text
+    assert tokenizer.token_bytes(turn_end) == b""
+    assert tokenizer.byte_counts().tolist() == [*base.byte_counts().tolist(), 0, 0]
+    tokenizer.save(tmp_path)
+    loaded = read_tokenizer(tmp_path)
+    assert loaded.special_ids == tokenizer.special_ids
+    assert loaded.encode(text) == ids and loaded.decode(opened) == tokenizer.decode(opened)
+    assert loaded.fingerprint == tokenizer.fingerprint != base.fingerprint
+
+
+def test_special_tokens_are_added_once(bpe):
+    once = bpe.with_specials(SPECIALS[:1])
+    twice = once.with_specials(SPECIALS)
+    assert twice.specials == SPECIALS
+    assert twice.with_specials(SPECIALS).fingerprint == twice.fingerprint
+    assert bpe.with_specials([]).fingerprint == bpe.fingerprint
+    other_order = bpe.with_specials(SPECIALS[::-1])
+    assert other_order.fingerprint != twice.fingerprint
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([BOS_TEXT], "one occurs twice"),
+        (["<|a|>", "<|a|>"], "one occurs twice"),
+        (["a"], "should be spelled like"),
+        (["<|a b|>"], "should be spelled like"),
+        (["<||>"], "should be spelled like"),
+    ],
+)
+def test_names_that_no_special_token_has(bpe, names, message):
+    with pytest.raises(ValueError, match=message):
+        bpe.with_specials(names)
+
+
+@pytest.mark.parametrize("specials", [["a"], "<|a|>", [3], None, ["<|a|>", "<|a|>"], ["<|bos|>"]])
+def test_files_with_other_special_tokens_are_refused(bpe, tmp_path, specials):
+    bpe.with_specials(SPECIALS).save(tmp_path)
+    path = tmp_path / TOKENIZER_FILE
+    content = json.loads(path.read_text())
+    # earlier versions read the first format only, and would number fewer ids
+    assert content["format"] == 2
+    path.write_text(json.dumps({**content, "specials": specials}))
     with pytest.raises(UsageError, match="tokenizer"):
         read_tokenizer(tmp_path)
 
@@ -308,6 +398,8 @@ def test_a_run_folder_gives_its_tokenizer(tmp_path):
 
 def test_plans_know_gpt2():
     assert expected_vocab_size("gpt2", -1, 10**9) == 50257
+    assert expected_vocab_size("bpe-llama", -1, 10**9) == 32768
+    assert set(EXPECTED_BYTES_PER_TOKEN) == {*TRAINED_TOKENIZERS, "gpt2"}
     assert EXPECTED_BYTES_PER_TOKEN["gpt2"] == 4
 
 

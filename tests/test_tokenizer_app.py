@@ -181,7 +181,8 @@ def test_compare_names_every_wrong_tokenizer(text, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UsageError,
-        match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, char, byte.*empty holds no token",
+        match=r"(?s)--max-bytes -1.*gtp2: no such folder.*bpe, bpe-llama, char, byte"
+        r".*empty holds no token",
     ):
         tokenizer.main(["compare", text, "gtp2", str(tmp_path / "empty"), "--max-bytes", "-1"])
     with pytest.raises(UsageError, match="merge 0"):
@@ -239,6 +240,15 @@ def test_inspect(tmp_path, capsys):
         ["127", "b'\\xc3'"],
         ["102", "b'\\xa9'"],
     ]
+    assert tokenizer.main(["inspect", str(folder), "--text", "hell é", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["kind"], described["vocab_size"], described["bytes"]) == ("bpe", 261, 7)
+    assert described["ids"][-4:] == [258, 220, 127, 102]
+    assert described["tokens"][-2:] == ["b'\\xc3'", "b'\\xa9'"]
+    assert described["special_ids"] == {"<|endoftext|>": 260}
+    train_tokenizer("byte", [], -1).with_specials(["<|turn_end|>"]).save(tmp_path / "chat")
+    assert tokenizer.main(["inspect", str(tmp_path / "chat")]) == 0
+    assert "<|turn_end|>, id 257\n" in capsys.readouterr().out
     assert tokenizer.main(["inspect", "byte", "--text", ""]) == 0
     assert "0 tokens for 0 bytes" in capsys.readouterr().out
     train_tokenizer("char", ["cab"], -1).save(tmp_path / "letters")

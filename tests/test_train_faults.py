@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, finished, monke
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr("nanochat.model.build.build", build_and_note)
+        patch.setattr("nanochat.run.lifecycle.build", build_and_note)
         patch.setattr(Optimizer, "step", step)
         assert small.run(tmp_path, "--debug-nans", QUIET) == 1
     captured = capsys.readouterr()

@@ -328,7 +328,7 @@ def test_a_folder_that_another_process_trains_in(tmp_path, capsys):
         (["sample", "RUN", "--step=5"], ["--step=5", "4, 6, 8, 12"]),
         (["sample", "RUN", "--temperature=-1", "--top-p=3"], ["--temperature", "--top-p"]),
         (["report", "/no/such/run"], ["/no/such/run"]),
-        (["jobs"], ["'jobs' is not available"]),
+        (["certify"], ["'certify' is not available"]),
         (["frobnicate"], ["'frobnicate' is not an app", "sample"]),
     ],
 )

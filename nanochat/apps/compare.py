@@ -32,8 +32,9 @@ from nanochat.common import (
     write_atomic,
 )
 from nanochat.run import plots
+from nanochat.run.flags import flag
 from nanochat.run.folder import RunFolder
-from nanochat.run.groups import Group, examples_of, group_runs, names
+from nanochat.run.groups import Group, examples_of, group_runs, names, shared_steps
 from nanochat.run.records import CoreResult, CoreTask, RunRecord, dig, finite_number, read_run
 from nanochat.run.statistics import (
     CONFIDENCE,
@@ -143,7 +144,6 @@ def _identical(args: argparse.Namespace) -> int:
     others = {
         "--per-task": args.per_task,
         "--evaluations": args.evaluations,
-        "--json": args.json,
     }
     problems = [
         f"{name}: has no effect with --identical; leave it out" for name in others if others[name]
@@ -156,6 +156,9 @@ def _identical(args: argparse.Namespace) -> int:
     from nanochat.run.identity import compare_runs
 
     found = compare_runs(*map(Path, args.runs))
+    if args.json:
+        print(json.dumps(asdict(found), indent=2))
+        return EXIT_FAILED if found.different else EXIT_COMPLETED
     for words, parts in (("equal", found.equal), ("DIFFERENT", found.different)):
         for part in parts:
             print(printable(f"{words}  {part}"))
@@ -442,18 +445,21 @@ def chance_differences(groups: Sequence[Group], score: Score) -> dict[str, float
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is found out about runs: their groups, the differences between these, and warnings."""
+    """What is found out about runs: their groups, the differences between these, which of them
+    share their beginning, and warnings."""
 
     runs: list[RunRecord]
     groups: list[Group]
     core: list[ExampleDifference]
     val_bpb: list[SeedDifference]
     core_seeds: list[SeedDifference]
+    lineage: list[str]
     warnings: list[str]
 
     def paragraphs(self, per_task: bool) -> Iterator[list[str]]:
         """The comparison in words: lists of lines, empty where there is nothing to say."""
         yield [table(self.groups)]
+        yield self.lineage
         if per_task:
             yield [task_table(self.runs)]
         yield noise_of_examples(self.core)
@@ -473,6 +479,7 @@ class Comparison:
                 "val_bpb": [entry.as_json() for entry in self.val_bpb],
                 "core_seeds": [entry.as_json() for entry in self.core_seeds],
             },
+            "lineage": self.lineage,
             "warnings": self.warnings,
         }
 
@@ -486,9 +493,35 @@ def compare(runs: list[RunRecord]) -> Comparison:
         core=core_differences(groups),
         val_bpb=seed_differences(groups, BPB),
         core_seeds=seed_differences(groups, CORE),
+        lineage=lineage(runs),
         # what makes numbers incomparable first, then what makes them preliminary
         warnings=differences_in_kind(runs) + unfinished(runs) + notes,
     )
+
+
+def lineage(runs: Sequence[RunRecord]) -> list[str]:
+    """A line for each run that was forked from another: where, with which flags, and with which of
+    the runs it shares its first steps, which are no two results."""
+    lines = []
+    for run in runs:
+        fork = dig(run.config, "forked_from")
+        if not fork:
+            continue
+        changed = [
+            f"{flag(name)}={values[1]} (was {values[0]})"
+            for name, values in (dig(fork, "changed") or {}).items()
+        ]
+        text = f"{run.name}: forked from {dig(fork, 'run')} at step {dig(fork, 'step')}"
+        text += f", with {', '.join(changed) or 'the same flags'}"
+        shared = [
+            f"{steps:,} steps with {other.name}"
+            for other in runs
+            if other is not run and (steps := shared_steps(run, other))
+        ]
+        if shared:
+            text += f"; its beginning is shared: {', '.join(shared)}"
+        lines.append(text)
+    return lines
 
 
 def run_as_json(run: RunRecord) -> dict[str, Any]:
@@ -497,7 +530,7 @@ def run_as_json(run: RunRecord) -> dict[str, Any]:
     fields += " total_training_time val_bpb min_val_bpb"
     found = {name: getattr(run, name) for name in fields.split()}
     core = None if run.core is None else core_as_json(run.core)
-    return found | {"core": core}
+    return found | {"core": core, "forked_from": dig(run.config, "forked_from")}
 
 
 def core_as_json(core: CoreResult) -> dict[str, Any]:

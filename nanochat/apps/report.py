@@ -57,7 +57,13 @@ def main(argv: list[str]) -> int:
         metavar="FOLDER",
         help="where the two files go; empty: the run folder",
     )
-    parser.add_argument(
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--json",
+        action="store_true",
+        help="print the summary as JSON, nothing rounded; the two files are written all the same",
+    )
+    shown.add_argument(
         "--result",
         action="store_true",
         help="write nothing and print one line, RESULT name=value ..., with CORE and its 95%% "
@@ -84,6 +90,10 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             f"{folder} cannot be written ({reason}); name another folder with --out"
         ) from None
+    if args.json:
+        files = {"plot": str(plot) if run.steps_logged else None, "page": str(page)}
+        print(json.dumps(as_json(run) | files, indent=2))
+        return EXIT_COMPLETED
     # names of folders and reasons are other people's text, and may hold control characters
     for name, value in [*summary_rows(run), ("plot", plot), ("page", page)]:
         print(printable(f"{name:<29} {value}"))
@@ -115,8 +125,30 @@ def summary_rows(run: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
+def as_json(run: RunRecord) -> dict[str, Any]:
+    """The summary as data. What is unknown is None."""
+    return {
+        "name": run.name,
+        "status": run.status,
+        "reason": run.reason,
+        "step": run.step,
+        "steps": run.steps,
+        **_numbers(run),
+        "min_val_bpb": run.min_val_bpb,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "compressed_bpb": run.compressed_bpb,
+        "problems": run.problems,
+    }
+
+
 def result_line(run: RunRecord) -> str:
     """RESULT name=value ...: what a run came to, for programs to read. What is unknown is null."""
+    words = [f"{name}={_exact(value)}" for name, value in _numbers(run).items()]
+    return " ".join(["RESULT", f"status={run.status}", *words])
+
+
+def _numbers(run: RunRecord) -> dict[str, int | float | None]:
+    """What a run came to, by name."""
     values: dict[str, int | float | None] = {
         name: getattr(run, name)
         for name in (
@@ -133,8 +165,7 @@ def result_line(run: RunRecord) -> str:
         values["core"] = run.core.core_metric
         values["core_low"] = run.core.low
         values["core_high"] = run.core.high
-    words = [f"{name}={_exact(value)}" for name, value in values.items()]
-    return " ".join(["RESULT", f"status={run.status}", *words])
+    return values
 
 
 def _exact(value: float | None) -> str:
@@ -628,6 +659,7 @@ def settings_part(run: RunRecord) -> str:
         ("Hardware", config.get("hardware")),
         ("Versions", config.get("versions")),
         ("Started from", config.get("init_from")),
+        ("Forked from", config.get("forked_from")),
         ("Other", other),
     )
     parts = [

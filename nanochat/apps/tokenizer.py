@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from nanochat.data.sources import Corpus
     from nanochat.data.tokenizer import Tokenizer
 
+# those that are fitted to data, and have their options here
+BPE_NAMES = ("bpe", "bpe-llama")
+FITTED_NAMES = (*BPE_NAMES, "char")
 # what TOKENIZER may be besides a folder ...
-NAMES = ("bpe", "char", "byte", "gpt2")
+NAMES = (*FITTED_NAMES, "byte", "gpt2")
 # ... where there is no data to fit one to
 NAMES_WITHOUT_DATA = ("byte", "gpt2")
 DEFAULT_MAX_BYTES = 4_000_000
@@ -83,17 +86,18 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--kind",
-        choices=("bpe", "char"),
+        choices=FITTED_NAMES,
         default="bpe",
-        help="bpe: byte-pair encoding; char: one id for each character (default %(default)s)",
+        help="bpe: byte-pair encoding; bpe-llama: the same with Llama 3's way to split text, which "
+        "llama.cpp knows; char: one id for each character (default %(default)s)",
     )
     train.add_argument(
         "--vocab-size",
         type=int,
         default=-1,
         metavar="N",
-        help="ids of --kind=bpe, the special one included (-1: derived from the size of the data; "
-        "default %(default)s)",
+        help="ids of --kind=bpe or bpe-llama, the special one included (-1: derived from the size "
+        "of the data; default %(default)s)",
     )
     _add_max_bytes(train)
     return train
@@ -114,17 +118,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         type=path_argument,
         metavar="TOKENIZER",
         nargs="*",
-        help="a folder with a tokenizer, a run folder, or a name: gpt2, byte, or bpe and char as "
-        "train.py would fit them to DATA (default: bpe)",
+        help="a folder with a tokenizer, a run folder, or a name: gpt2, byte, or bpe, bpe-llama "
+        "and char as train.py would fit them to DATA (default: bpe)",
     )
     _add_max_bytes(compare)
-    compare.add_argument(
-        "--json",
-        # `json` is the module in the code that takes this value
-        dest="as_json",
-        action="store_true",
-        help="print one JSON object instead of the table",
-    )
+    _add_json(compare, "print one JSON object instead of the table")
     return compare
 
 
@@ -142,6 +140,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="a folder with a tokenizer, a run folder, byte or gpt2",
     )
     inspect.add_argument("--text", metavar="TEXT", help="a text to split into its tokens")
+    _add_json(inspect, "print one JSON object instead of lines")
     return inspect
 
 
@@ -152,6 +151,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="text, as train.py's --data takes it: python, a file, a folder, a pattern, ...",
     )
+
+
+def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
+    # `json` is the module in the code that takes this value
+    parser.add_argument("--json", dest="as_json", action="store_true", help=text)
 
 
 def _add_max_bytes(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +228,7 @@ def _vocab_size_problems(kind: str, vocab_size: int) -> Iterator[str]:
 
     if vocab_size == -1:
         return
-    if kind != "bpe":
+    if kind not in BPE_NAMES:
         yield (
             f"--vocab-size {vocab_size}: --kind={kind} has as many ids as the text has characters; "
             f"leave it out"
@@ -316,8 +320,8 @@ def _compared(
     problems = list(_max_bytes_problems(max_bytes))
     saved = {}
     for name in names:
-        # bpe and char are fitted once the data is open
-        if name not in ("bpe", "char"):
+        # the others are fitted once the data is open
+        if name not in FITTED_NAMES:
             try:
                 saved[name] = open_tokenizer(name, NAMES)
             except UsageError as error:
@@ -384,8 +388,8 @@ def open_tokenizer(name: str, names: tuple[str, ...] = NAMES_WITHOUT_DATA) -> "T
     """The tokenizer that a TOKENIZER argument means.
 
     name: byte, gpt2 (downloaded if need be), a folder with one, or a run folder. names: those that
-    the command takes. Raises UsageError if there is none, also for bpe and char, which mean nothing
-    without data."""
+    the command takes. Raises UsageError if there is none, also for FITTED_NAMES, which mean
+    nothing without data."""
     from nanochat.data.tokenizer import (
         TOKENIZER_FILE,
         gpt2_tokenizer,
@@ -508,21 +512,52 @@ def _cells(row: Measurement) -> tuple[str, ...]:
 # inspect
 
 
-def run_inspect(*, tokenizer: str, text: str | None) -> int:
+def run_inspect(*, tokenizer: str, text: str | None, as_json: bool) -> int:
     """`nanochat tokenizer inspect`: the tokenizer in words, and the tokens of a text."""
-    for line in _description(open_tokenizer(tokenizer), text):
+    # a download reports lines, which are not JSON
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        opened = open_tokenizer(tokenizer)
+    if as_json:
+        print(json.dumps(_as_json(opened, text), indent=2))
+        return EXIT_COMPLETED
+    for line in _description(opened, text):
         print(line)
     return EXIT_COMPLETED
 
 
-def _description(tokenizer: "Tokenizer", text: str | None) -> Iterator[str]:
-    from nanochat.data.tokenizer import GPT2_PATTERN, SPLIT_PATTERN
+def _as_json(tokenizer: "Tokenizer", text: str | None) -> dict[str, Any]:
+    """What _description() says, as data. Tokens are shown as in the lines: of some the bytes are no
+    text."""
+    described: dict[str, Any] = {
+        "kind": tokenizer.kind,
+        "pattern": tokenizer.pattern,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
+        "special_ids": {tokenizer.bos_text: tokenizer.bos, **tokenizer.special_ids},
+    }
+    if text is not None:
+        ids = [int(i) for i in tokenizer.encode(text)]
+        described["ids"] = ids
+        described["tokens"] = [shown(tokenizer.token_bytes(i)) for i in ids]
+        described["bytes"] = sum(len(tokenizer.token_bytes(i)) for i in ids)
+    return described
 
-    patterns = {None: "none", SPLIT_PATTERN: "nanochat's", GPT2_PATTERN: "GPT-2's"}
+
+def _description(tokenizer: "Tokenizer", text: str | None) -> Iterator[str]:
+    from nanochat.data.tokenizer import GPT2_PATTERN, LLAMA_PATTERN, SPLIT_PATTERN
+
+    patterns = {
+        None: "none",
+        SPLIT_PATTERN: "nanochat's",
+        LLAMA_PATTERN: "Llama 3's",
+        GPT2_PATTERN: "GPT-2's",
+    }
     yield f"kind           {tokenizer.kind}, split pattern: {patterns[tokenizer.pattern]}"
     yield f"vocabulary     {tokenizer.vocab_size:,} ids"
     yield f"fingerprint    {tokenizer.fingerprint}"
     yield f"special token  {tokenizer.bos_text}, id {tokenizer.bos}: begins every document"
+    for name, token_id in tokenizer.special_ids.items():
+        yield f"{'':<14} {name}, id {token_id}"
     if tokenizer.kind == "char":
         characters = b"".join(tokenizer.tokens).decode("utf-8")
         more = " ..." if len(characters) > CHARACTERS_SHOWN else ""

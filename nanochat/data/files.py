@@ -3,6 +3,7 @@
 A folder and the pattern FOLDER/**/*.txt find the same .txt files: links are followed, each file
 comes once, what is hidden or belongs to a system is skipped, and what is left out is named."""
 
+import codecs
 import collections
 import contextlib
 import fnmatch
@@ -15,7 +16,8 @@ from pathlib import Path
 from nanochat.common import UsageError, counted
 from nanochat.data.text import refuse_what_is_no_text, text_format, text_suffix
 
-# What is read of a folder. Its .json files may be anything (`data mix` writes one).
+# What is read of a folder. Its .json files may be anything (`data mix` writes one). Where a folder
+# has none of these, as one of code, all files are read that hold text and have no format of ours.
 FOLDER_FORMATS = (".txt", ".jsonl", ".parquet")
 # of `data mix`, which says there what came from where
 MIX_SUMMARY = "sources.json"
@@ -39,6 +41,9 @@ DANGLING = "dangling link"
 CIRCULAR = "circular link"
 SPECIAL = "special file"
 FOLDER = "folder"
+BINARY = "binary file"
+# of a file, to tell text from other data
+HEAD_BYTES = 1 << 16
 # paths that a remark names
 PATHS_SHOWN = 3
 
@@ -57,7 +62,7 @@ class Named:
 
 
 def named_files(pattern: str, flag: str = "--data") -> Named:
-    """The files that a path, a folder (only those of FOLDER_FORMATS) or a pattern names.
+    """The files that a path, a folder (see FOLDER_FORMATS) or a pattern names.
 
     A file that is named itself is taken whatever it is called. Raises UsageError if nothing is
     found, for a pipe or a device, and for data that are obviously no text."""
@@ -98,12 +103,21 @@ def _of_folder(folder: str, flag: str) -> Named:
     refuse_what_is_no_text(root)
     everything = finder.files()
     files = finder.readable([p for p in everything if p.suffix.lower() in FOLDER_FORMATS])
-    remarks = (*_other_formats(folder, everything), *finder.remarks())
     if not files:
         for path in everything:
             if path.suffix.lower() == ".arrow":
                 refuse_what_is_no_text(path.parent)
                 refuse_what_is_no_text(path)
+        # data beside a description of them, say: the description is not what was meant
+        if {text_suffix(path.name).lower() for path in everything} <= {"", ".json"}:
+            files = finder.texts(path for path in everything if not text_suffix(path.name))
+        if files:
+            taken = _taken_for_text(folder, files)
+            others = _other_formats(folder, [p for p in everything if text_suffix(p.name)])
+            # all of them, not those of the main format
+            return Named(files, root, remarks=(taken, *others, *finder.remarks()))
+    remarks = (*_other_formats(folder, everything), *finder.remarks())
+    if not files:
         example = os.path.join(folder, "*.jsonl.gz")
         lines = (
             f"{flag}={folder}: the folder holds no {', '.join(FOLDER_FORMATS)} file; name files "
@@ -115,9 +129,10 @@ def _of_folder(folder: str, flag: str) -> Named:
 
 
 def _other_formats(folder: str, files: Iterable[Path]) -> list[str]:
-    """A sentence, if one is due, on files of formats that are readable, but not in a folder."""
+    """A sentence, if one is due, on files that a pattern could name, but that are not read of a
+    folder: of other formats, and of none."""
     suffixes = collections.Counter(
-        text_suffix(path.name).lower()
+        (text_suffix(path.name) or path.suffix).lower()
         for path in files
         if path.suffix.lower() not in FOLDER_FORMATS and path.name != MIX_SUMMARY
     )
@@ -129,6 +144,17 @@ def _other_formats(folder: str, files: Iterable[Path]) -> list[str]:
     return [
         f"left out in the folder {folder}: {counts}; name them by a pattern, such as '{example}'"
     ]
+
+
+def _taken_for_text(folder: str, files: Sequence[Path]) -> str:
+    """A sentence on the files of a folder that has none of FOLDER_FORMATS."""
+    suffixes = collections.Counter(path.suffix.lower() or "without suffix" for path in files)
+    counts = ", ".join(f"{n:,} {suffix}" for suffix, n in suffixes.most_common(PATHS_SHOWN))
+    return (
+        f"the folder {folder} holds no {', '.join(FOLDER_FORMATS)} file: its "
+        f"{counted(len(files), 'file')} with text are read ({counts}"
+        f"{', ...' if len(suffixes) > PATHS_SHOWN else ''})"
+    )
 
 
 def text_bytes(path: Path, column: str = "text") -> int:
@@ -272,6 +298,23 @@ class _Finder:
                 kept.append(path)
             else:
                 self.left_out[UNREADABLE].append(path)
+        return kept
+
+    def texts(self, files: Iterable[Path]) -> list[Path]:
+        """Those of the files that may be read and hold text in UTF-8; the others are left out."""
+        kept = []
+        for path in self.readable(files):
+            with open(path, "rb") as file:
+                head = file.read(HEAD_BYTES)
+            try:
+                # a character may be cut at the end
+                codecs.getincrementaldecoder("utf-8")().decode(head)
+            except UnicodeDecodeError:
+                head = b"\0"
+            if b"\0" in head:
+                self.left_out[BINARY].append(path)
+            elif head.strip():
+                kept.append(path)
         return kept
 
     def remarks(self) -> tuple[str, ...]:

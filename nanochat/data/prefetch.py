@@ -17,11 +17,16 @@ AHEAD_RETRY_SECONDS = 30.0
 T = TypeVar("T")
 
 
+class Interrupted(Exception):
+    """The next item is not there yet, and whoever waits for it has something else to do first."""
+
+
 class Prefetcher(Generic[T]):
     """Runs an iterator in a thread, `depth` items ahead.
 
-    An exception of the iterator is raised at next() here. So is DataFailed when interrupted()
-    becomes true while an item is waited for: a download may take long, and the run has to leave."""
+    An exception of the iterator is raised at next() here. So is Interrupted when interrupted() is
+    true while an item is waited for: a download may take long, and the run has something else to
+    do."""
 
     def __init__(
         self,
@@ -63,8 +68,7 @@ class Prefetcher(Generic[T]):
                 break
             except queue.Empty:
                 if self.interrupted():
-                    reason = "asked to stop while waiting for training data"
-                    raise DataFailed(reason) from None
+                    raise Interrupted from None
         try:
             if error is not None:
                 raise error
@@ -100,7 +104,7 @@ class Ahead:
         threads = max(1, rows.cache.threads // 2)
         cache = TokenCache(rows.cache.tokenizer, threads, rows.cache.lengths, report=self._say)
         self.rows = rows
-        self.own = Rows(rows.corpus, cache, rows.T, rows.seed)
+        self.own = Rows(rows.corpus, cache, rows.T, rows.seed, rows.first_row)
         self.last_row = last_row
         self.report = report
         self.stopped = threading.Event()

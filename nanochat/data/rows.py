@@ -53,10 +53,14 @@ class Rows:
     """Random access to the rows of training, as the module docstring defines them.
 
     Only the shards up to a row's own are looked at, and of those before it only the lengths.
-    row_tokens: T, the targets of a row."""
+    row_tokens: T, the targets of a row. first_row: the number of the row with which the order
+    begins; larger than 0 in a run that was forked from another one with another text or seed."""
 
-    def __init__(self, corpus: Corpus, cache: TokenCache, row_tokens: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, cache: TokenCache, row_tokens: int, seed: int, first_row: int = 0
+    ) -> None:
         self.corpus = corpus
+        self.first_row = first_row
         self.cache = cache
         self.T = row_tokens
         self.seed = seed
@@ -132,16 +136,17 @@ class Rows:
         place = bisect.bisect_right(self.ends, row)
         self.reading = place
         epoch, shard_index = self.visits[place]
-        before = self.ends[place - 1] if place else 0
+        before = self.ends[place - 1] if place else self.first_row
         return Place(epoch, shard_index, row - before)
 
     def _count_next_shard(self) -> None:
         """Append the shard that is read after the last one to `visits` and `ends`."""
         epoch, place = divmod(len(self.visits), len(self.shards))
         shard_index = self.shard_order(epoch)[place]
-        end = (self.ends[-1] if self.ends else 0) + self.shard_rows(shard_index)
+        begin = self.ends[-1] if self.ends else self.first_row
+        end = begin + self.shard_rows(shard_index)
         # a whole epoch without a row: without this the search in locate() would never end
-        if place == len(self.shards) - 1 and end == 0:
+        if place == len(self.shards) - 1 and end == self.first_row:
             raise UsageError(
                 f"--data: none of {len(self.shards)} shards holds one row of {self.T} tokens; give "
                 f"more text or lower --max-seq-len"
@@ -241,7 +246,8 @@ def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
     order = rows.shard_order(0)
     n_shards = len(order)
     if not corpus.eager:
-        n_shards = min(n_shards, math.ceil(n_shards * tokens / tokens_per_epoch))
+        of_this_text = max(0, tokens - rows.first_row * rows.T)
+        n_shards = min(n_shards, math.ceil(n_shards * of_this_text / tokens_per_epoch))
     needed = [rows.shards[i] for i in order[:n_shards]]
     # what a resumed run has read, it has counted: its file may be gone
     missing = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanochat.common import UsageError, counted, human_bytes
 from nanochat.data.files import Named, listed, text_bytes
+from nanochat.data.text import text_format
 
 TRAIN = "train"
 VALIDATION = "validation"
@@ -138,11 +139,14 @@ def more_last_files(sizes: Sequence[int], least: int) -> int:
 
 
 def _by_split(named: Named) -> dict[str, list[Path]]:
-    """{TRAIN, VALIDATION, TEST or "" for none: files}; all are under "" if there is one group."""
+    """{TRAIN, VALIDATION, TEST or "" for none: files}; all are under "" if there is one group, or
+    if the files are in none of our formats and some of them have other names."""
     groups: dict[str, list[Path]] = collections.defaultdict(list)
     for path in named.files:
         groups[split_of(path.relative_to(named.root))].append(path)
-    if len(groups) == 1:
+    # train.py and tests/ of a program mean nothing, wiki.train.tokens does
+    means_nothing = "" in groups and not any(text_format(path.name)[0] for path in named.files)
+    if len(groups) == 1 or means_nothing:
         return collections.defaultdict(list, {"": named.files})
     return groups
 

@@ -224,9 +224,10 @@ def documents_between(pieces: Iterable[Piece], first: int, last: int | None) -> 
 def cut_at_blanks(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The pieces, cut again so that each can be split into words or tokens by itself.
 
-    That is before a space or line end that follows another character: no tokenizer of this program
-    has a token that goes on there. A piece has about PIECE_CHARACTERS at most; only text without
-    any such place is longer."""
+    That is before a space that follows another character, or before a line end or an ideographic
+    full stop that follows a letter or digit: no tokenizer of this program has a token that goes on
+    there (a line end may belong to a sign before it). A piece has about PIECE_CHARACTERS at most;
+    only text without any such place is longer."""
     parts: list[str] = []
     for text, ends in _shortened(pieces):
         cut = 0 if ends else _last_blank(text)
@@ -249,9 +250,13 @@ def _shortened(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _last_blank(text: str) -> int:
-    """Place of the last space or line end that follows something else; 0 if there is none."""
+    """The last place where cut_at_blanks() can cut; 0 if there is none."""
     for place in range(len(text) - 1, 0, -1):
-        if text[place] in " \n" and not text[place - 1].isspace():
+        before = text[place - 1]
+        if text[place] == " " and not before.isspace():
+            return place
+        # Text of scripts without spaces has these two.
+        if text[place] in "\n\u3002" and before.isalnum():
             return place
     return 0
 

@@ -34,9 +34,10 @@ from nanochat.data.download import DownloadFailed
 from nanochat.data.sources import Corpus, Shard
 from nanochat.data.text import Piece, cut_at_blanks
 from nanochat.data.tokenizer import (
+    BPE_PATTERNS,
     SPLIT_PATTERN,
     TOKENIZER_FILE,
-    TOKENIZER_KINDS,
+    TRAINED_TOKENIZERS,
     Tokenizer,
     derived_vocab_size,
     gpt2_tokenizer,
@@ -91,7 +92,7 @@ def load_tokenizer(
             return read_tokenizer(of_run)
         if of_source and not chosen:
             return read_tokenizer(of_source)
-        if name in TOKENIZER_KINDS:
+        if name in TRAINED_TOKENIZERS:
             return fit_tokenizer(corpus, name, vocab_size)
         if name == "gpt2":
             return gpt2_tokenizer()
@@ -112,29 +113,29 @@ def load_tokenizer(
     return tokenizer
 
 
-def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer of one of TOKENIZER_KINDS, trained on the training shards of a corpus.
+def fit_tokenizer(corpus: Corpus, name: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of one of TRAINED_TOKENIZERS, trained on the training shards of a corpus.
 
     A char tokenizer is trained on all text, so that validation has no unknown character.
     vocab_size: -1 derives it from the size of the text. The result is kept where cached() says.
     Raises UsageError for a char tokenizer of a corpus that is not eager, Unavailable if the disk
     refuses the result."""
-    if kind == "byte":
+    if name == "byte":
         return train_tokenizer("byte", [], -1)
-    vocab_size, folder = _fitted(corpus, kind, vocab_size)
+    vocab_size, folder = _fitted(corpus, name, vocab_size)
     if (folder / TOKENIZER_FILE).exists():
         return read_tokenizer(folder)
-    if kind == "char" and not corpus.eager:
+    if name == "char" and not corpus.eager:
         raise UsageError(
             f"--tokenizer=char: needs to see all text, and {corpus.name} is too large for that "
             f"({human_bytes(corpus.train_bytes)}); use bpe or byte"
         )
-    shards = shards_to_fit(corpus, kind, vocab_size)
+    shards = shards_to_fit(corpus, name, vocab_size)
     # their words are those of the documents, of which any may be large
     pieces = cut_at_blanks(itertools.chain.from_iterable(shard.pieces() for shard in shards))
-    if kind == "bpe":
+    if name in BPE_PATTERNS:
         pieces = _first_characters(pieces, BPE_SAMPLE_BYTES)
-    fitted = train_tokenizer(kind, (piece.text for piece in pieces), vocab_size)
+    fitted = train_tokenizer(name, (piece.text for piece in pieces), vocab_size)
     try:
         fitted.save(folder)
     except OSError as error:
@@ -144,27 +145,27 @@ def fit_tokenizer(corpus: Corpus, kind: str, vocab_size: int) -> Tokenizer:
     return fitted
 
 
-def _fitted(corpus: Corpus, kind: str, vocab_size: int) -> tuple[int, Path]:
+def _fitted(corpus: Corpus, name: str, vocab_size: int) -> tuple[int, Path]:
     """(vocabulary size, folder where it is kept) of a tokenizer that is fitted to a corpus."""
-    if kind == "bpe" and vocab_size == -1:
+    if name in BPE_PATTERNS and vocab_size == -1:
         vocab_size = derived_vocab_size(corpus.train_bytes)
     # another pattern makes another tokenizer of the same text
-    identity = [kind, vocab_size, SPLIT_PATTERN, corpus.fingerprint]
+    identity = [name, vocab_size, BPE_PATTERNS.get(name, SPLIT_PATTERN), corpus.fingerprint]
     key = sha256_hex(json.dumps(identity))[:32]
     return vocab_size, cached("tokenizers", key, TOKENIZER_FILE).parent
 
 
-def shards_to_fit(corpus: Corpus, kind: str, vocab_size: int) -> list[Shard]:
+def shards_to_fit(corpus: Corpus, name: str, vocab_size: int) -> list[Shard]:
     """The shards that fit_tokenizer() still has to read for this tokenizer.
 
     None if it is kept or needs no text; for bpe evenly spread ones of about BPE_SAMPLE_BYTES, of a
     large remote corpus the first."""
-    if kind not in ("bpe", "char"):
+    if name not in (*BPE_PATTERNS, "char"):
         return []
-    _, folder = _fitted(corpus, kind, vocab_size)
+    _, folder = _fitted(corpus, name, vocab_size)
     if (folder / TOKENIZER_FILE).exists():
         return []
-    if kind == "char":
+    if name == "char":
         return corpus.train + corpus.val
     return corpus.train[:: max(1, ceil_div(corpus.train_bytes, BPE_SAMPLE_BYTES))]
 

@@ -1,8 +1,9 @@
 """Tokenizers: byte-pair encoding (trained on the data, or GPT-2's), characters, bytes.
 
 All are reversible, with one class and one file format. A tokenizer is a list of byte strings (the
-id is the index) and one special token, BOS, whose id comes last. BOS opens every row and marks
-where documents end; text that spells it is encoded as plain text."""
+id is the index) and special tokens, whose ids follow: BOS, then those of chats, if there are any.
+BOS opens every row and marks where documents end; text that spells a special token is encoded as
+plain text."""
 
 import base64
 import contextlib
@@ -27,18 +28,38 @@ from nanochat.common import (
 from nanochat.data.download import DownloadFailed
 from nanochat.data.hub import model_file
 
+# what a file can hold; training has two names for the first, with different split patterns
 TOKENIZER_KINDS = ("bpe", "char", "byte")
 FORMAT = 1
+# with special tokens after BOS, which versions that know only the first format would leave out
+FORMAT_WITH_SPECIALS = 2
 TOKENIZER_FILE = "vocab.json"
+# the chat template, under the name that transformers knows too
+TEMPLATE_FILE = "chat_template.jinja"
 BOS_TEXT = "<|bos|>"
+# the special token that ends an answer in a chat (chat.py), and with it a text that is generated
+TURN_END = "<|turn_end|>"
+# how special tokens that are added after BOS are spelled
+SPECIAL_NAME = re.compile(r"<\|[a-z0-9_]+\|>")
 # for plans that may not read the data
-EXPECTED_BYTES_PER_TOKEN = {"bpe": 4, "char": 1, "byte": 1, "gpt2": 4}
+EXPECTED_BYTES_PER_TOKEN = {"bpe": 4, "bpe-llama": 4, "char": 1, "byte": 1, "gpt2": 4}
 # every byte and BOS
 MIN_BPE_VOCAB = 256 + 1
 # Pieces that merges never cross: a word with at most one leading space or sign; one or two digits;
 # signs with a leading space; a line break with the blank space around it, so that code's
 # indentation is one piece; other blank space, its last character left to the word that follows.
 SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]\s*|\s+(?!\S)|\s+"
+# The pieces of Llama 3's tokenizer, which llama.cpp finds too (as "llama-bpe"): English
+# contractions alone, digits in threes, signs together with the line breaks behind them, line breaks
+# with the blank space before them but not the indentation behind them.
+LLAMA_PATTERN = (
+    r"'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Names of byte-pair encodings that are trained on the data, each with its split pattern.
+BPE_PATTERNS = {"bpe": SPLIT_PATTERN, "bpe-llama": LLAMA_PATTERN}
+# What train_tokenizer() makes.
+TRAINED_TOKENIZERS = (*BPE_PATTERNS, "char", "byte")
 # GPT-2's pattern in the form in which tiktoken publishes it: the same pieces as the first one,
 # found without backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -49,7 +70,7 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_FINGERPRINT = "dcdb3967ca5dc5666beb6fba0f93bf03f8187499e879d73b3c4fba1fd5b3fb67"
 # The split patterns that run, each with the name of its BOS. A file cannot bring another: a regular
 # expression may take forever.
-BOS_OF_PATTERN = {SPLIT_PATTERN: BOS_TEXT, GPT2_PATTERN: GPT2_BOS_TEXT}
+BOS_OF_PATTERN = {SPLIT_PATTERN: BOS_TEXT, LLAMA_PATTERN: BOS_TEXT, GPT2_PATTERN: GPT2_BOS_TEXT}
 # A run of over a million blanks overflows the stack of the regex engine in tiktoken and rustbpe.
 BLANKS_AT_ONCE = 500_000
 # texts that rustbpe holds; its default of 8,192 would be gigabytes of texts of a megabyte
@@ -71,7 +92,7 @@ def expected_vocab_size(name: str, vocab_size: int, n_bytes: int) -> int:
 
     name, vocab_size: of --tokenizer and --vocab-size (-1: derived from n_bytes of text). 128 stands
     for the unknown number of characters. Raises UsageError for a folder without a tokenizer."""
-    if name == "bpe":
+    if name in BPE_PATTERNS:
         return derived_vocab_size(n_bytes) if vocab_size == -1 else vocab_size
     fixed = {"byte": 257, "char": 128, "gpt2": GPT2_VOCAB_SIZE}
     return fixed[name] if name in fixed else read_tokenizer(name).vocab_size
@@ -82,17 +103,28 @@ class Tokenizer:
 
     kind: one of TOKENIZER_KINDS. tokens: bytes of each ordinary token; for 'bpe' in merge order
     (tiktoken's ranks). pattern: for 'bpe', one of BOS_OF_PATTERN, else None. bos_text: how BOS is
-    shown. GPT-2's is a 'bpe' with its own pattern."""
+    shown. specials: names of further special tokens, such as "<|turn_end|>"; their ids follow BOS.
+    special_ids: {name: id} of these. end_ids: of tokens that end a text, BOS and TURN_END. GPT-2's
+    is a 'bpe' with its own pattern. ValueError for names that are not spelled like that, or that
+    occur twice."""
 
     def __init__(
-        self, kind: str, tokens: Iterable[bytes], pattern: str | None = SPLIT_PATTERN
+        self,
+        kind: str,
+        tokens: Iterable[bytes],
+        pattern: str | None = SPLIT_PATTERN,
+        specials: Iterable[str] = (),
     ) -> None:
         self.kind = kind
         self.tokens = list(tokens)
         self.pattern = pattern if kind == "bpe" else None
         self.bos_text = BOS_OF_PATTERN[pattern] if kind == "bpe" else BOS_TEXT
         self.bos = len(self.tokens)
-        self.vocab_size = self.bos + 1
+        self.specials = tuple(specials)
+        self.special_ids = {name: self.bos + i for i, name in enumerate(self.specials, 1)}
+        self.end_ids = frozenset({self.bos, self.special_ids.get(TURN_END, self.bos)})
+        self.vocab_size = self.bos + 1 + len(self.specials)
+        _check_specials(self.specials, self.bos_text)
         if kind == "char":
             points = [ord(token.decode("utf-8")) for token in self.tokens]
             # sorted, for searchsorted(); _order leads back to ids
@@ -108,13 +140,19 @@ class Tokenizer:
             "nanochat",
             pat_str=self.pattern,
             mergeable_ranks=ranks,
-            special_tokens={self.bos_text: self.bos},
+            special_tokens={self.bos_text: self.bos, **self.special_ids},
         )
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 that two tokenizers share exactly when they encode alike."""
         return sha256_hex(self._serialized())
+
+    def with_specials(self, names: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with further special tokens; those that it has already stay where they
+        are, and no id changes. ValueError as Tokenizer()."""
+        added = [name for name in names if name not in self.special_ids]
+        return Tokenizer(self.kind, self.tokens, self.pattern, [*self.specials, *added])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS.
@@ -150,14 +188,21 @@ class Tokenizer:
         return self._order[places].astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD, BOS its name."""
-        bos = self.bos_text.encode()
-        content = b"".join(bos if i == self.bos else self.tokens[i] for i in ids)
+        """The text of token ids.
+
+        Bytes that are not valid UTF-8 become U+FFFD, special tokens their names."""
+        content = b"".join(self.spelling(i) for i in ids)
         return content.decode("utf-8", "replace")
 
+    def spelling(self, token_id: int) -> bytes:
+        """The bytes by which decode() shows one token: its own, and of a special one its name."""
+        if token_id < self.bos:
+            return self.tokens[token_id]
+        return (self.bos_text, *self.specials)[token_id - self.bos].encode()
+
     def token_bytes(self, token_id: int) -> bytes:
-        """The raw bytes of one token; b"" for BOS, which counts no bytes."""
-        return b"" if token_id == self.bos else self.tokens[token_id]
+        """The raw bytes of one token; b"" for special tokens, which count no bytes."""
+        return self.tokens[token_id] if token_id < self.bos else b""
 
     def byte_counts(self) -> np.ndarray:
         """UTF-8 bytes of each token id, int64 (V,).
@@ -166,19 +211,37 @@ class Tokenizer:
         return np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], dtype=np.int64)
 
     def _serialized(self) -> str:
+        specials = {"specials": list(self.specials)} if self.specials else {}
         content = {
-            "format": FORMAT,
+            "format": FORMAT_WITH_SPECIALS if specials else FORMAT,
             "kind": self.kind,
             "pattern": self.pattern,
             "special": self.bos_text,
+            **specials,
             "tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens],
         }
         return json.dumps(content)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer to TOKENIZER_FILE in a folder, which is created if missing."""
+        """Write the tokenizer to TOKENIZER_FILE in a folder, which is created if missing.
+
+        Of a tokenizer for chats, TEMPLATE_FILE tells other programs how to write them."""
+        # here, since it imports this module
+        from nanochat.data.chat import JINJA
+
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if TURN_END in self.special_ids:
+            write_atomic(Path(folder) / TEMPLATE_FILE, JINJA)
         write_atomic(Path(folder) / TOKENIZER_FILE, self._serialized())
+
+
+def _check_specials(names: tuple[str, ...], bos_text: str) -> None:
+    """ValueError unless these can be the names of special tokens after BOS."""
+    wrong = [name for name in names if not SPECIAL_NAME.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"special token {wrong[0]!r}: should be spelled like <|turn_end|>")
+    if len({bos_text, *names}) != 1 + len(names):
+        raise ValueError(f"special tokens {', '.join((bos_text, *names))}: one occurs twice")
 
 
 def _blanks_cut(text: str) -> list[str]:
@@ -235,10 +298,10 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 def _from_our_file(path: Path, content: Any) -> Tokenizer:
     """The tokenizer that save() wrote. UsageError if the file holds anything else."""
     try:
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, FORMAT_WITH_SPECIALS):
             raise UsageError(
-                f"tokenizer: {path} has format {content['format']}; this version reads format "
-                f"{FORMAT}"
+                f"tokenizer: {path} has format {content['format']}; this version reads formats "
+                f"{FORMAT} and {FORMAT_WITH_SPECIALS}"
             )
         kind = content["kind"]
         pattern = content["pattern"]
@@ -250,6 +313,8 @@ def _from_our_file(path: Path, content: Any) -> Tokenizer:
         usable = (
             kind in TOKENIZER_KINDS and bos_text == content["special"] and _complete(kind, tokens)
         )
+        specials = content["specials"] if content["format"] == FORMAT_WITH_SPECIALS else []
+        _check_specials(tuple(specials), content["special"])
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"tokenizer: {path} is not a tokenizer of this program ({error!r})"
@@ -259,7 +324,7 @@ def _from_our_file(path: Path, content: Any) -> Tokenizer:
             f"tokenizer: {path} has an unknown kind ({kind}), an empty or incomplete vocabulary, "
             f"or another split pattern"
         )
-    return Tokenizer(kind, tokens, pattern)
+    return Tokenizer(kind, tokens, pattern, specials)
 
 
 def _complete(kind: str, tokens: list[bytes]) -> bool:
@@ -465,13 +530,14 @@ def _downloaded_gpt2(encoder_path: Path, merges_path: Path) -> tuple[Tokenizer |
     return tokenizer, f"its fingerprint is {fingerprints}"
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of a kind, fitted to texts. vocab_size (BOS included) matters for 'bpe' only.
+def train_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of one of TRAINED_TOKENIZERS, fitted to texts.
 
-    BPE training is rustbpe's; it may find fewer merges than asked in little or repetitive text."""
-    if kind == "byte":
+    vocab_size: BOS included; it matters for those of BPE_PATTERNS only. BPE training is rustbpe's;
+    it may find fewer merges than asked in little or repetitive text."""
+    if name == "byte":
         return Tokenizer("byte", [bytes([i]) for i in range(N_BYTES)])
-    if kind == "char":
+    if name == "char":
         characters = sorted(set().union(*map(set, texts)))
         return Tokenizer("char", [character.encode("utf-8") for character in characters])
     import rustbpe
@@ -481,8 +547,8 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokeniz
         (part for text in texts for part in _blanks_cut(text)),
         vocab_size - 1,
         buffer_size=TEXTS_AT_ONCE,
-        pattern=SPLIT_PATTERN,
+        pattern=BPE_PATTERNS[name],
     )
     # the order of the merges is the order of the ids
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
-    return Tokenizer("bpe", [token for _, token in ranks])
+    return Tokenizer("bpe", [token for _, token in ranks], BPE_PATTERNS[name])

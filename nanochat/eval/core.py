@@ -4,6 +4,7 @@ tasks/core.py reads the bundle and writes the prompts, core_answers.py lets a mo
 The prompts of a task are dealt to the ranks in turn."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from nanochat import limits
 from nanochat.common import Unavailable, UsageError, ceil_div, human_time, in_a_line
 from nanochat.eval.core_answers import answers_of, batches, tokens_of
 from nanochat.eval.core_bundle import find_bundle
+from nanochat.eval.core_chat import chat_problem, chat_prompts_of, choice_problem
 from nanochat.eval.unison import EvaluationFailed, sum_or_leave
 from nanochat.model.build import for_inference
 from nanochat.model.config import ROPE_REACH, GPTConfig
@@ -113,15 +115,22 @@ class Core:
         threads: int = 1,
         keep: bool = True,
         shares: bool = True,
+        chat: bool = False,
+        published_crop: bool = False,
     ) -> None:
         """limit: tokens of a prompt at most. max_per_task: examples of a task at most, -1: all.
 
+        published_crop: how longer ones are cut, see tasks.core.cropped().
         labels: the tasks to evaluate; fewer than all give no CORE. baselines: chance levels, "v1"
         or "v2". keep: hold the prompts in memory for the next evaluation of the same run.
-        shares: the model accepts a cache, so that what rows have in common is read once.
-        Raises UsageError for a folder that is not a bundle, and for unknown labels; open_core()
-        raises it on all ranks."""
-        if problem := label_problem(labels):
+        shares: the model accepts a cache, so that what rows have in common is read once. chat: ask
+        in the chat format, which takes multiple-choice tasks only; see core_chat.py.
+        Raises UsageError for a folder that is not a bundle, for unknown labels, and for what cannot
+        be asked in chats; open_core() raises it on all ranks."""
+        problem = label_problem(labels)
+        if chat:
+            problem = problem or chat_problem(tokenizer) or choice_problem(labels)
+        if problem:
             raise UsageError(problem)
         bundle = read_bundle(folder, baselines)
         # those that will be evaluated, by label; describe() takes out what turns out to be unusable
@@ -144,6 +153,8 @@ class Core:
         self.threads = threads
         self.keep = keep
         self.shares = shares
+        self.chat = chat
+        self.published_crop = published_crop
         # tokens of a task's prompts, by label, estimated by describe()
         self.tokens_of: dict[str, float] = {}
         self._examples: dict[str, Examples] = {}
@@ -178,8 +189,11 @@ class Core:
         return prompts
 
     def _write_prompts(self, label: str, examples: list[dict], indices: range) -> list[Prompt]:
+        write = chat_prompts_of if self.chat else prompts_of
+        if self.published_crop:
+            write = functools.partial(prompts_of, published_crop=True)
         try:
-            prompts = prompts_of(
+            prompts = write(
                 self.tasks[label], examples, self.tokenizer, self.limit, indices, self.threads
             )
         except UsageError as error:
@@ -352,7 +366,7 @@ def _open_task(core: Core, label: str) -> _Opened:
     problem = None
     try:
         found = core.examples_of(label)
-        fingerprint = fingerprint_of(core.tasks[label], found.examples)
+        fingerprint = fingerprint_of(core.tasks[label], found.examples, core.chat)
         prompts = core.prompts_of(label, found.examples)
     except EvaluationFailed as error:
         problem = str(error)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochat.common import UsageError, in_a_line
+from nanochat.common import UsageError, in_a_line, stream_seed
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.eval.generation import (
     TextStream,
@@ -25,19 +25,23 @@ from nanochat.eval.generation import (
     choose,
     draw_points,
     option_problems,
+    penalised,
 )
 from nanochat.eval.prefixes import Prefixes, Reading, read_piece
 from nanochat.eval.scheduler import QueueFull, Scheduler, Work
 from nanochat.eval.slots import fill, in_compute_dtype, open_decoder
+from nanochat.eval.ties import TOLERANCE, near_ties
 from nanochat.limits import available_cpus
 from nanochat.model.decoder import Decoder
 
-__all__ = ["Ended", "Engine", "QueueFull", "Request", "Sampling", "Token"]
+__all__ = ["Ended", "Engine", "QueueFull", "Request", "Sampling", "Scored", "Token"]
 
 # Prompt tokens that are read between two steps.
 PIECE = 64
 # The most likely tokens whose probabilities may be asked for.
 MOST_LOGPROBS = 20
+# random numbers of a text that are drawn together: a call takes longer than its numbers
+POINTS = 64
 
 # (id, log-probability) of tokens, the most likely first
 Top = tuple[tuple[int, float], ...]
@@ -56,19 +60,13 @@ class Sampling:
 
     def problems(self) -> list[str]:
         """A sentence for each unusable setting."""
-        found = option_problems(
-            max_new_tokens=1,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            num_samples=1,
-        )
-        sentences = [f"{name} {value}: {reason}" for name, value, reason in found]
-        if not 0 <= self.min_p <= 1:
-            sentences.append(f"min_p {self.min_p}: must be from 0 to 1; use 0 to turn it off")
-        return sentences
+        found = option_problems(max_new_tokens=1, **dataclasses.asdict(self))
+        return [f"{name} {value}: {reason}" for name, value, reason in found]
+
+
+def seeds_of(seed: int, n: int) -> list[int]:
+    """The seeds of n texts of one prompt; the first is that of a single text."""
+    return [seed] + [stream_seed(seed, "choice", i) for i in range(1, n)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The first event of a request with prompt_logprobs: the prompt has been read.
+
+    prompt_top: (log-probability, top) of each of its tokens; of the first, (None, ())."""
+
+    prompt_top: tuple[tuple[float | None, Top], ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Token:
     """One more token of a text. text: what has become certain with it. logprob: natural, under the
     model's own distribution, whatever the sampling; None if it was not asked for."""
@@ -100,21 +108,22 @@ class Token:
 @dataclass(frozen=True)
 class Ended:
     """The last event of a request. reason: stop, length, cancelled or error. text: the rest of the
-    text. prompt_top: (log-probability, top) of each prompt token; of the first, (None, ())."""
+    text. id: of the token that ended it, which is no part of it; None if none did."""
 
     reason: str
     text: str
     problem: str = ""
-    prompt_top: tuple[tuple[float | None, Top], ...] = ()
+    id: int | None = None
 
 
-Event = Token | Ended
+Event = Scored | Token | Ended
 
 
 @dataclass(frozen=True)
 class Counts:
     """What an engine has done and is doing. shared_tokens: prompt tokens that had been read for an
-    earlier prompt."""
+    earlier prompt. near_ties: choices in the fast mode that the other texts of a batch might have
+    changed (see ties.near_ties())."""
 
     running: int
     waiting: int
@@ -122,6 +131,7 @@ class Counts:
     prompt_tokens: int
     shared_tokens: int
     new_tokens: int
+    near_ties: int = 0
 
 
 class _Running:
@@ -134,7 +144,10 @@ class _Running:
         self.deliver = deliver
         self.work = work
         self.stream = TextStream(tokenizer, request.stop)
+        # texts whose settings are alike are chosen together
+        self.settings = dataclasses.replace(request.sampling, seed=0)
         self.generator = torch.Generator().manual_seed(request.sampling.seed)
+        self.points: list[float] = []
         self.reading: Reading | None = None
         self.prompt_top: list[tuple[float | None, Top]] = [(None, ())]
         self.seen_V: Tensor | None = None
@@ -146,6 +159,13 @@ class _Running:
     def position(self) -> int:
         """Of the token that is read next."""
         return len(self.request.prompt) + self.n_new - 1
+
+    def next_point(self) -> float:
+        """The random number that draws the next token."""
+        if not self.points:
+            self.points = draw_points(POINTS, self.generator)[:, 0].tolist()
+            self.points.reverse()
+        return self.points.pop()
 
 
 class Engine:
@@ -180,7 +200,7 @@ class Engine:
         self.changed = threading.Condition()
         self.closed = False
         self.newer: Decoder | None = None
-        self.n_requests = self.n_prompt = self.n_shared = self.n_new = 0
+        self.n_requests = self.n_prompt = self.n_shared = self.n_new = self.n_near_ties = 0
         self._load(model)
 
     def _load(self, model: Decoder) -> None:
@@ -213,8 +233,9 @@ class Engine:
             raise UsageError("; ".join(problems))
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> int:
-        """Take a request; returns its ticket. deliver(event) is called in the engine's thread, for
-        each token and at last with Ended; it must not block.
+        """Take a request; returns its ticket. deliver(event) is called in the engine's thread: with
+        Scored if the prompt's log-probabilities are wanted, for each token except the one that ends
+        the text (Tokenizer.end_ids), and at last with Ended; it must not block.
 
         UsageError for a request that can never be honoured, QueueFull if too many wait."""
         self.check(request)
@@ -256,7 +277,26 @@ class Engine:
                 prompt_tokens=self.n_prompt,
                 shared_tokens=self.n_shared,
                 new_tokens=self.n_new,
+                near_ties=self.n_near_ties,
             )
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a text gets the same logits, with ==, whatever runs beside it."""
+        return self.batch_invariant or self.decoder.is_batch_invariant
+
+    @property
+    def mode(self) -> str:
+        """How texts that run together are computed, and what follows, in a line."""
+        if self.decoder.is_batch_invariant:
+            return "batch-invariant: decode.cpp computes each text as it would alone"
+        if self.batch_invariant:
+            return "batch-invariant: PyTorch computes one text at a time"
+        return (
+            "fast: PyTorch computes texts together, and a token whose choice is a near-tie may "
+            f"differ from the same text alone (logits within {TOLERANCE[self.model.compute_dtype]} "
+            "of each other; counted); --batch-invariant rules that out"
+        )
 
     def _take_out(self, ticket: int) -> _Running | None:
         self.scheduler.remove(ticket)
@@ -287,12 +327,22 @@ class Engine:
                     self.newer = None
                 # a newer model waits for those that run, and the others wait for it
                 if self.newer is None:
-                    for work in self.scheduler.admit():
-                        self._begin(self.running[work.ticket])
+                    self._admit()
                 if not self.scheduler.idle:
                     return True
                 self.changed.wait()
         return False
+
+    def advance(self) -> None:
+        """One turn in the caller's thread, for programs in which no thread is in run(). What goes
+        wrong is raised, and the requests stay."""
+        with self.changed:
+            self._admit()
+        self._turn()
+
+    def _admit(self) -> None:
+        for work in self.scheduler.admit():
+            self._begin(self.running[work.ticket])
 
     def _end_all(self, ended: Ended) -> None:
         with self.changed:
@@ -335,6 +385,8 @@ class Engine:
             if work.ticket not in self.running or not self.scheduler.read(work, end):
                 return
         self.prefixes.keep(reading)
+        if request.prompt_logprobs:
+            self._hand_over(running, Scored(tuple(running.prompt_top)))
         if request.max_new_tokens == 0:
             self._end(running, "length", "")
             return
@@ -355,6 +407,7 @@ class Engine:
 
     def _continue(self, running: list[_Running]) -> None:
         one_at_a_time = self.batch_invariant and not self.decoder.is_batch_invariant
+        tolerance = None if self.is_batch_invariant else TOLERANCE[self.model.compute_dtype]
         groups = [[one] for one in running] if one_at_a_time else [running]
         for group in groups:
             logits_BxV = self.decoder.step(
@@ -362,90 +415,133 @@ class Engine:
                 [one.position for one in group],
                 [one.work.slot for one in group],
             )
-            self._advance(group, logits_BxV)
+            self._advance(group, logits_BxV, tolerance)
 
-    def _advance(self, group: list[_Running], logits_BxV: Tensor) -> None:
-        """Choose the next token of each text, and deliver it."""
-        for running, chosen, logits_V in zip(
-            group, _choose(group, logits_BxV), logits_BxV, strict=True
-        ):
+    def _advance(
+        self, group: list[_Running], logits_BxV: Tensor, tolerance: float | None = None
+    ) -> None:
+        """Choose the next token of each text, and deliver it. tolerance: count the near-ties."""
+        all_chosen, n_near_ties = _choose(group, logits_BxV, tolerance)
+        self.n_near_ties += n_near_ties
+        scores = _scores(group, all_chosen, logits_BxV)
+        for row, (running, chosen) in enumerate(zip(group, all_chosen, strict=True)):
             if chosen is None:
                 self._end(running, "error", "", "the model's logits are not numbers")
             else:
-                self._deliver(running, chosen, logits_V)
+                self._deliver(running, chosen, *scores.get(row, (None, ())))
 
-    def _deliver(self, running: _Running, token_id: int, logits_V: Tensor) -> None:
+    def _deliver(self, running: _Running, token_id: int, logprob: float | None, top: Top) -> None:
         request = running.request
         running.next_id = token_id
         running.n_new += 1
         self.n_new += 1
         if running.seen_V is not None:
             running.seen_V[token_id] = True
-        logprob, top = None, ()
-        if request.logprobs is not None:
-            ((logprob, top),) = _logprobs(logits_V[None], [token_id], request.logprobs)
         text = running.stream.push(token_id)
-        if running.stream.ended:
-            self._end(running, "stop", text)
+        if token_id in self.tokenizer.end_ids:
+            self._end(running, "stop", text, ended_by=token_id)
             return
+        self._hand_over(running, Token(token_id, text, logprob, top))
+        if running.stream.ended:
+            self._end(running, "stop", "")
+        elif running.n_new == request.max_new_tokens:
+            self._end(running, "length", running.stream.end())
+
+    def _hand_over(self, running: _Running, event: Scored | Token) -> None:
         with self.changed:
             # nothing follows the end of a request that was cancelled meanwhile
             if running.work.ticket in self.running:
-                running.deliver(Token(token_id, text, logprob, top))
-        if running.n_new == request.max_new_tokens:
-            self._end(running, "length", running.stream.end())
+                running.deliver(event)
 
-    def _end(self, running: _Running, reason: str, text: str, problem: str = "") -> None:
-        prompt_top = tuple(running.prompt_top) if running.request.prompt_logprobs else ()
+    def _end(
+        self,
+        running: _Running,
+        reason: str,
+        text: str,
+        problem: str = "",
+        ended_by: int | None = None,
+    ) -> None:
         with self.changed:
             if self._take_out(running.work.ticket):
-                running.deliver(Ended(reason, text, problem, prompt_top))
+                running.deliver(Ended(reason, text, problem, ended_by))
 
 
-def _choose(group: list[_Running], logits_BxV: Tensor) -> list[int | None]:
-    """The next token of each text, None where the logits are not numbers. Texts with the same
-    settings are chosen together, which takes as long as one."""
+def _choose(
+    group: list[_Running], logits_BxV: Tensor, tolerance: float | None
+) -> tuple[list[int | None], int]:
+    """The next token of each text, None where the logits are not numbers, and how many of these
+    choices are near-ties, if a tolerance is given. Texts with the same settings are chosen
+    together, which takes as long as one."""
     alike: dict[Sampling, list[int]] = {}
+    # NumPy takes one thread for rows: several threads of torch would spin on the model's cores
+    are_numbers = (logits_BxV.numpy().max(-1) < math.inf).tolist()
     for row, running in enumerate(group):
-        settings = dataclasses.replace(running.request.sampling, seed=0)
-        alike.setdefault(settings, []).append(row)
-    are_numbers = [bool(logits_V.amax() < math.inf) for logits_V in logits_BxV]
+        if are_numbers[row]:
+            alike.setdefault(running.settings, []).append(row)
     chosen: list[int | None] = [None] * len(group)
+    n_near_ties = 0
     for settings, rows in alike.items():
-        rows = [row for row in rows if are_numbers[row]]
-        if rows:
-            found = _choose_alike([group[row] for row in rows], logits_BxV[rows], settings)
-            for row, token_id in zip(rows, found, strict=True):
-                chosen[row] = token_id
-    return chosen
+        found, n_near = _choose_alike(
+            [group[row] for row in rows], _rows_of(logits_BxV, rows), settings, tolerance
+        )
+        n_near_ties += n_near
+        for row, token_id in zip(rows, found, strict=True):
+            chosen[row] = token_id
+    return chosen, n_near_ties
 
 
-def _choose_alike(group: list[_Running], logits_BxV: Tensor, settings: Sampling) -> list[int]:
-    points = seen = None
+def _rows_of(logits_BxV: Tensor, rows: list[int]) -> Tensor:
+    """Some of the rows, in order."""
+    if len(rows) == len(logits_BxV):
+        return logits_BxV
+    return torch.from_numpy(logits_BxV.numpy()[rows])
+
+
+def _choose_alike(
+    group: list[_Running], logits_BxV: Tensor, settings: Sampling, tolerance: float | None
+) -> tuple[list[int], int]:
+    points = None
     if settings.temperature != 0:
-        points = torch.cat([draw_points(1, running.generator) for running in group])
+        points = torch.tensor([[one.next_point()] for one in group], dtype=torch.float64)
     if settings.repetition_penalty != 1:
         seen = torch.stack([running.seen_V for running in group])
-    chosen_B = choose(
-        logits_BxV,
-        points,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.repetition_penalty,
-        settings.min_p,
-        seen,
-    )
-    return chosen_B.tolist()
+        logits_BxV = penalised(logits_BxV, settings.repetition_penalty, seen)
+    cuts = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
+    chosen_B = choose(logits_BxV, points, settings.temperature, **cuts)
+    n_near_ties = 0
+    if tolerance is not None:
+        # a penalty makes differences of logits larger
+        tolerance *= max(settings.repetition_penalty, 1 / settings.repetition_penalty)
+        is_near_B = near_ties(logits_BxV, chosen_B, points, tolerance, settings.temperature, **cuts)
+        n_near_ties = int(is_near_B.sum())
+    return chosen_B.tolist(), n_near_ties
+
+
+def _scores(
+    group: list[_Running], chosen: list[int | None], logits_BxV: Tensor
+) -> dict[int, tuple[float, Top]]:
+    """{row: (log-probability of the chosen token, the most likely ones)} of the texts that want
+    them."""
+    wanted = [running.request.logprobs for running in group]
+    rows = [row for row, n in enumerate(wanted) if n is not None and chosen[row] is not None]
+    if not rows:
+        return {}
+    most = max(wanted[row] for row in rows)
+    found = _logprobs(_rows_of(logits_BxV, rows), [chosen[row] for row in rows], most)
+    return {
+        row: (logprob, top[: wanted[row]]) for row, (logprob, top) in zip(rows, found, strict=True)
+    }
 
 
 def _logprobs(logits_nxV: Tensor, ids: list[int], n_top: int) -> list[tuple[float, Top]]:
     """The log-probability of each token, and the n_top most likely ones in its place."""
-    logprobs_nxV = logits_nxV.double().log_softmax(-1)
-    own = logprobs_nxV[torch.arange(len(ids)), ids].tolist()
-    values, places = logprobs_nxV.topk(n_top)
-    tops = [
-        tuple(zip(row_ids, row_values, strict=True))
-        for row_ids, row_values in zip(places.tolist(), values.tolist(), strict=True)
-    ]
-    return list(zip(own, tops, strict=True))
+    found: list[tuple[float, Top]] = []
+    # a row at a time: of several, torch computes the softmax in threads that spin afterwards
+    for row, own in enumerate(ids):
+        logits_1xV = logits_nxV[row : row + 1]
+        # of fp32 numbers: the log-probabilities have the same order, and twice the bytes to read
+        (places,) = logits_1xV.topk(n_top).indices.tolist()
+        (logprobs_V,) = logits_1xV.double().log_softmax(-1).numpy()
+        logprob, *values = logprobs_V[[own, *places]].tolist()
+        found.append((logprob, tuple(zip(places, values, strict=True))))
+    return found

@@ -9,9 +9,10 @@ gives the same text on every run."""
 import codecs
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +23,9 @@ from nanochat.model.decoder import Decoder
 
 # tokens of a sample drawn during training
 SAMPLE_TOKENS = 96
-# Beyond so many numbers torch uses several threads, which then spin for a while on the cores that
-# the threads of decode.cpp need.
+# Beyond so many numbers torch uses several threads, which are slow to wake up and then spin for a
+# while on the cores that the threads of decode.cpp need. Exponentials of 2,049 numbers are enough,
+# and indexing by a list of rows: NumPy, which has no threads, does these.
 ONE_THREAD_NUMBERS = (1 << 15) - 1
 # of the most likely tokens, which are looked at before all are sorted
 SORTED_FIRST = 64
@@ -31,6 +33,12 @@ SORTED_FIRST = 64
 
 class NotNumbers(ValueError):
     """The model's logits are NaN or infinite, so no token can be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not numbers (NaN or infinite): its weights are damaged; "
+            "try an earlier checkpoint"
+        )
 
 
 # ---- the choice of a token ----
@@ -86,100 +94,132 @@ def choose(
                         reaches p, one at least; 1 or more: off (nucleus, arXiv 1904.09751)
     min_p               keeps tokens at least min_p times as probable as the most likely one; 0: off
     Raises NotNumbers if a logit is NaN or plus infinity."""
-    B, V = logits_BxV.shape
-    together = max(1, ONE_THREAD_NUMBERS // V)
-    if together < B:
-        settings = (temperature, top_k, top_p, repetition_penalty, min_p)
-        parts = [slice(first, first + together) for first in range(0, B, together)]
-        return torch.cat(
-            [
-                choose(
-                    logits_BxV[part],
-                    None if point_Bx1 is None else point_Bx1[part],
-                    *settings,
-                    seen_BxV=None if seen_BxV is None else seen_BxV[part],
-                )
-                for part in parts
-            ]
-        )
     logits_BxV = logits_BxV.detach().cpu()
     # 16-bit ones have few values between two neighbours
     if logits_BxV.dtype != torch.float64:
         logits_BxV = logits_BxV.float()
-    # written so that NaN fails too
-    if not (logits_BxV < math.inf).all():
-        raise NotNumbers(
-            "the model's logits are not numbers (NaN or infinite): its weights are damaged; "
-            "try an earlier checkpoint"
-        )
     if repetition_penalty != 1 and seen_BxV is not None:
-        # dividing a negative logit would make its token more likely
-        penalised_BxV = torch.where(
-            logits_BxV > 0, logits_BxV / repetition_penalty, logits_BxV * repetition_penalty
-        )
-        logits_BxV = torch.where(seen_BxV, penalised_BxV, logits_BxV)
+        logits_BxV = penalised(logits_BxV, repetition_penalty, seen_BxV)
     # the limit of a small temperature, without a division by zero
     if temperature == 0:
-        return logits_BxV.argmax(-1)
+        # NumPy, which spends less on a call than torch
+        chosen_B = torch.from_numpy(logits_BxV.numpy().argmax(-1))
+        _check_numbers(logits_BxV.gather(1, chosen_B[:, None]))
+        return chosen_B
 
+    V = logits_BxV.size(1)
+    cuts = (temperature, top_p, min_p)
     k = min(top_k, V) if top_k and top_k > 0 else V
     # Sorting all tokens takes longer than a small model; nearly always a few of them decide.
-    if k == V > SORTED_FIRST:
-        relative_BxV = (logits_BxV - logits_BxV.amax(-1, keepdim=True)) / temperature
-        total_Bx1 = relative_BxV.exp_().sum(-1, keepdim=True, dtype=torch.float64)
-        chosen_B, is_decided_B = _draw(
-            logits_BxV, point_Bx1, temperature, SORTED_FIRST, top_p, min_p, total_Bx1
+    is_partial = k == V > SORTED_FIRST
+    n_sorted = SORTED_FIRST if is_partial else k
+    parts = logits_BxV.split(max(1, ONE_THREAD_NUMBERS // V))
+    tops = [part.topk(n_sorted) for part in parts]
+    kept_logits = torch.cat([top.values for top in tops])
+    kept_ids = torch.cat([top.indices for top in tops])
+    _check_numbers(kept_logits[:, :1])
+    points_Bx1 = point_Bx1.numpy()
+    if not is_partial:
+        chosen_B, _ = _draw(kept_logits, kept_ids, points_Bx1, *cuts)
+        return torch.from_numpy(chosen_B)
+    totals = []
+    for part, top in zip(parts, tops, strict=True):
+        shares = (part - top.values[:, :1]) / temperature
+        np.exp(shares.numpy(), out=shares.numpy())
+        totals.append(shares.sum(-1, keepdim=True, dtype=torch.float64))
+    total_Bx1 = torch.cat(totals).numpy()
+    chosen_B, is_decided_B = _draw(kept_logits, kept_ids, points_Bx1, *cuts, total_Bx1)
+    # row by row, so that a text gets the same token alone and among others
+    for row in np.flatnonzero(~is_decided_B):
+        chosen_B[row] = _draw_among_more(logits_BxV[row], points_Bx1[row : row + 1], *cuts)
+    return torch.from_numpy(chosen_B)
+
+
+def _check_numbers(highest_Bx1: Tensor) -> None:
+    """Raises NotNumbers unless the largest logit of each row is one; NaN counts as the largest."""
+    # written so that NaN fails too
+    if not (highest_Bx1 < math.inf).all():
+        raise NotNumbers
+
+
+def _draw_among_more(
+    logits_V: Tensor, point_1x1: np.ndarray, temperature: float, top_p: float, min_p: float
+) -> int:
+    """choose() for a row that its SORTED_FIRST most likely tokens do not decide: among more of
+    them, and more, until they do."""
+    V = len(logits_V)
+    numbers_V = logits_V.numpy().astype(np.float64)
+    total_1x1 = _shares(numbers_V, numbers_V.max(), temperature).sum().reshape(1, 1)
+    k = SORTED_FIRST
+    while True:
+        k = min(8 * k, V)
+        # all of them decide
+        total = total_1x1 if k < V else None
+        top = logits_V[None].topk(k)
+        chosen_1, is_decided_1 = _draw(
+            top.values, top.indices, point_1x1, temperature, top_p, min_p, total
         )
-        # row by row, so that a text gets the same token alone and among others
-        rest_B = ~is_decided_B
-        if rest_B.any():
-            chosen_B[rest_B], _ = _draw(
-                logits_BxV[rest_B], point_Bx1[rest_B], temperature, k, top_p, min_p
-            )
-        return chosen_B
-    return _draw(logits_BxV, point_Bx1, temperature, k, top_p, min_p)[0]
+        if is_decided_1[0]:
+            return int(chosen_1[0])
+
+
+def penalised(logits_BxV: Tensor, repetition_penalty: float, seen_BxV: Tensor) -> Tensor:
+    """Logits with the repetition penalty of choose()."""
+    together = max(1, ONE_THREAD_NUMBERS // logits_BxV.size(1))
+    parts = []
+    for logits, seen in zip(logits_BxV.split(together), seen_BxV.split(together), strict=True):
+        # dividing a negative logit would make its token more likely
+        less = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        parts.append(torch.where(seen, less, logits))
+    return torch.cat(parts)
 
 
 def _draw(
-    logits_BxV: Tensor,
-    point_Bx1: Tensor,
+    kept_logits: Tensor,
+    kept_ids: Tensor,
+    point_Bx1: np.ndarray,
     temperature: float,
-    k: int,
     top_p: float,
     min_p: float,
-    total_Bx1: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """choose() among the k most likely tokens of each row, and whether they decide, bool (B,).
+    total_Bx1: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """choose() among the k most likely tokens of each row, int64 (B,), and whether they decide,
+    bool (B,). In NumPy: for so few numbers the calls cost most, and torch's cost more.
 
-    total_Bx1: the sum over all tokens, relative to the most likely one, if all may be drawn; None
-    if only these k may."""
-    # sorted, the most likely first
-    kept_logits, kept_ids = logits_BxV.topk(k)
-    kept_logits = kept_logits.double()
-    # the largest becomes 0 before the division, so that a tiny temperature cannot overflow
-    highest_Bx1 = kept_logits[:, :1]
-    shares = ((kept_logits - highest_Bx1) / temperature).exp()
-    kept_Bx1 = shares.sum(-1, keepdim=True) if total_Bx1 is None else total_Bx1
-    cumulative = (shares / kept_Bx1).cumsum(-1)
-    last_Bx1 = torch.full_like(kept_ids[:, :1], k - 1)
+    kept_logits, kept_ids (B, k): of these, the most likely first. total_Bx1: the sum over all
+    tokens, relative to the most likely one, if all may be drawn; None if only these k may."""
+    k = kept_ids.size(1)
+    logits_Bxk = kept_logits.numpy().astype(np.float64)
+    shares_Bxk = _shares(logits_Bxk, logits_Bxk[:, :1], temperature)
+    kept_Bx1 = shares_Bxk.sum(-1, keepdims=True) if total_Bx1 is None else total_Bx1
+    cumulative_Bxk = (shares_Bxk / kept_Bx1).cumsum(-1)
+    last_B = np.full(len(logits_Bxk), k - 1)
     if top_p < 1:
         # the first place whose running sum reaches p; rounding may leave even the whole sum short
-        last_Bx1 = torch.minimum((cumulative < top_p).sum(-1, keepdim=True), last_Bx1)
+        last_B = np.minimum((cumulative_Bxk < top_p).sum(-1), last_B)
     if min_p > 0:
-        last_Bx1 = torch.minimum((shares >= min_p).sum(-1, keepdim=True) - 1, last_Bx1)
+        last_B = np.minimum((shares_Bxk >= min_p).sum(-1) - 1, last_B)
     # invert the cumulative distribution: a point below the kept mass falls into one token's share
-    mass_Bx1 = cumulative.gather(1, last_Bx1)
-    is_decided_Bx1 = torch.ones_like(last_Bx1, dtype=torch.bool)
+    rows_B = np.arange(len(last_B))
+    mass_Bx1 = cumulative_Bxk[rows_B, last_B][:, None]
+    is_decided_B = np.ones(len(last_B), dtype=bool)
     if total_Bx1 is not None and (top_p < 1 or min_p > 0):
         # where the cut is further on, its mass is not known
-        is_decided_Bx1 = last_Bx1 < k - 1
+        is_decided_B = last_B < k - 1
     elif total_Bx1 is not None:
-        is_decided_Bx1 = point_Bx1 < cumulative[:, -1:]
-        mass_Bx1 = torch.ones_like(mass_Bx1)
-    place_Bx1 = torch.searchsorted(cumulative, point_Bx1 * mass_Bx1, right=True)
+        is_decided_B = point_Bx1[:, 0] < cumulative_Bxk[:, -1]
+        mass_Bx1 = np.ones_like(mass_Bx1)
+    place_B = (cumulative_Bxk <= point_Bx1 * mass_Bx1).sum(-1)
     # behind the last one: not decided
-    place_Bx1.clamp_(max=k - 1)
-    return kept_ids.gather(1, place_Bx1)[:, 0], is_decided_Bx1[:, 0]
+    place_B = np.minimum(place_B, k - 1)
+    return kept_ids.numpy()[rows_B, place_B], is_decided_B
+
+
+def _shares(logits: np.ndarray, highest: np.ndarray, temperature: float) -> np.ndarray:
+    """How likely tokens are, relative to the most likely one, of logits in fp64."""
+    # The largest becomes 0 before the division; the others may become -inf, whose share is 0.
+    with np.errstate(over="ignore"):
+        return np.exp((logits - highest) / temperature)
 
 
 class Problem(NamedTuple):
@@ -197,7 +237,8 @@ def option_problems(
     top_p: float,
     repetition_penalty: float,
     seed: int,
-    num_samples: int,
+    num_samples: int = 1,
+    min_p: float = 0.0,
 ) -> list[Problem]:
     """All unusable settings; an empty list if every one is usable."""
     # name, value, whether it is usable, reason and remedy; NaN fails every comparison
@@ -225,6 +266,12 @@ def option_problems(
             top_p,
             0 < top_p <= 1,
             "must be above 0 and at most 1; use 1 to turn it off",
+        ),
+        (
+            "min_p",
+            min_p,
+            0 <= min_p <= 1,
+            "must be from 0 to 1; use 0 to turn it off, 0.05 to drop unlikely tokens",
         ),
         (
             "repetition_penalty",
@@ -275,12 +322,16 @@ def check_prompt(model: Decoder, prompt_ids: list[int], max_new_tokens: int) -> 
         )
 
 
-def check_prompts(model: Decoder, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> None:
-    """Raises one UsageError that names every prompt the model cannot continue."""
+def check_prompts(
+    model: Decoder, encode: Callable[[str], list[int]], prompts: list[str], max_new_tokens: int
+) -> None:
+    """Raises one UsageError that names every prompt the model cannot continue.
+
+    encode: the ids of a prompt, such as those of prompt_with_bos(); may raise UsageError."""
     problems = []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            check_prompt(model, prompt_with_bos(tokenizer, prompt), max_new_tokens)
+            check_prompt(model, encode(prompt), max_new_tokens)
         except UsageError as error:
             problems.append(f"prompt {number} of {len(prompts)}: {error}")
     if problems:
@@ -361,12 +412,12 @@ def generate_ids(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     num_samples: int = 1,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continue a prompt (ids, BOS first). Yields one list of num_samples ids for each step.
 
-    A sample that draws stop_id yields it, and None from then on. The iterator ends after
+    A sample that draws one of stop_ids yields it, and None from then on. The iterator ends after
     max_new_tokens steps, or when all samples have stopped. Settings are those of sample_next(); the
     penalty counts the prompt's tokens as seen. The same seed and num_samples give the same ids.
     use_cache=False reads the whole text again for every token: slow, the reference for the cache.
@@ -388,7 +439,7 @@ def generate_ids(
     }
     # a generator function would run its checks only when the first step is read
     return _steps(
-        model, prompt_ids, max_new_tokens, sampling, seed, num_samples, stop_id, use_cache
+        model, prompt_ids, max_new_tokens, sampling, seed, num_samples, stop_ids, use_cache
     )
 
 
@@ -399,7 +450,7 @@ def _steps(
     sampling: dict[str, float],
     seed: int,
     num_samples: int,
-    stop_id: int | None,
+    stop_ids: Collection[int],
     use_cache: bool,
 ) -> Iterator[list[int | None]]:
     """generate_ids() with settings that are usable. A generator runs only when it is read."""
@@ -422,7 +473,7 @@ def _steps(
         seen_BxV[torch.arange(num_samples), next_B] = True
         step = [i if runs else None for i, runs in zip(next_B.tolist(), running)]
         yield step
-        running = [i is not None and i != stop_id for i in step]
+        running = [i is not None and i not in stop_ids for i in step]
         if not any(running):
             return
         # stopped samples stay in the batch, unread, so that the others draw what they would have
@@ -438,7 +489,7 @@ def _steps(
 
 class TextStream:
     """Turns the ids of one sample, in order, into its text, which ends at BOS (the end of the
-    document), at None, or before the first of the stop texts.
+    document), at the end of a turn in a chat, at None, or before the first of the stop texts.
 
     A character of several tokens comes out whole, with its last token; bytes that are not valid
     UTF-8 come out as U+FFFD. What may be the beginning of a stop text is held back until that is
@@ -454,9 +505,9 @@ class TextStream:
     def push(self, token_id: int | None) -> str:
         """Take the next id; returns the text that is certain by now, perhaps "". Nothing may be
         pushed once the text has ended."""
-        if token_id is None or token_id == self.tokenizer.bos:
+        if token_id is None or token_id in self.tokenizer.end_ids:
             return self.end()
-        self._held += self._decoder.decode(self.tokenizer.token_bytes(token_id))
+        self._held += self._decoder.decode(self.tokenizer.spelling(token_id))
         return self._certain()
 
     def end(self) -> str:
@@ -471,6 +522,9 @@ class TextStream:
 
     def _certain(self) -> str:
         """Take the text out of what is held that no further token can change."""
+        if not self.stop:
+            piece, self._held = self._held, ""
+            return piece
         found = [(self._held.index(stop), stop) for stop in self.stop if stop in self._held]
         if found:
             # The one that is complete first, however the text is divided into tokens.
@@ -516,47 +570,18 @@ def generate_text(
     Ends with the document (BOS), before the first of the texts in `stop`, or after max_new_tokens.
     sampling: temperature, top_k, top_p, repetition_penalty, seed and use_cache of generate_ids().
     Errors, also those of generate_ids(), are raised at the call."""
-    stop = _stop_texts(stop)
+    stop = stop_texts(stop)
     ids = prompt_with_bos(tokenizer, prompt)
     steps = generate_ids(
-        model, ids, max_new_tokens, num_samples=1, stop_id=tokenizer.bos, **sampling
+        model, ids, max_new_tokens, num_samples=1, stop_ids=tokenizer.end_ids, **sampling
     )
     return text_pieces(tokenizer, (step[0] for step in steps), stop)
 
 
-def generate_texts(
-    model: Decoder,
-    tokenizer: Any,
-    prompt: str,
-    num_samples: int,
-    max_new_tokens: int = 256,
-    stop: Sequence[str] = (),
-    **sampling: Any,
-) -> list[str]:
-    """num_samples continuations of one text, drawn together. Arguments as in generate_text()."""
-    stop = _stop_texts(stop)
-    ids = prompt_with_bos(tokenizer, prompt)
-    streams = [TextStream(tokenizer, stop) for _ in range(num_samples)]
-    texts = [""] * num_samples
-    for step in generate_ids(
-        model, ids, max_new_tokens, num_samples=num_samples, stop_id=tokenizer.bos, **sampling
-    ):
-        for i, stream in enumerate(streams):
-            if not stream.ended:
-                texts[i] += stream.push(step[i])
-        # the ids know nothing of stop texts
-        if all(stream.ended for stream in streams):
-            break
-    for i, stream in enumerate(streams):
-        if not stream.ended:
-            texts[i] += stream.end()
-    return texts
-
-
-def _stop_texts(stop: Sequence[str]) -> Sequence[str]:
-    """The stop texts as a sequence; a single text counts as one. UsageError for an empty one."""
+def stop_texts(stop: Sequence[str]) -> tuple[str, ...]:
+    """The stop texts; a single text counts as one. UsageError for an empty one."""
     # A string is a sequence too: of its characters, each of which would end the text.
-    texts = (stop,) if isinstance(stop, str) else stop
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in texts:
         raise UsageError("stop: a text to stop before must not be empty; leave it out")
     return texts

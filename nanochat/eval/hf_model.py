@@ -3,9 +3,14 @@
 It has as much of the interface of our models and tokenizers as evaluation needs. Only data is read,
 safetensors and JSON; code that the folder may contain is never run."""
 
+import atexit
 import contextlib
 import json
 import logging
+import os
+import shutil
+import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +43,15 @@ def quiet(transformers: types.ModuleType) -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if had_bars:
             transformers.logging.enable_progress_bar()
+
+
+def run_code_from_throwaway_cache() -> None:
+    """Before transformers runs a modelling file that this program itself exported: keep the copy
+    that it makes of such a file out of the user's cache."""
+    # transformers reads the variable when it is imported; a user who set it wants that folder.
+    if "transformers" not in sys.modules and "HF_MODULES_CACHE" not in os.environ:
+        os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def load(

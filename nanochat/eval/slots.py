@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from nanochat.common import Unavailable
@@ -18,12 +19,14 @@ from nanochat.model.kernels.cpu_decode import CpuDecoder, LayerSlots
 
 def in_compute_dtype(model: Decoder) -> Decoder:
     """A copy for inference whose weights are stored in the compute dtype: the same numbers as
-    weights that are cast at every product, read in half the time."""
-    copied = copy.deepcopy(model).eval()
-    for parameter in copied.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(model.compute_dtype)
-    return copied
+    weights that are cast at every product, read in half the time. Weights of that dtype are shared
+    with the model."""
+    stored = {
+        id(parameter): nn.Parameter(parameter.detach().to(model.compute_dtype), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    # what is there already is not copied
+    return copy.deepcopy(model, stored).eval()
 
 
 class TorchDecoder:

@@ -21,13 +21,19 @@ BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
 QUERY_BLOCK = 256
 SHORT_QUERY_BLOCK = 128
 SHORT_WINDOW = 256
+# Below these, flex either cannot be compiled or takes torch's kernel for decoding, whose gradients
+# are not deterministic.
+FLEX_HEAD_DIM = 16
+FLEX_QUERIES = 128
+# For full context too, flex instead of SDPA. Set by nanochat/apps/doctor/gpu_checks.py alone.
+FLEX_TAKES_FULL_CONTEXT = False
 # The package that a backend needs, and how to get it.
 PACKAGES = {
     "flex": ("triton", "pip install triton"),
     "triton": ("triton", "pip install triton"),
     "fa3": (
         "flash_attn_interface",
-        "part of FlashAttention-3, built from the folder hopper of its repository",
+        "FlashAttention-3: its wheel for Hopper, or built from the folder hopper of its repository",
     ),
     "fa4": ("flash_attn.cute", "pip install flash-attn-4"),
 }
@@ -102,6 +108,8 @@ def backend_problem(
     if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
         supported = ", ".join(map(str, TRITON_HEAD_DIMS))
         return f"has no kernel for a head dim of {head_dim} (it supports {supported})"
+    if backend == "flex" and head_dim is not None and head_dim < FLEX_HEAD_DIM:
+        return f"needs a head dim of at least {FLEX_HEAD_DIM}, not {head_dim}"
     package, source = PACKAGES[backend]
     needed_here = capability is None and (device_type == "cuda" or backend == "triton")
     missing = needed_here and not _installed(package)
@@ -136,6 +144,40 @@ def _gpu_problem(backend: str, dtype: torch.dtype | None, major: int, minor: int
             f"{this_gpu}"
         )
     return None
+
+
+def check_flash_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UsageError if the installed FlashAttention-3 or 4 is not deterministic here, or wrong.
+
+    Builds of some months of 2025 ignored the request for determinism, or counted wrongly with a
+    window (Dao-AILab/flash-attention, issues 1766 and 1870). Takes a tenth of a second."""
+    shape, window = (2, 512, 2, 128), 256
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    q, k, v = (x.requires_grad_() for x in drawn[:3])
+
+    def gradients(name: str) -> list[Tensor]:
+        out = attention(q, k, v, window, name)
+        return [out, *torch.autograd.grad(out, (q, k, v), drawn[3])]
+
+    first, again, exact = gradients(backend), gradients(backend), gradients("sdpa")
+    problem = ""
+    if not all(map(torch.equal, first, again)):
+        problem = "does not give the same gradients twice"
+    # ten times the error of bf16
+    elif not all(_is_near(a, b, 0.04) for a, b in zip(first, exact, strict=True)):
+        problem = "computes something else than SDPA with a window"
+    if problem:
+        package, _ = PACKAGES[backend]
+        raise UsageError(
+            f"--attention={backend}: the installed {package} {problem}; install a newer one, or "
+            f"choose auto"
+        )
+
+
+def _is_near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    difference = (a.float() - b.float()).norm()
+    return bool(difference <= tolerance * b.float().norm())
 
 
 def _installed(package: str) -> bool:
@@ -175,7 +217,9 @@ def attention(
         return _flash_attention_package(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window, backend)
     # Uncompiled, FlexAttention computes all scores in fp32: evaluation, sampling and the search for
     # faults, which run uncompiled, take SDPA with a mask instead.
-    if backend == "flex" and window < k_BxSxKxD.size(1) and torch.compiler.is_compiling():
+    windowed = window < k_BxSxKxD.size(1) or FLEX_TAKES_FULL_CONTEXT
+    long_enough = q_BxTxHxD.size(1) >= FLEX_QUERIES
+    if backend == "flex" and windowed and long_enough and torch.compiler.is_compiling():
         from nanochat.model.kernels.flex_attention import windowed_attention
 
         return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)

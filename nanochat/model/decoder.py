@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.model.config import GATE_CHANNELS, ROPE_REACH, GPTConfig
 from nanochat.model.layers import LayerCache, Linear, Rope, norm
-from nanochat.model.loss import linear_cross_entropy, pick_loss
+from nanochat.model.loss import linear_cross_entropy, pick_loss, pick_scoring_loss
 
 # Fills a parameter with random numbers of a given standard deviation.
 Fill = Callable[[Tensor, float], None]
@@ -113,8 +113,7 @@ class Decoder(nn.Module, ABC):
         """Compile each block and the loss's softmax rather than the whole model.
 
         Layers of one kind then share one set of kernels. Only training mode uses them: evaluation
-        and generation, whose shapes vary, run the same code uncompiled, except that a loss kernel
-        takes any shape."""
+        and generation, whose shapes vary, run the same code uncompiled."""
         self.loss_backend, _ = pick_loss(self.head_weight().device.type, compiled=True)
         for block in self.blocks:
             # The shapes of training never change, and kernels for fixed shapes are faster.
@@ -223,7 +222,9 @@ class Decoder(nn.Module, ABC):
         them."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             # The other variant needs inputs that require gradients, and torch advises against it.
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # Without dropout no random number is drawn, so no generator's state has to be kept.
+            keeps_rng = self.config.dropout > 0
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keeps_rng)
         return block(*inputs)
 
     def layer_caches(self, cache: Cache | None) -> Sequence[LayerCache | None]:
@@ -266,9 +267,9 @@ class Decoder(nn.Module, ABC):
         if targets_BxT is None:
             return self.logits(hidden)
         backend = self.loss_backend
-        # Compiled functions are for one shape; a kernel takes any.
-        if backend == "compiled" and not self.training:
-            backend = "plain"
+        # Compiled functions are for one shape.
+        if not self.training:
+            backend = pick_scoring_loss(targets_BxT.device.type)
         nats = linear_cross_entropy(
             hidden.flatten(0, 1),
             self.head_weight(),

@@ -15,6 +15,10 @@ from nanochat.model.config import GATE_CHANNELS, GPTConfig
 
 NORM_EPS = 1e-6
 
+# One product for queries, keys and values in training. Set by nanochat/apps/doctor/gpu_checks.py
+# alone, which measures it.
+ONE_PRODUCT = False
+
 # cos and sin of the rotary angles: (T, D/2) each, or (B, T, D/2) if each row has its own positions.
 Rope = tuple[Tensor, Tensor]
 
@@ -140,8 +144,13 @@ class Attention(nn.Module):
 
         fill: only store keys and values in the cache, and return None."""
         B, T, _ = x_BxTxC.shape
-        raw_BxTxKxD = self.key(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
-        v_BxTxKxD = self.value(x_BxTxC).view(B, T, self.n_kv_head, self.head_dim)
+        query = None
+        if ONE_PRODUCT and self.training and self.query.training_product is None:
+            query, key, value = self._one_product(x_BxTxC)
+        else:
+            key, value = self.key(x_BxTxC), self.value(x_BxTxC)
+        raw_BxTxKxD = key.view(B, T, self.n_kv_head, self.head_dim)
+        v_BxTxKxD = value.view(B, T, self.n_kv_head, self.head_dim)
         if self.value_gate is not None:
             v_BxTxKxD = self._add_value_embedding(v_BxTxKxD, x_BxTxC, value_embedding_BxTxKD)
         k_BxTxKxD = raw_BxTxKxD
@@ -157,7 +166,8 @@ class Attention(nn.Module):
         if fill:
             cache.append(k_BxTxKxD, v_BxTxKxD)
         else:
-            q_BxTxHxD = self.query(x_BxTxC).view(B, T, self.n_head, self.head_dim)
+            query = self.query(x_BxTxC) if query is None else query
+            q_BxTxHxD = query.view(B, T, self.n_head, self.head_dim)
             q_BxTxHxD = self._positioned(q_BxTxHxD, rope)
             attend = attention if cache is None else cache.attend
             attended = attend(q_BxTxHxD, k_BxTxKxD, v_BxTxKxD, self.window, self.backend)
@@ -167,6 +177,11 @@ class Attention(nn.Module):
             # Shifting the next position's key needs this one as it is before rotation.
             cache.remember(raw_BxTxKxD)
         return out
+
+    def _one_product(self, x_BxTxC: Tensor) -> tuple[Tensor, ...]:
+        parts = (self.query, self.key, self.value)
+        matrix = torch.cat([part.weight for part in parts]).to(x_BxTxC.dtype)
+        return F.linear(x_BxTxC, matrix).split([part.out_features for part in parts], dim=-1)
 
     def _add_value_embedding(
         self, v_BxTxKxD: Tensor, x_BxTxC: Tensor, value_embedding_BxTxKD: Tensor

@@ -3,21 +3,31 @@
 Shapes: N tokens, R tokens of a chunk, C width, V vocabulary."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import ceil_div
+from nanochat.common import ceil_div, round_up
 
 # Logits that exist at a time, in the compute dtype: 32 MiB in bf16 on a CPU, whose caches are
 # small. On a GPU 512 MiB, by counting, not measured: at 32,768 tokens x 768 -> 32,768 and chunks of
 # 2**24, accumulating the weight's gradient chunk by chunk would take as long as the products.
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+# On a GPU, products of matrices whose rows do not begin at multiples of 16 bytes are several times
+# slower: a vocabulary that is no multiple of eight is padded to a multiple of this with zeros.
+PADDED_TO = {"cuda": 64}
 # Of these, the uncompiled softmax works on so many at a time, in fp32.
 EAGER_LOGITS = 2**20
 # e^60 times any vocabulary is finite in fp32.
 NARROW_CAP = 60.0
+# Whether the product itself sums a chunk's part of the weight's gradient in fp32, on a GPU, and
+# whether the Triton kernel is taken there. Set by nanochat/apps/doctor/gpu_checks.py alone, which
+# measures it.
+WIDE_SUM = False
+TRITON_ON_GPU = False
 # How the softmax between the products is computed.
 BACKENDS = ("plain", "compiled", "triton")
 
@@ -32,10 +42,24 @@ def pick_loss(device_type: str, compiled: bool) -> tuple[str, str]:
     the kernel reads once and writes once, in place."""
     if not compiled:
         return "plain", "nothing is compiled"
+    if device_type == "cuda" and TRITON_ON_GPU:
+        return "triton", "one kernel for the softmax and its gradient"
     reason = "the softmax and its gradient, between the products"
     if device_type == "cuda":
         reason += "; the Triton kernel is not measured yet"
     return "compiled", reason
+
+
+@functools.cache
+def pick_scoring_loss(device_type: str) -> str:
+    """The backend of linear_cross_entropy() for text that is only scored, whose shapes vary.
+
+    On a GPU it is the Triton kernel, which takes any shape: the plain way would launch some thirty
+    small kernels for every 2^20 logits, and evaluation would wait for nothing else. Without triton,
+    or before SM70, and on every other device: plain."""
+    if device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "plain"
+    return "triton" if torch.cuda.get_device_capability() >= (7, 0) else "plain"
 
 
 def chunk_logits(device_type: str) -> int:
@@ -166,30 +190,56 @@ def _chunked(
     # Chunks of nearly equal length: a short last one would cost as much as it saves memory.
     n_chunks = max(1, ceil_div(N * V, chunk_logits(hidden_NxC.device.type)))
     rows = max(1, ceil_div(N, n_chunks))
-    matrix_VxC = weight_VxC.to(hidden_NxC.dtype)
+    # P: V, or as many with the rows of zeros
+    matrix_PxC = _padded(weight_VxC.to(hidden_NxC.dtype))
     nats_N = torch.empty(N, dtype=torch.float32, device=hidden_NxC.device)
     hidden_gradient = None if scale_N is None else torch.empty_like(hidden_NxC)
     weight_gradient = None
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
-        logits_RxV = hidden_NxC[chunk] @ matrix_VxC.T
+        logits_RxP = hidden_NxC[chunk] @ matrix_PxC.T
         scale_R = None if scale_N is None else scale_N[chunk]
-        nats_N[chunk], gradient_RxV = _nats_and_gradient(
-            logits_RxV, targets_N[chunk], scale_R, softcap, backend
+        nats_N[chunk], gradient_RxP = _nats_and_gradient(
+            logits_RxP[:, :V], targets_N[chunk], scale_R, softcap, backend
         )
         if scale_N is None:
             continue
+        if len(matrix_PxC) > V:
+            # The logits of the padding are zeros, as their gradient is.
+            if backend != "triton":
+                logits_RxP[:, :V] = gradient_RxP
+            gradient_RxP = logits_RxP
         # Straight into its place: no temporary for each chunk.
-        torch.mm(gradient_RxV, matrix_VxC, out=hidden_gradient[chunk])
-        product_VxC = gradient_RxV.T @ hidden_NxC[chunk]
+        torch.mm(gradient_RxP, matrix_PxC, out=hidden_gradient[chunk])
+        if WIDE_SUM and hidden_NxC.is_cuda and hidden_NxC.dtype != torch.float32:
+            weight_gradient = _add_product(weight_gradient, gradient_RxP.T, hidden_NxC[chunk])
+            continue
+        product_PxC = gradient_RxP.T @ hidden_NxC[chunk]
         if weight_gradient is None:
-            weight_gradient = product_VxC.float()
+            weight_gradient = product_PxC.float()
         else:
-            weight_gradient.add_(product_VxC)
+            weight_gradient.add_(product_PxC)
     # Without tokens there was no chunk to create it.
     if scale_N is not None and N == 0:
         weight_gradient = torch.zeros_like(weight_VxC)
-    return nats_N, hidden_gradient, weight_gradient
+    return nats_N, hidden_gradient, None if scale_N is None else weight_gradient[:V]
+
+
+def _padded(matrix_VxC: Tensor) -> Tensor:
+    """The matrix, with rows of zeros added where its number of rows makes products slow."""
+    V = len(matrix_VxC)
+    multiple = PADDED_TO.get(matrix_VxC.device.type, 1)
+    if multiple == 1 or V % 8 == 0:
+        return matrix_VxC
+    return F.pad(matrix_VxC, (0, 0, 0, round_up(V, multiple) - V))
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, which is never rounded in between. total: fp32, changed in place, or
+    None for zero."""
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _nats_and_gradient(
@@ -200,7 +250,7 @@ def _nats_and_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(nats (R,) fp32, and the gradient of sum(scale * nats) for the logits, in their dtype; None
-    without a scale). The gradient may overwrite the logits."""
+    without a scale). The gradient overwrites the logits in the backend "triton" alone."""
     if backend == "triton":
         from nanochat.model.kernels.cross_entropy import cross_entropy_
 

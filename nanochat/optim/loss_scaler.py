@@ -1,6 +1,6 @@
 """Loss scaling for training in fp16 (arXiv 1710.03740)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -26,27 +26,21 @@ class LossScaler:
         """[scale, steps since it changed], for the checkpoint; None if switched off."""
         return [self.scale, self.good_steps] if self.enabled else None
 
-    def backward(
-        self,
-        model: torch.nn.Module,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
-        accumulation: int,
-    ) -> torch.Tensor:
-        """Forward and backward pass of one of `accumulation` micro-batches, int64 (rows, tokens).
+    def backward(self, loss_of: Callable[[float], torch.Tensor], divisor: float) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch, whose loss counts divided by `divisor`.
 
-        Adds to the gradients, which come out scaled. Returns the micro-batch's mean loss in nats,
-        not scaled, detached."""
+        loss_of(upstream): its loss, given the factor that will stand before it. Adds to the
+        gradients, which come out scaled. Returns the loss, neither scaled nor divided, detached."""
         # Not the scaled path with a factor of 1: the loss would round its gradients at another
         # size, and runs of earlier versions would not continue bit for bit.
         if not self.enabled:
-            loss = model(inputs, targets, reduction="mean")
-            (loss / accumulation).backward()
+            loss = loss_of(1.0)
+            (loss / divisor).backward()
             return loss.detach()
         # The loss makes its gradients before this factor arrives; it is announced, so that they are
         # rounded at the size that they will have.
-        factor = self.scale / accumulation
-        loss = model(inputs, targets, reduction="mean", upstream=factor)
+        factor = self.scale / divisor
+        loss = loss_of(factor)
         (loss * factor).backward()
         return loss.detach()
 

@@ -173,6 +173,10 @@ class MatrixStack:
         parameters = [parameter.data for parameter in self.parameters]
         torch._foreach_copy_(parameters, list(stack[: len(self.names)]))
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The state that this rank holds."""
+        return [self.momentum, self.second]
+
     def state(self) -> State:
         """Full tensors by parameter name; every rank must call it."""
         whole: State = {}
@@ -273,6 +277,10 @@ class FlatParameter:
         gathered = torch.empty(self.padded, device=own.device)
         all_gather(gathered, own.contiguous()).wait()
         return self._whole(gathered)
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The state that this rank holds."""
+        return [self.exp_avg, self.exp_avg_sq, self.steps]
 
     def state(self) -> State:
         """Full tensors by parameter name; every rank must call it."""
@@ -429,6 +437,10 @@ class Optimizer:
         """Forget reduced gradients without applying them (a skipped step)."""
         for part in self.parts:
             part.grad = None
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The state that this rank holds between two steps."""
+        return [tensor for part in self.parts for tensor in part.own_tensors()]
 
     @torch.no_grad()
     def state(self) -> State:

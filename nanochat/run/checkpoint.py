@@ -33,6 +33,7 @@ from nanochat.common import (
     write_atomic,
     write_json,
 )
+from nanochat.run.folder import steps_of
 
 if TYPE_CHECKING:
     from nanochat.model.config import GPTConfig
@@ -138,16 +139,6 @@ def _check_format(content: Any, folder: Path) -> None:
 def folder_of(run_path: Path | str, step: int) -> Path:
     """The folder of the checkpoint of a step, whether it exists or not."""
     return Path(run_path) / "checkpoints" / f"step_{step:06d}"
-
-
-def steps_of(run_path: Path | str) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending."""
-    manifests = (Path(run_path) / "checkpoints").glob("step_*/manifest.json")
-    names = [path.parent.name for path in manifests]
-    # Copies that a user made (step_000500.bak) are not checkpoints.
-    return sorted(
-        int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{6,}", name)
-    )
 
 
 def newest_in_words(run_path: Path | str) -> str:

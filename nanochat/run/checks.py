@@ -10,11 +10,11 @@ from nanochat.common import UsageError
 from nanochat.data.hub import KNOWN
 from nanochat.data.sources import is_remote
 from nanochat.data.text import split_column
-from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_KINDS
+from nanochat.data.tokenizer import BPE_PATTERNS, MIN_BPE_VOCAB, TRAINED_TOKENIZERS
 from nanochat.model import fp8
 from nanochat.model.attention import BACKENDS
 from nanochat.model.config import width_for
-from nanochat.run import trackers
+from nanochat.run import notify, trackers
 from nanochat.run.flags import HORIZONS, flag, range_problems
 
 # What kernels are made for; others work and are slower.
@@ -57,6 +57,12 @@ def check_flags(args: argparse.Namespace) -> list[str]:
     _check_runtime(args, problems)
     _check_combinations(args, problems)
     _check_planning(args, problems)
+    problems.require(
+        "notify",
+        notify.is_url(args.notify) or not notify.looks_like_url(args.notify),
+        "neither an http or https URL with a host nor a command",
+        "write https://HOST/PATH, or a shell command",
+    )
     return list(problems) + trackers.problems(args.run, args.tensorboard)
 
 
@@ -197,12 +203,12 @@ def _check_tokenizer(args: argparse.Namespace, problems: _Problems) -> None:
         "tokenizer",
         args.resume
         or args.resume_from_step != -1
-        or args.tokenizer in (*TOKENIZER_KINDS, "gpt2")
+        or args.tokenizer in (*TRAINED_TOKENIZERS, "gpt2")
         or os.path.isdir(args.tokenizer),
         "neither a kind of tokenizer nor a folder",
-        f"choose {', '.join(TOKENIZER_KINDS)}, gpt2, a folder with a saved one, or a run folder",
+        f"choose {', '.join(TRAINED_TOKENIZERS)}, gpt2, a folder with a saved one, or a run folder",
     )
-    if args.tokenizer == "bpe":
+    if args.tokenizer in BPE_PATTERNS:
         problems.require(
             "vocab_size",
             args.vocab_size == -1 or args.vocab_size >= MIN_BPE_VOCAB,
@@ -288,20 +294,13 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         "contradicts --resume-from-step",
         "give one of the two",
     )
-    # Rules that look at evaluations would never fire.
     problems.require(
         "target_param_data_ratio",
         any(getattr(args, name) != -1 for name in HORIZONS),
         "there is no horizon left to train to",
         "give a positive ratio, or another horizon such as --num-iterations",
     )
-    for name in ("stop_at_bpb", "patience"):
-        problems.require(
-            name,
-            args.eval_every != -1 or getattr(args, name) == -1,
-            "needs evaluations, and --eval-every is -1",
-            "give --eval-every",
-        )
+    problems += evaluation_problems(args)
     problems.require(
         "warmup_ratio",
         args.lr_schedule == "cosine" or not args.warmup_ratio + args.warmdown_ratio > 1,
@@ -321,6 +320,20 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         "contradicts --resume",
         "give one of the two",
     )
+
+
+def evaluation_problems(args: argparse.Namespace) -> list[str]:
+    """A sentence for each rule for an early end that looks at evaluations, and would never fire
+    without them."""
+    problems = _Problems(args)
+    for name in ("stop_at_bpb", "patience"):
+        problems.require(
+            name,
+            args.eval_every != -1 or getattr(args, name) == -1,
+            "needs evaluations, and --eval-every is -1",
+            "give --eval-every",
+        )
+    return problems
 
 
 def _check_effect(args: argparse.Namespace, problems: _Problems) -> None:

@@ -41,7 +41,7 @@ class Clock:
         """save_minutes: --save-every-minutes, -1 for no rolling saves."""
         self.now = now
         self.synchronize = synchronize
-        self.save_seconds = None if save_minutes == -1 else 60 * save_minutes
+        self.save_minutes = save_minutes
         self.saved_at = now()
         # the steps of this start: how many, how long in all, the latest, the recent ones
         self.steps = 0
@@ -90,11 +90,18 @@ class Clock:
         """How long so many steps take at the rate so far; None before the first step."""
         return steps * self.seconds / self.steps if self.steps else None
 
+    def rate(self, per_step: float) -> float | None:
+        """Per second, what each step has so much of, at what a step usually takes; None before the
+        first."""
+        usual = self.usual_seconds()
+        return per_step / usual if usual else None
+
     # ----- rolling saves
 
     def save_due(self) -> bool:
         """Whether the last save is long enough ago for a rolling one."""
-        return self.save_seconds is not None and self.now() - self.saved_at > self.save_seconds
+        overdue = self.now() - self.saved_at > 60 * self.save_minutes
+        return self.save_minutes != -1 and overdue
 
     def note_save(self) -> None:
         """A save begins now."""

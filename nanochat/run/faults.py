@@ -283,7 +283,7 @@ class Watchdog:
         usual = self.clock.usual_seconds()
         compared = f" (usually {human_time(usual)})" if usual else ""
         self.report(
-            f"warning: nothing has moved for {human_time(silent)} at {self.clock.doing}{compared}; "
+            f"warning: nothing has moved for {human_time(silent)} at {self.clock.doing}{compared}\n"
             f"what every thread is doing:\n{self._stacks()}"
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from nanochat.common import UsageError, number_or_auto, path_argument, read_json
 from nanochat.optim import schedules
+from nanochat.run.help_json import describe
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,19 @@ HORIZON = "horizon"
 # Belongs to one start of the program, not to the run; never taken from a config.
 START = "start"
 
+# Why `nanochat jobs fork` cannot change a flag, and what to do instead.
+OTHER_SHAPE = "the weights of the checkpoint have another shape; start another run"
+OTHER_TOKENS = "the checkpoint knows other tokens; start another run"
+FROM_WEIGHTS = "train.py --init-from=RUN starts a run with its weights and another value"
+
 
 @dataclass(frozen=True)
 class Flag:
     """One flag. name: as parsed (`eval_every`); default also decides how it is parsed, unless type
     is given; a default of True or False makes it a switch. decides: whether two runs that differ
-    in it are different experiments (None: yes unless a resumed run may change it)."""
+    in it are different experiments (None: yes unless a resumed run may change it). live: whether
+    it may change while the run is training (`nanochat jobs set`). no_fork: why a run that is forked
+    from a checkpoint cannot change it, and the remedy; "" if it can."""
 
     name: str
     default: Any
@@ -76,6 +84,8 @@ class Flag:
     on_resume: str = FIXED
     shapes_model: bool = False
     decides: bool | None = None
+    live: bool = False
+    no_fork: str = ""
 
     @property
     def bookkeeping(self) -> bool:
@@ -118,6 +128,15 @@ GROUPS: dict[str, list[Flag]] = {
             "",
             "a run's config.json or a JSON file of flags; the command line wins",
             type=path_argument,
+            on_resume=START,
+        ),
+        # Not recorded: a URL may hold a secret.
+        Flag(
+            "notify",
+            "",
+            "shell command that gets JSON on its standard input, or http(s) URL that it is POSTed "
+            "to, when the run is completed, stopped, failed or stalled, or its loss jumps; given "
+            "up after 10 s",
             on_resume=START,
         ),
     ],
@@ -174,7 +193,14 @@ GROUPS: dict[str, list[Flag]] = {
         ),
     ],
     "model": [
-        Flag("depth", 20, "number of layers; the one dial", range=AT_LEAST_1, shapes_model=True),
+        Flag(
+            "depth",
+            20,
+            "number of layers; the one dial",
+            range=AT_LEAST_1,
+            shapes_model=True,
+            no_fork=OTHER_SHAPE,
+        ),
         Flag(
             "aspect_ratio",
             # Gives the reference model, depth 12, its width of 768 (schedules.REFERENCE_WIDTH).
@@ -182,23 +208,39 @@ GROUPS: dict[str, list[Flag]] = {
             "width / depth; the width is rounded up to whole heads",
             range=AT_LEAST_1,
             shapes_model=True,
+            no_fork=OTHER_SHAPE,
         ),
-        Flag("head_dim", 128, "channels of an attention head", range=AT_LEAST_1, shapes_model=True),
+        Flag(
+            "head_dim",
+            128,
+            "channels of an attention head",
+            range=AT_LEAST_1,
+            shapes_model=True,
+            no_fork=OTHER_SHAPE,
+        ),
         Flag(
             "n_kv_head",
             -1,
             "key/value heads; -1: as many as query heads",
             range=POSITIVE_OR_OFF,
             shapes_model=True,
+            no_fork=OTHER_SHAPE,
         ),
         # Not part of the shape: rotary positions have no weights, so --init-from may change it.
-        Flag("max_seq_len", 2048, "context in tokens", range=AT_LEAST_1),
+        Flag(
+            "max_seq_len",
+            2048,
+            "context in tokens",
+            range=AT_LEAST_1,
+            no_fork=f"the place in the text is counted in rows of that length; {FROM_WEIGHTS}",
+        ),
         Flag(
             "window_pattern",
             "SSSL",
             "window of each layer, tiled: L full context, S short window; the last layer is "
             "always L",
             shapes_model=True,
+            no_fork=OTHER_SHAPE,
         ),
         Flag(
             "short_window",
@@ -207,6 +249,7 @@ GROUPS: dict[str, list[Flag]] = {
             # holds at 2,048 is not known (runs/LOG.md), so the default stays at half.
             "tokens that an S layer sees; -1: half the context",
             range=POSITIVE_OR_OFF,
+            no_fork=f"the model of the checkpoint has another window; {FROM_WEIGHTS}",
         ),
         Flag(
             "arch",
@@ -214,12 +257,14 @@ GROUPS: dict[str, list[Flag]] = {
             "llama: the plain decoder that other programs load",
             choices=("speedrun", "llama"),
             shapes_model=True,
+            no_fork=OTHER_SHAPE,
         ),
         Flag(
             "tie_embeddings",
             False,
             "share the weights of embedding and head (llama)",
             shapes_model=True,
+            no_fork=OTHER_SHAPE,
         ),
         Flag("dropout", 0.0, "share of residual updates that are dropped; 0: off", range=BELOW_1),
     ],
@@ -247,15 +292,18 @@ GROUPS: dict[str, list[Flag]] = {
             "tokenizer",
             "bpe",
             # Groups compare the fingerprint instead, since one tokenizer has several names.
-            "bpe, char, byte, gpt2, or a folder with a saved tokenizer",
+            "bpe, bpe-llama (splits text as Llama 3 does; for `nanochat export --format gguf`), "
+            "char, byte, gpt2, or a folder with a saved tokenizer",
             type=path_argument,
             decides=False,
+            no_fork=OTHER_TOKENS,
         ),
         Flag(
             "vocab_size",
             -1,
-            "vocabulary of a bpe tokenizer; -1: from the data size, at most 32768",
+            "vocabulary of a bpe or bpe-llama tokenizer; -1: from the data size, at most 32768",
             range=POSITIVE_OR_OFF,
+            no_fork=OTHER_TOKENS,
         ),
         Flag(
             "init_from",
@@ -265,6 +313,7 @@ GROUPS: dict[str, list[Flag]] = {
             "optimizer and horizon are new",
             type=path_argument,
             decides=False,
+            no_fork="a fork has the weights of its checkpoint; leave it out",
         ),
     ],
     # All but the last are off by default, so that there is always exactly one horizon in force.
@@ -323,6 +372,7 @@ GROUPS: dict[str, list[Flag]] = {
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
             decides=True,
+            live=True,
         ),
         Flag(
             "patience",
@@ -331,6 +381,7 @@ GROUPS: dict[str, list[Flag]] = {
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
             decides=True,
+            live=True,
         ),
     ],
     "optimization (learning rates are those of the reference batch and width)": [
@@ -347,12 +398,14 @@ GROUPS: dict[str, list[Flag]] = {
             -1,
             "tokens per step; -1: derived from the horizon",
             range=POSITIVE_OR_OFF,
+            no_fork=f"steps and the place in the text are counted in it; {FROM_WEIGHTS}",
         ),
         Flag(
             "optimizer",
             "muon",
             "optimizer of the matrices; all other parameters use AdamW",
             choices=("muon", "adamw"),
+            no_fork=f"the checkpoint has the state of the other optimizer; {FROM_WEIGHTS}",
         ),
         Flag(
             "embedding_lr",
@@ -440,6 +493,7 @@ GROUPS: dict[str, list[Flag]] = {
             "steps between evaluations of validation bits per byte; also at the end",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "eval_tokens",
@@ -459,6 +513,7 @@ GROUPS: dict[str, list[Flag]] = {
             type=number_or_auto,
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "core_metric_max_per_task",
@@ -481,6 +536,7 @@ GROUPS: dict[str, list[Flag]] = {
             "steps between text samples; also at the end",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "sample_prompts",
@@ -498,6 +554,7 @@ GROUPS: dict[str, list[Flag]] = {
             "begins",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "save_every_minutes",
@@ -507,6 +564,7 @@ GROUPS: dict[str, list[Flag]] = {
             type=float,
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "keep_last",
@@ -514,6 +572,7 @@ GROUPS: dict[str, list[Flag]] = {
             "permanent checkpoints to keep; -1: all",
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
+            live=True,
         ),
         Flag("no_save", False, "write no checkpoint at all", on_resume=FREE),
     ],
@@ -525,6 +584,7 @@ GROUPS: dict[str, list[Flag]] = {
             "consecutive steps that may be skipped because of non-finite numbers",
             range=AT_LEAST_1,
             on_resume=FREE,
+            live=True,
         ),
         Flag(
             "debug_nans",
@@ -551,6 +611,33 @@ FLAGS = {row.name: row for rows in GROUPS.values() for row in rows}
 HORIZONS = tuple(name for name, row in FLAGS.items() if row.on_resume == HORIZON)
 
 
+def as_json() -> dict[str, Any]:
+    """All flags as data: what --help shows, and what the table knows besides."""
+    described = describe(build_parser())
+    # the parser itself knows no defaults: it stores only what is given
+    for option in described["options"]:
+        # --help-json itself has no row
+        if row := FLAGS.get(option["name"]):
+            option |= {
+                "default": row.default,
+                "range": row.range and row.range.reason,
+                "on_resume": row.on_resume,
+                "same_experiment": row.bookkeeping,
+                "shapes_model": row.shapes_model,
+                "live": row.live,
+                "no_fork": row.no_fork,
+            }
+    return described
+
+
+class _HelpJson(argparse.Action):
+    """Prints as_json() and ends the process, as --help does with its text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json.dumps(as_json(), indent=2))
+        parser.exit()
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a parsed name: `eval_every` -> `--eval-every`."""
     return "--" + name.replace("_", "-")
@@ -567,6 +654,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         # A flag that was not given leaves no trace: this is how `given` is found.
         argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--help-json", action=_HelpJson, nargs=0, help="show all flags as JSON, and exit"
     )
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -648,10 +738,27 @@ def _word(path: str, name: str, value: Any) -> str:
     return f"{flag(name)}={value}"
 
 
-def range_problems(args: argparse.Namespace) -> list[str]:
-    """A sentence for each flag whose value is out of its own range."""
+def live_problems(values: dict[str, Any]) -> list[str]:
+    """A sentence for each of these flags, by name, that cannot be changed to that value while a run
+    is training."""
     problems = []
-    for name, row in FLAGS.items():
+    for name, value in values.items():
+        if name not in FLAGS or not FLAGS[name].live:
+            may = ", ".join(flag(name) for name, row in FLAGS.items() if row.live)
+            problems.append(f"{flag(name)}: cannot change while a run is training; {may} can")
+        # True is a number to Python
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            problems.append(f"{flag(name)}={value!r}: not a number; give a number")
+        elif isinstance(FLAGS[name].default, int) and FLAGS[name].type is None and value % 1:
+            problems.append(f"{flag(name)}={value}: not a whole number; give one")
+    return problems or range_problems(argparse.Namespace(**values))
+
+
+def range_problems(args: argparse.Namespace) -> list[str]:
+    """A sentence for each flag of args whose value is out of its own range."""
+    problems = []
+    for name in filter(args.__contains__, FLAGS):
+        row = FLAGS[name]
         value = getattr(args, name)
         # argparse takes "nan" and "inf" for floats, and most ranges would let infinity pass.
         if isinstance(value, float) and not math.isfinite(value):

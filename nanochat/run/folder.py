@@ -3,9 +3,9 @@ it."""
 
 import contextlib
 import errno
-import importlib.metadata
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "core.jsonl",
+    "problems.jsonl",
     "summary.json",
     "loss.png",
     "report.html",
@@ -165,6 +166,16 @@ def status_of(path: Path | str) -> str | None:
         return None
 
 
+def steps_of(run_path: Path | str) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    manifests = (Path(run_path) / "checkpoints").glob("step_*/manifest.json")
+    names = [path.parent.name for path in manifests]
+    # Copies that a user made (step_000500.bak) are not checkpoints.
+    return sorted(
+        int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{6,}", name)
+    )
+
+
 def saved_step(path: Path | str) -> int | None:
     """The step of the newest checkpoint that a run's records know of, None if they know of none.
 
@@ -233,6 +244,9 @@ def _git_commit() -> str | None:
 
 
 def _version(package: str) -> str | None:
+    # here, since commands that only read runs start faster without it
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

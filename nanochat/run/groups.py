@@ -3,6 +3,7 @@
 Runs whose settings differ in nothing but the seed are a group, and its numbers are means over the
 seeds that were completed. Imports no torch."""
 
+import itertools
 import json
 import os
 import re
@@ -76,12 +77,53 @@ def settings_of(run: RunRecord, with_commit: bool = True) -> str:
         config.get("model"),
         config.get("init_from"),
         config.get("extended"),
+        _forks(config),
         config.get("git_commit") if with_commit else None,
         dig(config, "data", "fingerprint"),
         dig(config, "tokenizer", "fingerprint"),
         dig(config, "runtime", "dtype"),
     ]
     return json.dumps(settings, sort_keys=True)
+
+
+def _forks(config: dict) -> list:
+    """At which steps a run was forked, and which settings it had before, the latest fork first:
+    runs that end with the same settings may have begun with others."""
+    found = []
+    while fork := dig(config, "forked_from"):
+        before = {
+            name: values[0]
+            for name, values in (dig(fork, "changed") or {}).items()
+            if name not in FLAGS or not FLAGS[name].bookkeeping
+        }
+        found.append([dig(fork, "step"), before])
+        config = fork
+    return found
+
+
+def shared_steps(a: RunRecord, b: RunRecord) -> int:
+    """Training steps that are the same computation in both runs, because one was forked from the
+    other, or both from a third: these have the same lines, times included."""
+    if not (dig(a.config, "forked_from") or dig(b.config, "forked_from")):
+        return 0
+    # of training alone: the fork may have been evaluated at other steps
+    trained = [[line for line in run.lines if "train/loss" in line] for run in (a, b)]
+    pairs = zip(*trained, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _shared_notes(groups: Sequence[Group]) -> list[str]:
+    """A sentence on each group whose seeds are not independent of each other."""
+    notes = []
+    for group in groups:
+        pairs = itertools.combinations(group.members, 2)
+        steps = max((shared_steps(a, b) for a, b in pairs), default=0)
+        if steps:
+            notes.append(
+                f"{group.name}: some of these runs begin with the same {steps:,} steps, so their "
+                f"spread is only that of the steps after"
+            )
+    return notes
 
 
 def group_runs(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
@@ -107,7 +149,7 @@ def group_runs(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
                     f"machine), so this run stands alone"
                 )
                 groups.append(_group([run], left_out))
-    return groups, repeats + left_out + _commit_notes(groups)
+    return groups, repeats + left_out + _shared_notes(groups) + _commit_notes(groups)
 
 
 def _by_settings(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:

@@ -1,8 +1,9 @@
 """When the state of a run is saved, on which rank, and what happens to saves that failed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
-from nanochat.data.token_cache import TokenCache
 from nanochat.model.decoder import Decoder
 from nanochat.optim.optimizer import Optimizer
 from nanochat.ranks import from_rank0
@@ -20,17 +21,18 @@ class Keeper:
         *,
         model: Decoder,
         optimizer: Optimizer,
-        cache: TokenCache,
+        shard_tokens: Mapping[str, int],
         clock: Clock,
         first_step: int,
         enabled: bool,
     ) -> None:
-        """saver: rank 0's, None elsewhere. first_step: where this start of the run
-        begins. enabled: False with --no-save."""
+        """saver: rank 0's, None elsewhere. shard_tokens: those of the data read so far, which
+        grows meanwhile. first_step: where this start of the run begins. enabled: False with
+        --no-save."""
         self.saver = saver
         self.model = model
         self.optimizer = optimizer
-        self.cache = cache
+        self.shard_tokens = shard_tokens
         self.clock = clock
         self.first_step = first_step
         self.enabled = enabled
@@ -56,7 +58,7 @@ class Keeper:
         optimizer_state = self.optimizer.state()
         if self.saver:
             # A copy, since the thread that reads ahead keeps adding to it.
-            state.shard_tokens = dict(self.cache.lengths)
+            state.shard_tokens = dict(self.shard_tokens)
             self.saver.save(state.step, kind, self.model, optimizer_state, asdict(state), hold)
         # On every rank, though only rank 0's clock is asked: ranks that differ are hard to debug.
         self.clock.note_save()
@@ -67,6 +69,24 @@ class Keeper:
         if not self.saver or not self.enabled or self.saver.busy() or self.saver.can_retry():
             return False
         return self.clock.save_due()
+
+    def outcome(self, step: int) -> dict[str, Any] | None:
+        """What became of a save of this step or a later one, as an answer to `nanochat jobs`; None
+        until that is known. From any thread, on rank 0."""
+        safe = self.saver.safe_step
+        if safe is not None and safe >= step:
+            return {"done": f"step {safe} is saved", "step": safe}
+        if self.saver.failure and not self.saver.busy():
+            return {"error": self.saver.failure}
+        if self.saver.held:
+            text = f"step {step} is copied; it is written after the next good step"
+            return {"done": text, "step": step}
+        return None
+
+    def keep_last(self, n: int) -> None:
+        """Keep so many permanent checkpoints from now on, -1 for all."""
+        if self.saver:
+            self.saver.keep_last = n
 
     def mark_best(self, step: int, bpb: float) -> None:
         """Let checkpoints/best name the checkpoint of a step if its bpb is the lowest so far."""

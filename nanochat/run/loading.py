@@ -1,5 +1,6 @@
 """Loading the model and tokenizer of a run folder, by the step that a user asks for."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ def step_of(run: Path | str, step: int | str | None) -> int:
 
     step: a number, "best", or None for the newest. UsageError if there is no such checkpoint."""
     run = Path(run)
-    if not (run / "config.json").exists():
+    # not Path.exists(), which raises for a folder that may not be entered
+    if not os.path.exists(run / "config.json"):
         raise UsageError(
             f"{run} is not a run folder (it has no config.json); give <out-dir>/<model-tag>"
         )
@@ -68,7 +70,14 @@ def _requested_step(run: Path, asked: int | str) -> int:
 def load_run(
     run: Path | str, step: int | str | None = None, device_type: str = "", dtype: str = "auto"
 ) -> tuple["Decoder", "Tokenizer"]:
-    """(model in eval mode, tokenizer) of a run folder.
+    """(model in eval mode, tokenizer) of a run folder. As load_step(), without the step."""
+    return load_step(run, step, device_type, dtype)[1:]
+
+
+def load_step(
+    run: Path | str, step: int | str | None = None, device_type: str = "", dtype: str = "auto"
+) -> tuple[int, "Decoder", "Tokenizer"]:
+    """(step, model in eval mode, tokenizer) of a run folder.
 
     step: of a checkpoint, "best", or None for the newest intact one. device_type: "" picks one.
     dtype: as --dtype of train.py, but auto means float32 on CPUs, which decode single tokens.
@@ -77,17 +86,17 @@ def load_run(
     run = Path(run)
     chosen = step_of(run, step)
     try:
-        return _load(run, chosen, device_type, dtype)
+        return chosen, *_load(run, chosen, device_type, dtype)
     except UsageError:
         # A step that was asked for is never replaced silently by another one.
         if step is not None or checkpoint.folder_of(run, chosen).exists():
             raise
     # A training process removed it in the meantime: there is a newer one.
-    return load_run(run, None, device_type, dtype)
+    return load_step(run, None, device_type, dtype)
 
 
 def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder", "Tokenizer"]:
-    """load_run() of an existing step."""
+    """load_step() of an existing step."""
     from nanochat.model.attention import pick_backend
     from nanochat.model.build import build
 

@@ -15,8 +15,10 @@ from nanochat.common import human_bytes, human_time
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.run import checkpoint, faults
 from nanochat.run.clock import Clock
+from nanochat.run.flags import flag
 from nanochat.run.folder import RunFolder, write_summary
-from nanochat.run.metrics import Record, read_lines
+from nanochat.run.metrics import Record, finite_or_null, read_lines
+from nanochat.run.notify import HURRY_SECONDS, PATIENCE_SECONDS, Notifier
 from nanochat.run.plan import Machine, Plan
 from nanochat.run.screen import Progress
 from nanochat.run.state import Scores, TrainState
@@ -57,9 +59,10 @@ class RunLog:
         scores: Scores,
         tokens_per_epoch: float,
         untrained_vocabulary: int | None,
+        notify: str = "",
     ) -> None:
         """writes: True on rank 0; elsewhere nothing is written or shown. untrained_vocabulary: its
-        size for a model that begins untrained, else None."""
+        size for a model that begins untrained, else None. notify: --notify."""
         self.folder = folder
         self.writes = writes
         self.plan = plan
@@ -76,9 +79,13 @@ class RunLog:
             Record(folder.path / f"{name}.jsonl", self.progress.message)
             for name in ("metrics", "samples", "core")
         )
+        self.notifier: Notifier | None = None
+        if writes and notify:
+            self.notifier = Notifier(notify, folder.path, self.progress.message)
         self.config: dict[str, Any] = {}
         self.trackers: Trackers | None = None
         self.smooth_loss: float | None = None
+        self.latest_loss: float | None = None
         # of a time budget
         self.announced_steps = plan.num_iterations
         # what config.json holds, and the summary (status, reason) that the disk has refused
@@ -139,10 +146,12 @@ class RunLog:
             self.metrics.write(**line)
             self.trackers.log(line)
 
-    def step(self, result: StepResult, scaler: LossScaler, clock: Clock) -> None:
-        """A training step: the line of the state before the update, with the loss of the update,
-        the live line, and what is remarkable. Called before the state counts it."""
+    def step(self, result: StepResult, scaler: LossScaler, clock: Clock, **more: Any) -> None:
+        """A training step: the line of the state before the update, with the loss of the update
+        and what `more` says of it, the live line, and what is remarkable. Called before the state
+        counts it."""
         state = self.state
+        self.latest_loss = result.loss
         # Of all ranks together: a step takes as long on each.
         speed = self.plan.total_batch_tokens / result.seconds
         mfu = self._mfu(speed)
@@ -154,8 +163,9 @@ class RunLog:
             "train/dt": result.seconds,
             "train/tok_per_sec": speed,
             "train/mfu": mfu,
-            "train/epoch": state.step * self.plan.total_batch_tokens / self.tokens_per_epoch,
+            "train/epoch": self._tokens_of_text() / self.tokens_per_epoch,
         }
+        values |= more
         if result.spike is not None:
             values["spike"] = result.spike
         if scaler.enabled:
@@ -169,10 +179,20 @@ class RunLog:
             state.step, result.loss, result.spike, self.untrained_vocabulary
         ):
             self.message(remark)
+        if result.spike is not None:
+            z = f"{result.spike:.1f} standard deviations above the recent ones"
+            self.notify("spike", f"the loss jumped to {result.loss:.4f}, {z}")
         self._show(result, speed, mfu, clock)
         if self.unwritten and clock.now() - self.tried_at > RETRY_SECONDS:
             self.tried_at = clock.now()
             self.summarize(*self.unwritten)
+
+    def _tokens_of_text(self) -> int:
+        """Tokens so far of the text in its present order, with which a fork may have begun."""
+        first_row = self.config.get("data", {}).get("first_row", 0)
+        plan = self.plan
+        row_tokens = plan.total_batch_tokens // plan.rows_per_step
+        return self.state.step * plan.total_batch_tokens - first_row * row_tokens
 
     def skipped(self, result: StepResult, overflowed: bool, scaler: LossScaler) -> None:
         """The step before was skipped. overflowed: its fp16 loss scale was too large and has been
@@ -222,10 +242,8 @@ class RunLog:
         if not self.writes:
             return
         plan = self.plan
-        # Written down before the next step: a resumed run must not measure again.
-        self.config["plan"] = plan.as_dict()
-        self.summarize("running")
-        self.trackers.update_config(self.config)
+        # a resumed run must not measure again
+        self.record_plan()
         steps, announced = plan.num_iterations, self.announced_steps
         step_time = f"{1000 * clock.usual_seconds():.1f} ms"
         if not plan.corrections:
@@ -241,6 +259,60 @@ class RunLog:
         else:
             return
         self.announced_steps = steps
+
+    def landed(self, steps: int) -> None:
+        """The warm-down begins now, because `nanochat jobs land` asked for it, or does again in a
+        resumed run. steps: after which the run ends."""
+        self.line(land=steps)
+        self.message(
+            f"step {self.state.step}: landing, as nanochat jobs asked: the warm-down begins now, "
+            f"and the run ends at step {steps}"
+        )
+
+    def changed(self, values: dict[str, Any]) -> None:
+        """Flags have just been changed by `nanochat jobs set`, or are again in a resumed run."""
+        words = ", ".join(f"{flag(name)}={value}" for name, value in values.items())
+        self.line(**{f"set/{name}": value for name, value in values.items()})
+        self.message(f"step {self.state.step}: {words}, as nanochat jobs asked")
+
+    def record_change(self, values: dict[str, Any]) -> None:
+        """Write the change of flags at this step down, for a run that is resumed."""
+        if not self.writes:
+            return
+        changes = self.config.get("changes", [])
+        self.config["changes"] = [*changes, [self.state.step, values]]
+        self.summarize("running")
+        self.trackers.update_config(self.config)
+
+    def record_plan(self) -> None:
+        """Write the plan down before the next step, so that a resumed run has it."""
+        if not self.writes:
+            return
+        self.config["plan"] = self.plan.as_dict()
+        self.summarize("running")
+        self.trackers.update_config(self.config)
+
+    def facts(self, clock: Clock) -> dict[str, Any]:
+        """What `nanochat jobs` shows of the run; called from another thread."""
+        steps = self.plan.num_iterations
+        left = None if steps is None else clock.seconds_for(steps - self.state.step)
+        position = self.position()
+        # null, since a loss that is not a number has no place in JSON
+        loss = self.smooth_loss
+        return {
+            **position,
+            "num_iterations": steps,
+            "depth": self.config["args"]["depth"],
+            "loss": loss if loss is not None and math.isfinite(loss) else None,
+            "tok_per_sec": clock.rate(self.plan.total_batch_tokens),
+            "eta_seconds": left,
+            "val_bpb": self.scores.val_bpb,
+            "core_metric": self.scores.core_metric,
+            "skipped_steps": self.state.skipped_steps,
+            # an order to save has just added one
+            "checkpoint": max(checkpoint.steps_of(self.folder.path), default=self.saved_step),
+            "doing": clock.doing,
+        }
 
     def summarize(self, status: str, reason: str = "") -> dict[str, Any]:
         """Write config.json and summary.json; returns the summary. A full disk is only reported;
@@ -285,9 +357,28 @@ class RunLog:
                 self.message(f"config.json and summary.json cannot be written ({error})")
         return summary
 
-    def end(self, status: str, reason: str, exit_code: int) -> None:
-        """The last word: the summary's final status, and the trackers' end."""
+    def notify(self, event: str, reason: str) -> None:
+        """Tell --notify of something that happens while the run trains; from any thread."""
+        if self.notifier is not None:
+            self.notifier.send(event, reason, **self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        """What --notify is told of the run, null where a number is not known."""
+        return finite_or_null(
+            {
+                "step": self.state.step,
+                "loss": self.latest_loss,
+                "val_bpb": self.scores.val_bpb,
+            }
+        )
+
+    def end(self, status: str, reason: str, exit_code: int, hurry: bool = False) -> None:
+        """The last word: the summary's final status, the last message of --notify, and the
+        trackers' end. hurry: hardly wait for the message."""
         summary = self.summarize(status, reason)
+        if self.notifier is not None:
+            seconds = HURRY_SECONDS if hurry else PATIENCE_SECONDS
+            self.notifier.send_last(status, reason, seconds, **self._figures())
         if self.trackers is not None:
             self.trackers.finish(summary, exit_code)
 

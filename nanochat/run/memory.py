@@ -29,6 +29,9 @@ from nanochat.model.loss import chunk_logits
 if TYPE_CHECKING:
     from nanochat.run.plan import Plan
 
+# Tokens of a pass from which more rows are not tried: they would make a GPU hardly faster, and a
+# trial compiles everything anew.
+ENOUGH_TOKENS = {"cuda": 2**17}
 # Part of the key of measured numbers. Raise it when a change of the code makes old ones wrong.
 MEASURED_AS = 2
 # Share of the free memory that a plan may use. A GPU has no other users.
@@ -295,7 +298,11 @@ def settle(
         heap_factor = HEAP_FACTOR if device.type == "cpu" else 1
         bytes_per_row = max(peaks) / n * heap_factor
         # At most twice as many at a time: a jump by a wrong measurement could exhaust memory.
-        better = budget.largest(bytes_per_row, at_most=min(limit, 2 * n))
+        at_most = min(limit, 2 * n)
+        tokens = n * plan.total_batch_tokens / plan.rows_per_step
+        if tokens >= ENOUGH_TOKENS.get(device.type, math.inf):
+            at_most = n
+        better = budget.largest(bytes_per_row, at_most)
         if better in tried:
             n = better
             if ranks.rank() == 0:

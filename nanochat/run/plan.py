@@ -10,14 +10,17 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.common import ceil_div
+from nanochat.common import UsageError, ceil_div
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim import schedules
 from nanochat.optim.schedules import Schedule
-from nanochat.run.flags import FLAGS, HORIZONS
+from nanochat.run.clock import Clock
+from nanochat.run.flags import FLAGS, HORIZONS, flag
+from nanochat.run.state import TrainState
 
 ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
+LANDING_SHARE = 0.15  # of the training time: the warm-down of `nanochat jobs land`
 LEAST_CORRECTED_STEPS = 2  # that are left when the length of a time budget is corrected
 
 
@@ -188,6 +191,9 @@ class Plan:
     # decisions as [step, number of steps]. A resumed run repeats them.
     scheduled_steps: int | None = None
     corrections: list[list[int]] = dataclasses.field(default_factory=list)
+    # Of `nanochat jobs land`: [step at which a warm-down began, number of steps]. A resumed run
+    # repeats it.
+    landings: list[list[int]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Plan":
@@ -224,6 +230,8 @@ class Plan:
         before this step: until it is known, where the warm-down begins, and whenever half of what
         was left is over. So a machine that becomes slower or faster still ends in time."""
         steps = self.num_iterations
+        if self.landings:
+            return None
         if self.budget_seconds is None or steps is None:
             return self.budget_seconds
         decided_at = self.corrections[-1][0] if self.corrections else self.fixed_at
@@ -238,6 +246,14 @@ class Plan:
     def warmdown_begins(self) -> int | None:
         """The step where the learning rate begins to fall; None if it does not, or if the number of
         steps is not known yet."""
+        begins = self._scheduled_warmdown_begins()
+        if self.landings:
+            landing = self.landings[0][0]
+            return landing if begins is None else min(begins, landing)
+        return begins
+
+    def _scheduled_warmdown_begins(self) -> int | None:
+        """The same for the schedule, whatever was landed."""
         if self.scheduled_steps is None or not self.warmdown_steps:
             return None
         wanted = self.scheduled_steps - self.warmdown_steps
@@ -263,6 +279,7 @@ class Plan:
         self.num_iterations = steps
         self.scheduled_steps = steps
         self.corrections = []
+        self.landings = []
         self.tokens = steps * self.total_batch_tokens
         # Steps that are over keep the learning rates that they had, also when a resume repeats
         # them.
@@ -284,6 +301,33 @@ class Plan:
         self.num_iterations = steps
         self.tokens = steps * self.total_batch_tokens
 
+    def land(self, steps: int, done: int) -> None:
+        """Let the warm-down begin now, after `done` steps, and the run end after `steps`.
+
+        The rate falls linearly from what it is to the schedule's last one: a short warm-down from a
+        constant rate ends close to a run that was planned for that length (arXiv 2405.18392)."""
+        self.landings.append([done, steps])
+        self.num_iterations = steps
+        self.tokens = steps * self.total_batch_tokens
+
+    def land_fork(self, step: int) -> None:
+        """land() for a fork that begins at a step. No clock has timed its steps, so the warm-down
+        is LANDING_SHARE of the steps so far. UsageError if the run ends as early anyway."""
+        end = step + max(1, round(LANDING_SHARE * step))
+        if self.num_iterations is not None and end >= self.num_iterations:
+            raise UsageError(
+                f"--land: the run ends at step {self.num_iterations} anyway, which is not later "
+                f"than a landing from step {step}; leave it out, or give an earlier --step"
+            )
+        # what the parent decided later does not happen here
+        self.corrections = [decision for decision in self.corrections if decision[0] <= step]
+        self.landings = [decision for decision in self.landings if decision[0] < step]
+        self.land(end, done=step)
+
+    def landings_at(self, step: int) -> list[int]:
+        """The numbers of steps of the landings that began at a step."""
+        return [steps for at, steps in self.landings if at == step]
+
     def _stretches(self) -> list["_Stretch"]:
         """The parts of a run between decisions on its length, in order."""
         decisions = [[0, self.scheduled_steps], *self.corrections]
@@ -303,6 +347,20 @@ class Plan:
     def lr_multiplier(self, step: int) -> float:
         """Learning rate of a step / its peak. There is no warm-down before the number of steps is
         known."""
+        return self._landed(step, self.landings)
+
+    def _landed(self, step: int, landings: list[list[int]]) -> float:
+        """lr_multiplier() with these landings, of which the last that has begun counts."""
+        begun = [landing for landing in landings if landing[0] <= step]
+        if not begun:
+            return self._scheduled_multiplier(step)
+        at, steps = begun[-1]
+        start = self._landed(at, begun[:-1])
+        final = self.schedule.final_lr_frac
+        return final + (start - final) * (steps - step) / (steps - at)
+
+    def _scheduled_multiplier(self, step: int) -> float:
+        """lr_multiplier() of the schedule, whatever was landed."""
         warmup_steps = self.warmup_steps
         warmdown_steps = self.warmdown_steps
         steps = self.scheduled_steps
@@ -337,6 +395,109 @@ class Plan:
         if self.budget_seconds is not None:
             return self.budget_seconds
         return self.flops / machine.assumed_flops
+
+
+def fork_plan(
+    plan: Plan,
+    was: argparse.Namespace,
+    now: argparse.Namespace,
+    *,
+    step: int,
+    config: GPTConfig,
+    new_horizon: bool,
+    tokens_per_epoch: float,
+    machine: Machine,
+) -> None:
+    """Derive again, in place, what changed flags decide of a run that continues from a step.
+
+    The batch and everything that no changed flag names stay as they were: rates keep the factors
+    that they had, also those of a horizon that is new. was, now: the flags before and after.
+    new_horizon: it was given. machine: for time budgets. UsageError for a horizon that is over, and
+    for a warm-up that is."""
+    rates = schedules.BaseRates.from_flags
+    if rates(was) != rates(now):
+        _scale_groups(plan, was, now, config)
+    schedule = Schedule.from_flags(now)
+    # corrections and landings stay, and are repeated
+    if schedule == Schedule.from_flags(was) and not new_horizon:
+        return
+    new_warmup = (was.warmup_ratio, was.warmup_steps) != (now.warmup_ratio, now.warmup_steps)
+    plan.schedule = schedule
+    steps = plan.num_iterations
+    if new_horizon:
+        horizon = Horizon.from_flags(now)
+        # of the model all is known but its reference, which only the batch depends on
+        size = ModelSize(plan.parameters, plan.scaling_parameters, plan.flops_per_token, math.nan)
+        batch = plan.total_batch_tokens
+        tokens = horizon.tokens(size, machine, tokens_per_epoch, batch)
+        plan.horizon, plan.horizon_value = horizon.name, horizon.value
+        steps = None if horizon.name == "target_minutes" else horizon.steps(tokens, batch)
+        if steps is not None and steps <= step:
+            raise UsageError(
+                f"{flag(horizon.name)}={horizon.value}: ends at step {steps}, and the fork begins "
+                f"at step {step}; give a longer horizon, or an earlier --step"
+            )
+        plan.num_iterations = plan.scheduled_steps = None
+        plan.corrections = []
+        plan.landings = []
+        plan.tokens = tokens
+    warmup_before = plan.warmup_steps
+    if steps is not None:
+        plan.fix_steps(steps, done=step)
+    # as in a run that is extended: it keeps the warm-up that it began with
+    plan.warmup_steps = warmup_before
+    if new_warmup:
+        _change_warmup(plan, now, step, warmup_before)
+
+
+def _scale_groups(
+    plan: Plan, was: argparse.Namespace, now: argparse.Namespace, config: GPTConfig
+) -> None:
+    """Change the settings of the optimizer's groups as the flags of the rates have changed."""
+    batch = plan.total_batch_tokens
+    reference_tokens = size_of(config, now.aspect_ratio).reference_tokens
+    factors = (
+        schedules.lr_factor(batch),
+        schedules.decay_factor(batch, plan.tokens, reference_tokens),
+        config.width,
+    )
+    rates = schedules.BaseRates.from_flags
+    before = schedules.group_settings(rates(was), *factors)
+    after = schedules.group_settings(rates(now), *factors)
+    for group, settings in plan.groups.items():
+        for name, value in settings.items():
+            old, new = before[group][name], after[group][name]
+            if old != new:
+                # the run's own factor differs where its length was extended or measured
+                settings[name] = new * (value / old) if old else new
+
+
+def _change_warmup(plan: Plan, now: argparse.Namespace, step: int, before: int) -> None:
+    """Take another warm-up over. before: the steps that it had. UsageError if it is over."""
+    name = "warmup_ratio" if now.warmup_steps == -1 else "warmup_steps"
+    named = f"{flag(name)}={getattr(now, name)}"
+    steps = plan.num_iterations or round(plan.tokens / plan.total_batch_tokens)
+    warmup = plan.schedule.warmup(steps)
+    if step >= max(before, warmup):
+        raise UsageError(
+            f"{named}: no effect, since the warm-up is over at step {step}, with which the fork "
+            "begins; leave it out"
+        )
+    if warmup + plan.warmdown_steps > steps:
+        raise UsageError(
+            f"{named}: together with {plan.warmdown_steps} steps of warm-down longer than the "
+            f"run's {steps} steps; give at most {steps - plan.warmdown_steps} steps"
+        )
+    plan.warmup_steps = warmup
+
+
+def steps_to_land(clock: Clock, state: TrainState, minutes: float | None) -> int | None:
+    """Steps of a warm-down that takes so many minutes, or LANDING_SHARE of the training time so far
+    for None. None if no step of this start has been timed."""
+    if not clock.steps:
+        return None
+    seconds = LANDING_SHARE * state.training_seconds if minutes is None else 60 * minutes
+    return max(1, round(seconds / clock.latest_step_seconds(seconds)))
 
 
 def due(every: int, step: int, last: bool) -> bool:

@@ -192,7 +192,9 @@ def _batch_lines(run: PlannedRun) -> Lines:
     plan = run.plan
     rows = plan.rows_per_step
     return {
-        "tokens a step": f"{rows} x {run.config.max_seq_len} = {plan.total_batch_tokens:,}",
+        # rows of preference pairs may be shorter than the context
+        "tokens a step": f"{rows} x {plan.total_batch_tokens // rows} = "
+        f"{plan.total_batch_tokens:,}",
         "rows": f"{run.device_batch} a device x {counted(run.machine.devices, 'device')} x "
         f"{run.accumulation} accumulated = {rows}",
     }

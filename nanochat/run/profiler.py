@@ -133,9 +133,9 @@ def describe(averages: Any, device_type: str) -> tuple[str, str]:
     for entry in averages:
         # On CUDA an operator's row has the time of its kernels, which also have rows of their own:
         # only one of the two may count.
-        is_kernel = device_type == "cuda" and entry.device_type != torch.autograd.DeviceType.CPU
-        if not is_kernel and not entry.key.startswith("[memory]"):
-            times[_kind_of(entry.key)] += getattr(entry, own_time)
+        of_kernel = device_type == "cuda" and is_kernel(entry)
+        if not of_kernel and not entry.key.startswith("[memory]"):
+            times[kind_of(entry.key)] += getattr(entry, own_time)
     total = sum(times.values()) or 1
     lines = ["where the time of the traced steps goes:"]
     # Longest first; equal ones in the order of KINDS.
@@ -149,9 +149,22 @@ def describe(averages: Any, device_type: str) -> tuple[str, str]:
     return "\n".join(lines), averages.table(sort_by=own_time, row_limit=ROWS)
 
 
-def _kind_of(operator: str) -> str:
-    """The name in KINDS of what an operator does."""
-    for name, pattern in KINDS:
-        if re.search(pattern, operator):
-            return name
+def is_kernel(entry: Any) -> bool:
+    """Whether an entry of profile.key_averages() is a kernel of a GPU, not an operator that
+    launches some."""
+    return entry.device_type != torch.autograd.DeviceType.CPU
+
+
+def longest_kernels(averages: Any, n: int) -> list[tuple[str, int, float]]:
+    """(name, calls, milliseconds) of the n kernels of a GPU that took longest in a trace."""
+    kernels = [entry for entry in averages if is_kernel(entry)]
+    kernels.sort(key=attrgetter("self_device_time_total"), reverse=True)
+    return [(entry.key, entry.count, entry.self_device_time_total / 1e3) for entry in kernels[:n]]
+
+
+def kind_of(name: str) -> str:
+    """The name in KINDS of what an operator or a kernel does."""
+    for kind, pattern in KINDS:
+        if re.search(pattern, name):
+            return kind
     return "other"

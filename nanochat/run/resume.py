@@ -12,7 +12,6 @@ from typing import Any
 
 from nanochat import ranks
 from nanochat.common import UsageError, read_json, valid_unicode
-from nanochat.data.sources import Corpus
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
@@ -28,6 +27,8 @@ from nanochat.run.trackers import new_run_id
 # what decides the result (a rule for an early end, the text that is scored) counts from now on.
 DECIDING = [name for name, row in FLAGS.items() if row.on_resume == FREE and row.decides]
 RECORDED_ON_RESUME = ("data", "val_data", *DECIDING)
+# A URL of --notify may hold a secret.
+NOT_RECORDED = ("given", "notify")
 Config = dict[str, Any]  # the content of a config.json
 
 
@@ -50,6 +51,8 @@ class OpenedRun:
     over: str = ""
     saved_state: dict[str, Any] = field(default_factory=dict)
     extended_from: int | None = None
+    # flags that `nanochat jobs set` changed at a later step than the one to resume from
+    changes: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def saved_prompts(self) -> list[str]:
@@ -59,6 +62,21 @@ class OpenedRun:
             return []
         # Runs saved by earlier versions lack this field.
         return self.config.get("prompts", [])
+
+    def take_over_changes(self) -> None:
+        """Let the flags have the values that `nanochat jobs set` gave them before the step to
+        resume from, and note those that it gave later. A flag that is given now keeps its value."""
+        changes = self.config.get("changes", []) if self.config else []
+        for at, values in sorted(changes, key=lambda change: change[0]):
+            values = {n: value for n, value in values.items() if n not in self.args.given}
+            if at < self.step:
+                vars(self.args).update(values)
+            elif values:
+                self.changes.append((at, values))
+
+    def changes_at(self, step: int) -> list[dict[str, Any]]:
+        """The changes of flags that the run had at a step, before it was resumed from before it."""
+        return [values for at, values in self.changes if at == step]
 
     def go_back_to(self, step: int) -> None:
         """Resume from this step, and read its state."""
@@ -76,6 +94,10 @@ def open_run(args: argparse.Namespace, device_type: str) -> OpenedRun:
     folder = RunFolder(os.path.join(args.out_dir, tag))
     step, config = ranks.from_rank0_or_raise(lambda: claim_run(args, folder))
     run = OpenedRun(args, folder, step or 0, config)
+    if config and "command" in config:
+        raise UsageError(
+            f"--resume: {folder.path} was made by nanochat {config['command']}; resume it with that"
+        )
     # From here on run.args are the run's own flags, as far as they may not change.
     if config:
         run.args, run.changed, run.extending = merge_with_run(args, config)
@@ -106,14 +128,15 @@ def values_in_force(args: argparse.Namespace) -> argparse.Namespace:
     it."""
     found = {}
     source = _config_in(args.init_from) if args.init_from else None
-    if source:
+    if source and {"args", "model"} <= set(source):
         shape = [name for name, row in FLAGS.items() if row.shapes_model]
         found = {name: source["args"][name] for name in shape if name in source["args"]}
         found["max_seq_len"] = source["model"]["max_seq_len"]
     if args.resume or args.resume_from_step != -1:
         depth = args.depth if "depth" in args.given else found.get("depth", args.depth)
         resumed = _config_in(os.path.join(args.out_dir, args.model_tag or f"d{depth}"))
-        if resumed:
+        # a run of imported weights has no plan, and is not resumed
+        if resumed and "plan" in resumed:
             found = {
                 name: value
                 for name, value in resumed["args"].items()
@@ -128,14 +151,12 @@ def values_in_force(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _config_in(path: str) -> Config | None:
-    """The config.json of a run folder that was trained; None if there is no such run."""
+    """The config.json of a run folder; None if there is no such run."""
     folder = RunFolder(path)
     try:
-        config = folder.read_config() if folder.holds_run() else None
+        return folder.read_config() if folder.holds_run() else None
     except UsageError:
         return None
-    # a run of imported weights has no plan
-    return config if config and "plan" in config else None
 
 
 def default_tag(args: argparse.Namespace) -> str:
@@ -322,7 +343,9 @@ def merge_with_run(
         if row.on_resume == START:
             setattr(merged, name, getattr(args, name))
     changed, refused = [], []
-    horizon_changed = False
+    # a run that was landed ended before its horizon, which extends it when it is given again
+    was_landed = bool(config["plan"].get("landings"))
+    horizon_changed = was_landed and not args.given.isdisjoint(HORIZONS)
     for name in sorted(args.given & set(config["args"])):
         was = getattr(merged, name)
         now = getattr(args, name)
@@ -445,6 +468,7 @@ def extend(run: OpenedRun, plan: Plan, fresh: Plan) -> None:
     if fresh.num_iterations is None:
         plan.num_iterations = plan.scheduled_steps = None
         plan.corrections = []
+        plan.landings = []
         plan.tokens = fresh.tokens
         run.changed.append(
             f"{was} steps to as many as fit into --target-minutes={fresh.horizon_value}"
@@ -484,9 +508,7 @@ def prepare_folder(
     *,
     plan: Plan,
     model_config: GPTConfig,
-    corpus: Corpus,
-    tokens_per_epoch: float,
-    compressed_bpb: dict[str, float],
+    data: dict[str, Any],
     tokenizer: Tokenizer,
     machine: Callable[[], dict[str, Any]],
     prompts: list[str],
@@ -495,28 +517,20 @@ def prepare_folder(
     """Write the tokenizer and config.json, set later checkpoints aside and cut the records, so that
     training can begin at run.step. Rank 0 only.
 
-    machine(): entries of config.json on what computes how. prompts: of the samples. Returns the
-    validation bits per byte of the best checkpoint, if it is known. The config is then
-    run.config."""
+    data: facts about the text. machine(): entries of config.json on what computes how. prompts: of
+    the samples. Returns the validation bits per byte of the best checkpoint, if it is known. The
+    config is then run.config."""
     folder = run.folder
     if run.config is None:
         if run.args.overwrite:
             folder.clear()
         tokenizer.save(folder.path / "tokenizer")
         run.config = {
-            "args": {name: value for name, value in vars(run.args).items() if name != "given"},
+            "args": {n: value for n, value in vars(run.args).items() if n not in NOT_RECORDED},
             "plan": plan.as_dict(),
             "model": vars(model_config),
             "seed": run.args.seed,
-            "data": {
-                "name": corpus.name,
-                "revision": corpus.revision,
-                "fingerprint": corpus.fingerprint,
-                "train_bytes": corpus.train_bytes,
-                "note": corpus.note,
-                "tokens_per_epoch": tokens_per_epoch,
-                "compressed_bpb": compressed_bpb,
-            },
+            "data": data,
             "tokenizer": {
                 "kind": tokenizer.kind,
                 "vocab_size": tokenizer.vocab_size,
@@ -528,6 +542,9 @@ def prepare_folder(
             origin = {"run": run.args.init_from, "step": run.source.step}
             run.config["init_from"] = origin
         run.config |= machine()
+    elif run.config["data"]["fingerprint"] is None:
+        # a fork with another text than its parent, at its first start
+        run.config["data"] |= data
     # before the new plan of an extended run, which they are not part of
     aside = checkpoint.set_aside_after(folder.path, run.step, ranks.print0)
     # from a line that may be cut below
@@ -548,6 +565,12 @@ def _renew_config(run: OpenedRun, plan: Plan, left_its_curve: bool) -> None:
     config = run.config
     # All other flags stay as they were at the first start: config.json tells how the run began.
     config["args"] |= {name: getattr(run.args, name) for name in RECORDED_ON_RESUME}
+    if "changes" in config:
+        recorded = run.args.given.intersection(DECIDING)
+        config["changes"] = [
+            [at, {name: value for name, value in values.items() if name not in recorded}]
+            for at, values in config["changes"]
+        ]
     is_extended = run.extended_from is not None
     if is_extended:
         config["args"] |= {name: getattr(run.args, name) for name in HORIZONS}

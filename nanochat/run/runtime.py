@@ -8,7 +8,7 @@ import torch
 from nanochat import hardware
 from nanochat.hardware import Gpu
 from nanochat.model import fp8
-from nanochat.model.attention import pick_backend
+from nanochat.model.attention import check_flash_attention, pick_backend
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import pick_loss
@@ -60,6 +60,8 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
     backend, backend_reason = pick_backend(
         args.attention, device_type, dtype, args.head_dim, capability, no_compiler
     )
+    if backend in ("fa3", "fa4") and gpu is None and not args.dry_run:
+        check_flash_attention(backend, torch.device(device_type), dtype)
     fp8_recipe = None
     if args.fp8:
         fp8_recipe = args.fp8_recipe

@@ -3,13 +3,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from nanochat.common import UsageError
+from nanochat import limits
+from nanochat.common import Report, UsageError
 from nanochat.data.rows import Rows, describe_tokens, held_out_pieces
-from nanochat.data.sources import Corpus, compressed_bits_per_byte, describe_corpus, open_corpus
+from nanochat.data.sources import (
+    Corpus,
+    Shard,
+    compressed_bits_per_byte,
+    describe_corpus,
+    open_corpus,
+)
 from nanochat.data.token_cache import TokenCache, load_tokenizer
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.ranks import from_rank0_or_raise, print0
@@ -31,6 +38,18 @@ class TrainingText:
     byte_counts: np.ndarray
     compressed_bpb: dict[str, float]
 
+    def facts(self) -> dict[str, Any]:
+        """What config.json records of the text."""
+        return {
+            "name": self.corpus.name,
+            "revision": self.corpus.revision,
+            "fingerprint": self.corpus.fingerprint,
+            "train_bytes": self.corpus.train_bytes,
+            "note": self.corpus.note,
+            "tokens_per_epoch": self.tokens_per_epoch,
+            "compressed_bpb": self.compressed_bpb,
+        }
+
 
 def open_text(run: OpenedRun) -> TrainingText:
     """Open the text of a run; every rank calls it. Rank 0 fetches, fits and tokenizes first, the
@@ -45,8 +64,9 @@ def open_text(run: OpenedRun) -> TrainingText:
     # With the lengths of shards that were read before, finding a row needs no shard but its own:
     # what is no longer on disk need not be fetched again.
     lengths = run.saved_state.get("shard_tokens")
-    cache = TokenCache(tokenizer, torch.get_num_threads(), lengths)
-    rows = Rows(corpus, cache, args.max_seq_len, args.seed)
+    cache = TokenCache(tokenizer, limits.available_cpus(), lengths)
+    recorded = run.config["data"] if run.config else {}
+    rows = Rows(corpus, cache, args.max_seq_len, args.seed, recorded.get("first_row", 0))
 
     def tokenize() -> None:
         wanted = [*corpus.val, *rows.first_shards()]
@@ -54,11 +74,11 @@ def open_text(run: OpenedRun) -> TrainingText:
 
     # Rank 0 alone, with all cores; the others would repeat the same work or wait on its locks.
     from_rank0_or_raise(tokenize)
-    if run.config:
+    if recorded.get("fingerprint"):
         # Frozen, since for a large corpus they are estimates from what was on disk at the first
         # start.
-        tokens_per_epoch = run.config["data"]["tokens_per_epoch"]
-        compressed = run.config["data"]["compressed_bpb"]
+        tokens_per_epoch = recorded["tokens_per_epoch"]
+        compressed = recorded["compressed_bpb"]
     else:
         tokens_per_epoch = rows.tokens_per_epoch()
         compressed = from_rank0_or_raise(lambda: compressed_bits_per_byte(corpus.val))
@@ -85,6 +105,17 @@ def open_text(run: OpenedRun) -> TrainingText:
     )
 
 
+def held_out_shards(config: dict[str, Any], report: Report) -> list[Shard] | None:
+    """The shards that a run was validated on; None if the text has changed since.
+
+    config: its config.json. report: gets a line on each fault of the network. Raises UsageError for
+    text that is gone, DownloadFailed when a dataset cannot be listed."""
+    args, recorded = config["args"], config["data"]
+    corpus = open_corpus(args["data"], args["val_data"], recorded.get("revision", ""), report)
+    # bits per byte of another text would pass for those of the run
+    return corpus.val if corpus.fingerprint == recorded["fingerprint"] else None
+
+
 def _open_corpus(run: OpenedRun) -> Corpus:
     """The corpus of --data, which has to be that of a resumed run."""
     args = run.args
@@ -92,7 +123,8 @@ def _open_corpus(run: OpenedRun) -> Corpus:
     # A resumed run reads the very revision that it began with, even if the dataset has moved on.
     revision = was.get("revision", "")
     corpus = from_rank0_or_raise(lambda: open_corpus(args.data, args.val_data, revision, print0))
-    if run.config and corpus.fingerprint != was["fingerprint"]:
+    # none yet: a fork that is about to read another text than its parent for the first time
+    if was.get("fingerprint") and corpus.fingerprint != was["fingerprint"]:
         raise UsageError(
             f"--data={args.data}: the text is not the one that this run was started with "
             f"(fingerprint {corpus.fingerprint[:16]} instead of {was['fingerprint'][:16]}); "

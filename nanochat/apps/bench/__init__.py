@@ -31,13 +31,14 @@ PARTS = (
     "core",
     "start-up",
 )
-# Minutes long, so it runs only when it is named.
-ON_REQUEST = ("saving",)
+# Minutes long, or of interest only to some, so they run only when they are named.
+ON_REQUEST = ("saving", "steering", "serve")
+SERVING_SECONDS = 60.0
 # Eleven saves, ten of them with the memory of the copy in place.
 SAVING_STEPS = 600
 SAVE_EVERY = 50
 # The other parts use tensors of the model's shapes, so they need not wait for its compilation.
-NEED_MODEL = {"step", "forward", "backward", "optimizer", "decode", "core", "saving"}
+NEED_MODEL = {"step", "forward", "backward", "optimizer", "decode", "core", *ON_REQUEST}
 NEED_TOKENIZER = {"data", "core", "start-up"}
 # Flags of train.py that bench takes too, and the defaults that suit a laptop.
 TRAIN_FLAGS = (
@@ -105,6 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: %(default)s)",
     )
     parser.add_argument(
+        "--serving-seconds",
+        type=float,
+        default=SERVING_SECONDS,
+        metavar="SECONDS",
+        help="load on the server of --only=serve (default: %(default)g)",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         default=False,
@@ -140,7 +148,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="CORE bundle for the part core; empty: the cached one, if it exists",
     )
-    # From the table of train.py's flags, so that spelling, choices and help stay the same.
+    _add_train_flags(parser)
+    return parser
+
+
+def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of train.py, from its table, so that spelling, choices and help stay the same."""
     group = parser.add_argument_group("as in train.py")
     for name in TRAIN_FLAGS:
         row = FLAGS[name]
@@ -151,7 +164,6 @@ def build_parser() -> argparse.ArgumentParser:
         )
         row.add_to(group)
         parser.set_defaults(**{name: row.default})
-    return parser
 
 
 def parse_args(argv: Sequence[str]) -> Namespace:
@@ -159,6 +171,7 @@ def parse_args(argv: Sequence[str]) -> Namespace:
     args = build_parser().parse_args(argv)
     args.only = args.only.split(",") if args.only else list(PARTS)
     check_parts(args.only, args.core_bundle, args.vocab_size, args.saving_steps)
+    check_serving(args.only, args.serving_seconds, args.max_seq_len)
     if args.json and args.compare:
         raise UsageError(
             f"--compare={args.compare}: adds a column to the table, and --json prints none; "
@@ -215,6 +228,24 @@ def check_parts(only: list[str], core_bundle: str, vocab_size: int, saving_steps
         raise UsageError(
             f"--saving-steps={saving_steps}: too few for a second save, after {2 * SAVE_EVERY} "
             f"steps; give at least {2 * SAVE_EVERY + 1}"
+        )
+
+
+def check_serving(only: list[str], seconds: float, context_tokens: int) -> None:
+    """Raises UsageError for a load that does not fit the other flags."""
+    if seconds != SERVING_SECONDS and "serve" not in only:
+        raise UsageError(
+            f"--serving-seconds={seconds:g}: --only does not name serve; add serve to --only, or "
+            f"leave the seconds out"
+        )
+    if not 0 < seconds <= 86400:
+        raise UsageError(
+            f"--serving-seconds={seconds:g}: must be above 0 and at most 86400; 60 is the default"
+        )
+    if "serve" in only and context_tokens < 8:
+        raise UsageError(
+            f"--max-seq-len={context_tokens}: has no room for prompts of --only=serve; give at "
+            f"least 8"
         )
 
 
@@ -346,8 +377,10 @@ def main(argv: Sequence[str]) -> int:
         training,
         core_bundle,
         train_words=train_words,
+        serving_seconds=args.serving_seconds,
         saving_steps=args.saving_steps,
         save_every=SAVE_EVERY,
+        report=report,
     )
     entries = []
     for part in args.only:

@@ -1,10 +1,11 @@
-"""How fast a model writes: one text, several together, and the first token of a prompt."""
+"""How fast a model writes: one text, several together, a prompt, and the first token of one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from nanochat.apps.bench.others import TEMPERATURE, TOP_K, Work, time_others
 from nanochat.common import counted
 from nanochat.eval.generation import choose, draw_points
 from nanochat.eval.kv_cache import KVCache
@@ -24,16 +25,23 @@ PROMPT_TOKENS = 64
 BANDWIDTH_BYTES = 1 << 28
 
 
-def time_decoding(model: Decoder, ids_T: Tensor, repeats: int) -> Iterator[Entry]:
-    """ids_T: a row of training, from which prompts are taken; half of the context is read before
+def time_decoding(
+    trained: Decoder, ids_T: Tensor, repeats: int, report: Callable[[str], None]
+) -> Iterator[Entry]:
+    """Our entries, and then those of other programs with the same weights, where their packages are
+    installed; report() gets a line about each that is not.
+
+    ids_T: a row of training, from which prompts are taken; half of the context is read before
     anything is timed. Tokens are drawn among the 50 most likely."""
-    model = in_compute_dtype(model)
+    model = in_compute_dtype(trained)
     device = model.embedding.weight.device
     context = model.config.max_seq_len
     bandwidth = memory_bandwidth(device)
     weights = sum(p.nbytes for p in model.parameters()) - model.embedding.weight.nbytes
     prompt = tuple(ids_T[: context // 2].tolist())
+    start = tuple(ids_T[: min(PROMPT_TOKENS, context)].tolist())
     notes: list[str] = []
+    ours: dict[str, float] = {}
     decoder = open_decoder(model, max(TEXTS), context, available_cpus(), notes.append)
     with torch.no_grad():
         cache, _ = _read(model, prompt)
@@ -47,24 +55,32 @@ def time_decoding(model: Decoder, ids_T: Tensor, repeats: int) -> Iterator[Entry
             for position in range(len(prompt), len(prompt) + n_tokens):
                 logits = decoder.step(ids, [position] * texts, list(range(texts)))
                 points = draw_points(texts, generator)
-                ids = choose(logits, points, temperature=0.8, top_k=50).tolist()
+                ids = choose(logits, points, temperature=TEMPERATURE, top_k=TOP_K).tolist()
 
         for texts in TEXTS:
             seconds = timed(lambda texts=texts: write(texts), device, repeats)
             entry = Entry(f"decode, {counted(texts, 'text')}", seconds, texts * n_tokens)
             share = weights * n_tokens / entry.median / bandwidth
             read = f"weights are read at {share:.0%} of memory's {bandwidth / 1e9:.0f} GB/s"
+            ours[counted(texts, "text")] = entry.median
             yield Entry(entry.name, seconds, entry.tokens, note="; ".join([read, *notes]))
 
-        start = tuple(ids_T[: min(PROMPT_TOKENS, context)].tolist())
-        yield measured(
-            f"first token, prompt of {len(start)}",
-            lambda: _read(model, start),
-            device,
-            repeats,
-            note="reading included",
-        )
+        for what, ids in (("prefill", prompt), ("first token", start)):
+            entry = measured(
+                f"{what}, prompt of {len(ids)}",
+                lambda ids=ids: _read(model, ids),
+                device,
+                repeats,
+                tokens=len(ids) if what == "prefill" else None,
+                note="reading included" if what == "first token" else "",
+            )
+            ours[what] = entry.median
+            yield entry
+    # Its threads would disturb the other programs.
     decoder.close()
+    threads = available_cpus()
+    work = Work(prompt, start, n_tokens, TEXTS, threads, repeats, bandwidth, ours, report)
+    yield from time_others(trained, work)
 
 
 def _read(model: Decoder, prompt: tuple[int, ...]) -> tuple[KVCache, Tensor]:

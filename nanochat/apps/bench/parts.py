@@ -12,6 +12,8 @@ from pathlib import Path
 from nanochat.apps.bench.core_prompts import time_core
 from nanochat.apps.bench.decoding import time_decoding
 from nanochat.apps.bench.saving import time_saving
+from nanochat.apps.bench.serving import time_serving
+from nanochat.apps.bench.steering import time_steering
 from nanochat.apps.bench.text import python_text, temporary_base_dir
 from nanochat.common import UsageError
 from nanochat.data.rows import Rows
@@ -39,15 +41,18 @@ LEAST_VOCAB = 300
 class Bench:
     """What the parts work on. training: None if no part that was asked for needs a model.
     core_bundle: None leaves CORE out. train_words: a command line of train.py with the same shape.
-    """
+    serving_seconds: of the load on the server.
+    report: prints a line."""
 
     setup: Setup
     repeats: int
     training: TrainingStep | None
     core_bundle: Path | None
     train_words: list[str]
+    serving_seconds: float
     saving_steps: int
     save_every: int
+    report: Callable[[str], None]
 
 
 def entries_of(part: str, bench: Bench) -> Iterator[Entry]:
@@ -116,7 +121,8 @@ def _data(bench: Bench) -> Iterator[Entry]:
 
 
 def _decode(bench: Bench) -> Iterator[Entry]:
-    return time_decoding(bench.training.model, bench.training.inputs[0], bench.repeats)
+    training = bench.training
+    return time_decoding(training.model, training.inputs[0], bench.repeats, bench.report)
 
 
 def _core(bench: Bench) -> Iterator[Entry]:
@@ -174,6 +180,16 @@ def _saving(bench: Bench) -> Iterator[Entry]:
     yield from time_saving(bench.training, bench.saving_steps, bench.save_every)
 
 
+def _steering(bench: Bench) -> Iterator[Entry]:
+    yield from time_steering(bench.training, bench.repeats, bench.report)
+
+
+def _serve(bench: Bench) -> Iterator[Entry]:
+    setup = bench.setup
+    words = [f"--device-type={setup.device.type}", f"--dtype={setup.dtype_name}"]
+    yield from time_serving(bench.training.model, words, bench.serving_seconds, bench.report)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
     "step": _step,
     "forward": _forward,
@@ -186,4 +202,6 @@ PARTS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
     "core": _core,
     "start-up": _start_up,
     "saving": _saving,
+    "steering": _steering,
+    "serve": _serve,
 }

@@ -1,10 +1,24 @@
-"""`nanochat data inspect | fetch | tokenize | mix`: look into text, have it here, or mix it."""
+"""`nanochat data inspect | fetch | tokenize | mix | exercises | pairs`: look into text, have it
+here, mix it, or write conversations and preferences."""
 
 import argparse
+import itertools
+import json
 import math
+import os
 from typing import Any
 
-from nanochat.common import UsageError, counted, human_time, path_argument, read_json
+from nanochat.apps.data.words import say
+from nanochat.common import (
+    UsageError,
+    counted,
+    human_time,
+    path_argument,
+    read_json,
+    write_atomic,
+)
+from tasks.continuations import continuations
+from tasks.exercises import TASKS, TRAIN, exercises
 
 # documents whose beginning `inspect` shows unless --documents says otherwise
 EXAMPLES = 3
@@ -22,7 +36,7 @@ VAL_DATA_HELP = "path, glob or folder to validate on; empty: what train.py would
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with its four commands. Imports nothing heavy, so that --help is immediate."""
+    """The parser with its five commands. Imports nothing heavy, so that --help is immediate."""
     parser = argparse.ArgumentParser(
         prog="nanochat data",
         allow_abbrev=False,
@@ -37,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_fetch(commands),
         _add_tokenize(commands),
         _add_mix(commands),
+        _add_exercises(commands),
+        _add_pairs(commands),
     ]
     # argparse's own help only names the commands, and what a reader looks for is their arguments;
     # the first word of a usage is "usage:"
@@ -138,8 +154,8 @@ def _add_what_a_run_reads(command: argparse.ArgumentParser) -> None:
         type=path_argument,
         default="bpe",
         metavar="NAME",
-        help="the run's --tokenizer: bpe, char, byte, gpt2, a folder with one, or a run folder "
-        "(default %(default)s)",
+        help="the run's --tokenizer: bpe, bpe-llama, char, byte, gpt2, a folder with one, or a run "
+        "folder (default %(default)s)",
     )
     command.add_argument(
         "--vocab-size",
@@ -227,6 +243,59 @@ def _add_mix(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return mix
 
 
+def _add_exercises(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "exercises",
+        allow_abbrev=False,
+        help="write conversations with exact answers, for nanochat sft",
+        description="Write exercises as conversations, JSON lines for `nanochat sft --data`: sums, "
+        "and letters to reverse, sort and copy. Questions that --exercises of sft asks are never "
+        "among them.",
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--tasks",
+        default=",".join(TASKS),
+        metavar="TASK,...",
+        help="of which tasks (default %(default)s)",
+    )
+    parser.add_argument(
+        "--n",
+        type=_count,
+        default=5000,
+        metavar="N",
+        help="exercises of each task (default %(default)s)",
+    )
+    return parser
+
+
+def _add_pairs(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "pairs",
+        allow_abbrev=False,
+        help="write preferences made of a text, for nanochat dpo",
+        description="Write preference pairs, JSON lines for `nanochat dpo --data`: a few words of "
+        "DATA as the prompt, how they go on as the chosen answer, and the same words in disorder "
+        "as the rejected one. Of a data set of several shards the first is read.",
+    )
+    parser.add_argument("data", type=path_argument, metavar="DATA", help=DATA_HELP)
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--n", type=_count, default=1000, metavar="N", help="pairs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out", action="store_true", help="of the text that train.py would hold out of DATA"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        metavar="N",
+        help="seed of the drawing and of the order (default %(default)s)",
+    )
+    return parser
+
+
 def _count(text: str) -> int:
     """argparse type of a whole number of at least 1, also written as 2e9."""
     try:
@@ -253,6 +322,10 @@ def main(argv: list[str]) -> int:
         return _inspect(**values)
     if command == "mix":
         return _mix(**values)
+    if command == "exercises":
+        return _exercises(**values)
+    if command == "pairs":
+        return _pairs(**values)
     from nanochat.apps.data.fetch import Wanted, run_fetch, run_tokenize
 
     run = run_fetch if command == "fetch" else run_tokenize
@@ -297,6 +370,41 @@ def _inspect(*, data: str, val_data: str, documents: int, as_json: bool) -> int:
     # 0 documents is a choice as well: then none is shown
     chosen = None if documents == -1 else documents
     return run_inspect(data, val_data, documents=chosen, as_json=as_json)
+
+
+def _exercises(*, out: str, tasks: str, n: int) -> int:
+    names = tasks.split(",")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise UsageError(f"--tasks {','.join(unknown)}: no such task; there are {', '.join(TASKS)}")
+    if os.path.exists(out):
+        raise UsageError(f"{out} exists already; name a new file")
+    lines = [
+        json.dumps({"messages": one.messages()}) + "\n"
+        for name in names
+        for one in itertools.islice(exercises(name, TRAIN), n)
+    ]
+    write_atomic(out, "".join(lines))
+    say(f"{out}: {counted(len(lines), 'conversation')}")
+    return 0
+
+
+def _pairs(*, data: str, out: str, n: int, held_out: bool, seed: int) -> int:
+    # here, not above: it imports numpy
+    from nanochat.data.sources import open_corpus
+
+    if os.path.exists(out):
+        raise UsageError(f"{out} exists already; name a new file")
+    corpus = open_corpus(data, report=say)
+    shard = (corpus.val if held_out else corpus.train)[0]
+    pairs = continuations(shard.documents(say), n, seed)
+    if len(pairs) < n:
+        raise UsageError(
+            f"--n {n}: {shard.name} of {data} has words for {counted(len(pairs), 'pair')}; ask for "
+            "fewer, or give more text"
+        )
+    write_atomic(out, "".join(json.dumps(pair.as_line()) + "\n" for pair in pairs))
+    say(f"{out}: {counted(len(pairs), 'pair')}")
+    return 0
 
 
 def _mix(

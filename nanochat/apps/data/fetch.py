@@ -21,7 +21,7 @@ from nanochat.data.download import DownloadFailed, RemoteFile
 from nanochat.data.rows import Rows
 from nanochat.data.sources import Corpus, Shard, describe_corpus, is_remote, open_corpus
 from nanochat.data.token_cache import DataFailed, TokenCache, load_tokenizer, shards_to_fit
-from nanochat.data.tokenizer import MIN_BPE_VOCAB, TOKENIZER_KINDS, Tokenizer, read_tokenizer
+from nanochat.data.tokenizer import MIN_BPE_VOCAB, TRAINED_TOKENIZERS, Tokenizer, read_tokenizer
 
 # `fetch` counts the tokens of so much text of a shard, and estimates the rest from it ...
 COUNT_BYTES = 8 << 20
@@ -55,13 +55,13 @@ class Wanted:
             problems.append(f"--max-seq-len {self.max_seq_len}: must be at least 1")
         if self.vocab_size != -1 and self.vocab_size < MIN_BPE_VOCAB:
             problems.append(f"--vocab-size {self.vocab_size}: give at least {MIN_BPE_VOCAB}, or -1")
-        if self.tokenizer not in (*TOKENIZER_KINDS, "gpt2"):
+        if self.tokenizer not in (*TRAINED_TOKENIZERS, "gpt2"):
             try:
                 read_tokenizer(self.tokenizer)
             except UsageError as error:
                 problems.append(
-                    f"--tokenizer {self.tokenizer}: not bpe, char, byte or gpt2, and as a folder: "
-                    f"{error}"
+                    f"--tokenizer {self.tokenizer}: not {', '.join(TRAINED_TOKENIZERS)} or gpt2, "
+                    f"and as a folder: {error}"
                 )
         if problems:
             raise UsageError("\n".join(problems))

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,31 +28,44 @@ from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, write_json
 # The source tree, from which the checks run: nothing has to be installed.
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds that each may take, the most important first. Those named "dN-..." train that depth,
-# "attention-T" time all backends.
+# "warm-N" compile what those will run, "attention-T" time all backends.
 CHECKS = {
     "kernels": 200,
+    "warm-12": 200,
+    "warm-24": 200,
     "d12-bf16": 100,
+    "d24-bf16": 160,
+    "attention-2048": 90,
+    "variants": 160,
     "resume": 200,
     "attention-512": 60,
-    "attention-2048": 90,
     "d12-fp8": 90,
-    "d24-bf16": 100,
-    "d24-fp8": 100,
-    "d20-bf16": 90,
-    "d20-fp8": 90,
+    "d24-fp8": 160,
+    "d20-bf16": 120,
+    "d20-fp8": 120,
     "loss": 60,
     "ranks": 100,
     "d12-triton": 60,
-    "determinism": 90,
+    "determinism": 140,
     "attention-8192": 90,
     "d24-rowwise": 90,
     "resume-fp8": 120,
     "tiles": 150,
 }
+# Side by side, as nothing in them is timed: the compiler takes most of it.
+TOGETHER = ("kernels", "warm-12", "warm-24")
 # Of the first one, which describes the machine; the start of CUDA is included.
 MACHINE_SECONDS = 120
 # A check takes at least this long to start and compile.
 LEAST_SECONDS = 20
+
+
+def groups(names: Sequence[str]) -> list[list[str]]:
+    """The names in their order, those of TOGETHER first and in one list, the others in lists of
+    one."""
+    together = [name for name in names if name in TOGETHER]
+    alone = [[name] for name in names if name not in TOGETHER]
+    return [together, *alone] if together else alone
 
 
 def unable(name: str, machine: GpuMachine, toy: bool) -> str | None:
@@ -60,6 +74,8 @@ def unable(name: str, machine: GpuMachine, toy: bool) -> str | None:
         return _first((toy, "they need a GPU"), (not machine.pytest, "pytest is not installed"))
     if name.endswith(("fp8", "rowwise")):
         return _first((toy, "fp8 needs a GPU"), (not machine.torchao, "torchao is not installed"))
+    if name.startswith("warm") and toy:
+        return "nothing is compiled"
     if name in ("tiles", "d12-triton"):
         no_triton = (not machine.triton, "triton is not installed")
         return _first((toy, "the kernel needs a GPU"), no_triton)
@@ -82,6 +98,8 @@ def rows_of_process(command: Sequence[str], seconds: float, cut_off: bool = Fals
     environment = os.environ | {
         # Deterministic products need it before CUDA is initialised.
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        # as training has it
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     # Files, not pipes: a process that outlives its check may hold a pipe open for ever.
@@ -157,7 +175,8 @@ def check_gpu(out: str, names: Sequence[str], minutes: float, toy: bool | None =
     _print_rows(rows, toy)
     described = bool(rows) and rows[0].facts is not None
     machine = GpuMachine.from_json(rows[0].facts) if described else None
-    for name in names if machine else ():
+
+    def rows_of(name: str) -> list[Row]:
         started = time.monotonic()
         left = 60 * minutes - (started - began)
         reason = unable(name, machine, toy)
@@ -169,10 +188,14 @@ def check_gpu(out: str, names: Sequence[str], minutes: float, toy: bool | None =
             limit = min(CHECKS[name], left)
             words = [name, f"--peak={rows[0].peak or 0}", f"--memory={machine.memory_bytes}"]
             new = rows_of_process([*command, *words], limit, cut_off=left < CHECKS[name])
-        rows += [replace(row, check=name) for row in new]
         print(f"-- {name}: {time.monotonic() - started:.0f} s", flush=True)
         _print_rows(new, toy)
-        # After each check, so that an interruption loses none of the results.
+        return [replace(row, check=name) for row in new]
+
+    for group in groups(names) if machine else ():
+        with ThreadPoolExecutor(len(group)) as pool:
+            rows += [row for new in pool.map(rows_of, group) for row in new]
+        # After each group, so that an interruption loses none of the results.
         write_json(path, [row.as_json() for row in rows])
     last = conclusions({row.what: row.value for row in rows}, toy)
     write_json(path, [row.as_json() for row in rows + last])

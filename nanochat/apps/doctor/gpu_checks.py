@@ -3,6 +3,8 @@
 
 import argparse
 import contextlib
+import gc
+import importlib
 import importlib.util
 import json
 import re
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,9 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanochat import hardware
 from nanochat.apps.doctor.gpu import CHECKS, ROOT
 from nanochat.apps.doctor.gpu_table import ROWS, TOY_LENGTH, GpuMachine, Row, attempt, is_toy
+from nanochat.common import python_command
+from nanochat.eval.bpb import bits_per_byte
 from nanochat.model import loss
 from nanochat.model.attention import attention
-from nanochat.run import compiler
+from nanochat.run import compiler, profiler
 from nanochat.run.metrics import read_lines
 from nanochat.run.timing import Entry, timed
 from nanochat.run.workload import (
@@ -61,6 +66,29 @@ COMMON_TRAINING = (
 )
 # Deeper, as layers of depth 8 are too small for fp8, and therefore shorter.
 IN_FP8 = ("--fp8", "--depth=16", "--num-iterations=40", "--save-every=20", "--eval-every=20")
+# Ways to compute the same that are measured against the one in use: what each sets, as (module,
+# name, value).
+VARIANTS = {
+    "as it is": [],
+    "flex for full context": [("nanochat.model.attention", "FLEX_TAKES_FULL_CONTEXT", True)],
+    "one product for q, k, v": [("nanochat.model.layers", "ONE_PRODUCT", True)],
+    "Triton loss": [("nanochat.model.loss", "TRITON_ON_GPU", True)],
+    "fp32 sums of the head's gradient": [("nanochat.model.loss", "WIDE_SUM", True)],
+    "all of these": [
+        ("nanochat.model.attention", "FLEX_TAKES_FULL_CONTEXT", True),
+        ("nanochat.model.layers", "ONE_PRODUCT", True),
+        ("nanochat.model.loss", "TRITON_ON_GPU", True),
+        ("nanochat.model.loss", "WIDE_SUM", True),
+    ],
+    "reductions that the compiler chooses freely": [
+        ("torch._inductor.config", "deterministic", False),
+        ("torch._inductor.config", "write_are_deterministic_algorithms_enabled", False),
+    ],
+}
+# Tokens whose evaluation is timed.
+EVALUATED = 2**20
+# Kernels in the profile of a training step.
+PROFILED_KERNELS = 40
 # What a kind of training changes in the shape; "triton" is attention by our kernel, in bf16.
 KINDS = {
     "bf16": {},
@@ -72,12 +100,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is. product_sizes: n of the matrix products. loss_chunks: logits at
-    once. training: flags of train.py for the runs that are resumed."""
+    """How large everything is. passes: timed in a row, for training. product_sizes: n of the matrix
+    products. loss_chunks: logits at once. training: flags of train.py for the runs that are
+    resumed."""
 
     device_type: str
     compile: bool
     repeats: int
+    passes: int
     aspect_ratio: int
     head_dim: int
     vocab_size: int
@@ -119,6 +149,7 @@ FULL = Sizes(
     device_type="cuda",
     compile=True,
     repeats=5,
+    passes=20,
     aspect_ratio=64,
     head_dim=128,
     vocab_size=32768,
@@ -131,12 +162,14 @@ FULL = Sizes(
     loss_backends=loss.BACKENDS,
     training=(
         "--device-type=cuda",
-        "--depth=8",
-        "--max-seq-len=1024",
-        "--total-batch-size=131072",
-        "--num-iterations=300",
-        "--save-every=150",
-        "--eval-every=150",
+        "--depth=12",
+        "--max-seq-len=2048",
+        "--device-batch-size=32",
+        "--total-batch-size=524288",
+        "--num-iterations=20",
+        "--save-every=10",
+        "--eval-every=20",
+        "--sample-every=20",
         "--eval-tokens=1000000",
     ),
     rank_steps=50,
@@ -145,6 +178,7 @@ TOY = Sizes(
     device_type="cpu",
     compile=False,
     repeats=1,
+    passes=1,
     aspect_ratio=16,
     head_dim=16,
     vocab_size=300,
@@ -268,17 +302,123 @@ def check_training(
     # The figures would be those of another program.
     if sizes.compile and not setup.compiled:
         yield Row(f"d{depth} {kind}", None, note="not compiled", wrong=True)
-    yield from rows_of_training(TrainingStep(setup), f"d{depth} {kind}", peak, label, sizes.repeats)
+    training = TrainingStep(setup)
+    name = f"d{depth} {kind}"
+    yield from rows_of_training(training, name, peak, label, sizes.repeats, sizes.passes)
+    if kind == "bf16":
+        yield from attempt(f"{name} evaluation", partial(row_of_evaluation, training, name))
+    if setup.device.type == "cuda":
+        yield from attempt(f"{name} profile", partial(row_of_profile, training, name))
+
+
+def row_of_evaluation(training: TrainingStep, name: str) -> Row:
+    """Bits per byte of rows of made-up text, as many tokens as EVALUATED."""
+    setup = training.setup
+    config = setup.config
+    n = 1 if is_toy() else EVALUATED // config.max_seq_len
+    generator = np.random.default_rng(1)
+    pieces = list(generator.integers(config.vocab_size, size=(n, config.max_seq_len + 1)))
+    byte_counts = np.ones(config.vocab_size, dtype=np.int64)
+
+    def evaluate() -> None:
+        bits_per_byte(training.model, pieces, byte_counts, setup.tokens, setup.device)
+
+    (seconds,) = timed(evaluate, setup.device, 1)
+    return Row(f"{name} evaluation", seconds, "s", f"of {n * config.max_seq_len:,} tokens")
+
+
+def row_of_profile(training: TrainingStep, name: str) -> Row:
+    """Where the time of a pass that adds to gradients and of an update goes, by kind in the note,
+    by kernel in the facts."""
+    training.forward_backward()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        training.update(training.forward_backward())
+        torch.cuda.synchronize()
+    kernels = profiler.longest_kernels(profile.key_averages(), n=10_000)
+    kinds: dict[str, float] = {}
+    for kernel, _, milliseconds in kernels:
+        kind = profiler.kind_of(kernel)
+        kinds[kind] = kinds.get(kind, 0.0) + milliseconds
+    longest = sorted(kinds, key=kinds.get, reverse=True)
+    note = ", ".join(f"{kind} {kinds[kind]:.1f} ms" for kind in longest)
+    facts = {
+        "kinds": kinds,
+        "kernels": kernels[:PROFILED_KERNELS],
+    }
+    return Row(f"{name} profile", sum(kinds.values()), "ms", f"of kernels: {note}", facts=facts)
+
+
+def check_warm_up(depth: int, memory_bytes: float, sizes: Sizes) -> Iterator[Row]:
+    """Compile what the checks of a depth run, so that they find it compiled."""
+    rows = rows_at_once(depth, memory_bytes)
+    for variant in VARIANTS if depth == 12 else ("as it is",):
+
+        def row(variant: str = variant) -> Row:
+            with switched(VARIANTS[variant]):
+                training = TrainingStep(sizes.setup(depth, rows))
+            return Row(f"d{depth} compiled, {variant}", training.warm_up_seconds, "s")
+
+        yield from attempt(f"d{depth} compiled, {variant}", row)
+        forget_compiled()
+
+
+@contextlib.contextmanager
+def switched(settings: Sequence[tuple[str, str, object]]) -> Iterator[None]:
+    """Context in which attributes of modules, as in VARIANTS, have other values."""
+    modules = [importlib.import_module(module) for module, _, _ in settings]
+    names = [name for _, name, _ in settings]
+    before = list(map(getattr, modules, names))
+    try:
+        for module, (_, name, value) in zip(modules, settings, strict=True):
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in zip(modules, names, before, strict=True):
+            setattr(module, name, value)
+
+
+def forget_compiled() -> None:
+    """Drop compiled functions, whose code depends on what a variant sets, and free memory."""
+    torch.compiler.reset()
+    loss._compiled.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def check_variants(memory_bytes: float, sizes: Sizes) -> Iterator[Row]:
+    """Passes of depth 12 in each of the VARIANTS."""
+    times: dict[str, float] = {}
+    for variant, settings in VARIANTS.items():
+
+        def row(variant: str = variant, settings: Sequence = settings) -> Row:
+            with switched(settings):
+                training = TrainingStep(sizes.setup(12, rows_at_once(12, memory_bytes)))
+                entry = training.time_accumulation(sizes.passes)
+            times[variant] = entry.median
+            least, most = 1000 * min(entry.seconds), 1000 * max(entry.seconds)
+            gain = times["as it is"] / entry.median
+            return Row(
+                f"d12 pass, {variant}",
+                1000 * entry.median,
+                "ms",
+                f"{least:.1f} to {most:.1f}, n = {len(entry.seconds)}; {gain:.3f} times as fast; "
+                f"loss {float(training.loss()):.6f}",
+            )
+
+        yield from attempt(f"d12 pass, {variant}", row)
+        forget_compiled()
 
 
 def rows_of_training(
-    training: TrainingStep, name: str, peak: float, label: str, repeats: int
+    training: TrainingStep, name: str, peak: float, label: str, repeats: int, passes: int
 ) -> Iterator[Row]:
     """Speed, MFU, peak memory and the optimizer's share of a step of BATCH_TOKENS.
 
-    name: of the rows, "d12 bf16" for example. peak: in FLOP/s; label: what it is."""
+    passes: timed in a row, since a GPU gets slower as it gets warm. name: of the rows, "d12 bf16"
+    for example. peak: in FLOP/s; label: what it is."""
     setup = training.setup
-    micro = training.time_accumulation(repeats)
+    micro = training.time_accumulation(passes)
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     training.step()
@@ -395,12 +535,9 @@ def check_determinism(sizes: Sizes) -> Iterator[Row]:
 def train(folder: str, sizes: Sizes, *flags: str, ranks: int = 1) -> None:
     """Run train.py in a process of its own, or in `ranks` of them under torchrun. Raises
     RuntimeError with its last lines if it fails."""
-    start = [sys.executable]
-    # Without "--" torchrun's own parser would take some of train.py's flags for its own.
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
-    words = [str(ROOT / "train.py"), *COMMON_TRAINING, *sizes.training, f"--out-dir={folder}"]
-    done = subprocess.run([*start, *words, *flags], cwd=ROOT, capture_output=True, text=True)
+    words = [*COMMON_TRAINING, *sizes.training, f"--out-dir={folder}", *flags]
+    command = python_command(ROOT / "train.py", words, ranks)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         last = " ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
         raise RuntimeError(f"train.py ended with exit code {done.returncode}: {last}")
@@ -423,7 +560,7 @@ def check_resume(sizes: Sizes, *flags: str) -> Iterator[Row]:
         last, bpb = summary["step"], summary["val_bpb"]
         half = last // 2
         # Well above what such a run reaches; a toy's number means nothing.
-        most_bpb = 4 if flags else 2
+        most_bpb = 5
         yield Row(
             f"real training{kind}, bits per byte",
             bpb,
@@ -541,6 +678,10 @@ def rows_of(name: str, peak: float, memory_bytes: float, sizes: Sizes) -> Iterat
     """The rows of a check as they are found. peak, memory_bytes: of one GPU, for training."""
     if match := re.fullmatch(r"d(\d+)-(\w+)", name):
         return check_training(int(match[1]), match[2], peak, memory_bytes, sizes)
+    if match := re.fullmatch(r"warm-(\d+)", name):
+        return check_warm_up(int(match[1]), memory_bytes, sizes)
+    if name == "variants":
+        return check_variants(memory_bytes, sizes)
     if match := re.fullmatch(r"attention-(\d+)", name):
         return check_attention(int(match[1]), sizes)
     if name == "resume-fp8":

@@ -36,6 +36,7 @@ OPTIONAL = {
     "gguf": Package("gguf>=0.19", "nanochat export --format gguf"),
     "starlette": Package("starlette", "nanochat serve"),
     "uvicorn": Package("uvicorn", "nanochat serve"),
+    "plotext": Package("plotext>=6", "the picture of nanochat jobs watch"),
     "pytest": Package("pytest", "the tests"),
     "pytest-xdist": Package("pytest-xdist", "the tests"),
     "ruff": Package("ruff>=0.17", "the tests"),

@@ -1,6 +1,7 @@
 """`nanochat evaluate RUN ...`: CORE, bits per byte and samples of runs and Hugging Face models."""
 
 import argparse
+import functools
 import json
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
     UsageError,
+    add_model_flags,
     path_argument,
     step_argument,
     valid_unicode,
@@ -31,6 +33,7 @@ PART_OF = {
     "core_bundle": "core",
     "baselines": "core",
     "core_crop": "core",
+    "core_chat": "core",
     "data": "bpb",
     "eval_tokens": "bpb",
     "prompt": "sample",
@@ -115,7 +118,14 @@ def _add_core_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--core-crop",
         action="store_true",
-        help="crop prompts to the model's sequence length instead of ten times that",
+        help="crop prompts to the model's sequence length, each choice to its last tokens, as is "
+        "published for GPT-2, instead of to ten times that",
+    )
+    add(
+        "--core-chat",
+        action="store_true",
+        help="ask the multiple-choice tasks in the chat format, as a run of `nanochat sft` was "
+        "taught; the result is no CORE metric",
     )
 
 
@@ -159,21 +169,9 @@ def _add_bpb_and_sample_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("where to compute").add_argument
-    add(
-        "--device-type",
-        default="",
-        choices=("", "cuda", "mps", "cpu"),
-        help="empty: the first available of cuda, mps, cpu",
-    )
-    add(
-        "--dtype",
-        default="auto",
-        # float16 is left out: its range is made up for by loss scaling, which only training has
-        choices=("auto", "bfloat16", "float32"),
-        help="compute dtype, as in train.py",
-    )
-    add(
+    group = parser.add_argument_group("where to compute")
+    add_model_flags(group, auto="as in train.py")
+    group.add_argument(
         "--batch-tokens",
         type=int,
         default=-1,
@@ -190,7 +188,8 @@ def comma_separated(text: str) -> tuple[str, ...]:
 
 def _flag_problems(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """A message for every flag that is unusable, whatever the runs are."""
-    # here, not above: it imports numpy
+    # here, not above: they import numpy
+    from nanochat.eval.core_chat import choice_problem
     from tasks.core import label_problem
 
     problems = []
@@ -200,7 +199,7 @@ def _flag_problems(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     for name, part in PART_OF.items():
         if getattr(args, name) != parser.get_default(name) and not getattr(args, part):
             problems.append(f"{_flag(name)}: belongs to --{part}; add that, or omit the flag")
-    if problem := label_problem(args.tasks):
+    if problem := label_problem(args.tasks) or (args.core_chat and choice_problem(args.tasks)):
         problems.append(problem)
     # not in PART_OF, since two measurements use it
     if args.batch_tokens != -1 and not (args.core or args.bpb):
@@ -224,7 +223,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _run_problems(run: str, *, step: int | str, sample: bool, bpb: bool, data: str) -> list[str]:
+def _run_problems(
+    run: str, *, step: int | str, sample: bool, bpb: bool, data: str, core_chat: bool
+) -> list[str]:
     """A message for every flag that is unusable with this run."""
     try:
         config = read_config(run)
@@ -246,6 +247,14 @@ def _run_problems(run: str, *, step: int | str, sample: bool, bpb: bool, data: s
     if bpb and not data and (foreign or "data" not in config):
         kind = "is a Hugging Face folder" if foreign else "was imported"
         problems.append(f"--bpb: {run} {kind} and has no text of its own; name one with --data")
+    if core_chat:
+        # here, not above: they import numpy
+        from nanochat.data.tokenizer import read_tokenizer
+        from nanochat.eval.core_chat import chat_problem
+
+        tokenizer = None if foreign else read_tokenizer(run)
+        if problem := chat_problem(tokenizer, run):
+            problems.append(problem)
     return problems
 
 
@@ -259,7 +268,13 @@ def main(argv: list[str]) -> int:
     problems = _flag_problems(args, parser)
     for run in args.runs:
         problems += _run_problems(
-            run, step=args.step, sample=args.sample, bpb=args.bpb, data=args.data
+            run,
+            step=args.step,
+            sample=args.sample,
+            bpb=args.bpb,
+            data=args.data,
+            # alone it is refused already
+            core_chat=args.core and args.core_chat,
         )
     if problems:
         raise UsageError("\n".join(problems))
@@ -322,7 +337,7 @@ def _report_of(
     from nanochat import hardware, ranks
     from nanochat.apps.evaluate.measure import draw, measure_bpb, measure_core
     from nanochat.apps.evaluate.report import Report, as_text, difference
-    from nanochat.eval.generation import check_prompts
+    from nanochat.eval.generation import check_prompts, prompt_with_bos
 
     device = machine.device
     dtype_name = str(dtype).removeprefix("torch.")
@@ -331,7 +346,8 @@ def _report_of(
     prompts = args.prompt or [""]
     # samples come last, and a prompt that is too long should not cost the rest
     if args.sample:
-        check_prompts(subject.model, subject.tokenizer, prompts, args.max_tokens)
+        encode = functools.partial(prompt_with_bos, subject.tokenizer)
+        check_prompts(subject.model, encode, prompts, args.max_tokens)
     bpb = core = samples = compared = None
     if args.bpb:
         bpb = measure_bpb(subject, machine, data=args.data, eval_tokens=args.eval_tokens)
@@ -344,6 +360,7 @@ def _report_of(
             max_per_task=args.max_per_task,
             baselines=args.baselines,
             crop=args.core_crop,
+            chat=args.core_chat,
         )
         if first is not None:
             compared = difference(core.result, first.run, first.core.result)

@@ -27,10 +27,14 @@ from nanochat.eval.generation import NotNumbers, generate_text
 from nanochat.eval.unison import EvaluationFailed
 from nanochat.limits import available_cpus
 from nanochat.run.plan import ASSUMED_MFU
-from tasks.core import LABELS
+from nanochat.run.training_text import held_out_shards
+from tasks.core import CHOICE_LABELS, LABELS
 
 # of a loss in nats: e^709 is the largest power that fp64 holds
 MAX_EXPONENT = 700
+# how prompts that are too long for a model are cut: of ours, and of those with a fixed context
+OWN_CROP = "a longer one loses what follows its BOS"
+PUBLISHED_CROP = "of a longer one each choice keeps its last tokens, as published for GPT-2"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,10 @@ def measure_bpb(subject: Subject, machine: Machine, *, data: str, eval_tokens: i
         name = data
     else:
         shards = _shards_of_run(subject, machine.say)
-        name = subject.config["data"]["name"]
+        # that of --data alone would be taken for the text that it was trained on
+        name = subject.config["args"].get("val_data") or (
+            f"the held-out text of {subject.config['data']['name']}"
+        )
     row_tokens = subject.model.config.max_seq_len
     limit = sys.maxsize if eval_tokens == -1 else eval_tokens
     # token files are cached by the fingerprint of one of our tokenizers
@@ -128,18 +135,13 @@ def _named_shards(data: str, say: Callable[[str], None]) -> list:
 
 def _shards_of_run(subject: Subject, say: Callable[[str], None]) -> list:
     """The held-out shards that a run was validated on."""
-    args = subject.config["args"]
-    recorded = subject.config["data"]
-    corpus = ranks.from_rank0_or_raise(
-        lambda: open_corpus(args["data"], args["val_data"], recorded.get("revision", ""), say)
-    )
-    # bits per byte of another text would pass for those of the run
-    if corpus.fingerprint != recorded["fingerprint"]:
+    shards = ranks.from_rank0_or_raise(lambda: held_out_shards(subject.config, say))
+    if shards is None:
         raise UsageError(
-            f"--bpb: the text of {subject.folder} ({recorded['name']}) has changed since the run "
-            f"was started; name another with --data"
+            f"--bpb: the text of {subject.folder} ({subject.config['data']['name']}) has changed "
+            f"since the run was started; name another with --data"
         )
-    return corpus.val
+    return shards
 
 
 def _foreign_pieces(shards: list, tokenizer: Any, row_tokens: int, max_tokens: int) -> list:
@@ -183,14 +185,18 @@ def measure_core(
     max_per_task: int,
     baselines: str,
     crop: bool,
+    chat: bool,
 ) -> CoreReport:
-    """CORE, or some of its tasks. labels: of --tasks, empty: all. The others are as the flags.
+    """CORE, or some of its tasks. labels: of --tasks, empty: all, with chat those of multiple
+    choice. The others are as the flags.
 
     An evaluation that fails is a report without the metric. Raises UsageError as open_core()."""
-    labels = labels or LABELS
+    labels = labels or (CHOICE_LABELS if chat else LABELS)
     config = subject.model.config
     # a Hugging Face model has positions for its context only
     limit = config.max_seq_len if subject.foreign else len_limit(config, crop)
+    # at the context, as others do it, so that results can be compared
+    published_crop = (subject.foreign or crop) and not chat
     core = open_core(
         bundle,
         subject.tokenizer,
@@ -202,6 +208,8 @@ def measure_core(
         # one evaluation: no reason to hold prompts
         keep=False,
         shares=not subject.foreign,
+        chat=chat,
+        published_crop=published_crop,
     )
     # rank 0 may have to measure it, and the estimate is printed once
     peak, _ = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(machine.device))
@@ -221,8 +229,10 @@ def measure_core(
     return CoreReport(
         result=result,
         limit=limit,
+        crop_rule=PUBLISHED_CROP if published_crop else OWN_CROP,
         baselines=baselines,
         max_per_task=max_per_task,
+        chat=chat,
         failed=not measured.issuperset(labels),
     )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UsageError, human_time, write_atomic, write_json
+from nanochat.common import UsageError, counted, human_time, write_atomic, write_json
 from nanochat.eval.core import CoreResult, TaskResult
-from tasks.core import interval
+from tasks.core import interval, metric
 
 COLUMNS = (
     "task",
@@ -52,8 +52,12 @@ class CoreReport:
     result: CoreResult
     # tokens of a prompt at most
     limit: int
+    # what a longer one loses, in words
+    crop_rule: str
     baselines: str
     max_per_task: int
+    # whether the model was asked in its chat format
+    chat: bool
     # whether a task that was asked for is missing
     failed: bool
 
@@ -213,10 +217,12 @@ def bpb_sentence(found: BpbReport) -> str:
 def core_sentences(core: CoreReport) -> list[str]:
     """CORE, and how it was measured, in words."""
     found = core.result
-    if found.core_metric is None:
-        metric = f"no CORE metric: {found.reason}"
+    if core.chat:
+        said = chat_sentence(found)
+    elif found.core_metric is None:
+        said = f"no CORE metric: {found.reason}"
     else:
-        metric = (
+        said = (
             f"CORE {found.core_metric:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} "
             f"(bootstrap over the examples), n = {found.n:,}, {human_time(found.seconds)}"
         )
@@ -224,9 +230,25 @@ def core_sentences(core: CoreReport) -> list[str]:
     if any(task.n < task.examples for task in found.tasks.values()):
         examples = f"a sample of at most {core.max_per_task} examples a task"
     return [
-        metric,
-        f"chance levels {core.baselines}; prompts of at most {core.limit:,} tokens; {examples}",
+        said,
+        f"chance levels {core.baselines}; prompts of at most {core.limit:,} tokens, "
+        f"{core.crop_rule}; {examples}",
     ]
+
+
+def chat_sentence(found: CoreResult) -> str:
+    """What a chat model answered to multiple-choice tasks: a number that is not CORE."""
+    measured = {label: task for label, task in found.tasks.items() if task.centered is not None}
+    if not measured:
+        return f"no answers in the chat format: {found.reason}"
+    mean = metric(task.centered for task in measured.values())
+    low, high = interval(measured)
+    return (
+        f"multiple choice in the chat format: mean centered accuracy {mean:.4f} of "
+        f"{counted(len(measured), 'task')}, 95% interval {low:.4f} to {high:.4f} (bootstrap over "
+        f"the examples), n = {found.n:,}, {human_time(found.seconds)}; no CORE metric, whose "
+        f"prompts are plain text"
+    )
 
 
 def difference_sentence(found: Difference) -> str:

@@ -1,55 +1,47 @@
-"""From the Hugging Face folder of an exported Llama back to a run folder."""
+"""Reading the Hugging Face folder of a Llama, exported here or from elsewhere."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanochat import load
-from nanochat.apps.export.fields import read_llama_config, tensor_name
-from nanochat.apps.export.tokenizer_files import read_tokenizer_json
-from nanochat.apps.export.verify import ExportFailed
-from nanochat.common import UsageError, new_folder, read_json
-from nanochat.model.build import build, meta_model
-from nanochat.run import checkpoint
-from nanochat.run.folder import RunFolder, provenance, write_summary
-
-if TYPE_CHECKING:
-    from nanochat.data.tokenizer import Tokenizer
-    from nanochat.model.config import GPTConfig
+from nanochat.apps.export.fields import read_llama_fields
+from nanochat.apps.export.foreign import Foreign
+from nanochat.common import UsageError, read_json
 
 WEIGHTS_FILE = "model.safetensors"
+# Tables that follow from config.json; old releases of transformers saved them.
+ROTARY_TABLE = ".rotary_emb.inv_freq"
 
 
-def import_folder(source: Path, out: Path) -> None:
-    """Write the run folder `out` from the Hugging Face folder of a Llama that was exported here.
+def read_folder(source: Path) -> Foreign:
+    """The Llama in a folder, of which safetensors and JSON are read, and nothing else.
 
-    Reads safetensors and JSON only, and converts the weights to fp32. Raises UsageError that names
-    the field or tensor that our Llama does not have, ExportFailed if the run's weights differ."""
-    config = read_llama_config(source / "config.json")
-    tokenizer = read_tokenizer_json(source)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UsageError(
-            f"{source / 'config.json'}: vocab_size is {config.vocab_size}, but the tokenizer has "
-            f"{tokenizer.vocab_size} tokens"
-        )
-    weights = _in_our_names(read_weights(source), config, source)
-    with new_folder(out) as folder:
-        _write_run(folder, source, config, tokenizer, weights)
-        # Through the same door as every app: a run that none of them can load is not a result.
-        loaded, _ = load(folder, 0, device_type="cpu", dtype="float32")
-        saved = loaded.state_dict()
-        if not all(torch.equal(tensor, weights[name]) for name, tensor in saved.items()):
-            raise ExportFailed("the weights of the new run differ from those of the folder")
-    print(f"verified: weights and tokenizer as in {source}; run folder: {out}")
+    UsageError for a folder without a config.json of a Llama."""
+    path = source / "config.json"
+    if not path.exists() and (source / "ckpt.pt").exists():
+        raise UsageError(f"{source} has a checkpoint of nanoGPT: name the file, {source}/ckpt.pt")
+    config = read_llama_fields(path)
+    files = [path, *(source / name for name in weight_files(source))]
+    files += [tokenizer for tokenizer in [source / "tokenizer.json"] if tokenizer.exists()]
+    tied = bool(config.get("tie_word_embeddings"))
+    return Foreign(
+        kind="Hugging Face Llama",
+        path=path,
+        files=files,
+        config=config,
+        weights=lambda: _without_tables(read_weights(source), tied),
+    )
 
 
-# ---- weights ----
+def _without_tables(weights: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """The weights without what follows from the others, and a tied head's second copy."""
+    head, table = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    if tied and head is not None and table is not None and head.equal(table):
+        weights = {name: tensor for name, tensor in weights.items() if tensor is not head}
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(ROTARY_TABLE)}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -57,7 +49,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     UsageError if a file is missing or damaged, or is not in the folder."""
     weights = {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         try:
             weights |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
@@ -68,7 +60,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the files in a folder that hold its weights."""
     # transformers prefers the single file, too.
     index = folder / f"{WEIGHTS_FILE}.index.json"
@@ -93,97 +85,3 @@ def _is_weight_file(name: str) -> bool:
     """Whether this is the bare name of a safetensors file."""
     # The folder may come from anyone: its index must not name files elsewhere on this machine.
     return name == os.path.basename(name) and name.endswith(".safetensors")
-
-
-def _in_our_names(
-    theirs: dict[str, Tensor], config: "GPTConfig", source: Path
-) -> dict[str, Tensor]:
-    """The weights in fp32 under the names of our Llama.
-
-    UsageError naming a tensor that is missing, has another shape, or has no place in it."""
-    # On the meta device: a wrong file is refused before memory for a model is allocated.
-    parameters = meta_model(config).state_dict()
-    names = {name: tensor_name(name, config.arch) for name in parameters}
-    for name, tensor in parameters.items():
-        _check_tensor(theirs.get(names[name]), names[name], tensor.shape, source)
-    # A tensor left out would change what the model computes, without an error.
-    foreign = sorted(set(theirs) - set(names.values()))
-    if foreign:
-        raise UsageError(
-            f"{source}: the weights include {foreign[0]}, which nanochat's llama does not have"
-        )
-    return {name: theirs[their_name].float() for name, their_name in names.items()}
-
-
-def _check_tensor(found: Tensor | None, name: str, shape: torch.Size, source: Path) -> None:
-    """UsageError unless the tensor exists, has this shape, and holds floating-point numbers."""
-    if found is None:
-        raise UsageError(f"{source}: the weights lack {name}")
-    # Weights quantised to integers need scales, which only their own format knows.
-    if found.shape != shape or not found.is_floating_point():
-        raise UsageError(
-            f"{source}: {name} is {found.dtype} of shape {list(found.shape)}; it must be floating "
-            f"point of shape {list(shape)}"
-        )
-
-
-# ---- the run folder ----
-
-
-def _write_run(
-    folder: Path,
-    source: Path,
-    config: "GPTConfig",
-    tokenizer: "Tokenizer",
-    weights: dict[str, Tensor],
-) -> None:
-    """A completed run of zero steps, whose final checkpoint has these weights."""
-    # Built whole first: rotary tables are no weights, so the file does not hold them.
-    model = build(config, "cpu")
-    model.load_state_dict(weights)
-    tokenizer.save(folder / "tokenizer")
-    RunFolder(folder).write_config(_run_config(source, config, tokenizer))
-    # Without an optimizer's state the run can be started from, but not resumed.
-    checkpoint.save(folder, 0, "final", model, {}, {"tokenizer": tokenizer.fingerprint})
-    # The keys are those that training writes: readers of runs need no special case.
-    write_summary(
-        folder,
-        status="completed",
-        reason=f"imported from {source}",
-        step=0,
-        tokens=0,
-        total_training_flops=0,
-        total_training_time=0.0,
-        val_bpb=None,
-        min_val_bpb=None,
-        core_metric=None,
-        core_metric_n=None,
-        tok_per_sec=None,
-        mfu=None,
-        peak_memory_bytes=None,
-    )
-
-
-def _run_config(source: Path, config: "GPTConfig", tokenizer: "Tokenizer") -> dict[str, Any]:
-    """config.json of an imported run."""
-    return {
-        # The flags of train.py that would give this shape.
-        "args": {
-            "arch": "llama",
-            "tie_embeddings": config.tie_embeddings,
-            "depth": config.depth,
-            "aspect_ratio": config.width // config.depth,
-            "head_dim": config.head_dim,
-            "n_kv_head": config.n_kv_head,
-            "max_seq_len": config.max_seq_len,
-            "window_pattern": "L",
-        },
-        "imported_from": str(source),
-        "model": asdict(config),
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-        },
-        **provenance(),
-    }

@@ -13,7 +13,13 @@ from torch import Tensor
 from nanochat.apps.export.fields import tensor_name
 from nanochat.apps.export.tokenizer_files import PAD_BYTE, PAD_TEXT, merges_of, pad_id
 from nanochat.common import UsageError, install_hint
-from nanochat.data.tokenizer import GPT2_PATTERN, gpt2_byte_characters
+from nanochat.data.chat import JINJA, is_chat
+from nanochat.data.tokenizer import (
+    GPT2_PATTERN,
+    LLAMA_PATTERN,
+    TURN_END,
+    gpt2_byte_characters,
+)
 from nanochat.model.llama import LLAMA_NORM_EPS, LLAMA_ROPE_BASE, swiglu_width
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ GGUF_TYPES = {
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
 # Split patterns of ours -> the pre-tokenizer of llama.cpp that cuts text at the same places.
-PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2"}
+PRE_TOKENIZERS = {GPT2_PATTERN: "gpt-2", LLAMA_PATTERN: "llama-bpe"}
 # For tokenizers of characters and bytes, whose tokens no pre-tokenizer can cut.
 ANY_PRE_TOKENIZER = "gpt-2"
 
@@ -39,13 +45,17 @@ class Vocabulary:
     """A tokenizer as llama.cpp's byte-pair encoding.
 
     tokens: spelled in GPT-2's characters for bytes. merges: two spelled strings with a blank
-    between them, first come first merged. bos, pad: ids; pad may be None."""
+    between them, first come first merged. bos, pad, eos: ids; pad may be None. template: of chats,
+    in Jinja, or None. control: ids of tokens that no text contains."""
 
     pre_tokenizer: str
     tokens: list[str]
     merges: list[str]
     bos: int
     pad: int | None
+    eos: int
+    template: str | None
+    control: list[int]
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,9 @@ def vocabulary_of(tokenizer: "Tokenizer") -> Vocabulary:
         raise UsageError(
             "--format gguf: no pre-tokenizer of llama.cpp splits text as this run's tokenizer does "
             "(it cuts digits in pairs and takes line breaks together with the blanks around them), "
-            "so llama.cpp would feed the model other tokens than it was trained on; train with "
-            "--tokenizer=gpt2, char or byte, or use --format hf"
+            "so llama.cpp would feed the model other tokens than it was trained on; use --format "
+            "hf, or train the next run with --tokenizer=bpe-llama, which takes the same "
+            "--vocab-size (gpt2, char and byte can be exported too)"
         )
     spelling = {byte: character for character, byte in gpt2_byte_characters().items()}
 
@@ -89,12 +100,22 @@ def vocabulary_of(tokenizer: "Tokenizer") -> Vocabulary:
         pairs = merges_of(tokenizer)
     # gguf cannot write an empty list: two bytes that UTF-8 never has, so that they never merge.
     merges = [f"{spelled(a)} {spelled(b)}" for a, b in pairs or [(PAD_BYTE, PAD_BYTE)]]
-    tokens = [spelled(token) for token in tokenizer.tokens] + [tokenizer.bos_text]
+    tokens = [spelled(token) for token in tokenizer.tokens]
+    tokens += [tokenizer.bos_text, *tokenizer.specials]
     pad = pad_id(tokenizer)
     if pad is not None:
         tokens[pad] = PAD_TEXT
-    pre_tokenizer = PRE_TOKENIZERS.get(tokenizer.pattern, ANY_PRE_TOKENIZER)
-    return Vocabulary(pre_tokenizer, tokens, merges, tokenizer.bos, pad)
+    return Vocabulary(
+        PRE_TOKENIZERS.get(tokenizer.pattern, ANY_PRE_TOKENIZER),
+        tokens,
+        merges,
+        tokenizer.bos,
+        pad,
+        # Without chats one token has both roles: it separates documents, so it also ends one.
+        tokenizer.special_ids.get(TURN_END, tokenizer.bos),
+        JINJA if is_chat(tokenizer) else None,
+        [i for i in range(len(tokens)) if i >= tokenizer.bos or i == pad],
+    )
 
 
 def _merges_of_characters(characters: list[bytes]) -> list[tuple[bytes, bytes]]:
@@ -222,9 +243,9 @@ def _add_shape(writer: "gguf.GGUFWriter", config: "GPTConfig") -> None:
 def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary) -> None:
     import gguf
 
-    special = {vocabulary.bos, vocabulary.pad}
+    control = set(vocabulary.control)
     types = [
-        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+        gguf.TokenType.CONTROL if i in control else gguf.TokenType.NORMAL
         for i in range(len(vocabulary.tokens))
     ]
     # llama.cpp's name for byte-pair encoding.
@@ -234,8 +255,12 @@ def _add_vocabulary(writer: "gguf.GGUFWriter", vocabulary: Vocabulary) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(vocabulary.bos)
-    # One special token has both roles: it separates documents, so it also ends one.
-    writer.add_eos_token_id(vocabulary.bos)
+    writer.add_eos_token_id(vocabulary.eos)
+    if vocabulary.template is not None:
+        writer.add_chat_template(vocabulary.template)
+        writer.add_eot_token_id(vocabulary.eos)
+        # A text ends with its document as well; llama.cpp has one more role that ends it.
+        writer.add_eom_token_id(vocabulary.bos)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     if vocabulary.pad is not None:
@@ -256,8 +281,8 @@ def read_gguf(path: Path, names: Iterable[str], config: "GPTConfig") -> Saved:
         n_heads = _heads_turned(name, config)
         weights[name] = in_halves(values, n_heads) if n_heads else values
     keys = gguf.Keys.Tokenizer
-    found_fields = []
-    for key in (keys.PRE, keys.LIST, keys.MERGES, keys.BOS_ID, keys.PAD_ID):
-        field = reader.get_field(key)
-        found_fields.append(None if field is None else field.contents())
-    return Saved(weights, Vocabulary(*found_fields))
+    read = [keys.PRE, keys.LIST, keys.MERGES, keys.BOS_ID, keys.PAD_ID, keys.EOS_ID]
+    fields = [reader.get_field(key) for key in (*read, keys.CHAT_TEMPLATE, keys.TOKEN_TYPE)]
+    *contents, types = [None if field is None else field.contents() for field in fields]
+    control = [i for i, kind in enumerate(types or []) if kind == gguf.TokenType.CONTROL]
+    return Saved(weights, Vocabulary(*contents, control))

@@ -1,24 +1,23 @@
 """Whether llama.cpp computes from a gguf file what our model and tokenizer compute here."""
 
-import contextlib
-import http.client
-import json
-import multiprocessing
-import os
 import random
-import secrets
 import unicodedata
-import urllib.parse
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanochat.apps.export.tokenizer_files import PAD_TEXT
-from nanochat.apps.export.verify import TOKENIZER_SAMPLE, ExportFailed, Ours
+from nanochat.apps.export.verify import (
+    TOKENIZER_SAMPLE,
+    ExportFailed,
+    Ours,
+    encodable,
+    sample_chat,
+)
+from nanochat.data.chat import is_chat, render
+from nanochat.eval.llama_server import in_own_process, serving
 
 if TYPE_CHECKING:
     from nanochat.data.tokenizer import Tokenizer
@@ -38,30 +37,33 @@ RANDOM_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Asked:
-    """What llama.cpp is asked to do: encode texts, BOS first, and continue prompts greedily."""
+    """What llama.cpp is asked to do: encode texts, BOS first, continue prompts greedily, and write
+    the messages of a chat, if there are any, by the template."""
 
     path: Path
     context_tokens: int
     texts: list[str]
     prompts: list[list[int]]
     n_new: int
+    chat: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Ids of each text, and new ids of each prompt, up to BOS."""
+    """Ids of each text, new ids of each prompt, up to one that ends a text, and ids of the chat."""
 
     ids: list[list[int]]
     new_ids: list[list[int]]
+    chat_ids: list[int]
 
 
 def verify_with_llama_cpp(path: Path, model: "Decoder", tokenizer: "Tokenizer", dtype: str) -> str:
     """Run a gguf file in llama.cpp and compare it with our model and tokenizer.
 
     dtype: of the file; the model has its weights. Compared are the ids of text, random Unicode
-    included, and greedy tokens: the same ones in float32, in other types those with our largest
-    logits, up to their rounding. Returns a sentence to print; without the package xllamacpp it says
-    that nothing was compared. Raises ExportFailed on a difference."""
+    included, and of a chat, and greedy tokens: the same ones in float32, in other types those with
+    our largest logits, up to their rounding. Returns a sentence to print; without the package
+    xllamacpp it says that nothing was compared. Raises ExportFailed on a difference."""
     try:
         import xllamacpp
     except ImportError:
@@ -70,7 +72,9 @@ def verify_with_llama_cpp(path: Path, model: "Decoder", tokenizer: "Tokenizer", 
     ours = Ours(model, tokenizer)
     texts = sample_texts(tokenizer)
     prompts, n_new = _prompts(ours)
-    asked = Asked(path, model.config.max_seq_len, texts, prompts, n_new)
+    # an answer to the last message is asked for
+    chat = sample_chat(tokenizer)[:-1] if is_chat(tokenizer) else []
+    asked = Asked(path, model.config.max_seq_len, texts, prompts, n_new, chat)
     found = _answers(asked, name)
     for text, ids in zip(texts, found.ids, strict=True):
         if ids != [tokenizer.bos, *tokenizer.encode(text)]:
@@ -78,6 +82,8 @@ def verify_with_llama_cpp(path: Path, model: "Decoder", tokenizer: "Tokenizer", 
                 f"{name} reads other token ids than nanochat from the text {ascii(text)}; try "
                 "another release"
             )
+    if chat and found.chat_ids != render(tokenizer, chat, generation_prompt=True)[0].tolist():
+        raise ExportFailed(f"{name} reads other token ids than nanochat from a chat")
     with torch.no_grad():
         counts = [
             _compare_greedy(ours, prompt, new_ids, n_new, name, dtype)
@@ -88,7 +94,10 @@ def verify_with_llama_cpp(path: Path, model: "Decoder", tokenizer: "Tokenizer", 
     if sum(counts) < n_compared:
         greedy = f"{sum(counts)} of {n_compared} greedy tokens as ours, the others nearly as likely"
     n_characters = sum(map(len, texts))
-    return f"verified with {name}: {greedy}; same token ids of {n_characters:,} characters"
+    texts_in_words = f"{n_characters:,} characters"
+    if chat:
+        texts_in_words += " and of a chat by its template"
+    return f"verified with {name}: {greedy}; same token ids of {texts_in_words}"
 
 
 # ---- what is compared ----
@@ -100,11 +109,12 @@ def sample_texts(tokenizer: "Tokenizer") -> list[str]:
     if tokenizer.kind == "char":
         # It refuses other characters, and llama.cpp leaves them out.
         characters = [token.decode("utf-8") for token in tokenizer.tokens]
-        fixed = ["".join(c for c in TOKENIZER_SAMPLE if c in characters)]
+        fixed = [encodable(TOKENIZER_SAMPLE, tokenizer)]
     else:
         characters = [" ", "\n", "'s", *_assigned_characters()]
         # Text that spells special tokens must stay plain text.
-        fixed = [TOKENIZER_SAMPLE + tokenizer.bos_text + PAD_TEXT, "<s></s>\n\n\n  \t x"]
+        spelled = "".join([tokenizer.bos_text, *tokenizer.specials, PAD_TEXT])
+        fixed = [TOKENIZER_SAMPLE + spelled, "<s></s>\n\n\n  \t x"]
     drawn = [generator.choices(characters, k=RANDOM_CHARACTERS) for _ in range(RANDOM_TEXTS)]
     return fixed + ["".join(each) for each in drawn]
 
@@ -136,11 +146,11 @@ def _compare_greedy(
     """Compare a greedy continuation with our logits; how many of its ids are our own greedy ones.
 
     Raises ExportFailed if an id has a smaller logit than rounding explains."""
-    ended = new_ids[-1:] == [ours.tokenizer.bos]
+    ended = bool(new_ids) and new_ids[-1] in ours.tokenizer.end_ids
     if not new_ids or (len(new_ids) < n_new and not ended):
         raise ExportFailed(
-            f"{name} ends after {len(new_ids)} of {n_new} tokens without drawing BOS; try another "
-            "release"
+            f"{name} ends after {len(new_ids)} of {n_new} tokens without drawing one that ends a "
+            "text; try another release"
         )
     logits = ours.model(torch.tensor([prompt + new_ids]))[0, len(prompt) - 1 : -1]
     chosen = logits.gather(1, torch.tensor(new_ids)[:, None])[:, 0]
@@ -161,13 +171,9 @@ def _compare_greedy(
 
 
 def _answers(asked: Asked, name: str) -> Answered:
-    """What llama.cpp answers. In a process of its own: on bad files it aborts its process."""
-    context = multiprocessing.get_context("spawn")
+    """What llama.cpp answers. Raises ExportFailed if it cannot run the file."""
     try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(_ask, asked).result()
-    except BrokenProcessPool:
-        reason = "its process died"
+        return in_own_process(_ask, asked)
     # Of any class: a user would meet the same error.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -176,34 +182,11 @@ def _answers(asked: Asked, name: str) -> Answered:
 
 def _ask(asked: Asked) -> Answered:
     """Serve the file on this machine, ask, and end the server."""
-    import xllamacpp
-
-    # llama.cpp logs to both, whatever its verbosity.
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(asked.path)
-    parameters.n_ctx = asked.context_tokens
-    parameters.n_parallel = 1
-    parameters.warmup = False
-    # Any free port, and for nobody else.
-    parameters.port = 0
-    key = secrets.token_hex()
-    parameters.api_keys = [key]
-    # By default keys and values are rounded to fp16.
-    parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    flash = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    parameters.flash_attn_type = flash
-    server = xllamacpp.Server(parameters)
-    address = urllib.parse.urlsplit(server.listening_address).netloc
-    connection = http.client.HTTPConnection(address)
-    with contextlib.closing(connection):
+    with serving(asked.path, asked.context_tokens, exact=True) as server:
         ids = []
         for text in asked.texts:
             body = {"content": text, "add_special": True, "parse_special": False}
-            ids.append(_post(connection, "/tokenize", body, key)["tokens"])
+            ids.append(server.post("/tokenize", body)["tokens"])
         new_ids = []
         for prompt in asked.prompts:
             body = {
@@ -213,18 +196,11 @@ def _ask(asked: Asked) -> Answered:
                 "samplers": ["temperature"],
                 "return_tokens": True,
             }
-            new_ids.append(_post(connection, "/completion", body, key)["tokens"])
-    return Answered(ids, new_ids)
-
-
-def _post(
-    connection: http.client.HTTPConnection, path: str, body: dict[str, Any], key: str
-) -> dict[str, Any]:
-    """The JSON that the server answers. RuntimeError for another status than 200."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    connection.request("POST", path, json.dumps(body), headers)
-    response = connection.getresponse()
-    content = response.read()
-    if response.status != 200:
-        raise RuntimeError(f"status {response.status} of {path}: {content[:200]!r}")
-    return json.loads(content)
+            new_ids.append(server.post("/completion", body)["tokens"])
+        chat_ids = []
+        if asked.chat:
+            prompt = server.post("/apply-template", {"messages": asked.chat})["prompt"]
+            # as its server encodes what a template wrote
+            body = {"content": prompt, "add_special": True, "parse_special": True}
+            chat_ids = server.post("/tokenize", body)["tokens"]
+    return Answered(ids, new_ids, chat_ids)

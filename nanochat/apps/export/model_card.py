@@ -9,6 +9,8 @@ from nanochat import __version__
 from nanochat.apps.export.fields import MODELING_FILE
 from nanochat.apps.export.tokenizer_files import PAD_TEXT, pad_id
 from nanochat.common import read_json
+from nanochat.data.chat import is_chat
+from nanochat.data.tokenizer import TURN_END
 from nanochat.run.folder import RunFolder
 from nanochat.run.metrics import Record
 
@@ -19,23 +21,36 @@ if TYPE_CHECKING:
 
 # A backslash joins two lines: the text of the card does not follow the width of this file.
 CARD = """---
-library_name: transformers
+{tag}
 pipeline_tag: text-generation
 ---
 
 # {name}
 
-A language model trained with nanochat {version}. It continues text; it was not taught to follow \
-instructions.
+A language model trained with nanochat {version}. {skill}
 
 | | |
 | --- | --- |
 {table}
 
-```python
+{usage}
+
+Settings of the run:
+
+```json
+{settings}
+```
+"""
+BASE_SKILL = "It continues text; it was not taught to follow instructions."
+CHAT_SKILL = "It was fine-tuned on conversations, and answers in the format of its chat template."
+# One card for each --format: how its front matter names the format, and how the model is loaded.
+TAGS = {"hf": "library_name: transformers", "gguf": "tags: [gguf]", "html": "tags: [html]"}
+# What of a card of hf stands for the folder, or for the repository that it is pushed to.
+FOLDER = "FOLDER"
+HF_USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})
-model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})
+model = AutoModelForCausalLM.from_pretrained("{folder}"{remote})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100, do_sample=True, top_k=50)[0], \
 skip_special_tokens=True))
@@ -47,15 +62,41 @@ document has ended. Text that spells it is plain text to the tokenizer.
 
 To train further, append `tokenizer.eos_token_id` to the ids of each document, so that the model \
 learns where to end.
-{padding}
-
-Settings of the run:
-
-```json
-{settings}
+{padding}"""
+HF_CHAT_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})
+model = AutoModelForCausalLM.from_pretrained("{folder}"{remote})
+messages = [{{"role": "user", "content": "Who are you?"}}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, \
+return_tensors="pt")
+answer = model.generate(**ids, max_new_tokens=100, do_sample=True, top_k=50)
+print(tokenizer.decode(answer[0, ids["input_ids"].size(1) :], skip_special_tokens=True))
 ```
-"""
 
+Each answer ends with `{turn_end}`, which is `tokenizer.eos_token`; `{bos}` begins a conversation.
+The template takes an optional system message and then messages of user and assistant in turn.
+It refuses a message that spells a special token, since that would become one; encode such text
+with `split_special_tokens=True`.
+
+To train further, `apply_chat_template(..., return_assistant_tokens_mask=True)` marks what the \
+assistant
+writes.
+{padding}"""
+GGUF_USAGE = """With llama.cpp, and with Ollama by the `Modelfile`:
+
+```bash
+llama-completion -m model.gguf -p "Once upon a time" -n 100 -no-cnv
+ollama create NAME -f Modelfile
+```"""
+GGUF_CHAT_USAGE = """With llama.cpp, and with Ollama by the `Modelfile`:
+
+```bash
+llama-cli -m model.gguf --jinja -p "Who are you?" -n 100
+ollama create NAME -f Modelfile
+```"""
+HTML_USAGE = """Download the file and open it in a browser: the page holds weights and tokenizer, \
+and needs no network."""
 
 OWN_PADDING = f"""Padding has a token of its own, `{PAD_TEXT}`, which no text contains: a collator \
 that takes padding out of the labels keeps the ends."""
@@ -66,8 +107,15 @@ collators do so
 by its id, and would take out the ends as well."""
 
 
-def model_card(run: Path, step: int, model: "Decoder", tokenizer: "Tokenizer", dtype: str) -> str:
-    """The Markdown text about a run's checkpoint. dtype: of the saved weights.
+def model_card(
+    run: Path,
+    step: int,
+    model: "Decoder",
+    tokenizer: "Tokenizer",
+    dtype: str,
+    target: str = "hf",
+) -> str:
+    """The Markdown text about a run's checkpoint. dtype: of the saved weights. target: a --format.
 
     Paths lose their folders, which may tell a name. UsageError if the run's files are damaged."""
     config = RunFolder(run).read_config()
@@ -84,18 +132,31 @@ def model_card(run: Path, step: int, model: "Decoder", tokenizer: "Tokenizer", d
     # CORE is optional and slow: most runs never measure it.
     if core is not None:
         rows["CORE"] = _four_decimals(core)
-    # A Llama's code is part of transformers; a speedrun model's comes with the folder.
-    remote = ""
-    if model.config.arch != "llama":
-        remote = ", trust_remote_code=True"
     return CARD.format(
+        tag=TAGS[target],
         name=run.resolve().name,
         version=__version__,
+        skill=CHAT_SKILL if is_chat(tokenizer) else BASE_SKILL,
         table="\n".join(_row(name, value) for name, value in rows.items()),
-        remote=remote,
+        usage=_usage(target, model, tokenizer),
+        settings=_settings(config),
+    )
+
+
+def _usage(target: str, model: "Decoder", tokenizer: "Tokenizer") -> str:
+    """How to load what --format wrote."""
+    chat = is_chat(tokenizer)
+    if target == "gguf":
+        return GGUF_CHAT_USAGE if chat else GGUF_USAGE
+    if target == "html":
+        return HTML_USAGE
+    # A Llama's code is part of transformers; a speedrun model's comes with the folder.
+    return (HF_CHAT_USAGE if chat else HF_USAGE).format(
+        folder=FOLDER,
+        remote="" if model.config.arch == "llama" else ", trust_remote_code=True",
         padding=BOS_AS_PADDING if pad_id(tokenizer) is None else OWN_PADDING,
         bos=tokenizer.bos_text,
-        settings=_settings(config),
+        turn_end=TURN_END,
     )
 
 

@@ -1,4 +1,4 @@
-"""From a llama run to a folder for llama.cpp and Ollama: model.gguf and a Modelfile."""
+"""From a llama run to a folder for llama.cpp and Ollama: model.gguf, a Modelfile, a model card."""
 
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from nanochat.apps.export.gguf_file import (
     write_gguf,
 )
 from nanochat.apps.export.llama_cpp import verify_with_llama_cpp
+from nanochat.apps.export.model_card import model_card
 from nanochat.apps.export.verify import ExportFailed
 from nanochat.common import UsageError, new_folder, write_atomic
+from nanochat.data.chat import is_chat
+from nanochat.data.tokenizer import TURN_END
 from nanochat.run.loading import step_of
 
 GGUF_FILE = "model.gguf"
@@ -24,6 +27,14 @@ MODELFILE = '''# ollama create NAME -f Modelfile
 FROM ./{file}
 # The model continues text; it was not taught to follow instructions.
 TEMPLATE """{{{{ .Prompt }}}}"""
+PARAMETER num_ctx {context_tokens}
+'''
+# The same format as the template in the file, in the language of Ollama's own templates.
+CHAT_MODELFILE = '''# ollama create NAME -f Modelfile
+FROM ./{file}
+TEMPLATE """{{{{ range .Messages }}}}<|{{{{ .Role }}}}_start|>{{{{ .Content }}}}{turn_end}\
+{{{{ end }}}}<|assistant_start|>"""
+PARAMETER stop "{turn_end}"
 PARAMETER num_ctx {context_tokens}
 '''
 
@@ -64,7 +75,12 @@ def export_gguf(run: Path, out: Path, step: int | str | None, dtype: str) -> Non
                 "read back, the file holds other weights or another tokenizer; try another release "
                 "of the package gguf"
             )
-        modelfile = MODELFILE.format(file=GGUF_FILE, context_tokens=config.max_seq_len)
+        modelfile = CHAT_MODELFILE if is_chat(tokenizer) else MODELFILE
+        modelfile = modelfile.format(
+            file=GGUF_FILE, turn_end=TURN_END, context_tokens=config.max_seq_len
+        )
         write_atomic(folder / "Modelfile", modelfile)
+        card = model_card(run, step, model, tokenizer, dtype, target="gguf")
+        write_atomic(folder / "README.md", card)
         verified = verify_with_llama_cpp(path, model, tokenizer, dtype)
     print(f"weights and tokenizer read back; {verified}; gguf of {run} at step {step}: {out}")

@@ -41,6 +41,8 @@ def export_run(run: Path, out: Path, step: int | str | None, dtype: str) -> None
             bos=tokenizer.bos,
             # The attention mask hides padding, whatever its token.
             pad=tokenizer.bos if pad is None else pad,
+            # the end of a turn, if there are chats, comes before the end of a document
+            ends=sorted(tokenizer.end_ids, reverse=True),
             dtype=dtype,
         )
         write_tokenizer_files(tokenizer, model.config.max_seq_len, folder)

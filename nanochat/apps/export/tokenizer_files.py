@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.common import UsageError, install_hint, read_json, write_json
+from nanochat.common import UsageError, install_hint, read_json, write_atomic, write_json
+from nanochat.data.chat import EXPORTED_PAD, JINJA, is_chat
 from nanochat.data.tokenizer import (
     BOS_OF_PATTERN,
+    TEMPLATE_FILE,
     TOKENIZER_KINDS,
+    TURN_END,
     Tokenizer,
     gpt2_byte_characters,
     parts_of,
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 # Padding, and the byte whose token it is. UTF-8 never has this byte, so no text contains the token.
 # With BOS as padding, the usual collators would take the ends of documents out of the labels, and a
 # model that is trained further would forget to end.
-PAD_TEXT = "<|pad|>"
+PAD_TEXT = EXPORTED_PAD
 PAD_BYTE = b"\xff"
 # Settings of a call, which transformers stores along with a tokenizer: they change no ids.
 CALL_SETTINGS = ("truncation", "padding")
@@ -41,21 +44,24 @@ def tokenizer_json(tokenizer: Tokenizer, pad: int | None) -> "tokenizers.Tokeniz
     Encoding adds BOS in front; with add_special_tokens=False the ids are those of
     tokenizer.encode(). pad: pad_id(), or None for BOS. UsageError if the package is missing or
     tokenizer.json cannot express the tokenizer."""
-    _require_tokenizers()
+    require_tokenizers()
     import tokenizers
     from tokenizers.processors import TemplateProcessing
 
     if tokenizer.kind == "char":
-        theirs = _of_characters(tokenizer)
+        theirs = characters_json(tokenizer)
     else:
         theirs = _of_bytes(tokenizer, pad)
     bos = tokenizer.bos_text
-    special = [bos] if pad is None else [bos, PAD_TEXT]
+    special = [bos, *tokenizer.specials]
+    if pad is not None:
+        special.append(PAD_TEXT)
     theirs.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
     )
     # The package numbers added tokens itself, from the end of the vocabulary.
     assert theirs.token_to_id(bos) == tokenizer.bos
+    assert all(theirs.token_to_id(name) == i for name, i in tokenizer.special_ids.items())
     assert pad is None or theirs.token_to_id(PAD_TEXT) == pad
     theirs.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.bos)]
@@ -63,7 +69,7 @@ def tokenizer_json(tokenizer: Tokenizer, pad: int | None) -> "tokenizers.Tokeniz
     return theirs
 
 
-def _require_tokenizers() -> None:
+def require_tokenizers() -> None:
     """UsageError if the package tokenizers is not installed."""
     try:
         import tokenizers  # noqa: F401
@@ -71,8 +77,8 @@ def _require_tokenizers() -> None:
         raise install_hint("tokenizers", "export") from None
 
 
-def _of_characters(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
-    """A char tokenizer without BOS."""
+def characters_json(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+    """A char tokenizer without BOS, as one of the package tokenizers."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
@@ -135,12 +141,20 @@ def merges_of(tokenizer: Tokenizer) -> list[list[bytes]]:
 def write_tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    max_seq_len: tokens; transformers warns about longer texts. UsageError as tokenizer_json()."""
+    Of a tokenizer for chats also TEMPLATE_FILE. max_seq_len: tokens; transformers warns about
+    longer texts. UsageError as tokenizer_json()."""
     pad = pad_id(tokenizer)
     tokenizer_json(tokenizer, pad).save(str(folder / "tokenizer.json"))
     bos = tokenizer.bos_text
-    # One special token has both roles: it separates documents, so it also ends one.
-    special = {"bos_token": bos, "eos_token": bos, "pad_token": bos if pad is None else PAD_TEXT}
+    chat = is_chat(tokenizer)
+    special = {
+        "bos_token": bos,
+        # Without chats one token has both roles: it separates documents, so it also ends one.
+        "eos_token": TURN_END if chat else bos,
+        "pad_token": bos if pad is None else PAD_TEXT,
+    }
+    if tokenizer.specials:
+        special["additional_special_tokens"] = list(tokenizer.specials)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -148,10 +162,16 @@ def write_tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, folder: Path) 
         "padding_side": "left",
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
-        # Text that spells BOS stays plain text, as in our tokenizers.
-        "split_special_tokens": True,
+        # Text that spells BOS stays plain text, as in our tokenizers. But what a chat template
+        # writes is text too, of which special tokens must be read.
+        "split_special_tokens": not chat,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if chat:
+        # Twice: transformers has read the file since 4.53; older releases, and other programs,
+        # look for it among the settings.
+        config["chat_template"] = JINJA
+        write_atomic(folder / TEMPLATE_FILE, JINJA)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special)
 
@@ -161,14 +181,14 @@ def read_tokenizer_json(folder: Path) -> Tokenizer:
     saved it again.
 
     UsageError, naming the differing part, for any other tokenizer."""
-    _require_tokenizers()
+    require_tokenizers()
     path = folder / "tokenizer.json"
-    content, names = _content_and_names(path)
+    content, names, specials = _content_and_names(path)
     kind, pattern = _kind_and_pattern(content)
     if kind == "bpe" and pattern not in BOS_OF_PATTERN:
         raise _other_tokenizer(path, "pre_tokenizer", f"splits text by the pattern {pattern!r}")
     try:
-        tokenizer = _built(kind, pattern, names)
+        tokenizer = _built(kind, pattern, names).with_specials(specials)
         # Earlier versions padded with BOS.
         pad = pad_id(tokenizer) if PAD_TEXT in names else None
         expected = json.loads(tokenizer_json(tokenizer, pad).to_str())
@@ -189,8 +209,10 @@ def _other_tokenizer(path: Path, field: str, what: str) -> UsageError:
     )
 
 
-def _content_and_names(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A tokenizer.json, and the names of its tokens in the order of their ids."""
+def _content_and_names(path: Path) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A tokenizer.json, the names of its tokens, and of the special ones after BOS, by their ids.
+
+    UsageError if it is no tokenizer."""
     import tokenizers
 
     # Its messages for a missing file and for text that is not JSON are clearer than the package's.
@@ -199,10 +221,12 @@ def _content_and_names(path: Path) -> tuple[dict[str, Any], list[str]]:
         # Rewritten by the installed release of the package: each release spells the file its way.
         content = json.loads(tokenizers.Tokenizer.from_file(str(path)).to_str())
         names = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+        added = sorted((token["id"], token["content"]) for token in content["added_tokens"])
+        specials = [name for token_id, name in added if token_id > len(names)]
     # The package raises plain Exceptions.
     except Exception as error:
         raise UsageError(f"{path} cannot be read as a tokenizer ({error})") from None
-    return content, names
+    return content, names, specials
 
 
 def _kind_and_pattern(content: dict[str, Any]) -> tuple[str, str | None]:

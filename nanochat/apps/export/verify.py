@@ -1,12 +1,7 @@
 """Whether an exported folder computes in transformers what our model and tokenizer compute here."""
 
-import atexit
 import inspect
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nanochat.apps.export.tokenizer_files import PAD_TEXT
+from nanochat.data.chat import is_chat, render
 from nanochat.eval.generation import generate_ids
-from nanochat.eval.hf_model import quiet
+from nanochat.eval.hf_model import quiet, run_code_from_throwaway_cache
 
 if TYPE_CHECKING:
     import transformers
@@ -85,8 +81,9 @@ class Ours:
         return Reference(found[0], bound)
 
     def greedy(self, prompt: list[int], n_new: int) -> list[int]:
-        """At most n_new ids that continue the prompt, up to BOS."""
-        steps = generate_ids(self.model, prompt, n_new, temperature=0, stop_id=self.tokenizer.bos)
+        """At most n_new ids that continue the prompt, up to one that ends a text."""
+        ends = self.tokenizer.end_ids
+        steps = generate_ids(self.model, prompt, n_new, temperature=0, stop_ids=ends)
         return [step[0] for step in steps]
 
 
@@ -98,7 +95,7 @@ def verify(folder: Path, model: "Decoder", tokenizer: "Tokenizer") -> str:
     our own greedy generation; and the ids of sample text. Returns a sentence to print that names
     what was compared; without transformers it reports that nothing was. Raises ExportFailed on a
     difference beyond rounding."""
-    _run_code_from_throwaway_cache()
+    run_code_from_throwaway_cache()
     try:
         import transformers
     except ImportError:
@@ -114,15 +111,11 @@ def verify(folder: Path, model: "Decoder", tokenizer: "Tokenizer") -> str:
             logits, bound = _compare_logits(theirs, ours, name)
             generated = _compare_generation(theirs, their_tokenizer, ours, name, bound)
         _compare_tokenizers(their_tokenizer, tokenizer, name)
-    return f"verified with {name}: {logits}; {generated}; same token ids of sample text"
-
-
-def _run_code_from_throwaway_cache() -> None:
-    """Keep the modelling file out of the user's cache, where transformers copies what it runs."""
-    # transformers reads the variable when it is imported; a user who set it wants that folder.
-    if "transformers" not in sys.modules and "HF_MODULES_CACHE" not in os.environ:
-        os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+        texts = "sample text"
+        if is_chat(tokenizer):
+            _compare_chats(their_tokenizer, tokenizer, name)
+            texts += " and of a chat by its template"
+    return f"verified with {name}: {logits}; {generated}; same token ids of {texts}"
 
 
 def _load(
@@ -236,7 +229,7 @@ def _compare_generation(
             their_tokenizer,
             prompts[:n_rows],
             n_new,
-            stop_id=ours.tokenizer.bos,
+            stop_ids=ours.tokenizer.end_ids,
             what=f"{kind}generate() in {name}",
         )
         counts.append(
@@ -253,7 +246,7 @@ def _generate(
     their_tokenizer: "transformers.PreTrainedTokenizerFast",
     prompts: list[list[int]],
     n_new: int,
-    stop_id: int,
+    stop_ids: Collection[int],
     what: str,
 ) -> list[Continued]:
     """One greedy generate() of all prompts, padded to one length by the exported tokenizer."""
@@ -275,17 +268,16 @@ def _generate(
     rows = found.sequences[:, batch["input_ids"].size(1) :].tolist()
     continued = []
     for i, prompt in enumerate(prompts):
-        new_ids = _up_to(rows[i], stop_id)
+        new_ids = _up_to(rows[i], stop_ids)
         logits = torch.stack([step[i] for step in found.logits[: len(new_ids)]])
         continued.append(Continued(what, prompt, new_ids, logits.float()))
     return continued
 
 
-def _up_to(ids: list[int], stop_id: int) -> list[int]:
-    """The ids as far as the first stop_id, included; a row that stopped early is padded with it."""
-    if stop_id not in ids:
-        return ids
-    return ids[: ids.index(stop_id) + 1]
+def _up_to(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    """The ids as far as the first of stop_ids, included; a row that stopped early is padded."""
+    end = next((place for place, i in enumerate(ids, 1) if i in stop_ids), len(ids))
+    return ids[:end]
 
 
 def _compare_row(found: Continued, ours: Ours, expected: list[int], least_bound: float) -> int:
@@ -332,18 +324,60 @@ def _compare_tokenizers(
     theirs: "transformers.PreTrainedTokenizerFast", tokenizer: "Tokenizer", name: str
 ) -> None:
     """Compare the ids of sample text, and the text of those ids. Raises ExportFailed."""
-    # Text that spells special tokens must stay plain text, in transformers too.
-    sample = TOKENIZER_SAMPLE + tokenizer.bos_text + PAD_TEXT
-    # A char tokenizer refuses characters outside its vocabulary.
-    if tokenizer.kind == "char":
-        known = set(tokenizer.tokens)
-        sample = "".join(c for c in sample if c.encode("utf-8") in known)
+    # Text that spells special tokens must stay plain text, in transformers too. A tokenizer for
+    # chats does that on demand, since it reads what the template writes.
+    options = {"split_special_tokens": True} if is_chat(tokenizer) else {}
+    spelled = [tokenizer.bos_text, *tokenizer.specials, PAD_TEXT]
+    sample = encodable(TOKENIZER_SAMPLE + "".join(spelled), tokenizer)
     expected = tokenizer.encode(sample)
     if (
-        theirs(sample, add_special_tokens=False)["input_ids"] != expected
-        or theirs(sample)["input_ids"] != [tokenizer.bos, *expected]
+        theirs(sample, add_special_tokens=False, **options)["input_ids"] != expected
+        or theirs(sample, **options)["input_ids"] != [tokenizer.bos, *expected]
         or theirs.decode(expected) != sample
     ):
         raise ExportFailed(
             f"the tokenizer in {name} gives other ids, or another text, than nanochat's"
         )
+
+
+def encodable(text: str, tokenizer: "Tokenizer") -> str:
+    """The text without the characters that a char tokenizer refuses."""
+    if tokenizer.kind != "char":
+        return text
+    known = set(tokenizer.tokens)
+    return "".join(c for c in text if c.encode("utf-8") in known)
+
+
+def sample_chat(tokenizer: "Tokenizer") -> list[dict[str, str]]:
+    """A conversation that ends with an answer."""
+    content = encodable(TOKENIZER_SAMPLE, tokenizer)
+    roles = ("system", "user", "assistant", "user", "assistant")
+    # contents that differ, and whose ends a template may not trim
+    return [{"role": role, "content": content[i:]} for i, role in enumerate(roles)]
+
+
+def _compare_chats(
+    theirs: "transformers.PreTrainedTokenizerFast", tokenizer: "Tokenizer", name: str
+) -> None:
+    """Compare the ids of a conversation, which of them are the assistant's, and those that ask for
+    an answer. Raises ExportFailed."""
+    messages = sample_chat(tokenizer)
+    ids, mask = render(tokenizer, messages)
+    asked, _ = render(tokenizer, messages[:-1], generation_prompt=True)
+    options = {"tokenize": True, "return_dict": True}
+    try:
+        found = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
+        found_asked = theirs.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, **options
+        )
+    # Of any class: a user would meet the same error.
+    except Exception as error:
+        raise ExportFailed(
+            f"the chat template fails in {name} ({type(error).__name__}: {error})"
+        ) from error
+    if (
+        found["input_ids"] != ids.tolist()
+        or found["assistant_masks"] != mask.astype(int).tolist()
+        or found_asked["input_ids"] != asked.tolist()
+    ):
+        raise ExportFailed(f"the chat template in {name} gives other ids than nanochat's")

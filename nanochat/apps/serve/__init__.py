@@ -54,6 +54,22 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="while a run is training, replace its weights by those of each newer checkpoint, "
         "between requests",
     )
+    add(
+        "--steps-in-memory",
+        type=int,
+        default=4,
+        metavar="N",
+        help="checkpoints that are kept in memory besides those that are always served; a request "
+        "names one as RUN@STEP, it is then loaded, and the one that was not asked for the longest "
+        "gives way; 0: such requests are refused (default %(default)s)",
+    )
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="a text gets the same tokens whatever runs beside it, bit for bit; without effect on "
+        "CPUs with a C++ compiler, where that is always so; elsewhere texts are then computed one "
+        "at a time, which is slower",
+    )
     add_model_flags(parser)
 
 
@@ -72,7 +88,7 @@ def _add_watch_flags(parser: argparse.ArgumentParser) -> None:
         dest="watch",
         action="store_const",
         const=None,
-        help="the page shows no curves and samples",
+        help="the page shows no curves, no samples and no held-out text",
     )
 
 
@@ -135,6 +151,7 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
 # name, whether a value is usable, reason and remedy; NaN fails every comparison
 CHECKS = (
     ("port", lambda port: 0 <= port <= 65535, "must be from 0 to 65535"),
+    ("steps_in_memory", lambda n: 0 <= n <= 1000, "must be from 0 to 1000"),
     ("slots", lambda n: 1 <= n <= 1024, "must be from 1 to 1024"),
     ("queue", lambda n: 1 <= n <= 100_000, "must be from 1 to 100000"),
     ("max_tokens", lambda n: n >= 1, "must be at least 1"),

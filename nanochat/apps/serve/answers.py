@@ -7,12 +7,13 @@ from typing import Any
 
 from nanochat.apps.serve.requests import Asked
 from nanochat.apps.serve.runs import ServedRun
-from nanochat.apps.serve.transcript import Piece, ScoredToken, finite, shown, shown_bytes
+from nanochat.apps.serve.transcript import Piece, ScoredToken, finite, shown
+from nanochat.data.chat import is_chat
 
 
 @dataclass
 class Choice:
-    """One choice of an answer that is returned whole."""
+    """One choice of an answer, or what a chunk adds to it."""
 
     text: str = ""
     tokens: list[ScoredToken] = field(default_factory=list)
@@ -44,13 +45,12 @@ class CompletionShape:
 
     def openings(self, index: int) -> list[dict[str, Any]]:
         """Choices of the chunks that begin a choice: the prompt, if it is to be repeated."""
-        if not self.asked.echo:
-            return []
-        return [self.chunk(index, Piece(echoed(self.asked, index)))]
+        text = opening(self.asked, index)
+        return [self.chunk(index, Choice(text))] if text else []
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, added: Choice) -> dict[str, Any]:
         """The choice of a chunk."""
-        return self.whole(index, Choice(piece.text, list(piece.tokens), piece.reason))
+        return self.whole(index, added)
 
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
         if self.asked.logprobs is None:
@@ -81,13 +81,14 @@ class ChatShape:
         self.head = _head(asked, "chatcmpl-", "chat.completion")
         self.chunk_head = {**self.head, "object": "chat.completion.chunk"}
         self.asked = asked
+        # a plain transcript ends without the blank that stands before the answer
+        self.before = "" if is_chat(asked.run.tokenizer) else " "
         # choices of which nothing was shown yet
         self._unopened = set(range(len(asked.requests)))
 
     def whole(self, index: int, choice: Choice) -> dict[str, Any]:
         """A choice of an answer."""
-        # the transcript ends without the blank that stands before the answer
-        content = choice.text.removeprefix(" ")
+        content = choice.text.removeprefix(self.before)
         return {
             "index": index,
             "message": {"role": "assistant", "content": content, "refusal": None},
@@ -97,23 +98,23 @@ class ChatShape:
 
     def openings(self, index: int) -> list[dict[str, Any]]:
         """Choices of the chunks that begin a choice."""
-        return [self._delta(index, {"role": "assistant", "content": ""}, Piece(""))]
+        return [self._delta(index, {"role": "assistant", "content": ""}, Choice())]
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, added: Choice) -> dict[str, Any]:
         """The choice of a chunk."""
-        content = piece.text
+        content = added.text
         if content and index in self._unopened:
             self._unopened.discard(index)
-            content = content.removeprefix(" ")
-        return self._delta(index, {"content": content} if content else {}, piece)
+            content = content.removeprefix(self.before)
+        return self._delta(index, {"content": content} if content else {}, added)
 
-    def _delta(self, index: int, delta: dict[str, str], piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(list(piece.tokens)) if piece.tokens else None
+    def _delta(self, index: int, delta: dict[str, str], added: Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(added.tokens) if added.tokens else None
         return {
             "index": index,
             "delta": delta,
             "logprobs": logprobs,
-            "finish_reason": piece.reason,
+            "finish_reason": added.reason,
         }
 
     def _logprobs(self, tokens: list[ScoredToken]) -> dict[str, Any] | None:
@@ -130,7 +131,7 @@ class ChatShape:
         return {
             "token": shown(tokenizer, token_id),
             "logprob": finite(logprob),
-            "bytes": list(shown_bytes(tokenizer, token_id)),
+            "bytes": list(tokenizer.spelling(token_id)),
         }
 
 
@@ -142,6 +143,14 @@ def echoed(asked: Asked, index: int) -> str:
     if not asked.echo:
         return ""
     return asked.run.tokenizer.decode(asked.prompt_of(index).shown)
+
+
+def opening(asked: Asked, index: int) -> str:
+    """The text with which a choice begins before the model has read anything. A prompt that is
+    repeated with its log-probabilities comes with these."""
+    if asked.requests[index].prompt_logprobs:
+        return ""
+    return echoed(asked, index)
 
 
 def usage(asked: Asked, n_generated: int) -> dict[str, int]:
@@ -168,6 +177,7 @@ def model_object(run: ServedRun) -> dict[str, Any]:
         "context": run.config.max_seq_len,
         "vocab_size": run.tokenizer.vocab_size,
         "bos": run.tokenizer.bos,
+        "chat": is_chat(run.tokenizer),
         "max_tokens": run.max_tokens,
     }
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from nanochat.apps.serve.answers import Choice, Shape, echoed, usage
+from nanochat.apps.serve.answers import Choice, Shape, echoed, opening, usage
 from nanochat.apps.serve.errors import Refused
 from nanochat.apps.serve.metrics import Metrics
 from nanochat.apps.serve.requests import Asked
 from nanochat.apps.serve.transcript import Piece, Transcript, scored_prompt
 from nanochat.apps.serve.work import Work
-from nanochat.eval.engine import Ended, Token
+from nanochat.eval.engine import Ended, Event, Scored
 
 LAST_EVENT = b"data: [DONE]\n\n"
 
@@ -39,16 +39,21 @@ class Conversation:
     def _n_generated(self) -> int:
         return sum(transcript.n_tokens for transcript in self._transcripts)
 
-    async def _events(self) -> AsyncIterator[tuple[int, Token | Ended]]:
-        """(index of the choice, event) as they come."""
-        async for index, event in self._work.events():
-            if self._waits_for_token:
+    async def _batches(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """(index of the choice, what an event adds to it), as they come."""
+        async for batch in self._work.batches():
+            is_token = any(not isinstance(event, Scored) for _, event in batch)
+            if self._waits_for_token and is_token:
                 self._waits_for_token = False
                 self._metrics.first_token(time.monotonic() - self._began)
-            yield index, event
+            yield [(index, self._piece(index, event)) for index, event in batch]
 
-    def _piece(self, index: int, event: Token | Ended) -> Piece:
-        """What an event adds to a choice."""
+    def _piece(self, index: int, event: Event) -> Piece:
+        if isinstance(event, Scored):
+            prompt, tokenizer = self.asked.prompt_of(index), self.asked.run.tokenizer
+            scores = event.prompt_top[prompt.hidden :]
+            tokens = scored_prompt(tokenizer, prompt.shown, scores)
+            return Piece(echoed(self.asked, index), tokens)
         if self.asked.max_tokens:
             return self._transcripts[index].push(event)
         # only the prompt was wanted: a token that the engine generates is dropped
@@ -57,15 +62,10 @@ class Conversation:
     async def answer(self) -> dict[str, Any]:
         """The whole answer. Raises Refused."""
         asked = self.asked
-        choices = [Choice(echoed(asked, i)) for i in range(len(asked.requests))]
-        async for index, event in self._events():
-            choice = choices[index]
-            choice.add(self._piece(index, event))
-            # the log-probabilities of the prompt come with the end
-            if isinstance(event, Ended) and asked.requests[index].prompt_logprobs:
-                prompt = asked.prompt_of(index)
-                scores = event.prompt_top[prompt.hidden :]
-                choice.tokens[:0] = scored_prompt(asked.run.tokenizer, prompt.shown, scores)
+        choices = [Choice(opening(asked, i)) for i in range(len(asked.requests))]
+        async for batch in self._batches():
+            for index, piece in batch:
+                choices[index].add(piece)
         return {
             **self.shape.head,
             "choices": [self.shape.whole(i, choice) for i, choice in enumerate(choices)],
@@ -73,15 +73,23 @@ class Conversation:
         }
 
     async def events(self) -> AsyncIterator[bytes]:
-        """The answer in chunks, as server-sent events; a failure is the last of them."""
+        """The answer as server-sent events, those that belong together in one piece: a chunk for
+        each choice, with the tokens that came since the last one. A failure is the last event."""
         try:
             for index in range(len(self.asked.requests)):
                 for choice in self.shape.openings(index):
                     yield self._chunk([choice])
-            async for index, event in self._events():
-                piece = self._piece(index, event)
-                if piece.text or piece.tokens or piece.reason:
-                    yield self._chunk([self.shape.chunk(index, piece)])
+            async for batch in self._batches():
+                added: dict[int, Choice] = {}
+                for index, piece in batch:
+                    added.setdefault(index, Choice()).add(piece)
+                chunks = [
+                    self._chunk([self.shape.chunk(index, choice)])
+                    for index, choice in added.items()
+                    if choice.text or choice.tokens or choice.reason
+                ]
+                if chunks:
+                    yield b"".join(chunks)
             if self.asked.include_usage:
                 yield self._chunk([], usage(self.asked, self._n_generated()))
             yield LAST_EVENT

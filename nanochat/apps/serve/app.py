@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 from nanochat.apps.serve.answers import ChatShape, CompletionShape, model_object
 from nanochat.apps.serve.api import Conversation, event_of
 from nanochat.apps.serve.errors import ENDING, UNAVAILABLE, Refused, error_body
-from nanochat.apps.serve.guard import Guard, Message, Receive, disconnected, read_body
+from nanochat.apps.serve.guard import Guard, Message, Receive, read_body, unless_gone
+from nanochat.apps.serve.heat import Heat, heat_routes
 from nanochat.apps.serve.metrics import CONTENT_TYPE, Metrics
 from nanochat.apps.serve.page import page_routes
 from nanochat.apps.serve.requests import Asked, asked_chat, asked_completion, find_run
-from nanochat.apps.serve.runs import FOLLOW_SECONDS, ServedRun
+from nanochat.apps.serve.runs import FOLLOW_SECONDS, OlderStep, ServedRun
+from nanochat.apps.serve.scores import HeldOut
+from nanochat.apps.serve.steps import Steps
 from nanochat.apps.serve.watch import Watch
 from nanochat.common import Report
+from nanochat.run import checkpoint
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -28,6 +32,7 @@ Load = Callable[..., tuple]
 PATHS = (
     "/",
     "/watch/runs",
+    "/heat/scores",
     "/health",
     "/metrics",
     "/v1/models",
@@ -45,19 +50,26 @@ SENDING_SECONDS = 60.0
 class Application:
     """What the routes share, and their functions."""
 
-    def __init__(self, runs: list[ServedRun], guard: Guard, timeout_s: float) -> None:
+    def __init__(self, runs: list[ServedRun], guard: Guard, timeout_s: float, steps: Steps) -> None:
         self.runs = runs
         self.guard = guard
         self.timeout_s = timeout_s
+        self.steps = steps
         self.metrics = Metrics()
 
     async def models(self, request: "Request") -> "Response":
         """GET /v1/models."""
-        return _json({"object": "list", "data": [model_object(run) for run in self.runs]})
+        data = await asyncio.to_thread(_listed, self.runs)
+        return _json({"object": "list", "data": data})
 
     async def model(self, request: "Request") -> "Response":
         """GET /v1/models/NAME."""
-        return _json(model_object(find_run(self.runs, request.path_params["name"])))
+        try:
+            run = find_run(self.runs, request.path_params["name"])
+        except OlderStep as named:
+            async with self.steps.held(named.run, named.step) as run:
+                return _json(model_object(run))
+        return _json((await asyncio.to_thread(_listed, [run]))[0])
 
     async def health(self, request: "Request") -> "Response":
         """GET /health: whether every engine works."""
@@ -90,28 +102,41 @@ class Application:
         raw = await read_body(request.scope, request.receive, self.guard.body_seconds)
         if raw is None:
             return _json({})
-        # in another thread: a long prompt takes a while to encode
-        asked = await asyncio.to_thread(read, raw, self.runs)
-        conversation = Conversation(asked, shape(asked), self.timeout_s, self.metrics)
-        if asked.stream:
+        try:
+            conversation = await self._begin(raw, self.runs, read, shape)
+        except OlderStep as named:
+            async with self.steps.held(named.run, named.step) as older:
+                conversation = await self._begin(raw, [*self.runs, older], read, shape)
+        if conversation.asked.stream:
             return _event_stream(conversation, self.timeout_s + SENDING_SECONDS)
         try:
-            answer = await _unless_gone(conversation.answer(), request.receive)
+            answer = await unless_gone(conversation.answer(), request.receive)
         finally:
             conversation.close()
         return _json(answer)
 
+    async def _begin(
+        self,
+        raw: bytes,
+        runs: list[ServedRun],
+        read: Callable[[bytes, list[ServedRun]], Asked],
+        shape: type[CompletionShape] | type[ChatShape],
+    ) -> Conversation:
+        # in another thread: a long prompt takes a while to encode
+        asked = await asyncio.to_thread(read, raw, runs)
+        return Conversation(asked, shape(asked), self.timeout_s, self.metrics)
 
-async def _unless_gone(answer: Awaitable[dict[str, Any]], receive: Receive) -> dict[str, Any]:
-    """An answer; an empty one as soon as the client goes away."""
-    answering = asyncio.ensure_future(answer)
-    watching = asyncio.ensure_future(disconnected(receive))
-    try:
-        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else {}
-    finally:
-        for task in (answering, watching):
-            task.cancel()
+
+def _listed(runs: list[ServedRun]) -> list[dict[str, Any]]:
+    """The models of runs, with the steps of their checkpoints, of which each is a model too."""
+    return [
+        model_object(run)
+        | {
+            "steps": checkpoint.steps_of(run.folder),
+            "best_step": checkpoint.best_step(run.folder),
+        }
+        for run in runs
+    ]
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> "Response":
@@ -216,18 +241,23 @@ def build_app(
     load: Load,
     report: Report,
     watch: Watch | None = None,
+    steps_in_memory: int = 0,
 ) -> "Starlette":
     """The application. It starts the engines and ends them.
 
-    load: as loading.load_run(), for newer checkpoints. watch: the runs that the page shows."""
+    load: as loading.load_run(), for other checkpoints. watch: the runs that the page shows.
+    steps_in_memory: as the flag."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.routing import Route
 
-    application = Application(runs, guard, timeout_s)
+    steps = Steps(steps_in_memory, load, report)
+    application = Application(runs, guard, timeout_s, steps)
+    heat = Heat(runs, steps, guard, timeout_s, HeldOut(report) if watch else None)
     routes = [
         *page_routes(watch),
+        *heat_routes(heat),
         Route("/health", application.health),
         Route("/metrics", application.show_metrics),
         Route("/v1/models", application.models),
@@ -247,6 +277,7 @@ def build_app(
         finally:
             for follower in followers:
                 follower.cancel()
+            await steps.close()
             for run in runs:
                 await asyncio.to_thread(run.close)
 

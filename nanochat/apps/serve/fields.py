@@ -11,8 +11,8 @@ from typing import Any
 from nanochat.apps.serve.errors import Refused
 
 Reader = Callable[[Any], Any]
-# texts of the field `stop`
-MOST_STOPS = 4
+# Texts of the field `stop`. OpenAI admits 4, tasks of lm_eval have more.
+MOST_STOPS = 16
 # characters of one of them
 LONGEST_STOP = 200
 LONGEST_NAME = 512

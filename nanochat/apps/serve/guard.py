@@ -179,3 +179,15 @@ async def disconnected(receive: Receive) -> None:
     """Wait until the client goes away. The body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(answer: Awaitable[dict[str, Any]], receive: Receive) -> dict[str, Any]:
+    """An answer; an empty one as soon as the client goes away."""
+    answering = asyncio.ensure_future(answer)
+    watching = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else {}
+    finally:
+        for task in (answering, watching):
+            task.cancel()

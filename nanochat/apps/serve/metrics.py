@@ -61,6 +61,9 @@ def _of_runs(runs: list[ServedRun]) -> Iterator[str]:
     yield "# TYPE nanochat_model_step gauge"
     for run in runs:
         yield f"nanochat_model_step{_label(run)} {run.step}"
+    yield "# TYPE nanochat_engine_batch_invariant gauge"
+    for run in runs:
+        yield f"nanochat_engine_batch_invariant{_label(run)} {int(run.engine.is_batch_invariant)}"
     counts = [(run, run.engine.counts()) for run in runs]
     # every engine counts the same things
     for field in fields(counts[0][1]):

@@ -1,27 +1,39 @@
 """The page at `/`, its headers, and the routes that only it reads."""
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.apps.serve.errors import Refused
 from nanochat.apps.serve.watch import Watch
+from nanochat.common import policy_hashes
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route
 
-PAGE = Path(__file__).with_name("page.html")
+# the page, its style and its scripts in the order in which they run: one file for the browser
+WEB = Path(__file__).with_name("web")
+SCRIPTS = ("base", "play", "chat", "heat", "watch", "start")
+
+
+def read_page() -> str:
+    """The page as it is served."""
+    html, style, *scripts = (
+        (WEB / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", *(f"{script}.js" for script in SCRIPTS))
+    )
+    html = html.replace("<style></style>", f"<style>\n{style}</style>")
+    # each file is a script of its own to a reader, and one to the browser
+    script = "\n".join(scripts)
+    return html.replace("<script></script>", f"<script>\n{script}</script>")
 
 
 def policy_of(html: str) -> str:
     """The Content-Security-Policy of a page: its own script and style run, and nothing else."""
-    script, style = (" ".join(hashes_of(html, tag)) for tag in ("script", "style"))
+    script, style = (" ".join(policy_hashes(html, tag)) for tag in ("script", "style"))
     return "; ".join(
         (
             "default-src 'none'",
@@ -40,13 +52,6 @@ def policy_of(html: str) -> str:
     )
 
 
-def hashes_of(html: str, tag: str) -> list[str]:
-    """The hashes of the contents of these elements, as a policy names them."""
-    contents = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    digests = [hashlib.sha256(content.encode()).digest() for content in contents]
-    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
-
-
 def headers_of_page(html: str) -> dict[str, str]:
     """The headers of the page, besides those of every response."""
     return {
@@ -62,7 +67,7 @@ class Page:
     """The functions of the routes. watch: None if no folder is watched."""
 
     def __init__(self, watch: Watch | None) -> None:
-        self.html = PAGE.read_text(encoding="utf-8")
+        self.html = read_page()
         self.headers = headers_of_page(self.html)
         self.watch = watch
         # one look at a time: reading many runs must not occupy every thread

@@ -16,18 +16,21 @@ from nanochat.apps.serve.fields import (
     read_fields,
 )
 from nanochat.apps.serve.runs import ServedRun
-from nanochat.common import UsageError, counted, stream_seed
-from nanochat.eval.engine import Request, Sampling
+from nanochat.common import UsageError, counted
+from nanochat.data.chat import is_chat, render
+from nanochat.eval.engine import Request, Sampling, seeds_of
 from nanochat.eval.generation import prompt_with_bos
 
-# how a conversation is written for a model without a chat template
+# texts of one request
+MOST_TEXTS = 1024
+# how a conversation is written for a model that was not trained on any
 SPEAKERS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: BOS first. hidden: how many of them the client did not send: 1 for a BOS put in front
-    of its ids or text, else 0."""
+    """ids: as the client gave them, or those of its text behind BOS. hidden: how many of them the
+    client did not send: 1 for a text that does not begin with the name of BOS, else 0."""
 
     ids: tuple[int, ...]
     hidden: int
@@ -71,14 +74,8 @@ def asked_completion(raw: bytes, runs: list[ServedRun]) -> Asked:
     n_tokens, echo, logprobs = values["max_tokens"], values["echo"], values["logprobs"]
     if n_tokens == 0 and not echo:
         raise Refused("max_tokens: 0 needs echo, which returns the prompt", "max_tokens")
-    if values["stream"] and echo and logprobs is not None:
-        raise Refused(
-            "stream: cannot be combined with echo and logprobs: the log-probabilities of the "
-            "prompt are known at the end; leave stream out",
-            "stream",
-        )
     # here, and not after the prompts are encoded: a body may hold thousands
-    _check_choices(run, len(values["prompt"]), values["n"], "prompt")
+    _check_choices(len(values["prompt"]), values["n"], "prompt")
     prompts = tuple(_prompt(run, each) for each in values["prompt"])
     return _asked(run, prompts, values, n_tokens, logprobs, echo, values["stop"])
 
@@ -87,13 +84,17 @@ def asked_chat(raw: bytes, runs: list[ServedRun]) -> Asked:
     """What the body of a request to /v1/chat/completions asks for. Raises Refused."""
     values = _values_of(raw, CHAT, "messages")
     run = _run_of(runs, values)
-    _check_choices(run, 1, values["n"], "messages")
-    prompt = _prompt(run, transcript(values["messages"]), "messages")
+    _check_choices(1, values["n"], "messages")
+    stop = values["stop"]
+    if is_chat(run.tokenizer):
+        prompt = _chat_prompt(run, values["messages"])
+    else:
+        prompt = _prompt(run, transcript(values["messages"]), "messages")
+        # a new turn of somebody else ends the answer
+        stop = (*stop, f"\n{SPEAKERS['user']}", f"\n{SPEAKERS['system']}")
     logprobs = values["top_logprobs"] if values["logprobs"] else None
     if values["top_logprobs"] and logprobs is None:
         raise Refused("top_logprobs: needs logprobs to be true", "top_logprobs")
-    # a new turn of somebody else ends the answer
-    stop = (*values["stop"], f"\n{SPEAKERS['user']}", f"\n{SPEAKERS['system']}")
     n_tokens = values["max_completion_tokens"] or values["max_tokens"]
     if n_tokens is None:
         room = run.engine.positions - len(prompt.ids)
@@ -102,9 +103,12 @@ def asked_chat(raw: bytes, runs: list[ServedRun]) -> Asked:
 
 
 def find_run(runs: list[ServedRun], name: str) -> ServedRun:
-    """The run of that name. Raises Refused."""
+    """The run of that name. Raises Refused, and OlderStep for a checkpoint to be loaded first."""
     for run in runs:
         if run.name == name:
+            return run
+    for run in runs:
+        if run.answers_to(name):
             return run
     raise Refused(
         f"model: {name!r} is not served here; choose one of {_names(runs)}",
@@ -145,13 +149,12 @@ def _values_of(raw: bytes, table: tuple[Field, ...], needed: str) -> dict[str, A
     return values
 
 
-def _check_choices(run: ServedRun, n_prompts: int, n: int, param: str) -> None:
-    """Refused if a request wants more texts than may ever wait together."""
-    if n_prompts * n > run.queue:
+def _check_choices(n_prompts: int, n: int, param: str) -> None:
+    """Refused if a request wants too many texts."""
+    if n_prompts * n > MOST_TEXTS:
         raise Refused(
             f"{'n' if n > 1 else param}: {counted(n_prompts, 'prompt')} and n={n} are "
-            f"{n_prompts * n} texts, and this server takes {run.queue} together; send several "
-            f"requests",
+            f"{n_prompts * n} texts, and a request may ask for {MOST_TEXTS}; send several requests",
             "n" if n > 1 else param,
         )
 
@@ -164,12 +167,14 @@ def _prompt(run: ServedRun, given: str | tuple[int, ...], param: str = "prompt")
         if len(given.encode("utf-8")) > positions * run.longest_token_bytes:
             raise _too_long(f"{len(given)} characters", positions, param)
         try:
-            ids, hidden = tuple(prompt_with_bos(tokenizer, given)), 1
+            # a document begins, whether or not the text says so by the name of BOS
+            hidden = int(not given.startswith(tokenizer.bos_text))
+            ids = tuple(prompt_with_bos(tokenizer, given.removeprefix(tokenizer.bos_text)))
         except UsageError as error:
             raise Refused(f"{param}: {error}", param) from None
     else:
-        hidden = int(given[0] != tokenizer.bos)
-        ids = (tokenizer.bos,) * hidden + given
+        # as they are: whoever sends ids, such as lm_eval, decides on BOS and counts on their places
+        ids, hidden = given, 0
         unknown = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)
         if unknown is not None:
             raise Refused(
@@ -180,6 +185,28 @@ def _prompt(run: ServedRun, given: str | tuple[int, ...], param: str = "prompt")
     if len(ids) >= positions:
         raise _too_long(counted(len(ids), "token"), positions, param)
     return Prompt(ids, hidden)
+
+
+def _chat_prompt(run: ServedRun, messages: tuple[Message, ...]) -> Prompt:
+    """The ids of a conversation in the format that the model was trained on; contents are plain
+    text, whatever they spell.
+
+    If the last message is the assistant's, the answer continues it. Raises Refused."""
+    continues = messages[-1].role == "assistant"
+    n_bytes = sum(len(each.content.encode("utf-8")) for each in messages)
+    if n_bytes > run.engine.positions * run.longest_token_bytes:
+        raise _too_long(f"{n_bytes} bytes of text", run.engine.positions, "messages")
+    try:
+        plain = [{"role": each.role, "content": each.content} for each in messages]
+        ids, _ = render(run.tokenizer, plain, generation_prompt=not continues)
+    except UsageError as error:
+        raise Refused(f"messages: {error}", "messages") from None
+    if continues:
+        # without the end of the turn
+        ids = ids[:-1]
+    if len(ids) >= run.engine.positions:
+        raise _too_long(counted(len(ids), "token"), run.engine.positions, "messages")
+    return Prompt(tuple(ids.tolist()), 0)
 
 
 def shortened(value: int) -> str:
@@ -260,8 +287,6 @@ def _samplings(values: dict[str, Any]) -> list[Sampling]:
     seed = values["seed"]
     if seed is None:
         seed = secrets.randbelow(LARGEST_SEED)
-    # the first choice is that of a request with n = 1
-    seeds = [seed] + [stream_seed(seed, "choice", i) for i in range(1, values["n"])]
     return [
         Sampling(
             temperature=values["temperature"],
@@ -272,5 +297,5 @@ def _samplings(values: dict[str, Any]) -> list[Sampling]:
             repetition_penalty=values["repetition_penalty"],
             seed=each,
         )
-        for each in seeds
+        for each in seeds_of(seed, values["n"])
     ]

@@ -1,6 +1,8 @@
 """Which runs are served: their models, each with an engine in a thread of its own, and their newest
 weights while they are training."""
 
+import functools
+import re
 import threading
 import time
 from argparse import Namespace
@@ -12,17 +14,16 @@ from typing import TYPE_CHECKING
 from nanochat.common import Report, UsageError, in_a_line, note_once, printable
 from nanochat.eval.engine import Engine
 from nanochat.run import checkpoint
-from nanochat.run.loading import load_run, step_of
+from nanochat.run.loading import load_step
 
 if TYPE_CHECKING:
     from nanochat.apps.serve.work import Work
     from nanochat.data.tokenizer import Tokenizer
     from nanochat.model.config import GPTConfig
+    from nanochat.model.decoder import Decoder
 
 # seconds between two looks for a newer checkpoint
 FOLLOW_SECONDS = 3.0
-# a training process may remove a checkpoint between the look and the reading
-ATTEMPTS = 3
 # seconds that an engine has to end
 CLOSING_SECONDS = 5.0
 
@@ -31,12 +32,22 @@ def _now() -> int:
     return int(time.time())
 
 
+class OlderStep(Exception):
+    """A name such as d4@500: of a checkpoint of a served run that is not always in memory."""
+
+    def __init__(self, run: "ServedRun", step: int) -> None:
+        super().__init__(run.name_of(step))
+        self.run = run
+        self.step = step
+
+
 @dataclass(eq=False)
 class ServedRun:
     """A run that is served. name: of the model, as clients give it. step: of the newest weights
-    that the engine was given. max_tokens, queue: as the flags of these names.
+    that the engine was given. max_tokens: as the flag.
 
-    works: what waits for the engine. problem: why the engine ended early, or ""."""
+    works: what waits for the engine. problem: why the engine ended early, or "". open_engine: opens
+    an engine like this one for another checkpoint."""
 
     name: str
     folder: Path
@@ -45,8 +56,8 @@ class ServedRun:
     tokenizer: "Tokenizer"
     engine: Engine
     max_tokens: int
-    queue: int
     follows: bool = False
+    open_engine: "Callable[[Decoder, Tokenizer], Engine] | None" = None
     problem: str = ""
     works: "set[Work]" = field(default_factory=set)
     thread: threading.Thread | None = None
@@ -58,6 +69,31 @@ class ServedRun:
 
     def __post_init__(self) -> None:
         self.longest_token_bytes = max(len(token) for token in self.tokenizer.tokens)
+
+    def name_of(self, step: int) -> str:
+        """The name of the model of one of its checkpoints."""
+        return f"{self.name}@{step}"
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a name means the weights that are always in memory.
+
+        Raises OlderStep if it means another checkpoint of this run."""
+        if name == self.name:
+            return True
+        before, _, number = name.rpartition("@")
+        if before != self.name or not re.fullmatch("0|[1-9][0-9]{0,11}", number):
+            return False
+        step = int(number)
+        # a followed run may come to another step before the request does
+        if step != self.step or self.follows:
+            raise OlderStep(self, step)
+        return True
+
+    def older(self, step: int, model: "Decoder", tokenizer: "Tokenizer") -> "ServedRun":
+        """Another checkpoint of this run, to be served under a name with its step."""
+        engine = self.open_engine(model, tokenizer)
+        name, config = self.name_of(step), model.config
+        return ServedRun(name, self.folder, step, config, tokenizer, engine, self.max_tokens)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -115,11 +151,16 @@ def newest_stamp(folder: Path) -> tuple[int, int] | None:
     steps = checkpoint.steps_of(folder)
     if not steps:
         return None
-    manifest = checkpoint.folder_of(folder, steps[-1]) / "manifest.json"
+    stamp = stamp_of_step(folder, steps[-1])
+    # removed since: the next look finds a newer one
+    return None if stamp is None else (steps[-1], stamp)
+
+
+def stamp_of_step(folder: Path, step: int) -> int | None:
+    """When the checkpoint of a step was written; None if there is none."""
     try:
-        return steps[-1], manifest.stat().st_mtime_ns
-    except FileNotFoundError:
-        # removed since: the next look finds a newer one
+        return (checkpoint.folder_of(folder, step) / "manifest.json").stat().st_mtime_ns
+    except OSError:
         return None
 
 
@@ -148,32 +189,24 @@ def names_of(folders: list[Path]) -> list[str]:
 
 def _load(folder: Path, name: str, args: Namespace) -> ServedRun:
     stamp = newest_stamp(folder)
-    step, model, tokenizer = _load_step(folder, args)
-    engine = Engine(model, tokenizer, slots=args.slots, queue=args.queue, report=note_once)
+    asked = None if args.step == -1 else args.step
+    step, model, tokenizer = load_step(folder, asked, args.device_type, args.dtype)
+    open_engine = functools.partial(
+        Engine,
+        slots=args.slots,
+        queue=args.queue,
+        batch_invariant=args.batch_invariant,
+        report=note_once,
+    )
     return ServedRun(
         name,
         folder,
         step,
         model.config,
         tokenizer,
-        engine,
+        open_engine(model, tokenizer),
         args.max_tokens,
-        args.queue,
         args.follow,
+        open_engine,
         looked_at=stamp,
     )
-
-
-def _load_step(folder: Path, args: Namespace) -> tuple:
-    """(step, model, tokenizer) of the checkpoint that the flags name."""
-    asked = None if args.step == -1 else args.step
-    for attempt in range(1, ATTEMPTS + 1):
-        step = step_of(folder, asked)
-        try:
-            return step, *load_run(folder, step, args.device_type, args.dtype)
-        except UsageError:
-            # the newest one may have given way to a newer one
-            gone = not checkpoint.folder_of(folder, step).exists()
-            if asked is not None or not gone or attempt == ATTEMPTS:
-                raise
-    raise AssertionError("the last attempt returns or raises")

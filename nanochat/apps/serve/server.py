@@ -1,6 +1,7 @@
 """The process: a socket, the ASGI server, its end."""
 
 import contextlib
+import errno
 import functools
 import ipaddress
 import resource
@@ -41,9 +42,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.socket(family, kind, protocol)
     # UnicodeError: a name that is too long, or holds what no name does
     except (OSError, UnicodeError) as error:
-        raise UsageError(
-            f"--host {printable(host)}: is no address of this machine ({error})"
-        ) from None
+        raise _no_address(host, error) from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -51,11 +50,20 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
             # before the models are loaded: another process that wants the port hears of it now
             listener.listen()
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise _no_address(host, error) from None
             raise UsageError(
                 f"--host {host} --port {port}: cannot be listened on ({error.strerror}); choose "
                 f"another port, or --port 0 for any free one"
             ) from None
         yield listener
+
+
+def _no_address(host: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"--host {printable(host)}: is no address of this machine ({error}); use 127.0.0.1 for "
+        f"this machine only, or 0.0.0.0 for all its addresses"
+    )
 
 
 def url_of(listener: socket.socket) -> str:
@@ -74,13 +82,13 @@ def serve(runs: list[ServedRun], args: Namespace, listener: socket.socket) -> No
     load = functools.partial(load_run, device_type=args.device_type, dtype=args.dtype)
     watch = None if args.watch is None else Watch(args.watch or runs[0].folder.resolve().parent)
     guard = Guard(args.host, args.api_key)
-    app = build_app(runs, guard, args.timeout, load, _report, watch)
+    app = build_app(runs, guard, args.timeout, load, _report, watch, args.steps_in_memory)
     server = uvicorn.Server(config_of(app))
     # uvicorn hears both signals only while it runs, and sends them to itself again at its end
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     for run in runs:
-        print(printable(f"serving {run.name}, step {run.step}"), flush=True)
+        print(printable(f"serving {run.name}, step {run.step}; {run.engine.mode}"), flush=True)
     if not args.api_key and args.host not in LOCAL_NAMES:
         _report(
             f"note: --host {args.host}: whoever reaches this address can use the models"

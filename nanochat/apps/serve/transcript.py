@@ -41,7 +41,7 @@ class Transcript:
 
     def __init__(self, tokenizer: "Tokenizer", keeps_tokens: bool, begins_at: int = 0) -> None:
         """keeps_tokens: whether log-probabilities are wanted. begins_at: characters before it."""
-        # tokens that were generated, without the one that ends a document
+        # tokens that were generated, without one that ends the document
         self.n_tokens = 0
         self._tokenizer = tokenizer
         self._keeps_tokens = keeps_tokens
@@ -54,10 +54,9 @@ class Transcript:
         """Take the next event of the engine; returns what is certain by now."""
         self._certain += len(event.text)
         if isinstance(event, Token):
-            if event.id != self._tokenizer.bos:
-                self.n_tokens += 1
-                if self._keeps_tokens:
-                    self.hold(event.id, event.logprob, event.top)
+            self.n_tokens += 1
+            if self._keeps_tokens:
+                self.hold(event.id, event.logprob, event.top)
             return Piece(event.text, self.taken(self._certain))
         # a text that was not cut keeps the tokens of an unfinished character as well
         end = math.inf if event.reason == "length" else self._certain
@@ -66,7 +65,7 @@ class Transcript:
     def hold(self, token_id: int, logprob: float | None, top: tuple) -> None:
         """Keep a token until taken() finds its place certain."""
         self._held.append(ScoredToken(token_id, logprob, tuple(top), self._decoded))
-        content = shown_bytes(self._tokenizer, token_id)
+        content = self._tokenizer.spelling(token_id)
         self._decoded += len(self._decoder.decode(content))
 
     def taken(self, end: float) -> tuple[ScoredToken, ...]:
@@ -86,16 +85,9 @@ def scored_prompt(
     return transcript.taken(math.inf)
 
 
-def shown_bytes(tokenizer: "Tokenizer", token_id: int) -> bytes:
-    """The bytes by which a token is shown: its own, and of BOS its name."""
-    if token_id == tokenizer.bos:
-        return tokenizer.bos_text.encode()
-    return tokenizer.token_bytes(token_id)
-
-
 def shown(tokenizer: "Tokenizer", token_id: int) -> str:
     """A token as text; bytes that are not UTF-8 as OpenAI spells them, "bytes:\\xe2\\x82"."""
-    content = shown_bytes(tokenizer, token_id)
+    content = tokenizer.spelling(token_id)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:

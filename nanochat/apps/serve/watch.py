@@ -4,6 +4,7 @@ to what a screen can show, and its samples. Reads only, and only runs that the l
 Files that grow are read from where the last look ended."""
 
 import json
+import math
 import os
 import stat
 from array import array
@@ -21,6 +22,7 @@ from nanochat.run.metrics import parsed
 from nanochat.run.records import (
     DAMAGES,
     core_result,
+    dig,
     find,
     finite_number,
     read_summary,
@@ -40,6 +42,9 @@ MOST_POINTS = 500
 MOST_SAMPLES = 400
 LONGEST_SAMPLE = 4000
 LONGEST_REASON = 300
+# files of a run's evaluations that are read, the newest ones, and bytes of one
+MOST_EVALUATIONS = 100
+LARGEST_EVALUATION_BYTES = 16 << 20
 # runs whose curves stay in memory, a few megabytes each
 MOST_KEPT = 100
 # a look at a file that has grown by more than this goes in pieces
@@ -47,7 +52,15 @@ PIECE_BYTES = 8 << 20
 # what reading a folder with arbitrary content can raise; deep brackets exhaust the parser
 TROUBLES = (*DAMAGES, RecursionError)
 NAN = float("nan")
-FILES = ("config.json", "summary.json", "metrics.jsonl", "samples.jsonl", "core.jsonl")
+# the last is a folder, which changes when a file is added to it
+FILES = (
+    "config.json",
+    "summary.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "core.jsonl",
+    "evaluations",
+)
 
 
 # ----- what the page gets
@@ -207,10 +220,23 @@ class Metrics:
                     places.append(NAN if place is None else place)
                 n_lines += 1
 
+    def places_of(self, step: float) -> dict[str, float | None]:
+        """Where a step is on each axis; None on those that no line tells."""
+        found = np.flatnonzero(np.array(self.axes["step"]) == step)
+        if not len(found):
+            return dict.fromkeys(AXES) | {"step": step}
+        return {
+            axis: _or_none(np.array(places)[found[-1:]])[0] for axis, places in self.axes.items()
+        }
+
     def curve(self, name: str) -> Curve:
         """A curve, thinned."""
         lines, values = np.array(self.lines[name]), np.array(self.values[name])
         return thinned({axis: np.array(self.axes[axis])[lines] for axis in AXES}, values)
+
+
+def _or_first(step: float | None) -> float:
+    return -math.inf if step is None else step
 
 
 def thinned(axes: dict[str, np.ndarray], values: np.ndarray) -> Curve:
@@ -242,13 +268,26 @@ def _or_none(numbers: np.ndarray) -> list[float | None]:
     return [None if number != number else number for number in numbers.tolist()]
 
 
-class CoreIntervals:
-    """CORE's intervals from the answers in core.jsonl, by step."""
+@dataclass(frozen=True)
+class Core:
+    """A CORE result: the metric, its 95% interval (None where it is not known), examples."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+NO_CORE = Core(None, None, None, 0)
+
+
+class TrainingCore:
+    """CORE's results from the answers in core.jsonl, by step."""
 
     def __init__(self, path: Path) -> None:
         self._tail = Tail(path)
         self._tasks: dict[int, dict[str, Any]] = {}
-        self._found: dict[int, tuple[float | None, float | None]] = {}
+        self._found: dict[int, Core] = {}
 
     def read(self) -> None:
         """Take what was added to the file. Raises OSError."""
@@ -258,25 +297,73 @@ class CoreIntervals:
             self._tasks.setdefault(line["step"], {})[str(line.get("label"))] = line
             self._found.pop(line["step"], None)
 
-    def at(self, step: float | None) -> tuple[float | None, float | None]:
-        """(low, high) of a step; None where they are not known."""
+    def at(self, step: float | None) -> Core:
+        """The result of a step."""
         if step not in self._tasks:
-            return None, None
+            return NO_CORE
         if step not in self._found:
-            self._found[step] = _interval(self._tasks[step])
+            self._found[step] = _core_of(self._tasks[step])
         return self._found[step]
 
 
-def _interval(tasks: dict[str, Any]) -> tuple[float | None, float | None]:
-    """CORE's 95% interval; (None, None) if it cannot be computed."""
+class Evaluations:
+    """CORE's results from what `nanochat evaluate` wrote into a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # by file: its stamp, its step, its result
+        self._files: dict[str, tuple[tuple[int, int], float | None, Core]] = {}
+
+    def read(self) -> dict[float, Core]:
+        """{step: result}; of several of a step the one with the most examples. Raises OSError."""
+        found: dict[str, tuple[tuple[int, int], float | None, Core]] = {}
+        results: dict[float, Core] = {}
+        for path in self._newest():
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            known = self._files.get(path.name)
+            # a result is never changed, but replaced
+            if not known or known[0] != stamp:
+                known = (stamp, *_read_evaluation(path, status.st_size))
+            found[path.name] = known
+            _, step, core = known
+            if None not in (core.value, step) and core.n > results.get(step, NO_CORE).n:
+                results[step] = core
+        self._files = found
+        return results
+
+    def _newest(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        # a link may lead elsewhere, and opening a pipe would wait
+        files = [path for path in self.folder.glob("*.json") if stat.S_ISREG(path.lstat().st_mode)]
+        return sorted(files)[-MOST_EVALUATIONS:]
+
+
+def _read_evaluation(path: Path, n_bytes: int) -> tuple[float | None, Core]:
+    """(step, result) of a file of evaluations; (None, NO_CORE) if it has none."""
+    if n_bytes > LARGEST_EVALUATION_BYTES:
+        return None, NO_CORE
     try:
-        result = core_result(
-            source="core.jsonl", step=None, tasks=tasks, baselines=None, max_per_task=None
-        )
+        report = json.loads(path.read_text(encoding="utf-8"))
+    # other people's JSON, or one that is being written
+    except (OSError, ValueError, RecursionError):
+        return None, NO_CORE
+    tasks = dig(report, "core", "tasks")
+    if not isinstance(tasks, dict):
+        return None, NO_CORE
+    return finite_number(report.get("step")), _core_of(tasks)
+
+
+def _core_of(tasks: dict[str, Any]) -> Core:
+    """CORE of the entries of all tasks."""
+    try:
+        result = core_result(source="", step=None, tasks=tasks, baselines=None, max_per_task=None)
     except TROUBLES:
         # answers that contradict each other
-        return None, None
-    return finite_number(result.low), finite_number(result.high)
+        return NO_CORE
+    low, high = finite_number(result.low), finite_number(result.high)
+    return Core(finite_number(result.core_metric), low, high, result.n)
 
 
 # ----- a run
@@ -293,7 +380,9 @@ class Reader:
 
     def __post_init__(self) -> None:
         self._metrics = Metrics(self.path / "metrics.jsonl")
-        self._intervals = CoreIntervals(self.path / "core.jsonl")
+        self._core = TrainingCore(self.path / "core.jsonl")
+        self._evaluations = Evaluations(self.path / "evaluations")
+        self._evaluated: dict[float, Core] = {}
         self._samples: list[Sample] = []
         self._sample_tail = Tail(self.path / "samples.jsonl")
 
@@ -302,7 +391,8 @@ class Reader:
         self.problems = []
         for file, read in (
             ("metrics.jsonl", self._metrics.read),
-            ("core.jsonl", self._intervals.read),
+            ("core.jsonl", self._core.read),
+            ("evaluations", self._read_evaluations),
             ("samples.jsonl", self._read_samples),
         ):
             try:
@@ -317,11 +407,34 @@ class Reader:
         return WatchedRun(self.name, curves, spread(self._samples), self.problems)
 
     def _with_intervals(self, curve: Curve) -> Curve:
+        """CORE's curve with intervals, and with what was evaluated after training."""
         if curve.n != len(curve.value):
             return curve
-        found = [self._intervals.at(step) for step in curve.axes["step"]]
-        low, high = ([bounds[i] for bounds in found] for i in (0, 1))
-        return Curve(curve.axes, curve.value, low, high, curve.n, curve.last)
+        points = {}
+        for i, value in enumerate(curve.value):
+            step = curve.axes["step"][i]
+            core = self._core.at(step)
+            places = {axis: numbers[i] for axis, numbers in curve.axes.items()}
+            points[step] = (places, Core(value, core.low, core.high, core.n))
+        for step, core in self._evaluated.items():
+            # more examples say more
+            if step not in points or core.n > points[step][1].n:
+                points[step] = (self._metrics.places_of(step), core)
+        if not points:
+            return curve
+        shown = [points[step] for step in sorted(points, key=_or_first)]
+        places, cores = zip(*shown, strict=True)
+        return Curve(
+            {axis: [each[axis] for each in places] for axis in AXES},
+            [core.value for core in cores],
+            [core.low for core in cores],
+            [core.high for core in cores],
+            len(cores),
+            cores[-1].value,
+        )
+
+    def _read_evaluations(self) -> None:
+        self._evaluated = self._evaluations.read()
 
     def _read_samples(self) -> None:
         if self._sample_tail.begins_anew():

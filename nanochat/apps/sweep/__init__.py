@@ -1,12 +1,15 @@
-"""`nanochat sweep KIND FOLDER [flags] < lines`: train the runs of a sweep, then compare them."""
+"""`nanochat sweep KIND FOLDER [flags] < lines`: train the runs of a sweep, then compare them;
+`nanochat sweep try FOLDER [flags] --change=...`: is a change better than the baseline?"""
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
 from nanochat.common import path_argument
 
 # command.py concludes each of them: scaling_laws by its fit, the others by CONCLUSIONS
-KINDS = ("miniseries", "scaling_laws", "seeds", "ablation")
+KINDS = ("miniseries", "scaling_laws", "seeds", "ablation", "landing")
 DESCRIPTION = """\
 Train the runs of a sweep one after another, then show their results. Standard input has a line
 NAME: FLAGS for each run, in the order of training; the flags after FOLDER (such as --depth=4) are
@@ -17,6 +20,11 @@ kinds:
   scaling_laws  fits the best model for each budget of FLOPs; runs are named BUDGET/dDEPTH
   seeds         prints mean and standard deviation
   ablation      compares variants with `baseline`, paired by seed; runs are named VARIANT/seedSEED
+  landing       compares runs that were landed with runs that were planned for that length, named
+                TEXT/landed-STEP and TEXT/planned-STEP
+
+nanochat sweep try FOLDER is another command, which reads no lines: a change against a baseline,
+paired by seed, with one verdict as early as possible; nanochat sweep try --help explains it.
 """
 EPILOG = """\
 Started again, it skips the runs that completed, resumes those that were interrupted, and leaves
@@ -30,8 +38,8 @@ from the environment:
   CORE_BUNDLE=FOLDER  measure CORE at the end of each run
   PREDICT=D           scaling_laws: predict, then train, a depth (10) or a budget in FLOPs (2e13)
 
-FOLDER/results.json has all results as data. Exit codes: 0; 75 stopped (start it again to continue);
-2 wrong usage; 1 a run failed.
+FOLDER/results.json has all results as data, and --json prints it, with all else on standard error.
+Exit codes: 0; 75 stopped (start it again to continue); 2 wrong usage; 1 a run failed.
 """
 
 
@@ -39,11 +47,13 @@ def main(argv: list[str]) -> int:
     """Train and compare the runs that standard input names. Returns the exit code.
 
     UsageError for wrong flags, lines or settings, before anything is trained."""
+    if argv[:1] == ["try"]:
+        return _try(argv[1:])
     parser = argparse.ArgumentParser(
         prog="nanochat sweep",
         allow_abbrev=False,
         # argparse would print "..." for the flags, and could not know of standard input
-        usage="nanochat sweep KIND FOLDER [flags of every train.py] < lines",
+        usage="nanochat sweep [--json] KIND FOLDER [flags of every train.py] < lines",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -52,6 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "folder", type=path_argument, metavar="FOLDER", help="parent of the run folders"
     )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     # left unparsed: these are train.py's flags, which its own parser checks
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of every train.py")
     args = parser.parse_args(argv)
@@ -65,5 +76,23 @@ def main(argv: list[str]) -> int:
     stop = Stop()
     # from here on Ctrl-C must not end this process before the training that it started
     stop.listen()
-    settings = Settings.read(args.kind, args.folder, args.flags, os.environ)
-    return sweep(settings, sys.stdin.read(), stop)
+    # among the flags of train.py it could only belong to --dry-run, which trains nothing
+    given = [word for word in args.flags if word != "--json"]
+    as_json = args.json or len(given) < len(args.flags)
+    settings = Settings.read(args.kind, args.folder, given, os.environ)
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        code = sweep(settings, sys.stdin.read(), stop)
+    if as_json:
+        print(Path(settings.folder, "results.json").read_text(encoding="utf-8"), end="", flush=True)
+    return code
+
+
+def _try(argv: list[str]) -> int:
+    """`nanochat sweep try`."""
+    from nanochat.apps.sweep.trial_flags import build_parser
+
+    args, given = build_parser().parse_known_args(argv)
+    # imports torch
+    from nanochat.apps.sweep.trial import try_change
+
+    return try_change(args, given)

@@ -1,5 +1,6 @@
 """A sweep from its lines to its results: check, train, conclude, record."""
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,9 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
     check(settings.kind, runs, settings.given)
     _check_prediction(settings.predict, runs)
     _open_folder(settings.folder)
-    to_retry = _failures(settings, runs) if settings.retry else {}
+    to_retry = {}
+    if settings.retry:
+        to_retry = failures([*runs, *runs_of_predictions(settings)])
     names = ", ".join(run.name for run in runs)
     print(f"{settings.kind}: {len(runs)} runs in {settings.folder}: {names}", flush=True)
     train_all(runs, settings, to_retry, stop)
@@ -51,7 +54,6 @@ def sweep(settings: Settings, lines: str, stop: Stop) -> int:
     scaling = None
     if settings.kind == "scaling_laws" and not stop.asked:
         scaling = _fit_and_predict(settings, rows, to_retry, stop)
-    # flushed, since `nanochat compare` prints to the same output from a process of its own
     print(results.table(rows), flush=True)
     record = {
         "sweep": settings.kind,
@@ -111,12 +113,12 @@ def _open_folder(folder: Path) -> None:
         ) from None
 
 
-def _failures(settings: Settings, runs: Sequence[Run]) -> dict[str, float]:
+def failures(runs: Sequence[Run]) -> dict[str, float]:
     """{name: when it failed} of the runs that are to be tried again.
 
     Read once, at the start: what another process tries again and fails is not tried a third
     time."""
-    rows = results.collect([*runs, *runs_of_predictions(settings)])
+    rows = results.collect(runs)
     return {row.name: row.facts.failed_at for row in rows if row.facts.status == "failed"}
 
 
@@ -136,7 +138,11 @@ def conclude_miniseries(folder: Path, rows: Sequence[Row]) -> Conclusion:
     # as a process: apps do not import each other
     compare = [sys.executable, "-m", "nanochat", "compare"]
     paths = [row.path for row in done]
-    code = subprocess.run([*compare, *paths, f"--out={folder / 'compare'}"]).returncode
+    command = [*compare, *paths, f"--out={folder / 'compare'}"]
+    # through this process, whose output may be kept for JSON
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
+    print(done.stdout, end="", flush=True)
+    code = done.returncode
     if code:
         print(f"nanochat compare ended with exit code {code}", file=sys.stderr)
     return Conclusion(values, well=code == 0)
@@ -166,10 +172,31 @@ def conclude_ablation(folder: Path, rows: Sequence[Row]) -> Conclusion:
     return Conclusion(values, {"variants": [asdict(variant) for variant in variants]})
 
 
+def conclude_landing(folder: Path, rows: Sequence[Row]) -> Conclusion:
+    """What landing costs against a plan of the same length."""
+    pairs = results.landings(rows)
+    # none yet, while the run that is landed is being trained
+    if not pairs:
+        return Conclusion({"pairs": 0})
+    print(results.landings_table(pairs))
+    excesses = [pair.excess for pair in pairs]
+    within = sum(excess <= results.TOLERANCE for excess in excesses)
+    print(f"{within} of {len(pairs)} at most {results.TOLERANCE:.1%} worse than planned")
+    values = {
+        "pairs": len(pairs),
+        "within": within,
+        "worst": max(excesses),
+        "mean": statistics.fmean(excesses),
+        **{f"{pair.text}_{pair.stop}": pair.excess for pair in pairs},
+    }
+    return Conclusion(values, {"landings": [asdict(pair) for pair in pairs]})
+
+
 CONCLUSIONS: dict[str, Callable[[Path, Sequence[Row]], Conclusion]] = {
     "miniseries": conclude_miniseries,
     "seeds": conclude_seeds,
     "ablation": conclude_ablation,
+    "landing": conclude_landing,
 }
 
 

@@ -241,6 +241,55 @@ def _with_reach(
     return f"{difference.mean * unit:+.{digits}f}{reach}{suffix}"
 
 
+# ---- landing ----
+
+# by which a landed run may be worse than one that was planned for its length
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A run that was landed, and one that was planned for its length.
+
+    text: which both read. stop: the step at which the landing began, as in its name. steps: at
+    which both end. landed, planned: their bits per byte."""
+
+    text: str
+    stop: str
+    steps: int
+    landed: float
+    planned: float
+
+    @property
+    def excess(self) -> float:
+        """By how much the landed one is worse, as a share; below 0 it is better."""
+        return self.landed / self.planned - 1
+
+
+def landings(rows: Iterable[Row]) -> list[Landing]:
+    """The pairs of completed runs named TEXT/landed-STEP and TEXT/planned-STEP, in order."""
+    done = {row.name: row.facts for row in completed(rows) if row.facts.val_bpb is not None}
+    found = []
+    for name, landed in done.items():
+        text, _, kind = name.partition("/")
+        planned = done.get(f"{text}/{kind.replace('landed-', 'planned-')}")
+        # of other lengths they would tell nothing of the landing
+        if kind.startswith("landed-") and planned and planned.step == landed.step:
+            stop = kind.removeprefix("landed-")
+            found.append(Landing(text, stop, landed.step, landed.val_bpb, planned.val_bpb))
+    return found
+
+
+def landings_table(found: Sequence[Landing]) -> str:
+    """The pairs as aligned columns."""
+    rows = [("text", "landed at", "steps", "landed", "planned", "landed to planned")]
+    for pair in found:
+        steps = (pair.stop, str(pair.steps))
+        excess = f"{100 * pair.excess:+.2f}%"
+        rows.append((pair.text, *steps, fixed(pair.landed), fixed(pair.planned), excess))
+    return aligned(rows)
+
+
 def result_line(**values: Any) -> str:
     """The last line of a script: RESULT name=value ...; None as null, numbers with six digits."""
     # null rather than None: scripts read the values as JSON

@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,14 @@ from typing import IO, Any, BinaryIO
 from nanochat import locks
 from nanochat.apps.sweep.facts import FAILURE, read_facts
 from nanochat.apps.sweep.settings import Settings
-from nanochat.common import EXIT_STOPPED, UsageError, human_time, read_json, write_json
+from nanochat.common import (
+    EXIT_STOPPED,
+    UsageError,
+    human_time,
+    python_command,
+    read_json,
+    write_json,
+)
 from nanochat.run import flags
 from nanochat.run.checks import check_flags
 from nanochat.run.folder import status_of
@@ -136,8 +142,8 @@ def check(kind: str, runs: Iterable[Run], given: Sequence[str]) -> None:
     problems = []
     if wrong := yours & NOT_YOURS:
         problems.append(
-            f"{_names(wrong)}: the sweep sets this itself; choose the folder of its runs with "
-            f"OUT=..."
+            f"{_names(wrong)}: the sweep sets this itself; the folder of its runs is FOLDER, or "
+            f"OUT=... of a script"
         )
     if kind == "scaling_laws" and (wrong := yours & set(flags.HORIZONS)):
         problems.append(f"{_names(wrong)}: the horizon of a run is its budget; give BUDGETS=...")
@@ -155,8 +161,8 @@ def _run_problems(kind: str, run: Run, yours: set[str]) -> list[str]:
     own = flags.parse(run.flags).given
     if own & NOT_YOURS:
         problems.append(f"{_names(own & NOT_YOURS)}: the sweep sets this itself")
-    # a variant of an ablation may change what the others have, except for the seed
-    varied = {"seed"} if kind == "ablation" else own
+    # a variant or a change may change what the others have, except for the seed
+    varied = {"seed"} if kind in ("ablation", "try") else own
     if wrong := own & yours & varied:
         problems.append(f"{_names(wrong)}: the sweep varies this; leave it out")
     if (run.path / "config.json").exists() and (differing := differences(run, args)):
@@ -174,14 +180,15 @@ def _names(names: Iterable[str]) -> str:
 def differences(run: Run, args: argparse.Namespace) -> list[str]:
     """The flags with another value in a run's config.json than now, among those that decide what
     it becomes."""
-    was = read_json(run.path / "config.json", "run folder")["args"]
+    config = read_json(run.path / "config.json", "run folder")
+    # what a run takes over from its source or its parent is in config.json without being given
+    takes_over = bool(args.init_from) or "forked_from" in config
     return [
         f"{flags.flag(name)}={value}, now {getattr(args, name)}"
-        for name, value in was.items()
+        for name, value in config["args"].items()
         if _decides(name)
         and getattr(args, name, None) != value
-        # what --init-from takes over from its source is in config.json without being given
-        and not (args.init_from and name not in args.given)
+        and not (takes_over and name not in args.given)
     ]
 
 
@@ -198,12 +205,7 @@ def _decides(name: str) -> bool:
 
 def command(run: Run, train_py: Path, processes: int) -> list[str]:
     """The command line that trains a run."""
-    launcher = [sys.executable]
-    if processes > 1:
-        # without `--` torchrun's own parser would read --run as one of its options
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={processes}", "--"]
-    return [*launcher, str(train_py), *run.argv]
+    return python_command(train_py, run.argv, processes)
 
 
 def train_all(

@@ -27,6 +27,18 @@ typedef uint16_t H16 __attribute__((vector_size(32)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 constexpr int LANES = 16;
 
+// What a register holds. Compilers keep larger vectors in memory, and an inner loop then waits for
+// loads and stores.
+#if defined(__AVX512F__)
+constexpr int NATIVE = 16;
+#elif defined(__AVX2__)
+constexpr int NATIVE = 8;
+#else
+constexpr int NATIVE = 4;
+#endif
+typedef float Native __attribute__((vector_size(NATIVE * sizeof(float))));
+constexpr int PARTS = LANES / NATIVE;
+
 struct BFloat16 {
     uint16_t bits;
 };
@@ -64,13 +76,35 @@ inline F16 load(const BFloat16* at) {
     return value;
 }
 
-// Halves are added, then quarters, and so on.
+inline Native load_native(const float* at) {
+    Native x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+inline Native load_native(const BFloat16* at) {
+    typedef uint16_t Narrow __attribute__((vector_size(NATIVE * sizeof(uint16_t))));
+    typedef uint32_t Wide __attribute__((vector_size(NATIVE * sizeof(uint32_t))));
+    Narrow x;
+    std::memcpy(&x, at, sizeof x);
+    Wide wide = __builtin_convertvector(x, Wide) << 16;
+    Native value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+// Halves are added, then quarters, and so on. By copies: without AVX-512 compilers shuffle a vector
+// of this size number by number.
 inline float sum(F16 x) {
-    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    x += __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    return x[0];
+    typedef float F8 __attribute__((vector_size(8 * sizeof(float))));
+    typedef float F4 __attribute__((vector_size(4 * sizeof(float))));
+    F8 half[2];
+    std::memcpy(half, &x, sizeof half);
+    half[0] += half[1];
+    F4 quarter[2];
+    std::memcpy(quarter, half, sizeof quarter);
+    F4 rest = quarter[0] + quarter[1];
+    return (rest[0] + rest[2]) + (rest[1] + rest[3]);
 }
 
 // e^x within 2 units in the last place: x = n ln 2 + r, and a polynomial of r (Cephes' expf).
@@ -101,10 +135,14 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <class W>
 inline float dot(const W* w, const float* x, int64_t n) {
-    F16 total{};
+    Native total[PARTS] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) total += load(w + i) * load(x + i);
-    float result = sum(total);
+    for (; i + LANES <= n; i += LANES)
+        for (int p = 0; p < PARTS; p++)
+            total[p] += load_native(w + i + p * NATIVE) * load_native(x + i + p * NATIVE);
+    F16 whole;
+    std::memcpy(&whole, total, sizeof whole);
+    float result = sum(whole);
     for (; i < n; i++) result += to_float(w[i]) * x[i];
     return result;
 }
@@ -114,19 +152,23 @@ inline float dot(const W* w, const float* x, int64_t n) {
 // The dot products of OUT rows of a matrix with ROWS vectors. Each is summed as dot() does.
 template <class W, int OUT, int ROWS>
 inline void tile(const W* w, const float* x, int64_t n, float (&result)[OUT][ROWS]) {
-    F16 total[OUT][ROWS] = {};
+    Native total[OUT][ROWS][PARTS] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        F16 part[ROWS];
-        for (int r = 0; r < ROWS; r++) part[r] = load(x + r * n + i);
-        for (int o = 0; o < OUT; o++) {
-            F16 weights = load(w + o * n + i);
-            for (int r = 0; r < ROWS; r++) total[o][r] += weights * part[r];
+    for (; i + LANES <= n; i += LANES)
+        for (int p = 0; p < PARTS; p++) {
+            int64_t at = i + p * NATIVE;
+            Native part[ROWS];
+            for (int r = 0; r < ROWS; r++) part[r] = load_native(x + r * n + at);
+            for (int o = 0; o < OUT; o++) {
+                Native weights = load_native(w + o * n + at);
+                for (int r = 0; r < ROWS; r++) total[o][r][p] += weights * part[r];
+            }
         }
-    }
     for (int o = 0; o < OUT; o++)
         for (int r = 0; r < ROWS; r++) {
-            result[o][r] = sum(total[o][r]);
+            F16 whole;
+            std::memcpy(&whole, total[o][r], sizeof whole);
+            result[o][r] = sum(whole);
             for (int64_t j = i; j < n; j++) result[o][r] += to_float(w[o * n + j]) * x[r * n + j];
         }
 }
@@ -142,8 +184,17 @@ inline void rows_of(const W* w, const float* x, int64_t n, int64_t out, int64_t 
 template <class W, int OUT, class Use>
 inline void outputs(const W* w, const float* x, int64_t n, int64_t out, int64_t B, Use use) {
     int64_t row = 0;
+#if defined(__AVX512F__)
     for (; row + 4 <= B; row += 4) rows_of<W, OUT, 4>(w, x, n, out, row, use);
     for (; row + 2 <= B; row += 2) rows_of<W, OUT, 2>(w, x, n, out, row, use);
+#else
+    // Elsewhere a vector takes two registers of 16, or four of 32: more sums than of 2 outputs and
+    // 2 rows would be kept in memory.
+    constexpr int HALF = OUT > 2 ? 2 : OUT;
+    for (; row + 2 <= B; row += 2)
+        for (int part = 0; part < OUT; part += HALF)
+            rows_of<W, HALF, 2>(w, x, n, out + part, row, use);
+#endif
     for (; row < B; row++) rows_of<W, OUT, 1>(w, x, n, out, row, use);
 }
 
@@ -325,12 +376,13 @@ inline void mix(const W* values, int64_t first, int64_t capacity, int64_t n, int
                 const float* shares, float* out) {
     int64_t i = 0;
     for (; i + LANES <= D; i += LANES) {
-        F16 total{};
+        Native total[PARTS] = {};
         for (int64_t j = 0, at = first; j < n; j++) {
-            total += shares[j] * load(values + at * D + i);
+            for (int p = 0; p < PARTS; p++)
+                total[p] += shares[j] * load_native(values + at * D + i + p * NATIVE);
             if (++at == capacity) at = 0;
         }
-        std::memcpy(out + i, &total, sizeof total);
+        std::memcpy(out + i, total, sizeof total);
     }
     for (; i < D; i++) {
         out[i] = 0;

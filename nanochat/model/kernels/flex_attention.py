@@ -29,6 +29,20 @@ def _create_mask(name: str, T: int, S: int, window: int, device: torch.device) -
         setattr(_masks, name, create_block_mask(visible, None, None, T, S, device=device))
 
 
+# torch's own tiles for SM80 and later take 128 KiB at a head dim of 128; consumer cards and their
+# siblings (SM86, SM89, SM120) have 99 KiB.
+SHARED_MEMORY_BYTES = 160 << 10
+SMALL_TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "bwd_num_stages": 1}
+
+
+@torch.compiler.assume_constant_result
+def _has_little_shared_memory(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin < SHARED_MEMORY_BYTES
+
+
 def windowed_attention(
     q_BxTxHxD: Tensor, k_BxSxKxD: Tensor, v_BxSxKxD: Tensor, window: int
 ) -> Tensor:
@@ -40,5 +54,8 @@ def windowed_attention(
     _create_mask(name, T, S, window, device)
     q, k, v = (x.transpose(1, 2) for x in (q_BxTxHxD, k_BxSxKxD, v_BxSxKxD))
     mask = getattr(_masks, name)
-    grouped = q.size(1) != k.size(1)
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    options = dict(SMALL_TILES) if _has_little_shared_memory(device) else None
+    out = flex_attention(
+        q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1), kernel_options=options
+    )
+    return out.transpose(1, 2)
