@@ -300,11 +300,14 @@ def _open_store(launch: Launch, wait: _Wait) -> dist.TCPStore | None:
                 f"another training running? Choose another port, or let torchrun --standalone "
                 f"choose one"
             ) from None
+    answer = f"for an answer from {launch.place}"
+    wait.text = answer
     while not wait.over.is_set():
-        wait.text = f"for an answer from {launch.place}"
         try:
             # torch would print a page of warnings about each attempt that fails
             socket.create_connection((launch.host, launch.port), timeout=ATTEMPT).close()
+            # not before: while the next attempt is made, the last one's reason is what is known
+            wait.text = answer
             return _store(launch.host, launch)
         except OSError as error:
             wait.text = f"for {launch.place} ({error.strerror or in_a_line(error)})"

@@ -543,11 +543,11 @@ def test_commands_without_ranks_work_with_variables_left_over(started, capsys):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The wait for other ranks is reported and ends within a second; so do the threads that are
-    left behind, before the next test."""
-    monkeypatch.setattr(ranks, "FIRST_WORD", 0.2)
+    """The wait for other ranks is reported after a second, which a first attempt never takes, and
+    ends soon after; so do the threads that are left behind, before the next test."""
+    monkeypatch.setattr(ranks, "FIRST_WORD", 1.0)
     monkeypatch.setattr(ranks, "WORD_FACTOR", 100.0)
-    monkeypatch.setattr(ranks, "JOIN_LIMIT", 0.8)
+    monkeypatch.setattr(ranks, "JOIN_LIMIT", 1.5)
     monkeypatch.setattr(ranks, "ATTEMPT", 1.0)
     yield
     for thread in threading.enumerate():
