@@ -120,6 +120,17 @@ def test_killed_before_the_first_checkpoint(tmp_path, finished):
     assert small.losses(tmp_path) == small.losses(finished)
 
 
+def test_a_run_that_saved_nothing_saves_when_it_is_resumed(tmp_path, capsys):
+    """--no-save belongs to one start: given again it holds again."""
+    for again in ([], ["--resume"]):
+        assert small.run(tmp_path, *small.BARE, "--num-iterations=2", *again) == 0
+        assert checkpoint.steps_of(tmp_path / "run") == []
+    assert small.run(tmp_path, "--resume", QUIET, "--save-every=1") == 0
+    assert "checkpoints are saved (was --no-save)" in capsys.readouterr().out
+    assert checkpoint.steps_of(tmp_path / "run")[-1] == 12
+    assert small.config(tmp_path)["args"]["no_save"] is False
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_and_stops(tmp_path, finished, name):
     """It arrives while step 6 is logged, and is heard before the next."""

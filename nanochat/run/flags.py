@@ -574,7 +574,13 @@ GROUPS: dict[str, list[Flag]] = {
             on_resume=FREE,
             live=True,
         ),
-        Flag("no_save", False, "write no checkpoint at all", on_resume=FREE),
+        # Of one start: a switch cannot be taken back, and whoever resumes a run wants to keep it.
+        Flag(
+            "no_save",
+            False,
+            "write no checkpoint at all; a resumed run saves unless it is given again",
+            on_resume=START,
+        ),
     ],
     "faults": [
         Flag(

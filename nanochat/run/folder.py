@@ -201,7 +201,8 @@ def _due_checkpoint(path: Path, summary: dict[str, Any]) -> int | None:
     config = read_json(path / "config.json", "run folder")
     args = config["args"]
     lines = read_lines(path / "metrics.jsonl")
-    if args["no_save"] or not lines:
+    # a fork has the flag only once it has been trained
+    if args.get("no_save") or not lines:
         return None
     last = lines[-1]["step"]
     is_at_end = last == config["plan"]["num_iterations"]

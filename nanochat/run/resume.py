@@ -25,8 +25,9 @@ from nanochat.run.trackers import new_run_id
 
 # Flags whose new value a resumed run writes into config.json: the same text may have moved, and
 # what decides the result (a rule for an early end, the text that is scored) counts from now on.
+# With no_save, folder.py knows whether there must be a checkpoint.
 DECIDING = [name for name, row in FLAGS.items() if row.on_resume == FREE and row.decides]
-RECORDED_ON_RESUME = ("data", "val_data", *DECIDING)
+RECORDED_ON_RESUME = ("data", "val_data", "no_save", *DECIDING)
 # A URL of --notify may hold a secret.
 NOT_RECORDED = ("given", "notify")
 Config = dict[str, Any]  # the content of a config.json
@@ -343,6 +344,8 @@ def merge_with_run(
         if row.on_resume == START:
             setattr(merged, name, getattr(args, name))
     changed, refused = [], []
+    if config["args"].get("no_save") and not merged.no_save:
+        changed.append("checkpoints are saved (was --no-save)")
     # a run that was landed ended before its horizon, which extends it when it is given again
     was_landed = bool(config["plan"].get("landings"))
     horizon_changed = was_landed and not args.given.isdisjoint(HORIZONS)
