@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from disk import read_only
 
+from nanochat.apps import compare, dpo, evaluate, export, report, sample, serve, sft
 from nanochat.common import UsageError
-from nanochat.run.folder import RunFolder, provenance, saved_step, status_of
+from nanochat.run.folder import RunFolder, provenance, run_argument, saved_step, status_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,27 @@ def test_the_checkpoint_that_a_run_had(tmp_path, summary, flags, steps, known):
     lines = [{"step": step, "total_training_time": float(step)} for step in range(steps + 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert saved_step(tmp_path) == known
+
+
+def test_a_tag_names_a_run_in_the_default_folder(tmp_path, monkeypatch):
+    """Of all commands that take a run folder; what has that name here comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert run_argument("d4") == "d4"
+    RunFolder(tmp_path / "out" / "d4").path.mkdir(parents=True)
+    assert run_argument("d4") == "d4"
+    RunFolder(tmp_path / "out" / "d4").write_config({})
+    assert run_argument("d4") == "out/d4"
+    assert [run_argument(text) for text in ("", ".", "./d4", "d4/")] == ["", ".", "./d4", "d4/"]
+    for app in (sample, serve, evaluate):
+        assert app.build_parser().parse_args(["d4"]).runs == ["out/d4"]
+    assert export.build_parser().parse_args(["d4", "exported"]).source == "out/d4"
+    for app in (sft, dpo):
+        assert app.parse_args(["d4", "--data", "x.jsonl"]).source == "out/d4"
+    for app in (report, compare):
+        with pytest.raises(UsageError, match="out/d4"):
+            app.main(["d4"])
+    (tmp_path / "d4").touch()
+    assert run_argument("d4") == "d4"
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path):

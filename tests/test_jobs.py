@@ -189,6 +189,15 @@ def test_two_runs_of_one_tag_need_a_path(tmp_path, monkeypatch):
     assert naming.named("./d6").path == third
 
 
+def test_a_tag_names_a_run_in_the_default_folder(tmp_path, monkeypatch):
+    """One that nobody announced, and only where no other run has the tag."""
+    monkeypatch.chdir(tmp_path)
+    path = make(tmp_path / "out", "d4")
+    assert naming.named("d4").path == path
+    other = make(tmp_path / "a", "d4", GONE)
+    assert naming.named("d4").path == other
+
+
 def test_a_run_that_was_deleted_has_no_tag(tmp_path):
     announce(tmp_path / "a" / "d4", GONE)
     second = make(tmp_path / "b", "d4", GONE)

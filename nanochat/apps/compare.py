@@ -33,7 +33,7 @@ from nanochat.common import (
 )
 from nanochat.run import plots
 from nanochat.run.flags import flag
-from nanochat.run.folder import RunFolder
+from nanochat.run.folder import RunFolder, run_argument
 from nanochat.run.groups import Group, examples_of, group_runs, names, shared_steps
 from nanochat.run.records import CoreResult, CoreTask, RunRecord, dig, finite_number, read_run
 from nanochat.run.statistics import (
@@ -105,7 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         "runs incomparable, and pictures of their curves and CORE results. Runs that differ only "
         "in their seed become a mean with its spread.",
     )
-    parser.add_argument("runs", type=path_argument, metavar="RUN", nargs="+", help="run folders")
+    parser.add_argument(
+        "runs",
+        type=run_argument,
+        metavar="RUN",
+        nargs="+",
+        help="run folders, such as out/d4, or their tags: d4",
+    )
     parser.add_argument(
         "--per-task",
         action="store_true",

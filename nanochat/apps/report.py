@@ -24,6 +24,7 @@ from nanochat.common import (
     write_atomic,
 )
 from nanochat.run import plots
+from nanochat.run.folder import run_argument
 from nanochat.run.records import RunRecord, dig, finite_number, read_run
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def main(argv: list[str]) -> int:
         "settings, samples and evaluations, as one self-contained page (report.html).",
     )
     parser.add_argument(
-        "run", type=path_argument, metavar="RUN", help="run folder: <out-dir>/<model-tag>"
+        "run",
+        type=run_argument,
+        metavar="RUN",
+        help="run folder: <out-dir>/<model-tag>, or the tag of one in out",
     )
     parser.add_argument(
         "--out",

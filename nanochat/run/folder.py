@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import locks
-from nanochat.common import PARTIAL, UsageError, can_create, delete_folder, read_json, write_json
+from nanochat.common import (
+    PARTIAL,
+    UsageError,
+    can_create,
+    delete_folder,
+    path_argument,
+    read_json,
+    write_json,
+)
+from nanochat.run.flags import FLAGS
 from nanochat.run.metrics import finite_or_null, read_lines
 
 FORMAT = 1
@@ -29,6 +38,16 @@ FILES = (
 )
 FOLDERS = ("checkpoints", "tokenizer", "wandb", "tensorboard", "profile")
 RECORDED_PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "rustbpe")
+
+
+def run_argument(text: str) -> str:
+    """argparse type of a run folder: path_argument(), but a tag that no file here has names the run
+    of train.py's default --out-dir, if there is one."""
+    path = path_argument(text)
+    is_tag = path == os.path.basename(path) and not os.path.lexists(path)
+    by_tag = os.path.join(FLAGS["out_dir"].default, path)
+    # path is "" for a variable of a script that was not set
+    return by_tag if path and is_tag and os.path.exists(f"{by_tag}/config.json") else path
 
 
 class RunFolder:

@@ -7,9 +7,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanochat.common import path_argument
 from nanochat.run import trackers
 from nanochat.run.flags import FLAGS, NOT_NEGATIVE, Flag, flag
+from nanochat.run.folder import run_argument
 
 
 def shared(name: str, default: Any = None) -> Flag:
@@ -95,7 +95,12 @@ def parse(
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("source", type=path_argument, metavar="RUN", help="run folder to tune")
+    parser.add_argument(
+        "source",
+        type=run_argument,
+        metavar="RUN",
+        help="run folder to tune, such as out/d4, or its tag: d4",
+    )
     for title, rows in groups.items():
         group = parser.add_argument_group(title)
         if title == "data":

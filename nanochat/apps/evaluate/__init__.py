@@ -15,6 +15,7 @@ from nanochat.common import (
     step_argument,
     valid_unicode,
 )
+from nanochat.run.folder import run_argument
 
 # only for annotations: these modules import torch, which --help does not need
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "runs",
-        type=path_argument,
+        type=run_argument,
         metavar="RUN",
         nargs="+",
-        help="run folder, or folder of a Hugging Face causal language model",
+        help="run folder, such as out/d4, its tag, or folder of a Hugging Face causal language "
+        "model",
     )
     add(
         "--step",

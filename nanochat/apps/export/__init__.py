@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from nanochat.common import EXIT_COMPLETED, EXIT_FAILED, UsageError, path_argument, step_argument
+from nanochat.run.folder import run_argument
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,9 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
         "source",
         nargs="?",
         default="",
-        type=path_argument,
+        type=run_argument,
         metavar="RUN",
-        help="run folder, for example out/d4; with --format run, the Hugging Face folder",
+        help="run folder, for example out/d4, or its tag; with --format run, the Hugging Face "
+        "folder",
     )
     # Folders of others are never overwritten: there is no flag for that.
     parser.add_argument(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanochat.apps.jobs.state import Place, announced, holds_run, place_of
 from nanochat.common import UsageError
+from nanochat.run.folder import run_argument
 from nanochat.run.registry import Job
 
 RUN_HELP = "tag of a run of yours, or path of its folder"
@@ -13,7 +14,8 @@ RUN_HELP = "tag of a run of yours, or path of its folder"
 def named(text: str) -> Place:
     """The run that an argument names. UsageError if there is none, or more than one.
 
-    A word without a slash is a tag: the name of a run in the registry, or of a run folder here."""
+    A word without a slash is a tag: the name of a run in the registry, or of a run folder here
+    or else in train.py's default --out-dir."""
     # a variable of a script that was not set must not mean the run here
     if not text:
         raise UsageError("RUN is empty; give a tag, or the path of a run folder")
@@ -28,6 +30,9 @@ def named(text: str) -> Place:
     # ./d4 is the same folder as d4 in the registry
     if holds_run(here) and here.resolve() not in folders:
         folders.append(here.resolve())
+    by_tag = Path(run_argument(text))
+    if not folders and by_tag != here and holds_run(by_tag):
+        folders.append(by_tag.resolve())
     if not folders:
         raise UsageError(
             f"{text}: no run of yours has this tag; `nanochat jobs list` shows those that train or "

@@ -16,6 +16,7 @@ from nanochat.common import (
     step_argument,
     valid_unicode,
 )
+from nanochat.run.folder import run_argument
 
 DEFAULT_SEED = 42
 
@@ -32,7 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
         "enough.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder, such as out/d4")
+    add(
+        "runs",
+        nargs="+",
+        type=run_argument,
+        metavar="RUN",
+        help="run folder, such as out/d4, or its tag: d4",
+    )
     add(
         "--step",
         type=step_argument,

@@ -3,7 +3,8 @@
 import difflib
 from dataclasses import dataclass
 
-from nanochat.common import UsageError, path_argument, step_argument
+from nanochat.common import UsageError, step_argument
+from nanochat.run.folder import run_argument
 
 # command: the setting that it changes (an argument of eval.writer.request_from()), its type, and an
 # example
@@ -129,7 +130,7 @@ def _path(word: str) -> str:
         word = word[1:-1]
     if not word:
         raise UsageError("/model needs a run folder, such as /model out/d4")
-    return path_argument(word)
+    return run_argument(word)
 
 
 def _steps(command: str, rest: str) -> tuple[str | int, ...]:

@@ -13,6 +13,7 @@ from nanochat.common import (
     path_argument,
     step_argument,
 )
+from nanochat.run.folder import run_argument
 
 PURPOSE = "nanochat serve"
 
@@ -29,7 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
         "seconds.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=path_argument, metavar="RUN", help="run folder, for example out/d4"
+        "runs",
+        nargs="+",
+        type=run_argument,
+        metavar="RUN",
+        help="run folder, for example out/d4, or its tag: d4",
     )
     _add_model_flags(parser)
     _add_watch_flags(parser)
