@@ -9,13 +9,14 @@ import small
 import torch
 
 from nanochat.apps import jobs, sft
+from nanochat.apps.sft.run import OWN
 from nanochat.common import UsageError
 from nanochat.data.examples import Problem
 from nanochat.run import checkpoint
 from nanochat.run.control import Control, Order
 from nanochat.run.folder import RunFolder
 from nanochat.run.loading import load_run
-from nanochat.run.tuning import write_problems
+from nanochat.run.tuning import open_tuned, write_problems
 from tasks.exercises import TRAIN, exercises
 
 FLAGS = [
@@ -72,6 +73,13 @@ def tuned(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned")
     assert sft.main(argv(base, folder)) == 0
     return folder
+
+
+@pytest.mark.parametrize("flag, expected", [([], False), (["--compile"], True)])
+def test_a_run_is_compiled_if_its_source_was(base, tmp_path, flag, expected):
+    words = [word for word in argv(base, tmp_path, *flag) if word != "--no-compile"]
+    tuned = open_tuned(sft.parse_args(words), "sft", OWN)
+    assert tuned.run.args.compile is expected
 
 
 def test_the_run_folder_is_like_any_other(tuned, base):

@@ -55,6 +55,7 @@ from nanochat.run.resume import (
 )
 from nanochat.run.runtime import pick_runtime, runtime_in_words
 from nanochat.run.training_text import held_out_shards
+from nanochat.run.tuning_flags import AS_RUN
 
 # in the run folder
 PROBLEMS_FILE = "problems.jsonl"
@@ -147,9 +148,9 @@ def _new(args: Namespace, folder: RunFolder, own: dict[str, Any]) -> TunedRun:
 
 def _as_train(args: Namespace, of_source: Mapping[str, Any]) -> Namespace:
     """The flags as train.py has them: those of the source, and over them the ones that this command
-    shares with it."""
+    shares with it and that are not to be as in the source."""
     defaults = {name: row.default for name, row in FLAGS.items()}
-    mine = {name: value for name, value in vars(args).items() if name in FLAGS}
+    mine = {n: value for n, value in vars(args).items() if n in FLAGS and value != AS_RUN}
     flags = Namespace(**{**defaults, **of_source, **mine})
     flags.given = args.given & set(FLAGS)
     return flags

@@ -11,6 +11,9 @@ from nanochat.run import trackers
 from nanochat.run.flags import FLAGS, NOT_NEGATIVE, Flag, flag
 from nanochat.run.folder import run_argument
 
+# The default of a flag whose value is that of the run to tune.
+AS_RUN = "as RUN has it"
+
 
 def shared(name: str, default: Any = None) -> Flag:
     """A flag of train.py, with another default if one is given."""
@@ -36,7 +39,11 @@ def groups_of_flags(own: Sequence[Flag], learning: Sequence[Flag]) -> dict[str, 
         "faults": ("max_skipped",),
         "planning": ("dry_run", "json"),
     }
-    groups = {title: [shared(name) for name in rows] for title, rows in names.items()}
+    # where the compiler failed or was too slow for RUN, it would fail again
+    defaults = {"compile": AS_RUN}
+    groups = {
+        title: [shared(name, defaults.get(name)) for name in rows] for title, rows in names.items()
+    }
     tag = "name of the run folder; empty: that of RUN and the name of this command"
     groups["logging"][2] = dataclasses.replace(FLAGS["model_tag"], help=tag)
     return {
