@@ -256,6 +256,9 @@ def test_earlier_results_stay(run, bundle):
         for ending in ("csv", "json", "md")
     )
     assert first.items() <= contents(run / "evaluations").items()
+    # other flags may be behind the same name, so that none is replaced; --help says so
+    words = " ".join(build_parser().format_help().split())
+    assert "Earlier ones stay: after step_000500 comes step_000500_2" in words
 
 
 def test_some_tasks_give_no_core_metric(run, bundle, capsys):

@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=path_argument,
         default="",
         metavar="FOLDER",
-        help="folder of the results; empty: RUN/evaluations",
+        help="folder of the results; empty: RUN/evaluations. Earlier ones stay: after step_000500 "
+        "comes step_000500_2, and `nanochat report` and `compare` take the newest",
     )
     add("--json", action="store_true", help="print JSON instead of tables")
     _add_core_flags(parser)
