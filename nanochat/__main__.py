@@ -29,6 +29,7 @@ APPS = {
     "client": "text from a server that speaks OpenAI's API",
     "sft": "teach a run's model to answer, from conversations",
     "dpo": "teach a run's model which of two answers is preferred",
+    "average": "average the weights of a run's checkpoints",
     "sweep": "train and compare the runs of a sweep",
     "export": "turn a run into a Hugging Face folder, a gguf file or a page, or back",
     "data": "fetch, inspect, tokenize ahead and mix text",

@@ -157,6 +157,7 @@ def _numbers(run: RunRecord) -> dict[str, int | float | None]:
         name: getattr(run, name)
         for name in (
             "val_bpb",
+            "val_loss",
             "tokens",
             "total_training_flops",
             "total_training_time",
@@ -664,6 +665,7 @@ def settings_part(run: RunRecord) -> str:
         ("Versions", config.get("versions")),
         ("Started from", config.get("init_from")),
         ("Forked from", config.get("forked_from")),
+        ("Averaged from", config.get("averaged_from")),
         ("Other", other),
     )
     parts = [

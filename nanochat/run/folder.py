@@ -50,6 +50,14 @@ def run_argument(text: str) -> str:
     return by_tag if path and is_tag and os.path.exists(f"{by_tag}/config.json") else path
 
 
+def weights_alone(config: dict[str, Any]) -> str:
+    """What a run holds that cannot be trained on, in words: weights that `nanochat export` imported
+    or `nanochat average` computed. "" for a run that was trained in its folder."""
+    if "imported_from" in config:
+        return "imported weights"
+    return "averaged weights" if "averaged_from" in config else ""
+
+
 class RunFolder:
     """The folder of one run, written by rank 0 only."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.run.flags import FLAGS
+from nanochat.run.folder import weights_alone
 from nanochat.run.records import CoreResult, RunRecord, dig, finite_number
 
 # up to so many seeds are named in the name of a group
@@ -57,8 +58,8 @@ def settings_of(run: RunRecord, with_commit: bool = True) -> str:
     "" where config.json does not tell. with_commit: count the version of the code as a setting."""
     config = run.config
     args = config.get("args")
-    # nothing is known of how an imported model was trained
-    if not args or "imported_from" in config or run.seed is None:
+    # nothing is known of how an imported model was trained, and an average is no run of its seed
+    if not args or weights_alone(config) or run.seed is None:
         return ""
     plan = config.get("plan")
     # how many steps fit into a time is measured, and differs from run to run

@@ -32,7 +32,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
 from nanochat.run.checks import check_flags
 from nanochat.run.flags import FLAGS, HORIZONS, START, flag
-from nanochat.run.folder import RunFolder, write_summary
+from nanochat.run.folder import RunFolder, weights_alone, write_summary
 from nanochat.run.loading import step_of
 from nanochat.run.metrics import Line, lines_of, parsed, read_lines
 from nanochat.run.plan import LANDING_SHARE, Machine, Plan, fork_plan
@@ -165,9 +165,9 @@ def _as_json(made: Fork, notes: Sequence[str]) -> dict[str, Any]:
 def _refuse_what_is_no_parent(path: Path) -> None:
     """UsageError for a run that train.py could not continue."""
     config = RunFolder(path).read_config()
-    if "imported_from" in config:
+    if held := weights_alone(config):
         raise UsageError(
-            f"{path}: holds imported weights and no training to continue; start a run from them: "
+            f"{path}: holds {held} and no training to continue; start a run from them: "
             f"train.py --init-from={path}"
         )
     if "tuning" in config:
