@@ -108,10 +108,14 @@ def result_of(path, capsys):
 
 def test_the_result_line(tmp_path, capsys):
     path = make(tmp_path, "d4")
+    assert result_of(path, capsys)["val_loss"] == "null"
+    with open(path / "metrics.jsonl", "a") as lines:
+        lines.write('{"step": 150, "val/loss": 3}\n{"step": 200, "val/loss": 2.25}\n')
     values = result_of(path, capsys)
     assert values == {
         "status": "completed",
         "val_bpb": "1.5",
+        "val_loss": "2.25",
         "tokens": "200000",
         "total_training_flops": "1.92e+12",
         "total_training_time": "8",

@@ -303,6 +303,12 @@ class RunRecord:
     steps_logged: int
 
     @property
+    def val_loss(self) -> int | float | None:
+        """Validation loss of the newest evaluation, in nats per token."""
+        losses = [line["val/loss"] for line in self.lines if "val/loss" in line]
+        return finite_number(losses[-1]) if losses else None
+
+    @property
     def core_metric(self) -> float | None:
         """CORE of the result that stands for the run."""
         return None if self.core is None else self.core.core_metric
