@@ -123,6 +123,11 @@ def derive_plan(
             f"warm-down longer than the run's {steps} steps; give at most "
             f"{steps - plan.warmdown_steps}"
         )
+    # where --num-iterations says so, check_flags() has refused it before the data was read
+    if plan.budget_seconds is None and max(flags.listed_steps(args.save_at), default=0) > steps:
+        raise UsageError(
+            f"--save-at={args.save_at}: beyond the run's {steps} steps; give steps up to {steps}"
+        )
     if plan.budget_seconds is not None:
         # the number of steps is fixed once the speed has been measured
         plan.num_iterations = plan.scheduled_steps = None
@@ -210,6 +215,7 @@ def train(session: Session) -> str:
     args, plan, state = session.args, session.plan, session.state
     model, optimizer, scaler = session.model, session.optimizer, session.scaler
     log, clock, keeper = session.log, session.clock, session.keeper
+    save_at = flags.listed_steps(args.save_at)
     rolling_due = False
     ended_early = ""
 
@@ -217,7 +223,7 @@ def train(session: Session) -> str:
         last = plan.is_last(state.step)
 
         # save: before everything that might fail
-        kind = plan.checkpoint_due(state.step, last, args.save_every)
+        kind = plan.checkpoint_due(state.step, last, args.save_every, save_at)
         if kind or rolling_due:
             keeper.save(kind or "rolling", state, hold=state.skipped_in_a_row > 0 and not last)
 

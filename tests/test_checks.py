@@ -109,6 +109,9 @@ WRONG = {
         ["--warmup-ratio=0.1", "no effect with --warmup-steps"]
     ],
     "--warmup-steps=13": [["--warmup-steps=13", "the run's 12 steps", "at most 12"]],
+    "--save-at=3,13": [["--save-at=3,13", "the run's 12 steps", "up to 12"]],
+    "--save-at=3,0": [["--save-at=3,0", "not a list of steps", "such as 500,1000"]],
+    "--save-at=3;9": [["--save-at=3;9", "not a list of steps"]],
     "--resume --overwrite": [["--overwrite: contradicts --resume", "one of the two"]],
     # planning
     "--gpus=8": [["--gpus=8: needs --dry-run", "leave it out"]],
@@ -146,6 +149,8 @@ def test_wrong_flags(flags):
         "--lr-schedule=cosine --warmup-ratio=0.6",
         "--warmup-ratio=0.5 --warmdown-ratio=0.5",
         "--no-save --save-every=-1",
+        "--save-at=3,12",
+        "--save-at=",
         "--seed=0 --grad-clip=0 --dropout=0 --warmup-steps=0",
         "--core-metric-every=auto --core-metric-max-per-task=auto",
     ],

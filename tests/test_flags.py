@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     "sample_every",
     "sample_prompts",
     "save_every",
+    "save_at",
     "save_every_minutes",
     "keep_last",
     "stop_at_bpb",
@@ -136,6 +137,7 @@ BOOKKEEPING = {
     "sample_every",
     "sample_prompts",
     "save_every",
+    "save_at",
     "save_every_minutes",
     "keep_last",
     "no_save",
@@ -192,13 +194,14 @@ def test_every_flag_has_a_help_text():
 
 
 def test_numbers_have_a_range():
-    """All but those that are not one number: every value of another type is a choice or a text."""
+    """All but those that are not one number: every value of another type is a choice or a text;
+    and a list of steps."""
     numbers = {
         name
         for name, row in FLAGS.items()
         if not isinstance(row.default, (bool, str)) or row.default == "auto" and row.type
     }
-    assert {name for name, row in FLAGS.items() if row.range} == numbers
+    assert {name for name, row in FLAGS.items() if row.range} == numbers | {"save_at"}
 
 
 def test_defaults_are_in_their_ranges():

@@ -45,6 +45,8 @@ def test_the_status_in_a_damaged_summary_is_unknown(tmp_path, content):
         ({"status": "running", "step": 5}, {"save_every": 10}, 9, None),
         # lost or damaged
         (None, {"save_every": 4}, 9, 8),
+        (None, {"save_every": 4, "save_at": "7,9,11"}, 9, 9),
+        (None, {"save_at": "3,10"}, 9, 3),
         (None, {"save_every_minutes": 0.1}, 9, 7),
         (None, {"save_every_minutes": 10}, 9, None),
         (None, {}, 20, 20),

@@ -498,6 +498,12 @@ def test_checkpoints_of_12_steps(step, last, every, kind):
     assert plan.checkpoint_due(step, last, every) == kind
 
 
+def test_checkpoints_at_given_steps():
+    plan = plan_of("--depth=4", "--num-iterations=12")
+    kinds = [plan.checkpoint_due(step, step == 12, 5, {3, 6}) for step in (2, 3, 5, 6, 12)]
+    assert kinds == ["", "permanent", "permanent", "before_warmdown", "final"]
+
+
 @pytest.mark.parametrize(
     "given", [["--num-iterations=12", "--warmdown-ratio=0"], ["--target-minutes=1"]]
 )

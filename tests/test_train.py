@@ -145,6 +145,20 @@ def test_rolling_checkpoints_replace_one_another(tmp_path):
     assert checkpoint.steps_of(tmp_path / "run") == [6, 12]
 
 
+def test_checkpoints_at_given_steps(tmp_path, capsys):
+    """Beside those of --save-every; a resumed run may name others."""
+    flags = ("--save-every=-1", "--eval-every=-1", "--sample-every=-1")
+    assert small.run(tmp_path, *flags, "--save-at=2,7") == 0
+    assert checkpoint.steps_of(tmp_path / "run") == [2, 6, 7, 12]
+    again = ("--resume-from-step=7", "--overwrite", "--save-at=9")
+    assert small.run(tmp_path, *flags, *again) == 0
+    assert checkpoint.steps_of(tmp_path / "run") == [2, 6, 7, 9, 12]
+    assert "--save-at=9 (was 2,7)" in capsys.readouterr().out
+    too_far = ("--num-iterations=-1", "--target-tokens=1024", "--save-at=9", "--overwrite")
+    assert small.run(tmp_path, *flags, *too_far) == 2
+    assert "--save-at=9: beyond the run's 4 steps" in capsys.readouterr().err
+
+
 def test_no_save(tmp_path, capsys):
     assert small.run(tmp_path, *small.BARE) == 0
     assert checkpoint.steps_of(tmp_path / "run") == []

@@ -15,7 +15,7 @@ from nanochat.model import fp8
 from nanochat.model.attention import BACKENDS
 from nanochat.model.config import width_for
 from nanochat.run import notify, trackers
-from nanochat.run.flags import HORIZONS, flag, range_problems
+from nanochat.run.flags import HORIZONS, STEPS, flag, listed_steps, range_problems
 
 # What kernels are made for; others work and are slower.
 USUAL_HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -313,6 +313,15 @@ def _check_combinations(args: argparse.Namespace, problems: _Problems) -> None:
         f"longer than the run's {args.num_iterations} steps",
         f"give at most {args.num_iterations}",
     )
+    is_list = "save_at" in args.given and STEPS.holds(args.save_at)
+    problems.require(
+        "save_at",
+        args.num_iterations < 1
+        or not is_list
+        or max(listed_steps(args.save_at), default=0) <= args.num_iterations,
+        f"beyond the run's {args.num_iterations} steps",
+        f"give steps up to {args.num_iterations}",
+    )
     _check_effect(args, problems)
     problems.require(
         "overwrite",
@@ -340,6 +349,7 @@ def _check_effect(args: argparse.Namespace, problems: _Problems) -> None:
     # A flag that another one makes void would be ignored without a word.
     void = [
         ("save_every", args.no_save, "--no-save"),
+        ("save_at", args.no_save, "--no-save"),
         ("save_every_minutes", args.no_save, "--no-save"),
         ("keep_last", args.no_save, "--no-save"),
         ("sample_prompts", args.sample_every == -1, "--sample-every=-1"),

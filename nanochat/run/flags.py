@@ -34,6 +34,19 @@ def _off(value: Any) -> bool:
     return value in (-1, "auto")
 
 
+def listed_steps(text: str) -> frozenset[int]:
+    """The steps of a list such as "500,1000" (--save-at). ValueError for what is no list of whole
+    numbers."""
+    return frozenset(map(int, text.split(","))) if text else frozenset()
+
+
+def _are_steps(text: str) -> bool:
+    try:
+        return min(listed_steps(text), default=1) >= 1
+    except ValueError:
+        return False
+
+
 AT_LEAST_1 = Range(lambda v: v >= 1, "must be at least 1", "give a positive number")
 # 0 could be read as "never" or as "at every step", so -1 is the only spelling of off.
 POSITIVE_OR_OFF = Range(
@@ -49,6 +62,11 @@ NOT_NEGATIVE = Range(lambda v: v >= 0, "must not be negative", "give 0 or more")
 # At 1, Adam's bias correction divides by 1 - beta^t = 0, and dropout drops every update.
 BELOW_1 = Range(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "give such a number")
 FRACTION = Range(lambda v: 0 <= v <= 1, "must be between 0 and 1", "give a fraction")
+STEPS = Range(
+    _are_steps,
+    "not a list of steps",
+    "give whole numbers from 1 on, with commas between them, such as 500,1000",
+)
 SEED = Range(lambda v: 0 <= v < 2**63, "must be between 0 and 2^63 - 1", "choose another seed")
 
 # What --resume does with a flag that is given again with another value.
@@ -555,6 +573,15 @@ GROUPS: dict[str, list[Flag]] = {
             range=POSITIVE_OR_OFF,
             on_resume=FREE,
             live=True,
+        ),
+        Flag(
+            "save_at",
+            # Text, as a list cannot be: config.json and the command line hold it alike.
+            "",
+            "steps at which to save permanent checkpoints besides, with commas between them, such "
+            "as 500,1000",
+            range=STEPS,
+            on_resume=FREE,
         ),
         Flag(
             "save_every_minutes",

@@ -20,7 +20,7 @@ from nanochat.common import (
     read_json,
     write_json,
 )
-from nanochat.run.flags import FLAGS
+from nanochat.run.flags import FLAGS, listed_steps
 from nanochat.run.metrics import finite_or_null, read_lines
 
 FORMAT = 1
@@ -236,8 +236,11 @@ def _due_checkpoint(path: Path, summary: dict[str, Any]) -> int | None:
     if is_at_end or summary.get("status") in ("completed", "stopped"):
         return summary.get("step", last) or None
     every, minutes = args["save_every"], args["save_every_minutes"]
+    saved = [step for step in listed_steps(args.get("save_at", "")) if step <= last]
     if every != -1 and last >= every:
-        return last // every * every
+        saved.append(last // every * every)
+    if saved:
+        return max(saved)
     if minutes == -1:
         return None
     overdue = (line["step"] for line in lines if line["total_training_time"] > 60 * minutes)

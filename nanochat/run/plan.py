@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -377,16 +378,18 @@ class Plan:
         final = self.schedule.final_lr_frac
         return schedules.lr_multiplier(step, steps, warmup_steps, warmdown_steps, final, shape)
 
-    def checkpoint_due(self, step: int, last: bool, every: int) -> str:
+    def checkpoint_due(
+        self, step: int, last: bool, every: int, at: Collection[int] = frozenset()
+    ) -> str:
         """The kind of checkpoint that the state after `step` updates gets whatever the clock says,
-        or "". every: --save-every."""
+        or "". every: --save-every. at: the steps of --save-at."""
         # From the strongest reason to the weakest: a checkpoint has one kind.
         if last:
             return "final"
         # From here a longer horizon can extend the run: afterwards the learning rate has fallen.
         if step == self.warmdown_begins:
             return "before_warmdown"
-        if due(every, step, last):
+        if due(every, step, last) or step in at:
             return "permanent"
         return ""
 

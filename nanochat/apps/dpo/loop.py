@@ -37,6 +37,7 @@ from nanochat.ranks import rank, sum_over_ranks, world_size
 from nanochat.run import checkpoint, faults
 from nanochat.run.clock import Clock
 from nanochat.run.control import Control
+from nanochat.run.flags import listed_steps
 from nanochat.run.keeper import Keeper
 from nanochat.run.log import RunLog, StepResult
 from nanochat.run.orders import agree, attend, interrupted, undisturbed
@@ -157,6 +158,7 @@ def train(session: Session) -> str:
     log, clock, keeper = session.log, session.clock, session.keeper
     pairs = plan.rows_per_step // 2
     loss_of = PairLoss(session.flags, session.device)
+    save_at = listed_steps(args.save_at)
     rolling_due = False
 
     while True:
@@ -164,7 +166,7 @@ def train(session: Session) -> str:
         before = state.step == 0
 
         # save: before everything that might fail
-        kind = plan.checkpoint_due(state.step, last, args.save_every)
+        kind = plan.checkpoint_due(state.step, last, args.save_every, save_at)
         if kind or rolling_due:
             keeper.save(kind or "rolling", state, hold=state.skipped_in_a_row > 0 and not last)
 

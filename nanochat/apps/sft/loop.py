@@ -27,6 +27,7 @@ from nanochat.ranks import rank, world_size
 from nanochat.run import checkpoint, faults
 from nanochat.run.clock import Clock
 from nanochat.run.control import Control
+from nanochat.run.flags import listed_steps
 from nanochat.run.keeper import Keeper
 from nanochat.run.log import RunLog, StepResult
 from nanochat.run.orders import agree, attend, interrupted, undisturbed
@@ -95,6 +96,7 @@ def train(session: Session) -> str:
     args, plan, state = session.args, session.plan, session.state
     model, optimizer, scaler = session.model, session.optimizer, session.scaler
     log, clock, keeper = session.log, session.clock, session.keeper
+    save_at = listed_steps(args.save_at)
     rolling_due = False
     ended_early = ""
 
@@ -103,7 +105,7 @@ def train(session: Session) -> str:
         before = state.step == 0
 
         # save: before everything that might fail
-        kind = plan.checkpoint_due(state.step, last, args.save_every)
+        kind = plan.checkpoint_due(state.step, last, args.save_every, save_at)
         if kind or rolling_due:
             keeper.save(kind or "rolling", state, hold=state.skipped_in_a_row > 0 and not last)
 
