@@ -7,6 +7,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -428,6 +429,19 @@ def path_argument(text: str) -> str:
 def number_or_auto(text: str) -> int | str:
     """argparse type: a whole number, or "auto". ValueError otherwise."""
     return text if text == "auto" else int(text)
+
+
+def whole_number(text: str) -> int:
+    """argparse type: a whole number, also written as 1e5."""
+    try:
+        # int() refuses 1e5; a float is exact up to 2^53, more than anything counted here
+        value = float(text)
+    except ValueError:
+        # NaN fails every comparison below
+        value = math.nan
+    if not (abs(value) < 1 << 63 and value == int(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (1e5 is one)")
+    return int(value)
 
 
 def step_argument(text: str) -> int | str:

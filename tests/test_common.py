@@ -1,5 +1,6 @@
 """Files that are whole or absent, text that is safe to show, seeds, and numbers for people."""
 
+import argparse
 import errno
 import os
 import subprocess
@@ -31,6 +32,7 @@ from nanochat.common import (
     step_argument,
     stream_seed,
     valid_unicode,
+    whole_number,
     write_atomic,
     write_json,
 )
@@ -91,6 +93,10 @@ def test_human_time(seconds, expected):
 def test_argument_types():
     assert number_or_auto("auto") == "auto" and number_or_auto("-1") == -1
     assert step_argument("best") == "best" and step_argument("20") == 20
+    assert [whole_number(text) for text in ("1e5", "-1", "0", "2.0")] == [100000, -1, 0, 2]
+    for text in ("1.5", "nan", "inf", "1e30", "x", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="not a whole number"):
+            whole_number(text)
     for parse in (number_or_auto, step_argument):
         with pytest.raises(ValueError):
             parse("last")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument
+from nanochat.common import EXIT_COMPLETED, UsageError, human_time, path_argument, whole_number
 
 # imported where they are used, so that --help is immediate
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--vocab-size",
-        type=int,
+        type=whole_number,
         default=-1,
         metavar="N",
         help="ids of --kind=bpe or bpe-llama, the special one included (-1: derived from the size "
@@ -161,7 +161,7 @@ def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
 def _add_max_bytes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bytes",
-        type=int,
+        type=whole_number,
         default=DEFAULT_MAX_BYTES,
         metavar="N",
         help="held-out text to read at most, in bytes of UTF-8 (default %(default)s)",

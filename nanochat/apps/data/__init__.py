@@ -4,7 +4,6 @@ here, mix it, or write conversations and preferences."""
 import argparse
 import itertools
 import json
-import math
 import os
 from typing import Any
 
@@ -15,6 +14,7 @@ from nanochat.common import (
     human_time,
     path_argument,
     read_json,
+    whole_number,
     write_atomic,
 )
 from tasks.continuations import continuations
@@ -298,17 +298,10 @@ def _add_pairs(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     """argparse type of a whole number of at least 1, also written as 2e9."""
-    try:
-        # int() refuses 2e9; a float is exact up to 2^53, more text than any data set holds
-        value = float(text)
-    except ValueError:
-        # NaN fails every comparison below
-        value = math.nan
-    if not (1 <= value < 1 << 63 and value == int(value)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number of at least 1 (2e9 is one)"
-        )
-    return int(value)
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1")
+    return value
 
 
 def main(argv: list[str]) -> int:
