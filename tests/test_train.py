@@ -185,6 +185,15 @@ def test_dry_run_for_other_hardware(capsys):
     assert "try --depth=" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "ratio, derivation",
+    [(16, "32 (2 x 16)"), (15, "32 (2 x 15, rounded up to heads of 16)")],
+)
+def test_a_plan_derives_the_width(tmp_path, capsys, ratio, derivation):
+    assert small.run(tmp_path, "--dry-run", f"--aspect-ratio={ratio}") == 0
+    assert f"width                      {derivation}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gpus, devices", [(1, "1 device"), (2, "2 devices")])
 def test_a_plan_counts_devices_and_their_hours(tmp_path, capsys, gpus, devices):
     flags = [small.corpus(tmp_path), "--depth=2", "--max-seq-len=64", "--num-iterations=3"]

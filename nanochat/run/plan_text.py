@@ -147,7 +147,9 @@ Lines = dict[str, Any]
 
 def _model_lines(run: PlannedRun) -> Lines:
     config = run.config
-    derivation = f"{run.depth} x {run.aspect_ratio}, rounded up to heads of {config.head_dim}"
+    derivation = f"{run.depth} x {run.aspect_ratio}"
+    if config.width != run.depth * run.aspect_ratio:
+        derivation += f", rounded up to heads of {config.head_dim}"
     # Full context is written as a window without limit.
     windows = [str(min(window, config.max_seq_len)) for window in config.windows()]
     return {
