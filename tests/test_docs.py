@@ -23,7 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("COMING_FROM.md", "CURVES.md", "MACHINES.md", "README.md", "SERVING.md")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # From the lowest to the highest: a module imports from its own layer and from those before it.
-FLOOR = {"common", "hardware", "limits", "locks", "native", "output", "ranks", "signals"}
+FLOOR = {
+    "common",
+    "hardware",
+    "limits",
+    "locks",
+    "machines",
+    "native",
+    "output",
+    "ranks",
+    "signals",
+}
 LAYERS = ["floor", "model", "optim", "data", "run", "eval", "apps"]
 HEAVY = (
     "datasets",

@@ -9,6 +9,7 @@ from nanochat.common import UsageError
 from nanochat.data.download import Report
 from nanochat.data.rows import Rows
 from nanochat.data.token_cache import DataFailed, TokenCache
+from nanochat.limits import available_cpus
 
 # shards downloaded and tokenized beyond the one that training reads
 AHEAD_SHARDS = 4
@@ -100,8 +101,9 @@ class Ahead:
         last_row: Callable[[], int | None],
         report: Report,
     ) -> None:
-        # a cache of its own, since a TokenCache is for one thread
-        threads = max(1, rows.cache.threads // 2)
+        # A cache of its own, since a TokenCache is for one thread. Half of the cores: one process
+        # of a machine reads ahead, while all of them train.
+        threads = max(1, available_cpus() // 2)
         cache = TokenCache(rows.cache.tokenizer, threads, rows.cache.lengths, report=self._say)
         self.rows = rows
         self.own = Rows(rows.corpus, cache, rows.T, rows.seed, rows.first_row)

@@ -246,6 +246,26 @@ def _refuse_changed(path: Path, n_bytes: int) -> None:
             )
 
 
+def refuse_other_files(corpus: Corpus) -> None:
+    """UsageError if the local files of a corpus that another machine has opened are missing here,
+    or hold other text."""
+    shards = corpus.train + corpus.val
+    files = {
+        path: content
+        for shard in shards
+        for path, content in zip(shard.files, shard.contents, strict=True)
+        # what comes from the network is compared when it is downloaded
+        if isinstance(path, Path)
+    }
+    for path, content in hash_files(list(files)).items():
+        if content != files[path]:
+            raise UsageError(
+                f"--data={corpus.name}: {path} holds other text here than where rank 0 runs; "
+                f"every machine reads the same files under the same names: copy them here, or "
+                f"name a folder that all machines share"
+            )
+
+
 def _opened(value: str, flag: str) -> tuple[Named, str]:
     """The files that a value of --data or --val-data names, and the column with their text.
 

@@ -80,7 +80,7 @@ def load_tokenizer(
     of_source: Path | None = None,
     chosen: bool = True,
 ) -> Tokenizer:
-    """The tokenizer of a run, loaded or fitted by rank 0 and then read by the other ranks.
+    """The tokenizer of a run, loaded or fitted by rank 0 for all ranks.
 
     name, vocab_size: of --tokenizer and --vocab-size (-1: derived from the corpus). of_run: folder
     with the tokenizer of the run that is resumed, which wins over everything else. of_source:
@@ -98,9 +98,8 @@ def load_tokenizer(
             return gpt2_tokenizer()
         return read_tokenizer(name)
 
-    # rank 0 first, alone: it may train or download, and the others then find the result on disk
-    from_rank0_or_raise(lambda: load().fingerprint)
-    tokenizer = load()
+    # it may be trained or downloaded, which each machine, and each rank of it, would do again
+    tokenizer = from_rank0_or_raise(load)
     if of_source and tokenizer.fingerprint != read_tokenizer(of_source).fingerprint:
         raise UsageError(
             f"--tokenizer={name} is not the tokenizer of --init-from ({of_source}), whose weights "

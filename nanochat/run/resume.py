@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import ranks
-from nanochat.common import UsageError, read_json, valid_unicode
+from nanochat.common import UsageError, counted, read_json, sha256_file, valid_unicode
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.model.config import GPTConfig
 from nanochat.run import checkpoint
@@ -94,6 +94,7 @@ def open_run(args: argparse.Namespace, device_type: str) -> OpenedRun:
     args.model_tag = tag
     folder = RunFolder(os.path.join(args.out_dir, tag))
     step, config = ranks.from_rank0_or_raise(lambda: claim_run(args, folder))
+    _refuse_unseen(folder, step)
     run = OpenedRun(args, folder, step or 0, config)
     if config and "command" in config:
         raise UsageError(
@@ -322,6 +323,23 @@ def _newest_step(folder: RunFolder, steps: Sequence[int]) -> int | None:
             "--overwrite"
         )
     return step
+
+
+def _refuse_unseen(folder: RunFolder, step: int | None) -> None:
+    """UsageError on every rank if one of them does not see the checkpoint to resume from as rank 0
+    does: all of them read it."""
+    if step is None:
+        return
+    manifest = checkpoint.folder_of(folder.path, step) / "manifest.json"
+    # it has the hashes of all other files
+    seen = ranks.from_all(sha256_file(manifest) if manifest.exists() else "")
+    blind = [rank for rank, found in enumerate(seen) if found != seen[0]]
+    if blind:
+        raise UsageError(
+            f"--resume: {counted(len(blind), 'rank')}, the first of them rank {blind[0]}, cannot "
+            f"read the checkpoint of step {step} that rank 0 has in {folder.path}; give an "
+            f"--out-dir that all machines share, or copy that folder to the same place on each"
+        )
 
 
 def _warn(text: str) -> None:

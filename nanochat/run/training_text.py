@@ -16,10 +16,12 @@ from nanochat.data.sources import (
     compressed_bits_per_byte,
     describe_corpus,
     open_corpus,
+    refuse_other_files,
 )
 from nanochat.data.token_cache import TokenCache, load_tokenizer
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.ranks import from_rank0_or_raise, print0
+from nanochat.machines import on_each_machine, threads_of_rank
+from nanochat.ranks import from_rank0_or_raise, print0, rank
 from nanochat.run.resume import OpenedRun
 from nanochat.run.screen import bar
 
@@ -52,8 +54,8 @@ class TrainingText:
 
 
 def open_text(run: OpenedRun) -> TrainingText:
-    """Open the text of a run; every rank calls it. Rank 0 fetches, fits and tokenizes first, the
-    others then find the results in the cache.
+    """Open the text of a run; every rank calls it. Rank 0 opens the text and fits the tokenizer for
+    all; the first rank of each machine tokenizes, and the others find the results in its cache.
 
     UsageError for text that is not the one that a resumed run was started with, for unusable text,
     and if nothing is left to validate on."""
@@ -72,8 +74,11 @@ def open_text(run: OpenedRun) -> TrainingText:
         wanted = [*corpus.val, *rows.first_shards()]
         cache.prepare(wanted, lambda shards: bar(shards, "tokenizing", "shard"))
 
-    # Rank 0 alone, with all cores; the others would repeat the same work or wait on its locks.
-    from_rank0_or_raise(tokenize)
+    # One rank of a machine, with all cores; the others would repeat the same work or wait on its
+    # locks.
+    on_each_machine(tokenize)
+    # In training several may find at once that a shard is missing.
+    cache.threads = threads_of_rank()
     if recorded.get("fingerprint"):
         # Frozen, since for a large corpus they are estimates from what was on disk at the first
         # start.
@@ -138,6 +143,13 @@ def _open_corpus(run: OpenedRun) -> Corpus:
     # A resumed run reads the very revision that it began with, even if the dataset has moved on.
     revision = was.get("revision", "")
     corpus = from_rank0_or_raise(lambda: open_corpus(args.data, args.val_data, revision, print0))
+
+    def compare() -> None:
+        # rank 0's own are those that it has just read
+        if rank():
+            refuse_other_files(corpus)
+
+    on_each_machine(compare)
     # none yet: a fork that is about to read another text than its parent for the first time
     if was.get("fingerprint") and corpus.fingerprint != was["fingerprint"]:
         raise UsageError(

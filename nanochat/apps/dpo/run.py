@@ -38,7 +38,7 @@ from nanochat.eval.preferences import (
     logprobs_of,
     token_logprobs_of,
 )
-from nanochat.limits import available_cpus
+from nanochat.machines import threads_of_rank
 from nanochat.model.build import build
 from nanochat.model.decoder import Decoder
 from nanochat.optim.step import Batch, forward_backward
@@ -160,7 +160,7 @@ def open_pairs(tuned: TunedRun, say: Report) -> Preferences:
         args.max_seq_len + 1,
         held_out=own["val_files"],
         strict=own["strict"],
-        threads=available_cpus(),
+        threads=threads_of_rank(),
         report=say,
     )
     if tuned.run.config:

@@ -26,6 +26,7 @@ from nanochat.eval.core import Progress, len_limit, measure, open_core
 from nanochat.eval.generation import NotNumbers, generate_text
 from nanochat.eval.unison import EvaluationFailed
 from nanochat.limits import available_cpus
+from nanochat.machines import on_each_machine, threads_of_rank
 from nanochat.run.plan import ASSUMED_MFU
 from nanochat.run.training_text import held_out_shards
 from tasks.core import CHOICE_LABELS, LABELS
@@ -83,7 +84,7 @@ def measure_bpb(subject: Subject, machine: Machine, *, data: str, eval_tokens: i
         pieces = _foreign_pieces(shards, subject.tokenizer, row_tokens, limit)
     else:
         cache = TokenCache(subject.tokenizer, available_cpus(), report=machine.say)
-        ranks.from_rank0_or_raise(lambda: cache.prepare(shards, lambda shards: shards))
+        on_each_machine(lambda: cache.prepare(shards, lambda shards: shards))
         pieces = held_out_pieces(shards, cache, row_tokens, limit)
     if not pieces:
         raise UsageError(f"--data={name}: holds no text")
@@ -204,7 +205,7 @@ def measure_core(
         max_per_task=max_per_task,
         labels=labels,
         baselines=baselines,
-        threads=available_cpus(),
+        threads=threads_of_rank(),
         # one evaluation: no reason to hold prompts
         keep=False,
         shares=not subject.foreign,

@@ -18,7 +18,7 @@ from nanochat.data.conversations import Conversations, read_conversations
 from nanochat.data.examples import sources_of
 from nanochat.data.packing import NO_TARGET, PackedRows
 from nanochat.data.prefetch import Prefetcher
-from nanochat.limits import available_cpus
+from nanochat.machines import threads_of_rank
 from nanochat.model.decoder import Decoder
 from nanochat.optim.step import Batch, forward_backward, summed_loss
 from nanochat.run import lifecycle, tuning, tuning_flags
@@ -136,7 +136,7 @@ def open_conversations(tuned: TunedRun, say: Any) -> Conversations:
         args.max_seq_len + 1,
         held_out=own["val_files"],
         strict=own["strict"],
-        threads=available_cpus(),
+        threads=threads_of_rank(),
         report=say,
     )
     if tuned.run.config:
