@@ -1,4 +1,4 @@
-"""The scripts of whole workflows, runs/shakespeare.sh and four others: their commands at toy size
+"""The scripts of whole workflows, runs/shakespeare.sh and five others: their commands at toy size
 are those at full size, and they do what they say at toy size."""
 
 import json
@@ -16,6 +16,7 @@ import small
 ROOT = small.ROOT
 # {script: what it is given besides the environment}
 SCRIPTS = {
+    "quickstart": [],
     "shakespeare": [],
     "tinystories": [],
     "nanolm": [],
@@ -91,7 +92,7 @@ def without_numbers(word):
 def test_the_toy_runs_the_same_commands_with_smaller_numbers(name, variables):
     full = plan(name, *SCRIPTS[name], **variables)
     toy = plan(name, *SCRIPTS[name], TOY="1", **variables)
-    assert len(full) == len(toy) >= 5
+    assert len(full) == len(toy) >= 4
     smaller = 0
     for words, toy_words in zip(full, toy):
         # compilation takes longer than all of a toy
@@ -114,6 +115,7 @@ def test_a_plan_runs_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "name, arguments, variables, problem",
     [
+        ("quickstart", ["--out-dir=x"], {}, "--out-dir=x: set OUT=FOLDER instead"),
         ("shakespeare", [], {"SIZE": "7"}, "SIZE=7: give small, 384 or 768"),
         ("shakespeare", [], {"STEPS": "30"}, "STEPS=30: give a multiple of 20"),
         ("shakespeare", ["--num-iterations=9"], {}, "--num-iterations=9: set STEPS= instead"),
@@ -221,6 +223,18 @@ def toy(python, tmp_path, name, *arguments, **variables):
     done = start(name, *arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr, done.stdout.splitlines()[-1]
+
+
+def test_quickstart(python, tmp_path):
+    """A second start shows the same run."""
+    data = str(text_of(tmp_path))
+    run = tmp_path / "o u t" / "quickstart"
+    shown, result = toy(python, tmp_path, "quickstart", DATA=data)
+    words = words_of(result)
+    assert words["status"] == "completed" and 0.3 < float(words["val_bpb"]) < 5
+    assert f"loss plot:    {run}/loss.png\n" in shown and (run / "loss.png").exists()
+    shown, again = toy(python, tmp_path, "quickstart", DATA=data)
+    assert again == result and "is complete at step" in shown
 
 
 def test_shakespeare(python, tmp_path):
