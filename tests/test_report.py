@@ -11,6 +11,7 @@ from made_runs import DAMAGES, made_tasks, make
 
 from nanochat.__main__ import main as nanochat
 from nanochat.apps import report
+from nanochat.apps.report import page
 from nanochat.common import UsageError, write_json
 from nanochat.run.folder import RunFolder, write_summary
 
@@ -219,7 +220,7 @@ def test_samples_of_many_steps_are_thinned(tmp_path):
     text = page_of(path)
     steps = [int(step) for step in re.findall(r"<summary>step ([\d,]+)<", text)]
     assert (
-        len(steps) == report.SAMPLE_STEPS
+        len(steps) == page.SAMPLE_STEPS
         and steps == sorted(steps, reverse=True)
         and {steps[0], steps[-1]} == {0, 499}
     )

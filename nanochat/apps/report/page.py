@@ -1,338 +1,22 @@
-"""`nanochat report RUN`: a run's summary, its curves as a picture, and all of it as one page.
+"""A run as one self-contained page of HTML: its numbers, curves, samples and settings."""
 
-Only reads the run's files. What is damaged or missing in them becomes a line on the page."""
-
-import argparse
 import base64
 import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from nanochat.common import (
-    EXIT_COMPLETED,
-    UsageError,
-    human_bytes,
-    human_time,
-    path_argument,
-    printable,
-    valid_unicode,
-    write_atomic,
-)
+from nanochat.apps.report.pictures import PICTURES, Picture
+from nanochat.apps.report.words import shown
+from nanochat.common import human_bytes, human_time, valid_unicode
 from nanochat.run import plots
-from nanochat.run.folder import run_argument
-from nanochat.run.records import RunRecord, dig, finite_number, read_run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from nanochat.run.records import RunRecord, dig, finite_number
 
 # steps whose samples are on the page, at most: the first, the last, and some between
 SAMPLE_STEPS = 40
-# readable on white and on dark
-BLUE = "#3d7fc4"
-ORANGE = "#D55E00"
-
-
-def main(argv: list[str]) -> int:
-    """Print the summary, write loss.png and report.html; with --result print one line. Returns 0.
-
-    UsageError if RUN is not a run folder or the two files cannot be written."""
-    parser = argparse.ArgumentParser(
-        prog="nanochat report",
-        allow_abbrev=False,
-        description="Print a run's summary, plot its curves (loss.png), and write both, with its "
-        "settings, samples and evaluations, as one self-contained page (report.html).",
-    )
-    parser.add_argument(
-        "run",
-        type=run_argument,
-        metavar="RUN",
-        help="run folder: <out-dir>/<model-tag>, or the tag of one in out",
-    )
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        default="",
-        metavar="FOLDER",
-        help="where the two files go; empty: the run folder",
-    )
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument(
-        "--json",
-        action="store_true",
-        help="print the summary as JSON, nothing rounded; the two files are written all the same",
-    )
-    shown.add_argument(
-        "--result",
-        action="store_true",
-        help="write nothing and print one line, RESULT name=value ..., with CORE and its 95%% "
-        "interval if it was measured, from RUN/evaluations where possible",
-    )
-    args = parser.parse_args(argv)
-    if args.result:
-        print(printable(result_line(read_run(args.run, evaluations_first=True))))
-        return EXIT_COMPLETED
-    run = read_run(args.run)
-    folder = Path(args.out or args.run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plot = "none: there is no training step to plot yet"
-        # the page is written in any case: a run that failed at its start is worth reading about
-        if run.steps_logged:
-            # replaced atomically: somebody may look at the picture of a run that is still training
-            plot = folder / "loss.png"
-            write_atomic(plot, plots.png(lambda figure: draw_loss_picture(figure, run), 11, 4.4))
-        page = folder / "report.html"
-        write_atomic(page, as_page(run))
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(
-            f"{folder} cannot be written ({reason}); name another folder with --out"
-        ) from None
-    if args.json:
-        files = {"plot": str(plot) if run.steps_logged else None, "page": str(page)}
-        print(json.dumps(as_json(run) | files, indent=2))
-        return EXIT_COMPLETED
-    # names of folders and reasons are other people's text, and may hold control characters
-    for name, value in [*summary_rows(run), ("plot", plot), ("page", page)]:
-        print(printable(f"{name:<29} {value}"))
-    for problem in run.problems:
-        print(printable(f"problem: {problem}"))
-    return EXIT_COMPLETED
-
-
-# ---- words ----
-
-
-def summary_rows(run: RunRecord) -> list[tuple[str, str]]:
-    """(name, value) of what a run came to."""
-    reason = f" ({run.reason})" if run.reason else ""
-    # the steps of a time budget are not known before its speed has been measured
-    planned = "?" if run.steps is None else f"{run.steps:,}"
-    rows = [
-        ("status", run.status + reason),
-        ("steps", f"{run.step or 0:,} of {planned}, {run.tokens or 0:,} tokens"),
-        ("training time", _time_and_speed(run)),
-        ("val_bpb", _bpb_and_best(run)),
-    ]
-    # the newest, with its reason if it has no metric: an older number would be misleading
-    if run.cores:
-        rows.append(("CORE", run.cores[0].in_words()))
-    if compressors := run.compressed_bpb:
-        sizes = ", ".join(f"{name} {bits:.3f}" for name, bits in compressors.items())
-        rows.append(("compressors on the same text", sizes))
-    return rows
-
-
-def as_json(run: RunRecord) -> dict[str, Any]:
-    """The summary as data. What is unknown is None."""
-    return {
-        "name": run.name,
-        "status": run.status,
-        "reason": run.reason,
-        "step": run.step,
-        "steps": run.steps,
-        **_numbers(run),
-        "min_val_bpb": run.min_val_bpb,
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "compressed_bpb": run.compressed_bpb,
-        "problems": run.problems,
-    }
-
-
-def result_line(run: RunRecord) -> str:
-    """RESULT name=value ...: what a run came to, for programs to read. What is unknown is null."""
-    words = [f"{name}={_exact(value)}" for name, value in _numbers(run).items()]
-    return " ".join(["RESULT", f"status={run.status}", *words])
-
-
-def _numbers(run: RunRecord) -> dict[str, int | float | None]:
-    """What a run came to, by name."""
-    values: dict[str, int | float | None] = {
-        name: getattr(run, name)
-        for name in (
-            "val_bpb",
-            "val_loss",
-            "tokens",
-            "total_training_flops",
-            "total_training_time",
-            "tok_per_sec",
-            "mfu",
-        )
-    }
-    # most runs never measure it
-    if run.core is not None:
-        values["core"] = run.core.core_metric
-        values["core_low"] = run.core.low
-        values["core_high"] = run.core.high
-    return values
-
-
-def _exact(value: float | None) -> str:
-    """A number for programs: whole numbers as they are, others to six digits; null for None."""
-    if value is None:
-        return "null"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def shown(value: float | None, form: str, before: str = "", after: str = "") -> str:
-    """A number in a format, between two texts; nothing at all for None."""
-    return "" if value is None else f"{before}{value:{form}}{after}"
-
-
-def _time_and_speed(run: RunRecord) -> str:
-    """Training time, tokens a second, MFU and peak memory, those that are known."""
-    time = "none"
-    if run.total_training_time is not None:
-        time = human_time(run.total_training_time)
-    speed = "no steps yet"
-    if run.tok_per_sec:
-        speed = f"{run.tok_per_sec:,.0f} tokens/s{shown(run.mfu, '.1f', ', ', '% MFU')}"
-    memory = ""
-    if run.peak_memory_bytes:
-        memory = f", peak memory {human_bytes(run.peak_memory_bytes)}"
-    return f"{time}, {speed}{memory}"
-
-
-def _bpb_and_best(run: RunRecord) -> str:
-    """The last val_bpb and the lowest."""
-    if run.val_bpb is None:
-        return "none"
-    # both, since a last value above the best one tells of overfitting
-    return f"{run.val_bpb:.4f}{shown(run.min_val_bpb, '.4f', ' (best ', ')')}"
-
-
-# ---- pictures ----
-
-
-def draw_loss_picture(figure: "Figure", run: RunRecord) -> None:
-    """loss.png: training loss and bits per byte."""
-    left, right = figure.subplots(1, 2)
-    draw_loss(left, run)
-    draw_bpb(right, run)
-    # the two are read together, step by step
-    right.set_xlim(left.get_xlim())
-    left.set_title(f"{run.name}: training")
-    right.set_title(f"{run.name}: validation")
-
-
-def draw_steps(axes: "Axes", run: RunRecord, name: str, title: str) -> None:
-    """A metric of every step, and smoothed, with its last smoothed value in the corner."""
-    x, y = plots.points(run.lines, name)
-    axes.set(xlabel="step", ylabel=title)
-    if not len(x):
-        plots.say(axes, "none")
-        return
-    # the raw values stay visible behind it, since smoothing alone would hide spikes
-    smooth = plots.Curve(x, plots.smoothed(y), None, plots.Look(BLUE, "-"))
-    axes.plot(x, y, color=BLUE, linewidth=0.7, alpha=0.35)
-    plots.draw_curves(axes, [smooth], labels=False)
-    # neither the first steps nor single outliers set the range
-    low, high = axes.get_ylim()
-    late = y[x >= min(plots.EARLY * x[-1], x[-1])]
-    usual_low, usual_high = np.quantile(late, [0.01, 0.99])
-    room = 0.1 * (usual_high - usual_low)
-    axes.set_ylim(min(low, usual_low - room), max(high, usual_high + room))
-    # the smoothed value, since the last step on its own may be an outlier
-    last = smooth.y[-1]
-    axes.set_title(
-        f"{last:,.0f}" if abs(last) >= 1000 else f"{last:#.4g}",
-        loc="right",
-        color=BLUE,
-        fontsize=11,
-        fontweight="bold",
-    )
-
-
-def draw_loss(axes: "Axes", run: RunRecord) -> None:
-    """Training loss of each step and smoothed."""
-    draw_steps(axes, run, "train/loss", "training loss, nats a token")
-
-
-def draw_bpb(axes: "Axes", run: RunRecord) -> None:
-    """Bits per byte of held-out text, next to what compressors reach on the same text."""
-    x, y = plots.points(run.lines, "val/bpb")
-    axes.set(xlabel="step", ylabel="bits per byte of held-out text")
-    if not len(x):
-        plots.say(axes, "not evaluated yet")
-        return
-    axes.plot(x, y, color=ORANGE, marker="o", markersize=3.5, linewidth=1.6)
-    # beside the axes, where no curve can cover it
-    axes.text(
-        1.015,
-        y[-1],
-        f"{y[-1]:.4f}",
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        color=ORANGE,
-        fontweight="bold",
-    )
-    # two dashes: more compressors than two have never been recorded
-    for (name, bits), dash in zip(run.compressed_bpb.items(), ("--", ":"), strict=False):
-        axes.axhline(bits, color=plots.GREY, linestyle=dash, linewidth=1.2)
-        axes.annotate(
-            f"{name} {bits:.2f}",
-            (0.005, bits),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            xytext=(0, 3),
-            color=plots.GREY,
-            fontsize=9.5,
-        )
-    axes.margins(y=0.12)
-    # evaluations begin after some steps; the axis begins with training
-    axes.set_xlim(left=min(0, x[0]))
-
-
-def draw_rate(axes: "Axes", run: RunRecord) -> None:
-    """The learning rate as it is, from zero."""
-    x, y = plots.points(run.lines, "train/lr")
-    axes.plot(x, y, color=BLUE, linewidth=1.7)
-    axes.set(xlabel="step", ylabel="learning rate")
-    # a rate is read against 0, to see how far it has decayed
-    axes.set_ylim(bottom=0)
-
-
-def draw_grad_norm(axes: "Axes", run: RunRecord) -> None:
-    """The norm of the gradient before clipping."""
-    draw_steps(axes, run, "train/grad_norm", "gradient norm")
-
-
-def draw_speed(axes: "Axes", run: RunRecord) -> None:
-    """Tokens a second of all devices."""
-    draw_steps(axes, run, "train/tok_per_sec", "tokens a second")
-
-
-def draw_mfu(axes: "Axes", run: RunRecord) -> None:
-    """The share of the hardware's peak that the model's FLOPs are."""
-    draw_steps(axes, run, "train/mfu", "model FLOPs utilisation, percent")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the page. metric: without which there is nothing to draw."""
-
-    title: str
-    metric: str
-    draw: Callable[["Axes", RunRecord], None]
-
-
-PICTURES = (
-    Picture("Training loss", "train/loss", draw_loss),
-    Picture("Bits per byte", "val/bpb", draw_bpb),
-    Picture("Learning rate of the matrices", "train/lr", draw_rate),
-    Picture("Gradient norm", "train/grad_norm", draw_grad_norm),
-    Picture("Speed", "train/tok_per_sec", draw_speed),
-    Picture("MFU", "train/mfu", draw_mfu),
-)
-
-
-# ---- the page ----
 
 # no scripts, no fonts, no addresses: the page has to work offline, years later, as an attachment
 STYLE = """
@@ -403,9 +87,8 @@ pre b { color: var(--mark); }
 
 def as_page(run: RunRecord) -> str:
     """The page as HTML: one file, with its pictures in it."""
-    name = escaped(run.name)
     parts = [
-        f"<h1>{name}</h1>",
+        f"<h1>{escaped(run.name)}</h1>",
         f"<p class=soft>{escaped(run.path)}</p>",
         f"<p><b>{escaped(run.status)}</b> {escaped(run.reason)}</p>",
         headline(run),
@@ -421,12 +104,18 @@ def as_page(run: RunRecord) -> str:
         parts += ["<h2>Curves</h2>", f"<div class=curves>{''.join(pictures)}</div>"]
     # from results to details; a part that has nothing to show is an empty string
     parts += [core_part(run), evaluations_part(run), samples_part(run), settings_part(run)]
+    return document(run.name, parts)
+
+
+def document(title: str, parts: Iterable[str], style: str = "") -> str:
+    """A whole file of HTML. parts: elements, or "" for those that have nothing to show. style: CSS
+    that only this page needs."""
     # samples may hold lone surrogates, which cannot be written as UTF-8
     return valid_unicode(
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n"
-        f"<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escaped(title)}</title>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(filter(None, parts))
         + "\n</body>\n</html>\n"
     )
@@ -446,6 +135,9 @@ def _visible(char: str) -> str:
         # DEL, and the control characters from U+0080 on, of which Unicode has no pictures
         return "\u2421"
     return char
+
+
+# ---- results first ----
 
 
 @dataclass(frozen=True)
@@ -532,6 +224,9 @@ def figure(picture: Picture, run: RunRecord) -> str:
     )
 
 
+# ---- tables, and parts that open ----
+
+
 def as_table(heading: Sequence[Any], rows: Iterable[Sequence[Any]], numbers: bool = True) -> str:
     """Rows of values as an HTML table; numbers: align all columns but the first to the right."""
     # escaped here rather than by the callers, so that none of them can forget it
@@ -550,6 +245,9 @@ def details(summary: str, content: str, is_open: bool = False) -> str:
     """A part that a click opens and closes. content: HTML."""
     tag = "<details open>" if is_open else "<details>"
     return f"{tag}<summary>{escaped(summary)}</summary>{content}</details>"
+
+
+# ---- parts of a run's page ----
 
 
 def core_part(run: RunRecord) -> str:
