@@ -11,6 +11,7 @@ that use them, so that --help and a wrong flag answer immediately."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -462,7 +463,7 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
 
 
 def dry_run(args: Namespace) -> None:
-    """Print the plan without reading data or building weights."""
+    """Print the plan without reading data or building weights, or a table of plans."""
     import json
 
     import torch
@@ -472,9 +473,10 @@ def dry_run(args: Namespace) -> None:
     from nanochat.data.tokenizer import EXPECTED_BYTES_PER_TOKEN, expected_vocab_size
     from nanochat.run.memory import free_memory
     from nanochat.run.plan import Machine, model_config
-    from nanochat.run.plan_text import as_json, fit_plan, format_plan, long_run_advice
+    from nanochat.run.plan_text import as_json, fit_plan, format_plan, long_run_advice, on_gpus
     from nanochat.run.resume import source_of_weights
     from nanochat.run.runtime import pick_runtime, runtime_in_words
+    from nanochat.run.scaling_text import format_table, table_as_json, table_of
 
     # Its shape and context replace the flags', as in a real run.
     source = source_of_weights(args) if args.init_from else None
@@ -491,7 +493,6 @@ def dry_run(args: Namespace) -> None:
         device = torch.device(device_type)
         free_bytes = free_memory(device, args.gpus)
         peak = hardware.peak_flops(device)
-    machine = Machine(device_type, args.gpus, *peak)
     runtime = pick_runtime(args, device_type, gpu)
     n_bytes = estimated_bytes(args.data)
     tokens_per_epoch = n_bytes / EXPECTED_BYTES_PER_TOKEN.get(args.tokenizer, 4)
@@ -500,8 +501,19 @@ def dry_run(args: Namespace) -> None:
     else:
         vocab_size = expected_vocab_size(args.tokenizer, args.vocab_size, n_bytes)
         config = model_config(args, vocab_size)
-    plan = derive_plan(args, config, tokens_per_epoch, machine)
-    planned = fit_plan(args, plan, config, machine, runtime, tokens_per_epoch, free_bytes)
+
+    def plan_for(devices: int) -> PlannedRun:
+        machine = Machine(device_type, devices, *peak)
+        plan = derive_plan(args, config, tokens_per_epoch, machine)
+        planned = fit_plan(args, plan, config, machine, runtime, tokens_per_epoch, free_bytes)
+        planned = dataclasses.replace(planned, gpu_price=args.gpu_price)
+        return on_gpus(planned, gpu, args.gpu_network) if gpu else planned
+
+    if args.gpus == "all":
+        table = table_of(args.gpu, args.gpu_network, plan_for)
+        print(json.dumps(table_as_json(table), indent=2) if args.json else format_table(table))
+        return
+    planned = plan_for(args.gpus)
     if args.json:
         print(json.dumps(as_json(planned), indent=2))
         return

@@ -444,6 +444,11 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
+def number_or_all(text: str) -> int | str:
+    """argparse type: a whole number, or "all". ValueError otherwise."""
+    return text if text == "all" else int(text)
+
+
 def step_argument(text: str) -> int | str:
     """argparse type of --step: a whole number, or "best". ValueError otherwise."""
     return text if text == "best" else int(text)

@@ -24,43 +24,52 @@ class Gpu:
     """A GPU as its data sheet describes it.
 
     peak_flops: dense, per second, in bf16; before SM80, which has no bf16, in fp16 with fp32 sums.
-    capability: (major, minor); (7, 5) is SM75."""
+    capability: (major, minor); (7, 5) is SM75. memory_bandwidth: bytes per second. link_bandwidth:
+    bytes per second to the other GPUs of its node, both directions together, as data sheets print
+    it: NVLink where all GPUs of a node are connected by it, else PCIe with 16 lanes."""
 
     peak_flops: float
     memory_bytes: float
     capability: tuple[int, int]
+    memory_bandwidth: float
+    link_bandwidth: float
 
 
+# Generations of the links: both directions together, as data sheets print them.
+PCIE = {3: 32e9, 4: 64e9, 5: 128e9}
+NVLINK = {2: 300e9, 3: 600e9, 4: 900e9, 5: 1800e9}
+# Sold with fewer links than its generation has.
+NVLINK_EXPORT = 400e9
 # Keys are whole words of the name that CUDA reports. Source: NVIDIA data sheets.
 GPUS = {
-    "B300": Gpu(2250e12, 270e9, (10, 3)),
-    "GB300": Gpu(2250e12, 270e9, (10, 3)),
-    "B200": Gpu(2250e12, 180e9, (10, 0)),
-    "GB200": Gpu(2250e12, 186e9, (10, 0)),
-    "GH200": Gpu(989e12, 96e9, (9, 0)),
-    "H200": Gpu(989e12, 141e9, (9, 0)),
-    "H100": Gpu(989e12, 80e9, (9, 0)),
-    "H100 NVL": Gpu(835e12, 94e9, (9, 0)),
-    "H100 PCIe": Gpu(756e12, 80e9, (9, 0)),
-    "H800": Gpu(989e12, 80e9, (9, 0)),
-    "A100": Gpu(312e12, 80e9, (8, 0)),
-    "A800": Gpu(312e12, 80e9, (8, 0)),
-    "A40": Gpu(149.7e12, 48e9, (8, 6)),
-    "A30": Gpu(165e12, 24e9, (8, 0)),
-    "RTX A6000": Gpu(154.8e12, 48e9, (8, 6)),
-    "A10": Gpu(125e12, 24e9, (8, 6)),
-    "A10G": Gpu(70e12, 24e9, (8, 6)),
-    "L40S": Gpu(362e12, 48e9, (8, 9)),
-    "L4": Gpu(121e12, 24e9, (8, 9)),
-    "RTX 5090": Gpu(209.5e12, 32e9, (12, 0)),
-    "RTX 4090": Gpu(165.2e12, 24e9, (8, 9)),
-    "RTX 4080": Gpu(97.5e12, 16e9, (8, 9)),
-    "RTX 3090": Gpu(71e12, 24e9, (8, 6)),
-    "RTX 3080": Gpu(59.5e12, 10e9, (8, 6)),
-    "V100": Gpu(125e12, 16e9, (7, 0)),
-    "V100-PCIE": Gpu(112e12, 16e9, (7, 0)),
-    "T4": Gpu(65e12, 16e9, (7, 5)),
-    "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5)),
+    "B300": Gpu(2250e12, 270e9, (10, 3), 8000e9, NVLINK[5]),
+    "GB300": Gpu(2250e12, 270e9, (10, 3), 8000e9, NVLINK[5]),
+    "B200": Gpu(2250e12, 180e9, (10, 0), 8000e9, NVLINK[5]),
+    "GB200": Gpu(2250e12, 186e9, (10, 0), 8000e9, NVLINK[5]),
+    "GH200": Gpu(989e12, 96e9, (9, 0), 4000e9, NVLINK[4]),
+    "H200": Gpu(989e12, 141e9, (9, 0), 4800e9, NVLINK[4]),
+    "H100": Gpu(989e12, 80e9, (9, 0), 3350e9, NVLINK[4]),
+    "H100 NVL": Gpu(835e12, 94e9, (9, 0), 3900e9, PCIE[5]),
+    "H100 PCIe": Gpu(756e12, 80e9, (9, 0), 2000e9, PCIE[5]),
+    "H800": Gpu(989e12, 80e9, (9, 0), 3350e9, NVLINK_EXPORT),
+    "A100": Gpu(312e12, 80e9, (8, 0), 2039e9, NVLINK[3]),
+    "A800": Gpu(312e12, 80e9, (8, 0), 2039e9, NVLINK_EXPORT),
+    "A40": Gpu(149.7e12, 48e9, (8, 6), 696e9, PCIE[4]),
+    "A30": Gpu(165e12, 24e9, (8, 0), 933e9, PCIE[4]),
+    "RTX A6000": Gpu(154.8e12, 48e9, (8, 6), 768e9, PCIE[4]),
+    "A10": Gpu(125e12, 24e9, (8, 6), 600e9, PCIE[4]),
+    "A10G": Gpu(70e12, 24e9, (8, 6), 600e9, PCIE[4]),
+    "L40S": Gpu(362e12, 48e9, (8, 9), 864e9, PCIE[4]),
+    "L4": Gpu(121e12, 24e9, (8, 9), 300e9, PCIE[4]),
+    "RTX 5090": Gpu(209.5e12, 32e9, (12, 0), 1792e9, PCIE[5]),
+    "RTX 4090": Gpu(165.2e12, 24e9, (8, 9), 1008e9, PCIE[4]),
+    "RTX 4080": Gpu(97.5e12, 16e9, (8, 9), 717e9, PCIE[4]),
+    "RTX 3090": Gpu(71e12, 24e9, (8, 6), 936e9, PCIE[4]),
+    "RTX 3080": Gpu(59.5e12, 10e9, (8, 6), 760e9, PCIE[4]),
+    "V100": Gpu(125e12, 16e9, (7, 0), 900e9, NVLINK[2]),
+    "V100-PCIE": Gpu(112e12, 16e9, (7, 0), 900e9, PCIE[3]),
+    "T4": Gpu(65e12, 16e9, (7, 5), 320e9, PCIE[3]),
+    "RTX 2080 Ti": Gpu(53.8e12, 11e9, (7, 5), 616e9, PCIE[3]),
 }
 # Rows of the square products whose best speed counts as a device's peak.
 PEAK_SIZES = (2048, 4096)

@@ -55,6 +55,8 @@ OF_ONE_START = {
     "json",
     "gpus",
     "gpu",
+    "gpu_network",
+    "gpu_price",
 }
 FIXED = {
     "seed",
@@ -119,6 +121,8 @@ BOOKKEEPING = {
     "json",
     "gpus",
     "gpu",
+    "gpu_network",
+    "gpu_price",
     "data",
     "val_data",
     "run",

@@ -52,6 +52,9 @@ def test_the_table_is_plausible():
     for name, gpu in hardware.GPUS.items():
         assert 5e13 <= gpu.peak_flops <= 3e15, name
         assert 10e9 <= gpu.memory_bytes <= 300e9, name
+        # all of the memory is read 3 to 80 times a second
+        assert 3 <= gpu.memory_bandwidth / gpu.memory_bytes <= 80, name
+        assert 32e9 <= gpu.link_bandwidth <= 1800e9, name
         assert (7, 0) <= gpu.capability <= (12, 0), name
         assert hardware.listed_gpu(f"NVIDIA {name}") == gpu
 

@@ -227,6 +227,9 @@ def _check_tokenizer(args: argparse.Namespace, problems: _Problems) -> None:
 def _check_batch(args: argparse.Namespace, problems: _Problems) -> None:
     # With --device-batch-size=-1 the rows per pass are chosen later, and always divide.
     devices = args.gpus if args.dry_run else ranks.world_size()
+    # A table says for each number of devices whether the batch can be dealt out to them.
+    if devices == "all":
+        devices = 1
     unit = args.max_seq_len * max(1, args.device_batch_size) * devices
     if unit <= 0 or args.total_batch_size <= 0:
         return
@@ -367,7 +370,7 @@ def _check_effect(args: argparse.Namespace, problems: _Problems) -> None:
 
 def _check_planning(args: argparse.Namespace, problems: _Problems) -> None:
     # Without --dry-run they would be ignored, and a request is never ignored.
-    for name in ("gpus", "gpu", "json"):
+    for name in ("gpus", "gpu", "gpu_network", "gpu_price", "json"):
         problems.require(
             name,
             args.dry_run or name not in args.given,
@@ -379,6 +382,18 @@ def _check_planning(args: argparse.Namespace, problems: _Problems) -> None:
         not args.gpu or hardware.listed_gpu(args.gpu),
         "not in the table of GPUs",
         f"choose one of {', '.join(hardware.GPUS)}",
+    )
+    problems.require(
+        "gpu_network",
+        args.gpu or not args.dry_run or "gpu_network" not in args.given,
+        "needs --gpu, whose links are listed",
+        "add --gpu=NAME or leave it out",
+    )
+    problems.require(
+        "gpus",
+        args.gpu or not args.dry_run or args.gpus != "all",
+        "needs --gpu, whose links are listed",
+        "add --gpu=NAME or give a number",
     )
     problems.require(
         "gpu",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat.common import UsageError, number_or_auto, path_argument, read_json
+from nanochat.common import UsageError, number_or_all, number_or_auto, path_argument, read_json
 from nanochat.optim import schedules
 from nanochat.run.help_json import describe
 
@@ -58,6 +58,8 @@ FROM_0_OR_OFF = Range(
 )
 # A rate of 0 freezes its parameters, which is a legitimate experiment; -1 takes the default.
 RATE_OR_AUTO = Range(lambda v: v >= 0 or v == -1, "must not be negative", "give 0 or more, or -1")
+ABOVE_0 = Range(lambda v: v > 0, "must be positive", "give a positive number")
+DEVICES = Range(lambda v: v == "all" or v >= 1, "must be at least 1", "give a number, or all")
 NOT_NEGATIVE = Range(lambda v: v >= 0, "must not be negative", "give 0 or more")
 # At 1, Adam's bias correction divides by 1 - beta^t = 0, and dropout drops every update.
 BELOW_1 = Range(lambda v: 0 <= v < 1, "must be at least 0 and below 1", "give such a number")
@@ -635,8 +637,31 @@ GROUPS: dict[str, list[Flag]] = {
     "planning": [
         Flag("dry_run", False, "print the plan and exit", on_resume=START),
         Flag("json", False, "with --dry-run: print the plan as JSON", on_resume=START),
-        Flag("gpus", 1, "with --dry-run: devices to plan for", range=AT_LEAST_1, on_resume=START),
+        Flag(
+            "gpus",
+            1,
+            "with --dry-run: devices to plan for; all: a table of 1, 2, 4 ... 1024 (needs --gpu)",
+            type=number_or_all,
+            range=DEVICES,
+            on_resume=START,
+        ),
         Flag("gpu", "", "with --dry-run: GPU to plan for, such as H100", on_resume=START),
+        Flag(
+            "gpu_network",
+            400.0,
+            # That of NVIDIA's nodes of eight H100: one network card of 400 Gbit/s for each.
+            "with --gpu: Gbit/s from each GPU to other nodes, in one direction",
+            range=ABOVE_0,
+            on_resume=START,
+        ),
+        Flag(
+            "gpu_price",
+            -1,
+            "with --dry-run: dollars per device-hour, for the cost; -1: unknown",
+            type=float,
+            range=POSITIVE_OR_OFF,
+            on_resume=START,
+        ),
     ],
 }
 FLAGS = {row.name: row for rows in GROUPS.values() for row in rows}

@@ -63,8 +63,10 @@ class StepMemory:
     """The estimated memory of a training step, as a function of the rows per pass.
 
     parameters: as from count_parameters() of the model. optimizer: "muon" or "adamw". saves:
-    whether checkpoints are saved meanwhile. tests/test_memory.py compares the estimate with
-    measured bytes, to 20%."""
+    whether checkpoints are saved meanwhile. world_size: ranks that share the optimizer's state.
+    stacked: elements of the stacks of matrices that these exchange, with their padding
+    (scaling.stacked_elements()). shard: parameters and gradients are shared as well.
+    tests/test_memory.py compares the estimate with measured bytes, to 20%."""
 
     config: GPTConfig
     parameters: Mapping[str, int]
@@ -75,6 +77,9 @@ class StepMemory:
     activation_checkpointing: bool = False
     device_type: str = "cpu"
     saves: bool = True
+    world_size: int = 1
+    stacked: int = 0
+    shard: bool = False
 
     def process_bytes(self, rows: int) -> int:
         """Peak bytes with `rows` rows per pass: on a CPU of the whole process, else of tensors."""
@@ -109,10 +114,42 @@ class StepMemory:
             recomputed = largest_layer
         gradients = tokens * element * GRADIENT_ELEMENTS * C
         backward_begins = kept + head + recomputed + gradients + copies
-        backward_ends = 4 * self.parameters["total"] + largest_layer + copies
-        update = 4 * self.parameters["total"] + UPDATE_BYTES * self.parameters["matrices"]
-        state = state_bytes(self.parameters, self.optimizer)
-        return round(state + max(loss, backward_begins, backward_ends, update))
+        if self.shard:
+            return round(self._sharded_bytes() + max(loss, backward_begins))
+        weights = 4 * self.parameters["total"]
+        gradients = weights
+        backward_ends = gradients + largest_layer + copies
+        most = max(loss, backward_begins, backward_ends, gradients + self._update_bytes())
+        return round(weights + self._moments() + most)
+
+    def _moments(self) -> float:
+        """Bytes of the optimizer's state on this rank."""
+        weights = 4 * self.parameters["total"]
+        moments = state_bytes(self.parameters, self.optimizer) - weights
+        # Padding has a momentum as well.
+        if self.stacked:
+            moments += 4 * (self.stacked - self.parameters["matrices"])
+        return moments / self.world_size
+
+    def _update_bytes(self) -> float:
+        """Bytes of what an update copies: all stacks of matrices, and the work on one's share."""
+        if self.world_size == 1:
+            return UPDATE_BYTES * self.parameters["matrices"]
+        # The whole stacks, first of the gradients, then of the parameters, in fp32.
+        share = self.stacked / self.world_size
+        own_gradients = 4 * (self.parameters["total"] - self.parameters["matrices"])
+        return 4 * self.stacked + UPDATE_BYTES * share + own_gradients / self.world_size
+
+    def _sharded_bytes(self) -> float:
+        """Bytes of parameters, gradients and state that are shared by all ranks, and of the two
+        largest blocks that a rank has whole: the one that it computes and the next, with their
+        gradients in fp32."""
+        config = self.config
+        blocks = self.parameters["matrices"] / config.depth
+        largest = max(blocks, config.vocab_size * config.width)
+        shared = 8 * self.parameters["total"] / self.world_size
+        update = UPDATE_BYTES * self.stacked / self.world_size
+        return shared + self._moments() + max(update, 2 * largest * (4 + 4))
 
     def _layer_bytes(self, tokens: int) -> list[float]:
         """Bytes that each block keeps for its backward pass if nothing is recomputed."""

@@ -2,18 +2,23 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nanochat.common import counted, human_bytes, human_time
+from nanochat.hardware import Gpu
 from nanochat.model import fp8
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
-from nanochat.run import memory
+from nanochat.run import memory, scaling
 from nanochat.run.flags import flag
 from nanochat.run.plan import ASSUMED_MFU, Machine, Plan
 from nanochat.run.runtime import Runtime
+from nanochat.run.scaling import Piece, StepTime
+from nanochat.run.timing import short_time
 
 LONG_RUN_SECONDS = 2 * 86400
 
@@ -35,6 +40,28 @@ class PlannedRun:
     depth: int
     aspect_ratio: int
     optimizer: str
+    pieces: Sequence[Piece] = ()
+    # Of plans for a listed GPU, with what is assumed; and dollars per device-hour, or -1.
+    step: StepTime | None = None
+    assumed: Sequence[str] = ()
+    gpu_price: float = -1
+
+    @property
+    def seconds(self) -> float:
+        """Estimated training time."""
+        if self.step is None or self.plan.budget_seconds is not None:
+            return self.plan.estimated_seconds(self.machine)
+        return self.plan.tokens / self.plan.total_batch_tokens * self.step.seconds
+
+    @property
+    def device_hours(self) -> float:
+        """Estimated hours, summed over the devices."""
+        return self.seconds * self.machine.devices / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars; None without a price."""
+        return None if self.gpu_price == -1 else self.device_hours * self.gpu_price
 
     @property
     def accumulation(self) -> int:
@@ -61,6 +88,7 @@ def fit_plan(
     UsageError if a given number does not fit the batch or the memory, or if no row fits."""
     # Estimated here and measured before step 0: the plan has to be printed before anything is
     # built.
+    pieces = scaling.pieces_of(config, plan.groups)
     step_memory = memory.StepMemory(
         config=config,
         parameters=plan.parameters,
@@ -71,6 +99,8 @@ def fit_plan(
         activation_checkpointing=args.activation_checkpointing,
         device_type=machine.device_type,
         saves=not args.no_save,
+        world_size=machine.devices,
+        stacked=scaling.stacked_elements(pieces, machine.devices),
     )
     device_batch = memory.pick_device_batch(
         step_memory.process_bytes,
@@ -92,6 +122,32 @@ def fit_plan(
         depth=args.depth,
         aspect_ratio=args.aspect_ratio,
         optimizer=args.optimizer,
+        pieces=pieces,
+    )
+
+
+def on_gpus(planned: PlannedRun, gpu: Gpu, network_gbits: float) -> PlannedRun:
+    """The same plan with the time of a step on listed GPUs. network_gbits: as --gpu-network."""
+    plan = planned.plan
+    work = scaling.Work(
+        config=planned.config,
+        flops_per_token=plan.flops_per_token,
+        parameters=plan.parameters["total"],
+        pieces=planned.pieces,
+        tokens=plan.total_batch_tokens // planned.machine.devices,
+        passes=planned.accumulation,
+    )
+    speeds = scaling.listed_speeds(
+        gpu,
+        planned.machine.devices,
+        network_gbits,
+        # gradients that are scaled have to be unscaled first
+        overlaps=planned.runtime.dtype != torch.float16,
+    )
+    return dataclasses.replace(
+        planned,
+        step=scaling.step_time(work, speeds),
+        assumed=scaling.assumptions(network_gbits),
     )
 
 
@@ -99,6 +155,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
     """The plan as numbers, for --json."""
     # What of the model gains by fp8 is decided by shapes alone, so it can be planned anywhere.
     converted = fp8.large_layers(meta_model(run.config)) if run.runtime.fp8_recipe else {}
+    step = run.step and {**dataclasses.asdict(run.step), "seconds": run.step.seconds}
     return {
         "model": dataclasses.asdict(run.config),
         "plan": run.plan.as_dict(),
@@ -112,12 +169,16 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
         "peak_flops": run.machine.peak_flops,
         "peak": run.machine.peak,
         "estimates": {
-            "seconds": run.plan.estimated_seconds(run.machine),
-            "device_hours": _device_hours(run),
+            "seconds": run.seconds,
+            "device_hours": run.device_hours,
+            "cost": run.cost,
             "assumed_mfu": ASSUMED_MFU,
             "memory_bytes": run.step_memory(run.device_batch),
             "checkpoint_bytes": run.checkpoint_bytes,
         },
+        # None without --gpu: the links of this machine are not listed.
+        "step": step,
+        "assumptions": list(run.assumed),
     }
 
 
@@ -131,6 +192,7 @@ def format_plan(run: PlannedRun) -> str:
         "batch": _batch_lines(run),
         "optimizer": _optimizer_lines(run.plan),
         "estimates": _estimate_lines(run),
+        "a step": _step_lines(run),
     }
     lines = ["plan:"]
     for section, entries in sections.items():
@@ -219,26 +281,43 @@ def _optimizer_lines(plan: Plan) -> Lines:
     return lines
 
 
-def _device_hours(run: PlannedRun) -> float:
-    """Estimated hours, summed over the devices: what a machine that is rented by the hour costs."""
-    return run.plan.estimated_seconds(run.machine) * run.machine.devices / 3600
-
-
 def _estimate_lines(run: PlannedRun) -> Lines:
     machine = run.machine
-    seconds = human_time(run.plan.estimated_seconds(machine))
+    seconds = human_time(run.seconds)
     peak = f"{machine.peak_flops / 1e12:.3g} TFLOP/s ({machine.peak})"
-    return {
+    lines = {
         "time": f"{seconds} at {ASSUMED_MFU:.0%} of {machine.devices} x {peak}",
-        "device-hours": f"{_device_hours(run):.3g}",
+        "device-hours": f"{run.device_hours:.3g}",
+    }
+    if run.cost is not None:
+        lines["cost"] = f"${run.cost:,.0f} at ${run.gpu_price:g} a device-hour"
+    return lines | {
         "memory a device": human_bytes(run.step_memory(run.device_batch)),
         "a checkpoint": human_bytes(run.checkpoint_bytes),
     }
 
 
+def _step_lines(run: PlannedRun) -> Lines:
+    """How long a step takes on a listed GPU, and what is exchanged in it."""
+    step = run.step
+    if step is None:
+        return {}
+    parts = [f"{name} {short_time(seconds)}" for name, seconds in step.parts.items() if seconds]
+    lines = {"time": f"{short_time(step.seconds)}: {', '.join(parts)}"}
+    if step.sent_bytes:
+        hidden = step.travel - step.gradients - step.parameters
+        lines["exchange"] = (
+            f"each device sends {human_bytes(round(step.sent_bytes))} in "
+            f"{short_time(step.travel)}, at {step.sent_bytes / step.travel / 1e9:.3g} GB/s; "
+            f"{max(0.0, hidden) / step.travel:.0%} hidden, {step.zeros:.0%} zeros"
+        )
+    lines["assumed"] = "; ".join(run.assumed)
+    return lines
+
+
 def long_run_advice(run: PlannedRun) -> str:
     """For a run of more than two days, a sentence on what would fit this machine; else ""."""
-    seconds = run.plan.estimated_seconds(run.machine)
+    seconds = run.seconds
     if seconds <= LONG_RUN_SECONDS:
         return ""
     budget = "a time budget such as --target-minutes=600"

@@ -260,12 +260,16 @@ class TrainingStep:
         return measured("optimizer", update, self.device, repeats, restore, flops=self.muon_flops())
 
     def muon_flops(self) -> int:
-        """FLOPs of orthogonalisation: three products in each of its iterations."""
+        """FLOPs of orthogonalisation."""
         matrices = self.model.parameter_groups()["matrices"].values()
-        shapes = [sorted(matrix.shape) for matrix in matrices]
-        # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
-        per_iteration = sum(2 * small * small * (2 * large + small) for small, large in shapes)
-        return len(POLAR_EXPRESS) * per_iteration
+        return sum(muon_flops(*matrix.shape) for matrix in matrices)
+
+
+def muon_flops(rows: int, columns: int) -> int:
+    """FLOPs of orthogonalising one matrix: three products in each iteration."""
+    small, large = sorted((rows, columns))
+    # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
+    return len(POLAR_EXPRESS) * 2 * small * small * (2 * large + small)
 
 
 def windows_of(config: GPTConfig) -> list[int]:

@@ -41,6 +41,8 @@ NOT_YOURS = {
     "json",
     "gpus",
     "gpu",
+    "gpu_network",
+    "gpu_price",
 }
 # a run's last words, in characters, where it left no summary
 LAST_WORDS = 300
