@@ -4,6 +4,7 @@ refused. Speed itself is not tested."""
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import torch
 from nanochat import hardware
 from nanochat.__main__ import main
 from nanochat.apps import bench
-from nanochat.apps.bench import decoding, others, steering, text
+from nanochat.apps.bench import decoding, others, planning, steering, text
 from nanochat.apps.bench.core_prompts import longest_and_others
 from nanochat.apps.bench.parts import PARTS
+from nanochat.apps.bench.planning import Found
 from nanochat.apps.bench.saving import Times, cost_of, time_saving
 from nanochat.apps.bench.serving import STREAMS, ask, bodies_for, entries_of, put_under_load
 from nanochat.apps.bench.steering import time_steering
@@ -26,6 +28,7 @@ from nanochat.common import UsageError
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.run import registry
+from nanochat.run.scaling import Speeds, step_time
 from nanochat.run.workload import Shape, TrainingStep, open_setup
 from tasks.core import Task
 
@@ -119,6 +122,19 @@ def test_the_result_line_of_files(results, tmp_path, capsys):
     assert float(values["tiny_share_of_peak"]) == pytest.approx(step["share_of_peak"], abs=1e-3)
 
 
+def test_the_result_line_of_plans(tmp_path, capsys):
+    """The largest share by which a prediction was off, above or below."""
+    entries = [
+        {"seconds": 1.0, "predicted_seconds": 1.1, "peak_memory_bytes": 100, "predicted_bytes": 99},
+        {"seconds": 2.0, "predicted_seconds": 1.7, "peak_memory_bytes": 100, "predicted_bytes": 80},
+    ]
+    path = tmp_path / "plan_d2.json"
+    path.write_text(json.dumps({"results": [{"name": "plan"} | entry for entry in entries]}))
+    assert main(["bench", "--result", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown == "RESULT plan_d2_time_off=0.150 plan_d2_memory_off=0.200\n"
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"results": [{"name": "loss"}]}', "{"])
 def test_files_without_a_step_are_refused(tmp_path, capsys, content):
     (tmp_path / "other.json").write_text(content)
@@ -159,6 +175,8 @@ def test_keys_of_the_json(results):
         "share_of_peak",
         "peak_memory_bytes",
         "note",
+        "predicted_seconds",
+        "predicted_bytes",
     ]
 
 
@@ -353,6 +371,63 @@ def test_start_up_trains_what_is_timed(flags, words):
 def test_refused(flags, message, capsys):
     assert main(["bench", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- plans ----
+
+
+def setup_of(depth):
+    shape = Shape("speedrun", depth, 16, 16, -1, 32, "SSSL", -1, 300, 2)
+    return open_setup(shape, device_type="cpu", dtype="float32", compile=False)
+
+
+def test_speeds_follow_from_two_depths_and_shared_cores():
+    """Times that this machine never had, from speeds that the other depths then give back."""
+    speeds = Speeds(1, 2e9, 3e9, 4e9, math.inf, math.inf, 0.0, overlaps=False, activations=5e9)
+    works = [planning.work_of(setup_of(depth)) for depth in planning.KNOWN_DEPTHS]
+    steps = [(work, step_time(work, speeds)) for work in works]
+    known = [(work, step.passes + step.weights, step.update) for work, step in steps]
+    alone = Found([1.0], 1, 100.0, known=tuple(known))
+    one = planning.speeds_of(1, alone, alone, {1: 100.0}, cores=2)
+    assert one.pass_flops == pytest.approx(2e9) and one.activations == pytest.approx(5e9)
+    assert one.update_flops == pytest.approx(3e9) and one.memory == pytest.approx(4e9)
+    # each of two ranks multiplies at 90%, and each of four has half a core of that
+    found = Found([1.0], 1, 60.0, delay=1e-3, reduce=1e6, gather=2e6)
+    two = planning.speeds_of(2, alone, found, {1: 100.0, 2: 90.0}, cores=2)
+    four = planning.speeds_of(4, alone, found, {1: 100.0, 2: 90.0, 4: 60.0}, cores=2)
+    assert two.pass_flops == pytest.approx(0.9 * 2e9) and two.reduce == 1e6
+    assert four.pass_flops == pytest.approx(0.45 * 2e9)
+    assert four.memory == pytest.approx(0.45 * 4e9) and not four.overlaps
+
+
+def test_noise_gives_no_negative_speeds():
+    assert planning.fitted([(1.0, 1.0, 2.0), (2.0, 1.0, 3.0)]) == (1.0, 1.0)
+    assert planning.fitted([(1.0, 1.0, 1.0), (2.0, 1.0, 3.0)]) == (0.75, math.inf)
+    assert planning.fitted([(1.0, 1.0, 3.0), (2.0, 1.0, 2.0)]) == (math.inf, 0.4)
+
+
+@pytest.mark.slow
+def test_plans_are_compared_with_ranks_of_this_machine(tmp_path):
+    out = tmp_path / "plan.json"
+    assert main(["bench", "--only=plan", *TINY, "--device-type=cpu", f"--out={out}"]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert [result["name"] for result in results] == [
+        "plan, 1 rank",
+        "plan, 2 ranks",
+        "plan, 4 ranks",
+    ]
+    for result in results:
+        assert result["n"] == 2 and result["predicted_seconds"] > 0
+        assert result["predicted_bytes"] == pytest.approx(result["peak_memory_bytes"], rel=0.5)
+
+
+def test_ranks_that_fail_are_named(monkeypatch):
+    setup = setup_of(2)
+    # no such depth: the process of the rank ends with an error
+    monkeypatch.setattr(planning, "open_setup", None)
+    broken = dataclasses.replace(setup, shape=dataclasses.replace(setup.shape, head_dim=15))
+    with pytest.raises(UsageError, match="--only=plan: 1 ranks gave no result"):
+        planning.measured_on(1, broken, 1)
 
 
 # ---- other programs ----

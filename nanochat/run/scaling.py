@@ -26,7 +26,8 @@ What is assumed, all in this file:
   where the same cores do both, nothing is hidden.
 - Reading data, evaluation, saving and stragglers cost nothing.
 
-Nothing has compared the model with GPUs yet."""
+`nanochat bench --only=plan` and runs/plan_check.sh compare the model with steps on a CPU;
+nothing has compared it with GPUs yet."""
 
 import itertools
 import math

@@ -16,7 +16,8 @@ class Entry:
     """One timed thing: seconds of every repetition, and what each of them processed.
 
     tokens, flops: of one repetition, None where the thing has none. memory_bytes: the peak above
-    what was allocated before, None where it is not measured."""
+    what was allocated before, None where it is not measured. predicted_seconds, predicted_bytes:
+    what a plan says, None where there is none."""
 
     name: str
     seconds: list[float] = field(repr=False)
@@ -24,6 +25,8 @@ class Entry:
     flops: float | None = None
     memory_bytes: int | None = None
     note: str = ""
+    predicted_seconds: float | None = None
+    predicted_bytes: int | None = None
 
     @property
     def median(self) -> float:

@@ -32,13 +32,13 @@ PARTS = (
     "start-up",
 )
 # Minutes long, or of interest only to some, so they run only when they are named.
-ON_REQUEST = ("saving", "steering", "serve")
+ON_REQUEST = ("saving", "steering", "serve", "plan")
 SERVING_SECONDS = 60.0
 # Eleven saves, ten of them with the memory of the copy in place.
 SAVING_STEPS = 600
 SAVE_EVERY = 50
 # The other parts use tensors of the model's shapes, so they need not wait for its compilation.
-NEED_MODEL = {"step", "forward", "backward", "optimizer", "decode", "core", *ON_REQUEST}
+NEED_MODEL = {"step", "forward", "backward", "optimizer", "decode", "core", *ON_REQUEST} - {"plan"}
 NEED_TOKENIZER = {"data", "core", "start-up"}
 # Flags of train.py that bench takes too, and the defaults that suit a laptop.
 TRAIN_FLAGS = (

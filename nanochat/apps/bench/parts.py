@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanochat.apps.bench.core_prompts import time_core
 from nanochat.apps.bench.decoding import time_decoding
+from nanochat.apps.bench.planning import time_plan
 from nanochat.apps.bench.saving import time_saving
 from nanochat.apps.bench.serving import time_serving
 from nanochat.apps.bench.steering import time_steering
@@ -184,6 +185,10 @@ def _steering(bench: Bench) -> Iterator[Entry]:
     yield from time_steering(bench.training, bench.repeats, bench.report)
 
 
+def _plan(bench: Bench) -> Iterator[Entry]:
+    yield from time_plan(bench.setup, bench.repeats)
+
+
 def _serve(bench: Bench) -> Iterator[Entry]:
     setup = bench.setup
     words = [f"--device-type={setup.device.type}", f"--dtype={setup.dtype_name}"]
@@ -204,4 +209,5 @@ PARTS: dict[str, Callable[[Bench], Iterator[Entry]]] = {
     "saving": _saving,
     "steering": _steering,
     "serve": _serve,
+    "plan": _plan,
 }

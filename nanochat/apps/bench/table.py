@@ -28,6 +28,8 @@ class Result:
     share_of_peak: float | None
     peak_memory_bytes: int | None
     note: str
+    predicted_seconds: float | None
+    predicted_bytes: int | None
 
     @classmethod
     def of(cls, entry: Entry, peak_flops: float) -> "Result":
@@ -50,6 +52,8 @@ class Result:
             share_of_peak=share_of_peak,
             peak_memory_bytes=entry.memory_bytes,
             note=entry.note,
+            predicted_seconds=entry.predicted_seconds,
+            predicted_bytes=entry.predicted_bytes,
         )
 
 
@@ -81,21 +85,30 @@ def read_results(path: str) -> Earlier:
 
 
 def result_line(paths: Sequence[str]) -> str:
-    """RESULT name=value ...: the speed of a whole step in each file, which names the values.
+    """RESULT name=value ...: of each file, which names the values, the speed of a whole step, or
+    how far the plan was off at worst, relative to what was measured.
 
-    Raises UsageError for a file that nanochat bench did not write, or without a step."""
+    Raises UsageError for a file that nanochat bench did not write, or with neither."""
     words = []
     for path in paths:
         content = read_json(Path(path), "results of nanochat bench")
+        name = Path(path).stem
         try:
+            planned = [entry for entry in content["results"] if entry.get("predicted_seconds")]
+            if planned:
+                time = max(abs(e["predicted_seconds"] / e["seconds"] - 1) for e in planned)
+                memory = max(
+                    abs(e["predicted_bytes"] / e["peak_memory_bytes"] - 1) for e in planned
+                )
+                words += [f"{name}_time_off={time:.3f}", f"{name}_memory_off={memory:.3f}"]
+                continue
             step = next(entry for entry in content["results"] if entry["name"] == "step")
             speed, share = step["tokens_per_sec"], step["share_of_peak"]
-            name = Path(path).stem
             words += [f"{name}_tok_per_sec={speed:.0f}", f"{name}_share_of_peak={share:.3f}"]
         except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise UsageError(
                 f"--result {path}: holds no time of a step; give a file from nanochat bench --out, "
-                f"timed with the part step"
+                f"timed with the part step or plan"
             ) from error
     return " ".join(["RESULT", *words])
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Does the model behind `train.py --dry-run --gpus=N` hold? Predicted against measured time and
+# memory of a step on 1, 2 and 4 ranks of this CPU, at depths 2, 4 and 6 with 4 rows of 128 tokens a
+# rank. Writes bench/plan_d<depth>.json.
+#   speeds    from this machine: matrix products, gloo over loopback, and two other depths on one
+#             rank
+#   expected  off by at most 20%; about 10 minutes on 2 cores
+# Run nothing else meanwhile. Arguments go to every `nanochat bench`, such as --repeats=15.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+mkdir -p bench
+shape="--max-seq-len=128 --vocab-size=1024 --device-batch-size=4 --device-type=cpu --no-compile"
+for depth in 2 4 6; do
+    step -m nanochat bench --only=plan --depth="$depth" $shape --out="bench/plan_d$depth.json" "$@"
+done
+# RESULT plan_d2_time_off= plan_d2_memory_off= ... , the largest share by which each was off
+step -m nanochat bench --result bench/plan_d2.json bench/plan_d4.json bench/plan_d6.json
