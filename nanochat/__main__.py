@@ -1,22 +1,15 @@
 """`nanochat APP ...` and `python -m nanochat APP ...`."""
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
-from nanochat import output
-from nanochat.common import (
-    EXIT_COMPLETED,
-    EXIT_FAILED,
-    EXIT_USAGE,
-    Unavailable,
-    UsageError,
-    check_system,
-    find_own_tasks,
-    printable,
-)
-from nanochat.limits import is_out_of_memory, out_of_memory_in_words
+# All else is imported by functions: run() has to decide first what Ctrl-C does.
 
 APPS = {
     "sample": "generate text from a run",
@@ -37,6 +30,7 @@ APPS = {
     "bench": "time the parts of training on this machine",
     "doctor": "check this machine",
 }
+EXIT_INTERRUPTED = 130
 LATER = ("certify", "verify")
 USAGE = (
     "usage: nanochat APP [options]      nanochat APP --help shows an app's options, --help-json "
@@ -46,6 +40,17 @@ USAGE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run an app. Returns its exit code; 2 for wrong usage or input."""
+    from nanochat.common import (
+        EXIT_FAILED,
+        EXIT_USAGE,
+        Unavailable,
+        UsageError,
+        check_system,
+        find_own_tasks,
+        printable,
+    )
+    from nanochat.limits import is_out_of_memory, out_of_memory_in_words
+
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -72,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"\nnanochat {app}: stopped", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -81,11 +86,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGINT: KeyboardInterrupt, but in the middle of an import the end of this process.
+
+    There it would reach C++ code that aborts, or packages that take it for their own failure."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                os.write(2, b"\nnanochat: stopped\n")
+            os._exit(EXIT_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def run() -> NoReturn:
     """The installed command: main(), and its exit code, whatever becomes of the screen.
 
     A reader that has seen enough, such as `head`, is no failure; output that is lost for another
     reason, such as a full disk, makes the exit code 1."""
+    # a shell's background jobs ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    from nanochat import output
+    from nanochat.common import EXIT_COMPLETED, EXIT_FAILED
+
     output.protect()
     try:
         code = main()

@@ -47,6 +47,41 @@ signals.exit_with(run)
 """
 
 
+# Runs a command that is interrupted as it imports a module, or in its own code.
+INTERRUPTED = """
+import os, signal, sys
+from nanochat.__main__ import run
+sys.path.insert(0, {root!r})
+where = sys.argv.pop(1)
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+class Finder:
+    def find_spec(self, name, *_):
+        if name == where:
+            interrupt()
+sys.meta_path.insert(0, Finder())
+if where == "itself":
+    import nanochat.common
+    nanochat.common.check_system = interrupt
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    "where, line",
+    [
+        ("nanochat.common", "nanochat: stopped"),
+        ("torch", "nanochat: stopped"),
+        ("itself", "nanochat sample: stopped"),
+    ],
+)
+def test_an_interrupted_command_ends_quietly(where, line):
+    script = INTERRUPTED.format(root=str(small.ROOT))
+    command = [sys.executable, "-c", script, where, "sample", "x", "--prompt=y"]
+    done = subprocess.run(command, cwd=small.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\n{line}\n")
+
+
 @pytest.fixture
 def finished():
     """A folder with one uninterrupted run of 12 steps."""
