@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -113,6 +116,30 @@ def test_a_short_context_gets_shorter_answers(capsys, argv):
         assert engine.requests[-1].max_new_tokens == 32
         code, _, error = client(capsys, LONG, *argv, url)
     assert code == 2 and "16" in error and "--max-tokens" in error
+
+
+def test_lines_of_a_terminal_are_edited_and_called_back():
+    """The second line is the first one, by the arrow keys."""
+    pytest.importorskip("readline")
+    import pty
+
+    code = "from nanochat.apps import client\nprint(list(client._lines()), flush=True)"
+    ours, theirs = pty.openpty()
+    ends = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    environ = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environ, **ends) as process:
+        os.close(theirs)
+        shown = b""
+        for keys in (b"ac\x1b[Db\r", b"\x1b[A\r", b"\x04"):
+            shown = b""
+            while not shown.endswith(b"> "):
+                shown += os.read(ours, 1000)
+            os.write(ours, keys)
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 1000):
+                shown += piece
+        os.close(ours)
+    assert process.returncode == 0 and b"['abc', 'abc']" in shown, shown
 
 
 def test_lines_of_other_encodings(url, capsys, monkeypatch):

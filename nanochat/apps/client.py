@@ -287,21 +287,36 @@ def _is_terminal() -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input that are not blank; on a terminal, each after a sign."""
+    """The lines of standard input that are not blank; on a terminal, each after a sign, where they
+    can be edited and earlier ones called back."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         # bytes that are not UTF-8 are no reason to end, and a mark at the start is no text
         encoding = None if _is_terminal() else "utf-8-sig"
         sys.stdin.reconfigure(encoding=encoding, errors="replace")
+    if _is_terminal():
+        # input() edits lines once it is imported; not every Python has it
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
     while sys.stdin is not None:
-        if _is_terminal():
-            # the text may be piped on, without signs between
-            sign = sys.stdout if sys.stdout.isatty() else sys.stderr
-            print("> ", end="", file=sign, flush=True)
-        line = sys.stdin.readline()
+        line = _typed() if _is_terminal() else sys.stdin.readline()
         if not line:
             return
         if line.strip():
             yield valid_unicode(line.rstrip("\r\n"))
+
+
+def _typed() -> str:
+    """The next line of the terminal, with its end; "" at the end of input."""
+    sign = "> "
+    if not sys.stdout.isatty():
+        # the text may be piped on, without signs between
+        print(sign, end="", file=sys.stderr, flush=True)
+        sign = ""
+    try:
+        return input(sign) + "\n"
+    # OSError: the terminal is gone
+    except (EOFError, OSError):
+        return ""
 
 
 def _report(line: str) -> None:
