@@ -35,6 +35,7 @@ FILES = (
     "summary.json",
     "loss.png",
     "report.html",
+    "stages.html",
 )
 FOLDERS = ("checkpoints", "tokenizer", "wandb", "tensorboard", "profile")
 RECORDED_PACKAGES = ("torch", "numpy", "tiktoken", "safetensors", "rustbpe")
