@@ -173,6 +173,12 @@ def _cause(
     # Ctrl-C ends the compiler's processes too
     if stop.requested and isinstance(error, Exception) and (lost or stop.at_once):
         return Stopped()
+    # with the store of torchrun gone as well, or all others waiting for each other
+    if lost:
+        return TrainingFailed(
+            f"the connection to other ranks is lost, and none of them can be asked why "
+            f"({in_a_line(error)}). --resume continues from the newest checkpoint"
+        )
     # after a trial that succeeded: a disk that filled up, a kernel that the compiler refuses
     if compiler.is_failure(error):
         return TrainingFailed(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanochat import hardware, ranks
+from nanochat import hardware, machines, ranks
 from nanochat.common import (
     EXIT_COMPLETED,
     EXIT_FAILED,
@@ -48,7 +48,8 @@ EXIT_CODES = {"completed": EXIT_COMPLETED, "stopped": EXIT_STOPPED, "failed": EX
 
 
 def open_control(run: OpenedRun, stop: StopSignals) -> Control:
-    """Let `nanochat jobs` reach the run, from here on."""
+    """Let `nanochat jobs` reach the run, from here on, and notice machines that are lost."""
+    machines.notice_lost_machines()
     control = Control(run.folder.path, ranks.rank(), stop, ranks.print0)
     processes = ranks.from_all(Process.own(ranks.rank()))
     if ranks.rank() == 0:
@@ -256,6 +257,8 @@ def train_to_its_end(
             workers.callback(saver.close)
         try:
             session = build_session(workers)
+            # building it may have made further connections
+            machines.notice_lost_machines()
             control.begin(functools.partial(log.facts, clock))
             status, reason = train_and_save(session, train)
             code = EXIT_CODES[status]
