@@ -247,7 +247,7 @@ def test_torchrun_commands_are_found():
         "README.md",
         "train.py",
         "nanochat/ranks.py",
-        *(f"runs/{name}" for name in ("chaos.sh", "requeue.slurm", "restart.sh", "speedrun.sh")),
+        *(f"runs/{name}" for name in ("chaos.sh", "restart.sh", "speedrun.sh")),
     }
 
 

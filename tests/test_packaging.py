@@ -68,7 +68,7 @@ def test_data_files_of_the_package_are_installed():
 )
 def test_line_ends_are_kept():
     """A checkout on Windows has scripts that bash can read, and pictures that are whole."""
-    names = ["runs/test.sh", "runs/requeue.slurm", "train.py", "runs/pictures/depths_core.png"]
+    names = ["runs/test.sh", "runs/slurm.sh", "train.py", "runs/pictures/depths_core.png"]
     command = ["git", "check-attr", "eol", "text", "--", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())

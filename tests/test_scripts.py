@@ -1,4 +1,4 @@
-"""The scripts around train.py: restart.sh restarts it, requeue.slurm requeues it, speedrun.sh."""
+"""The scripts around train.py: restart.sh restarts it, slurm.sh requeues it, speedrun.sh."""
 
 import json
 import os
@@ -95,59 +95,43 @@ def test_restart_forgives_failures_after_a_long_run(tmp_path):
 # Stands for srun: writes the summary that the test names, if any, and waits for a signal if there
 # is a file named wait.
 SRUN = """#!/bin/bash
-echo "$@" >> srun_calls
+echo "$HEAD $NNODES $OUT $TAG $NPROC: $@" >> srun_calls
 if [ -e new_summary.json ]; then mkdir -p out/d4; mv new_summary.json out/d4/summary.json; fi
-if [ -e wait ]; then trap 'kill $!; exit 1' TERM; sleep 1000 & echo waiting; wait; fi
+if [ -e wait ]; then trap 'kill $!; exit "$(cat code)"' TERM; sleep 1000 & echo waiting; wait; fi
 exit "$(cat code)"
 """
 
 
-def requeue(
-    folder,
-    *flags,
-    before=None,
-    after=None,
-    code=1,
-    told=False,
-    restarts=0,
-    stdout=subprocess.PIPE,
-):
+def requeue(folder, *flags, step=None, code=75, told=False, restarts=0, stdout=subprocess.PIPE):
     """The job script with stand-ins for Slurm's commands; returns (exit code, whether it requeued,
-    standard error). before, after: summaries of an earlier job and of this one."""
-    for name in ("runs", "out/d4"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    standard error). step: in the summary that this start writes. code: of srun."""
+    (folder / "runs").mkdir(exist_ok=True)
     (folder / "srun_calls").write_text("")
     (folder / "scontrol_calls").write_text("")
-    (folder / "out" / "d4" / "summary.json").unlink(missing_ok=True)
-    for path, summary in (
-        (folder / "out" / "d4" / "summary.json", before),
-        (folder / "new_summary.json", after),
-    ):
-        if summary:
-            path.write_text(json.dumps(summary))
+    if step is not None:
+        (folder / "new_summary.json").write_text(json.dumps({"step": step}, indent=2))
     (folder / "code").write_text(str(code))
     if told:
         (folder / "wait").write_text("")
     (folder / "runs" / "setup.sh").write_text("")
-    shutil.copy(ROOT / "runs" / "requeue.slurm", folder / "runs")
+    shutil.copy(ROOT / "runs" / "slurm.sh", folder / "runs")
     for name, text in (
         ("srun", SRUN),
         ("scontrol", '#!/bin/bash\necho "$@" >> scontrol_calls; echo node1\n'),
     ):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    if not (folder / "python").exists():
-        (folder / "python").symlink_to(sys.executable)
     variables = {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "DEPTH": "4",
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
         "SLURM_RESTART_COUNT": str(restarts),
     }
     job = subprocess.Popen(
-        ["bash", "runs/requeue.slurm", *flags],
+        ["bash", "runs/slurm.sh", *flags],
         cwd=folder,
         stdout=stdout,
         stderr=subprocess.PIPE,
@@ -162,73 +146,45 @@ def requeue(
 
 
 @pytest.mark.parametrize(
-    "status, requeued, code",
-    [("completed", False, 0), ("stopped", True, 0), ("running", True, 0), ("failed", False, 1)],
-)
-def test_requeue(tmp_path, status, requeued, code):
-    assert requeue(tmp_path, "--run=x", after={"status": status, "step": 3})[:2] == (code, requeued)
-    call = (tmp_path / "srun_calls").read_text()
-    assert "--nnodes=2" in call and "--rdzv-endpoint=node1:29500" in call
-    assert call.endswith(" -- train.py --depth=4 --model-tag=d4 --out-dir=out --resume --run=x\n")
-
-
-@pytest.mark.parametrize(
-    "what, more, requeued, code",
+    "code, told, requeued, ends_with",
     [
-        ("refused immediately", {"before": {"status": "stopped", "step": 3}, "code": 2}, False, 1),
-        (
-            "complete since an earlier job",
-            {"before": {"status": "completed", "step": 9}, "code": 0},
-            False,
-            0,
-        ),
-        ("stopped before there was a summary", {"told": True}, True, 0),
-        (
-            "stopped before it wrote a new one",
-            {"before": {"status": "stopped", "step": 3}, "told": True},
-            True,
-            0,
-        ),
-        ("failed before there was a summary", {}, False, 1),
+        # complete
+        (0, False, False, 0),
+        # stopped or killed, with and without a word from Slurm; 143: srun itself was ended
+        (75, False, True, 0),
+        (75, True, True, 0),
+        (143, True, True, 0),
+        # failed, refused, killed by somebody else
+        (1, False, False, 1),
+        (2, False, False, 1),
+        (1, True, False, 1),
+        (137, False, False, 1),
     ],
-    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else None,
 )
-def test_requeue_ignores_the_summary_of_an_earlier_job(tmp_path, what, more, requeued, code):
-    assert requeue(tmp_path, **more)[:2] == (code, requeued)
+def test_slurm_requeues_what_can_be_resumed(tmp_path, code, told, requeued, ends_with):
+    found = requeue(tmp_path, "--run=x", step=3, code=code, told=told)
+    assert found[:2] == (ends_with, requeued)
 
 
-def test_requeue_ends_where_no_step_is_done(tmp_path):
+def test_slurm_starts_multinode_on_each_machine(tmp_path):
+    requeue(tmp_path, "--run=x", "--notify=echo $x", code=0)
+    where, _, words = (tmp_path / "srun_calls").read_text().partition(": ")
+    assert where == "node1 2 out d4 8"
+    assert "exec bash runs/multinode.sh" in words and words.endswith("--run=x --notify=echo $x\n")
+
+
+def test_slurm_gives_up_where_no_step_is_done(tmp_path):
     """Three times in a row at most; a step, or a new submission, starts the count again."""
-    requeued = [
-        requeue(tmp_path, after={"status": "stopped", "step": step}, restarts=restarts)[1]
-        for step, restarts in (
-            (0, 0),
-            (5, 1),
-            (5, 2),
-            (5, 3),
-            (5, 4),
-            (6, 5),
-            (6, 0),
-            (6, 1),
-            (6, 2),
-            (6, 3),
-        )
-    ]
+    starts = [(0, 0), (5, 1), (5, 2), (5, 3), (5, 4), (6, 5), (6, 0), (6, 1), (6, 2), (6, 3)]
+    requeued = [requeue(tmp_path, step=step, restarts=restarts)[1] for step, restarts in starts]
     assert requeued == [True, True, True, True, False, True, True, True, True, False]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_requeue_when_its_log_is_on_a_full_disk(tmp_path):
+def test_slurm_when_its_log_is_on_a_full_disk(tmp_path):
     with open("/dev/full", "w") as full:
-        _, requeued, _ = requeue(tmp_path, after={"status": "stopped", "step": 3}, stdout=full)
+        _, requeued, _ = requeue(tmp_path, step=3, stdout=full)
     assert requeued
-
-
-def test_requeue_has_one_way_to_name_the_folder(tmp_path):
-    for flag in ("--model-tag=x", "--out-dir"):
-        code, requeued, shown = requeue(tmp_path, flag, after={"status": "stopped", "step": 1})
-        assert (code, requeued) == (2, False) and "TAG=" in shown and "OUT=" in shown
-    assert (tmp_path / "srun_calls").read_text() == ""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.s*")), ids=lambda path: path.name)
