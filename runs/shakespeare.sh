@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One model of Shakespeare's characters at four stages of its training: what it writes, what it
-# loses, and a page that shows both.
+# One model of Shakespeare's characters at four stages of its training: what it writes at three
+# temperatures, what it loses, and a page that shows both; and the mean of its last checkpoints.
 #   model     SIZE=small   4 layers,  256 wide, context 128:  3.3M parameters
 #             SIZE=384     6 layers,  384 wide, context 256: 10.9M
 #             SIZE=768    12 layers,  768 wide, context 256: 85.7M
@@ -65,26 +65,28 @@ step train.py "${train[@]}" --resume "$@"
 each=()
 for stage in "${stages[@]}"; do
     each+=(--step "$stage")
-    # their losses and samples are on the page of the report
+    # their losses and samples are on the page of the report, too
     evaluated "$run" "$stage" || step -m nanochat evaluate "$run" --step "$stage" --bpb \
         --eval-tokens "$eval_tokens" --sample --prompt $'ROMEO:\n' --max-tokens "$max_tokens"
 done
 step -m nanochat sample "$run" "${each[@]}" --prompt $'ROMEO:\n' --max-tokens "$max_tokens"
-for temperature in 0.2 0.8 1.2; do
-    echo "temperature $temperature:" >&2
-    step -m nanochat sample "$run" --step best --prompt $'ROMEO:\n' --max-tokens "$max_tokens" \
-        --temperature "$temperature"
-done
 step -m nanochat report "$run"
+# the stages side by side, at several temperatures
+step -m nanochat report "$run" --stages="$(IFS=,; echo "${stages[*]}")" --prompt $'ROMEO:\n' \
+    --max-tokens "$max_tokens"
 # the model itself, to play with in a browser
 remove "$run/play.html"
 step -m nanochat export "$run" "$run/play.html" --format html --step best
+# of the last quarter of the training
+remove "$run-average"
+step -m nanochat average "$run" --last 5
 losses=""
 for stage in "${stages[@]}"; do
     loss="$(metric "$stage" "$run" val/loss)"
     losses+=" loss_$stage=$loss"
 done
 best="$(metric lowest "$run" val/loss)"
+average="$(metric last "$run-average" val/loss)"
 seconds="$(metric last "$run" total_training_time)"
-# RESULT seconds= best= and the loss at each of four steps: loss_STEP=  (nats a character)
-result "seconds=$seconds best=$best$losses"
+# RESULT seconds= best= average= and the loss at each of four steps: loss_STEP=  (nats a character)
+result "seconds=$seconds best=$best average=$average$losses"

@@ -240,14 +240,20 @@ def test_quickstart(python, tmp_path):
 def test_shakespeare(python, tmp_path):
     shown, result = toy(python, tmp_path, "shakespeare", DATA=str(text_of(tmp_path)))
     found = numbers_of(result)
-    assert list(found) == ["seconds", "best", *(f"loss_{n}" for n in (5, 15, 50, 100))]
+    losses = [f"loss_{n}" for n in (5, 15, 50, 100)]
+    assert list(found) == ["seconds", "best", "average", *losses]
     assert 4 > found["loss_5"] > found["loss_15"] > found["loss_50"] > found["loss_100"] > 0.3
     assert found["best"] <= found["loss_100"] < 2.5
+    assert 0.3 < found["average"] < found["loss_5"]
     run = tmp_path / "o u t" / "small"
     page = (run / "report.html").read_text()
     for step in (5, 15, 50, 100):
         assert f"{run}, step {step} ---" in shown
         assert f"samples of step_{step:06}" in page
+    stages = (run / "stages.html").read_text()
+    for step in (5, 15, 50, 100):
+        assert f"step {step}, validation loss {found[f'loss_{step}']:.4f}" in stages
+    assert "Temperature 0.5" in stages and "Temperature 1.0" in stages
     assert (run / "play.html").exists()
 
 
