@@ -179,7 +179,7 @@ def test_flags_that_are_refused(run, flags, message):
 
 def test_folders_and_checkpoints_that_are_refused(run, capsys):
     averaged(run, "--last=2")
-    refused(run, "run-average exists and is not an empty folder", "--last=2")
+    refused(run, "run-average exists; name another run folder with --tag", "--last=2")
     refused(run.parent, "is not a run folder", "--last=2")
     damaged = checkpoint.folder_of(run, 8) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")

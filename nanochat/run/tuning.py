@@ -6,7 +6,6 @@ they are not its own, so that every tool reads it; what only fine-tuning has is 
 import dataclasses
 import json
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +25,8 @@ from nanochat.common import (
     write_atomic,
 )
 from nanochat.data.chat import with_chat
-from nanochat.data.download import DownloadFailed
 from nanochat.data.examples import Problem
-from nanochat.data.rows import held_out_pieces
-from nanochat.data.token_cache import TokenCache
 from nanochat.data.tokenizer import Tokenizer, read_tokenizer
-from nanochat.limits import available_cpus
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.model.decoder import Decoder
@@ -54,7 +49,7 @@ from nanochat.run.resume import (
     source_of_weights,
 )
 from nanochat.run.runtime import pick_runtime, runtime_in_words
-from nanochat.run.training_text import held_out_shards
+from nanochat.run.training_text import held_out_of_run
 from nanochat.run.tuning_flags import AS_RUN
 
 # in the run folder
@@ -317,21 +312,19 @@ def load_grown(model: Decoder, source: str, step: int) -> None:
 def base_pieces(tuned: TunedRun, report: Report) -> list[np.ndarray]:
     """Held-out pieces of the text that the source was trained on, up to --eval-tokens; [] after a
     line if it cannot be read any more."""
-    args = tuned.run.args
-    config = {"args": vars(args), "data": tuned.base}
+    config = {"args": vars(tuned.run.args), "data": tuned.base}
 
     def read() -> list[np.ndarray]:
+        pieces = None
         try:
-            shards = held_out_shards(config, report) if tuned.base else None
-        except (UsageError, Unavailable, DownloadFailed) as error:
+            if tuned.base:
+                pieces = held_out_of_run(config, tuned.base_tokenizer, report)
+        except (UsageError, Unavailable) as error:
             report(f"the text that RUN was trained on cannot be read ({in_a_line(error)})")
             return []
-        if shards is None:
+        if pieces is None:
             report("the text that RUN was trained on has changed: no bits per byte of it")
             return []
-        cache = TokenCache(tuned.base_tokenizer, available_cpus())
-        cache.prepare(shards, lambda shards: shards)
-        most = args.eval_tokens if args.eval_tokens != -1 else sys.maxsize
-        return held_out_pieces(shards, cache, args.max_seq_len, most)
+        return pieces
 
     return ranks.from_rank0_or_raise(read)

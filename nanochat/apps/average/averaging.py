@@ -97,6 +97,9 @@ def average(
     newest = loading.step_of(run, None)
     chosen = _last(run, last) if steps is None else _named(run, steps)
     _refuse_different_shapes(run, chosen)
+    # before anything is read: new_folder() does not know the flag
+    if out.exists():
+        raise UsageError(f"{out} exists; name another run folder with --tag, or delete it first")
     config = RunFolder(run).read_config()
     with new_folder(out) as folder:
         _write_weights(run, folder, chosen)
