@@ -469,6 +469,7 @@ def dry_run(args: Namespace) -> None:
     import torch
 
     from nanochat import hardware
+    from nanochat.data.rows import token_cache_bytes
     from nanochat.data.sources import estimated_bytes
     from nanochat.data.tokenizer import EXPECTED_BYTES_PER_TOKEN, expected_vocab_size
     from nanochat.run.memory import free_memory
@@ -506,7 +507,8 @@ def dry_run(args: Namespace) -> None:
         machine = Machine(device_type, devices, *peak)
         plan = derive_plan(args, config, tokens_per_epoch, machine)
         planned = fit_plan(args, plan, config, machine, runtime, tokens_per_epoch, free_bytes)
-        planned = dataclasses.replace(planned, gpu_price=args.gpu_price)
+        cached = token_cache_bytes(plan.tokens, tokens_per_epoch, config.vocab_size)
+        planned = dataclasses.replace(planned, gpu_price=args.gpu_price, token_cache_bytes=cached)
         return on_gpus(planned, gpu, args.gpu_network) if gpu else planned
 
     if args.gpus == "all":
@@ -529,9 +531,10 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     import torch
 
     from nanochat import hardware
-    from nanochat.data.rows import check_disk
+    from nanochat.data.rows import check_disk, token_cache_bytes
     from nanochat.eval.core import open_for_training
     from nanochat.eval.generation import sample_prompts
+    from nanochat.machines import on_each_machine
     from nanochat.ranks import from_rank0_or_raise, print0, world_size
     from nanochat.run import lifecycle
     from nanochat.run.memory import free_memory
@@ -551,11 +554,18 @@ def prepare(run: OpenedRun, device: torch.device) -> Prepared:
     run.take_over_changes()
     if run.config:
         print0(lifecycle.resumed_in_words(run))
-    from_rank0_or_raise(lambda: check_disk(text.rows, plan.tokens, text.tokens_per_epoch))
+
+    def look_at_disk() -> None:
+        if to_come := check_disk(text.rows, plan.tokens, text.tokens_per_epoch):
+            print0(to_come)
+
+    on_each_machine(look_at_disk)
     free_bytes = free_memory(device, machine.devices)
     planned = from_rank0_or_raise(
         lambda: fit_plan(args, plan, config, machine, runtime, text.tokens_per_epoch, free_bytes)
     )
+    cached = token_cache_bytes(plan.tokens, text.tokens_per_epoch, config.vocab_size)
+    planned = dataclasses.replace(planned, token_cache_bytes=cached)
     print0(format_plan(planned))
     if advice := long_run_advice(planned):
         print0(advice)

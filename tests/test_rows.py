@@ -1,12 +1,18 @@
 """The token cache, and rows as a pure function of (seed, row number)."""
 
 import json
+import os
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from nanochat.common import UsageError
-from nanochat.data.rows import Rows, held_out_pieces
+from nanochat.data import sources
+from nanochat.data.rows import Rows, check_disk, held_out_pieces, token_cache_bytes
 from nanochat.data.sources import Corpus, file_shard
 from nanochat.data.token_cache import TokenCache
 from nanochat.data.tokenizer import train_tokenizer
@@ -96,6 +102,87 @@ def test_steps_take_the_same_rows_on_any_number_of_ranks(tmp_path):
         ]
         for side in (0, 1):
             assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
+
+
+def test_64_ranks_read_each_row_once(tmp_path, monkeypatch):
+    """8 machines of 8 ranks, with caches of their own and fewer shards than ranks. Each rank has
+    rows in every step, those of one rank in another order of places; each machine tokenizes the
+    shards that are read, once, and no others."""
+    monkeypatch.setattr(sources, "EAGER_BYTES", 0)
+    built = Counter()
+    encode = TokenCache._encode
+
+    def counted_encode(cache, shard):
+        built[os.environ["NANOCHAT_BASE_DIR"], shard.fingerprint] += 1
+        return encode(cache, shard)
+
+    one = make_rows(tmp_path, [documents(150, i) for i in range(5)], T=8)
+    n_ranks, device_batch, micros, steps = 64, 2, 2, 3
+    per_step = n_ranks * device_batch * micros
+    whole = [one.batch(step, per_step, 0, per_step, 0, 1) for step in range(steps)]
+    read = [one.locate(number) for number in range(steps * per_step)]
+    assert len(set(read)) == len(read)
+    used = {one.shards[place.shard_index].fingerprint for place in read}
+    assert 1 < len(used) < len(one.shards)
+
+    monkeypatch.setattr(TokenCache, "_encode", counted_encode)
+    machines = [str(tmp_path / f"caches{i}") for i in range(8)]
+    ranks = [Rows(one.corpus, TokenCache(BYTE, 1), 8, one.seed) for _ in range(n_ranks)]
+    for step, (inputs, targets) in enumerate(whole):
+        for micro in range(micros):
+            parts = []
+            for rank, rows in enumerate(ranks):
+                monkeypatch.setenv("NANOCHAT_BASE_DIR", machines[rank // 8])
+                parts.append(rows.batch(step, per_step, micro, device_batch, rank, n_ranks))
+            here = slice(micro * per_step // micros, (micro + 1) * per_step // micros)
+            assert np.array_equal(np.concatenate([part[0] for part in parts]), inputs[here])
+            assert np.array_equal(np.concatenate([part[1] for part in parts]), targets[here])
+    assert built == {(machine, shard): 1 for machine in machines for shard in used}
+
+
+def test_ranks_of_a_machine_that_want_a_shard_at_once(tmp_path, monkeypatch):
+    """One tokenizes it, the others wait for that."""
+    rows = make_rows(tmp_path, [documents(50, 1)], T=8)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "caches"))
+    encode, built, together = TokenCache._encode, [], threading.Barrier(8)
+
+    def counted_encode(cache, shard):
+        built.append(shard)
+        return encode(cache, shard)
+
+    def batch_of(rank):
+        own = Rows(rows.corpus, TokenCache(BYTE, 1), 8, rows.seed)
+        together.wait(10)
+        return own.batch(0, 8, 0, 1, rank, 8)[0]
+
+    monkeypatch.setattr(TokenCache, "_encode", counted_encode)
+    with ThreadPoolExecutor(8) as ranks:
+        found = np.concatenate(list(ranks.map(batch_of, range(8))))
+    assert np.array_equal(found, rows.batch(0, 8, 0, 8, 0, 1)[0]) and len(built) == 1
+
+
+def test_what_a_horizon_needs_on_the_disk(tmp_path, monkeypatch):
+    """Tokens of two bytes, of the shards that it reads and that are not there yet."""
+    monkeypatch.setattr(sources, "EAGER_BYTES", 0)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "caches"))
+    rows = make_rows(tmp_path, [["a" * 2047]] * 4, T=64)
+    epoch = 4 * 2048
+    assert token_cache_bytes(1e9, epoch, 257) == 2 * epoch
+    assert token_cache_bytes(100, epoch, 1 << 17) == 400
+    words = "disk: 4 more shards, 0 B of downloads and 16.0 KiB of token cache on each machine; "
+    assert check_disk(rows, 3 * epoch, epoch).startswith(words)
+    assert "2 more shards, 0 B of downloads and 8.0 KiB" in check_disk(rows, epoch / 2, epoch)
+    rows.cache.prepare(rows.shards, list)
+    assert check_disk(rows, epoch, epoch) == ""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16000))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
+    rows = Rows(rows.corpus, TokenCache(BYTE, 1), 64, rows.seed)
+    with pytest.raises(UsageError, match="16.0 KiB of token cache, and the disk has 15.6 KiB free"):
+        check_disk(rows, epoch, epoch)
+    # more than that is never kept
+    monkeypatch.setattr("nanochat.data.rows.CACHE_LIMIT_BYTES", 10000)
+    assert "9.8 KiB of token cache" in check_disk(rows, epoch, epoch)
 
 
 def test_fewer_rows_than_a_batch_spans_epochs(tmp_path):

@@ -213,6 +213,23 @@ def test_a_plan_counts_devices_and_their_hours(tmp_path, capsys, gpus, devices):
 # ---- config files ----
 
 
+@pytest.mark.parametrize(
+    "tokens, words, n_bytes",
+    [
+        # 2 bytes each; of a text that is read once at most
+        ("1e9", "1.9 GiB on each machine\n", 2e9),
+        ("300e9", "558.8 GiB on each machine, of which the last 100.0 GiB are kept", 6e11),
+    ],
+)
+def test_a_plan_says_what_its_tokens_take(capsys, tokens, words, n_bytes):
+    flags = ["--dry-run", "--depth=12", "--gpu=H100", f"--target-tokens={tokens}"]
+    assert train.run(flags) == 0
+    assert re.search(f"token cache +{words}", capsys.readouterr().out)
+    assert train.run([*flags, "--json"]) == 0
+    estimates = json.loads(capsys.readouterr().out)["estimates"]
+    assert estimates["token_cache_bytes"] == pytest.approx(n_bytes, rel=1e-3)
+
+
 def test_a_runs_config_repeats_it_and_the_command_line_wins(finished, tmp_path):
     path = finished / "run" / "config.json"
     argv = [f"--config={path}", f"--out-dir={tmp_path}", "--model-tag=again", "--sample-every=-1"]

@@ -22,13 +22,12 @@ from nanochat.data.examples import (
     Shares,
     Source,
     answer_of,
-    id_dtype,
     messages_of,
     names_of,
     prompt_of,
     read_split,
 )
-from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.tokenizer import Tokenizer, id_dtype
 
 # names of the field with all messages, and of the one with the answer to a prompt
 MESSAGES_FIELDS = ("messages", "conversations")
@@ -106,7 +105,7 @@ def read_conversations(
 
     split = read_split(sources, held_out, parse, _whole, encode, reading)
     reading.finish(strict, report)
-    dtype = id_dtype(tokenizer)
+    dtype = id_dtype(tokenizer.vocab_size)
     train = Encoded(split.train, split.shares, dtype)
     validation = Encoded(split.held_out, Shares.of([Fraction(1)], [len(split.held_out)]), dtype)
     counts = {

@@ -29,7 +29,6 @@ from nanochat.common import (
 from nanochat.data.chat import START_OF_ROLE
 from nanochat.data.text import text_format
 from nanochat.data.textfile import lines, unpacked
-from nanochat.data.tokenizer import Tokenizer
 
 Parsed = TypeVar("Parsed")
 Encoded = TypeVar("Encoded")
@@ -306,11 +305,6 @@ def messages_of(values: Any, name: str) -> list[dict[str, str]]:
 
 # --------------------------------------------------------------------------------------------------
 # arrays
-
-
-def id_dtype(tokenizer: Tokenizer) -> type:
-    """The smallest type that holds a tokenizer's ids."""
-    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
 class Ragged:

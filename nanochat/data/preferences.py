@@ -22,13 +22,12 @@ from nanochat.data.examples import (
     Shares,
     Source,
     answer_of,
-    id_dtype,
     messages_of,
     names_of,
     prompt_of,
     read_split,
 )
-from nanochat.data.tokenizer import TURN_END, Tokenizer
+from nanochat.data.tokenizer import TURN_END, Tokenizer, id_dtype
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -137,7 +136,7 @@ def read_pairs(
 
     split = read_split(sources, held_out, parse, _prompt, encode, reading)
     reading.finish(strict, report)
-    dtype = id_dtype(tokenizer)
+    dtype = id_dtype(tokenizer.vocab_size)
     train = Pairs(split.train, split.shares, dtype)
     validation = Pairs(split.held_out, Shares.of([Fraction(1)], [len(split.held_out)]), dtype)
     counts = {

@@ -23,7 +23,8 @@ import numpy as np
 
 from nanochat.common import UsageError, counted, human_bytes, stream_seed, writable_base_dir
 from nanochat.data.sources import Corpus, Shard
-from nanochat.data.token_cache import TokenCache
+from nanochat.data.token_cache import CACHE_LIMIT_BYTES, TokenCache
+from nanochat.data.tokenizer import id_dtype
 
 # shards whose permutations are kept: a batch may span the end of one and the start of the next
 KEPT_PLANS = 4
@@ -237,8 +238,14 @@ def held_out_pieces(
     return pieces
 
 
-def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
-    """Raise UsageError, with numbers, if the disk is too small for `tokens` of training.
+def token_cache_bytes(tokens: float, tokens_per_epoch: float, vocab_size: int) -> float:
+    """Bytes of the token files of all text that `tokens` of training read."""
+    return min(tokens, tokens_per_epoch) * np.dtype(id_dtype(vocab_size)).itemsize
+
+
+def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> str:
+    """A line on what `tokens` of training still download and tokenize on this machine, "" if that
+    is nothing. Raises UsageError, with numbers, if its disk is too small for that.
 
     Counted are the shards that are not yet downloaded, or not yet tokenized."""
     corpus = rows.corpus
@@ -257,18 +264,23 @@ def check_disk(rows: Rows, tokens: float, tokens_per_epoch: float) -> None:
     ]
     files = [file for shard in missing for file in shard.remote_files()]
     download = sum(file.n_bytes for file in files if not file.is_local())
-    # as TokenCache stores them
-    id_bytes = 2 if cache.tokenizer.vocab_size <= 1 << 16 else 4
-    tokens_per_byte = tokens_per_epoch / max(1, corpus.train_bytes)
-    token_bytes = id_bytes * tokens_per_byte * sum(shard.n_bytes for shard in missing)
+    share = sum(shard.n_bytes for shard in missing) / max(1, corpus.train_bytes)
+    epoch = tokens_per_epoch * share
+    token_bytes = token_cache_bytes(epoch, epoch, cache.tokenizer.vocab_size)
+    # older ones make room
+    token_bytes = min(token_bytes, CACHE_LIMIT_BYTES)
+    to_come = (
+        f"{counted(len(missing), 'more shard')}, {human_bytes(download)} of downloads and "
+        f"{human_bytes(token_bytes)} of token cache"
+    )
     free = shutil.disk_usage(writable_base_dir()).free
     if download + token_bytes > free:
         raise UsageError(
-            f"--data={corpus.name}: {tokens:,.0f} tokens of training need {len(missing)} more "
-            f"shards, {human_bytes(download)} of downloads and {human_bytes(token_bytes)} of token "
-            f"cache, and the disk has {human_bytes(free)} free; free some, name a folder on a "
-            f"larger disk by NANOCHAT_BASE_DIR, or give a shorter horizon"
+            f"--data={corpus.name}: {tokens:,.0f} tokens of training need {to_come}, and the disk "
+            f"has {human_bytes(free)} free; free some, name a folder on a larger disk by "
+            f"NANOCHAT_BASE_DIR, or give a shorter horizon"
         )
+    return f"disk: {to_come} on each machine; {human_bytes(free)} free" if missing else ""
 
 
 def describe_tokens(rows: Rows, tokens_per_epoch: int, pieces: list[np.ndarray]) -> str:

@@ -41,6 +41,7 @@ from nanochat.data.tokenizer import (
     Tokenizer,
     derived_vocab_size,
     gpt2_tokenizer,
+    id_dtype,
     read_tokenizer,
     train_tokenizer,
 )
@@ -293,8 +294,7 @@ class TokenCache:
 
     def _encode(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of a shard, as its file holds them."""
-        # half the disk for vocabularies up to 65,536
-        dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+        dtype = id_dtype(self.tokenizer.vocab_size)
         bos = np.array([self.tokenizer.bos], dtype=dtype)
         arrays = [np.empty(0, dtype)]
         offsets = array.array("q", [0])

@@ -235,6 +235,11 @@ class Tokenizer:
         write_atomic(Path(folder) / TOKENIZER_FILE, self._serialized())
 
 
+def id_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that holds ids: half the disk and memory for vocabularies up to 65,536."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
 def _check_specials(names: tuple[str, ...], bos_text: str) -> None:
     """ValueError unless these can be the names of special tokens after BOS."""
     wrong = [name for name in names if not SPECIAL_NAME.fullmatch(name)]

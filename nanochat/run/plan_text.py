@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nanochat.common import counted, human_bytes, human_time
+from nanochat.data.token_cache import CACHE_LIMIT_BYTES
 from nanochat.hardware import Gpu
 from nanochat.model import fp8
 from nanochat.model.build import meta_model
@@ -45,6 +46,8 @@ class PlannedRun:
     step: StepTime | None = None
     assumed: Sequence[str] = ()
     gpu_price: float = -1
+    # of the text that the horizon reads, where text is read; tokens are cached on every machine
+    token_cache_bytes: float = 0
 
     @property
     def seconds(self) -> float:
@@ -175,6 +178,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
             "assumed_mfu": ASSUMED_MFU,
             "memory_bytes": run.step_memory(run.device_batch),
             "checkpoint_bytes": run.checkpoint_bytes,
+            "token_cache_bytes": run.token_cache_bytes,
         },
         # None without --gpu: the links of this machine are not listed.
         "step": step,
@@ -289,11 +293,15 @@ def _estimate_lines(run: PlannedRun) -> Lines:
         "time": f"{seconds} at {ASSUMED_MFU:.0%} of {machine.devices} x {peak}",
         "device-hours": f"{run.device_hours:.3g}",
     }
+    cached = {}
+    if run.token_cache_bytes:
+        cached["token cache"] = _token_cache(run.token_cache_bytes)
     if run.cost is not None:
         lines["cost"] = f"${run.cost:,.0f} at ${run.gpu_price:g} a device-hour"
     return lines | {
         "memory a device": human_bytes(run.step_memory(run.device_batch)),
         "a checkpoint": human_bytes(run.checkpoint_bytes),
+        **cached,
     }
 
 
@@ -313,6 +321,14 @@ def _step_lines(run: PlannedRun) -> Lines:
         )
     lines["assumed"] = "; ".join(run.assumed)
     return lines
+
+
+def _token_cache(n_bytes: float) -> str:
+    text = f"{human_bytes(n_bytes)} on each machine"
+    if n_bytes > CACHE_LIMIT_BYTES:
+        kept = human_bytes(CACHE_LIMIT_BYTES)
+        text += f", of which the last {kept} are kept: a second epoch tokenizes the rest again"
+    return text
 
 
 def long_run_advice(run: PlannedRun) -> str:
