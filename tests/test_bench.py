@@ -83,6 +83,8 @@ def test_every_part_is_there_and_its_figures_fit_together(results):
         "loss, plain PyTorch",
         "tokenize",
         "rows",
+        "first batch, 64 ranks",
+        "next batch, 64 ranks",
         "decode, 1 text",
         "decode, 8 texts",
         "decode, 32 texts",

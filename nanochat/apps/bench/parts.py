@@ -16,10 +16,11 @@ from nanochat.apps.bench.saving import time_saving
 from nanochat.apps.bench.serving import time_serving
 from nanochat.apps.bench.steering import time_steering
 from nanochat.apps.bench.text import python_text, temporary_base_dir
-from nanochat.common import UsageError
+from nanochat.common import UsageError, human_bytes
 from nanochat.data.rows import Rows
-from nanochat.data.sources import open_corpus
+from nanochat.data.sources import Corpus, open_corpus
 from nanochat.data.token_cache import TokenCache, fit_tokenizer
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.limits import available_cpus
 from nanochat.run.timing import Entry, measured
 from nanochat.run.workload import (
@@ -34,6 +35,8 @@ from nanochat.run.workload import (
 
 # A first compilation takes minutes on a slow machine; beyond this, something hangs.
 START_UP_SECONDS = 900
+# Simulated by the data part: eight machines of eight.
+MANY_RANKS = 64
 # The smallest vocabulary that the data part trains a tokenizer for.
 LEAST_VOCAB = 300
 
@@ -119,6 +122,26 @@ def _data(bench: Bench) -> Iterator[Entry]:
         entry = measured("rows", batch, setup.device, bench.repeats, tokens=setup.tokens)
         # What was measured is of the training device, and these batches are not there yet.
         yield replace(entry, memory_bytes=None)
+        yield from _data_of_many_ranks(corpus, tokenizer, row_tokens, rows)
+
+
+def _data_of_many_ranks(
+    corpus: Corpus, tokenizer: Tokenizer, row_tokens: int, rows: int
+) -> Iterator[Entry]:
+    """What each of MANY_RANKS ranks does for its first batch of so many rows, and for the next; one
+    after another, as on cores of their own. The tokens are in the cache."""
+    readers = [
+        Rows(corpus, TokenCache(tokenizer, 1), row_tokens, seed=1) for _ in range(MANY_RANKS)
+    ]
+    size = TokenCache(tokenizer, 1).path(corpus.train[0]).stat().st_size
+    notes = (f"each opens and checks a token file of {human_bytes(size)}", "of each")
+    for step, (name, note) in enumerate(zip(("first batch", "next batch"), notes, strict=True)):
+        seconds = []
+        for rank, reader in enumerate(readers):
+            started = time.perf_counter()
+            reader.batch(step, MANY_RANKS * rows, 0, rows, rank, MANY_RANKS)
+            seconds.append(time.perf_counter() - started)
+        yield Entry(f"{name}, {MANY_RANKS} ranks", seconds, rows * row_tokens, note=note)
 
 
 def _decode(bench: Bench) -> Iterator[Entry]:
