@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small
+import stand_in
+from stand_in import OF_SWEEP, calls
 
 from nanochat import common
 from nanochat.apps import sweep
@@ -31,54 +33,6 @@ from nanochat.run.checks import check_flags
 from nanochat.run.statistics import Spread
 
 ROOT = Path(__file__).resolve().parent.parent
-# Stands for train.py. It notes its call, then does what behave.json says for its folder (an exit
-# code, or "wait" until a signal comes; else it completes), and leaves a run folder with a made-up
-# loss: 1 + 2 C^-0.1 at the best N = 0.2 sqrt(C), and a parabola around it.
-TRAINER = """
-import json, math, os, signal, sys
-from pathlib import Path
-from nanochat.run import flags
-args = flags.parse()
-folder = Path(args.out_dir) / args.model_tag
-with open("calls", "a") as calls:
-    calls.write(str(folder) + "\\n")
-behaviour = json.loads(Path("behave.json").read_text())
-code = behaviour.get(str(folder), 0)
-
-def loss_of(n, flops):
-    loss = 1 + 2 * flops**-0.1 + 0.05 * math.log(n / (0.2 * math.sqrt(flops))) ** 2
-    loss += 0.001 * (args.seed - 42)
-    if args.optimizer == "adamw":
-        loss += 0.1 * (1 + 0.1 * (args.seed - 42))
-    return loss
-
-def leave(status, code, reason=""):
-    if status:
-        n = 1000 * args.depth**2
-        flops = args.target_flops if args.target_flops != -1 else 6 * n * 20 * n
-        given = {k: v for k, v in vars(args).items() if k != "given"}
-        plan = {"parameters": {"total": 2 * n}, "scaling_parameters": n, "flops_per_token": 6 * n,
-                "num_iterations": 10}
-        config = {"format": 1, "args": given, "seed": args.seed, "plan": plan,
-                  "model": {"width": 64 * args.depth, "vocab_size": 257},
-                  "data": {"tokens_per_epoch": 1e12}}
-        summary = {"status": status, "reason": reason, "step": 10, "tokens": round(flops / (6 * n)),
-                   "total_training_time": 2.0 * args.depth,
-                   "val_bpb": loss_of(n, flops) if status == "completed" else None,
-                   "min_val_bpb": None, "core_metric": None, "core_metric_n": None}
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "summary.json").write_text(json.dumps(summary))
-    os._exit(code)
-
-signal.signal(signal.SIGTERM, lambda *_: leave("stopped", 75))
-if code == "wait":
-    Path("waiting").touch()
-    signal.pause()
-if code == 2:
-    print("train.py: error: --depth=9: made up", file=sys.stderr)
-reason = "TrainingFailed: made up" if code == 1 else ""
-leave({0: "completed", 1: "failed", 75: "stopped"}.get(code), code, reason)
-"""
 # the stand-in trains depth 1, and then there is room for a head of 128
 WIDE = "--aspect-ratio=128"
 VARIABLES = "NPROC RETRY TOY CORE_BUNDLE PREDICT OUT DEPTHS BUDGETS SEEDS VARIANTS"
@@ -88,7 +42,7 @@ VARIABLES += " DEPTH STEPS STOPS DATA JOBS PYTHON"
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """An empty folder to work in, with the stand-in for train.py."""
-    (tmp_path / "train.py").write_text(TRAINER)
+    (tmp_path / "train.py").write_text(OF_SWEEP)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     for name in VARIABLES.split():
@@ -123,14 +77,7 @@ def path_of(tree):
 
 def behave(tree, **codes):
     """What trainings do: {folder, with _ for /: exit code}. The list of calls begins anew."""
-    behaviour = {folder.replace("_", "/"): code for folder, code in codes.items()}
-    (tree / "behave.json").write_text(json.dumps(behaviour))
-    (tree / "calls").write_text("")
-
-
-def calls(tree):
-    """The folders of the trainings that were started, in order."""
-    return (tree / "calls").read_text().split()
+    stand_in.behave(tree, {folder.replace("_", "/"): code for folder, code in codes.items()})
 
 
 def settings_of(kind, *words, **environ):
@@ -424,8 +371,8 @@ def test_a_stop_under_torchrun_is_told_by_the_summary(tree, monkeypatch):
     """torchrun ends with 1 whatever its workers end with; a summary of an earlier start says
     nothing about this one."""
     stopped = tree / "stopped.py"
-    early = 'if args.depth == 1: leave("stopped", 1)\nleave({0:'
-    stopped.write_text(TRAINER.replace("leave({0:", early))
+    early = 'if args["depth"] == 1: leave("stopped", 1)\nleave({0:'
+    stopped.write_text(OF_SWEEP.replace("leave({0:", early))
     monkeypatch.setattr(
         train_runs,
         "command",
@@ -579,7 +526,7 @@ def test_predictions_come_before_their_run_and_stand(
     path = tree / "o" / "predictions" / f"{name}.json"
     # the trainer of the predicted run fails if the prediction does not exist yet
     check = f"assert 'predictions' not in str(folder) or os.path.exists({str(path)!r})"
-    (tree / "train.py").write_text(TRAINER.replace("behaviour =", f"{check}\nbehaviour ="))
+    (tree / "train.py").write_text(OF_SWEEP.replace("behaviour =", f"{check}\nbehaviour ="))
     assert do("scaling_laws", GRID, PREDICT=wanted) == EXIT_COMPLETED
     prediction = json.loads(path.read_text())
     assert prediction["depth"] == depth and prediction["flops"] == pytest.approx(flops, rel=0.01)

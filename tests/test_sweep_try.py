@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stand_in
+from stand_in import OF_TRIAL
 
 from nanochat.apps import sweep
 from nanochat.apps.sweep import patched_source, trial
@@ -30,47 +32,6 @@ SEED_SD = 0.005
 PAIR_SDS = (0.0007, 0.0024, 0.0028)
 # the same on Python source, with 5% more steps
 SOURCE_SEED_SD, SOURCE_PAIR_SD = 0.008, 0.0017
-# Stands for train.py, without any import of the package: it notes its call, then does what
-# behave.json says for its folder (an exit code, or "wait" for a signal). Its bits per byte have a
-# noise of the seed, which both runs of a pair share, and one of their own.
-TRAINER = """
-import json, os, random, signal, sys
-from pathlib import Path
-words = dict((word[2:].split("=", 1) + ["true"])[:2] for word in sys.argv[1:])
-folder = Path(words["out-dir"]) / words["model-tag"]
-with open("calls", "a") as calls:
-    calls.write(f"{words['out-dir']}/{words['model-tag']}\\n")
-TOKENIZER = ""
-code = json.loads(Path("behave.json").read_text()).get(f"{folder.parent.name}/{folder.name}", 0)
-seed = int(words["seed"])
-PATCHED = 0
-rate = float(words.get("matrix-lr", 0.02))
-
-def leave(status, code):
-    own = random.Random(f"{seed} {rate} {PATCHED}").gauss(0, 0.002)
-    of_seed = random.Random(seed).gauss(0, 0.005)
-    bpb = 2 * (1 + of_seed + own - 2 * (rate - 0.02) - PATCHED)
-    data = {"fingerprint": words.get("data", ""), "tokens_per_epoch": 1e6}
-    config = {"format": 1, "args": {"depth": 1, "val_data": ""}, "seed": seed,
-              "plan": {"parameters": {"total": 2}, "scaling_parameters": 1, "flops_per_token": 6,
-                       "num_iterations": 10},
-              "model": {"width": 64}, "data": data,
-              "tokenizer": {"fingerprint": TOKENIZER},
-              "git_commit": words.get("run", "c0ffee")}
-    summary = {"status": status, "reason": "made up" if code == 1 else "", "step": 10,
-               "tokens": int(words.get("num-iterations", 10)),
-               "total_training_time": 2.0, "val_bpb": bpb if status == "completed" else None,
-               "min_val_bpb": None, "core_metric": None, "core_metric_n": None}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "summary.json").write_text(json.dumps(summary))
-    os._exit(code)
-
-signal.signal(signal.SIGTERM, lambda *_: leave("stopped", 75))
-if code == "wait":
-    Path("waiting").touch()
-    signal.pause()
-leave({0: "completed", 1: "failed", 75: "stopped"}[code], code)
-"""
 PATCH = """\
 --- a/tests/test_new.py
 +++ b/tests/test_new.py
@@ -79,11 +40,11 @@ PATCH = """\
 +new
 --- a/train.py
 +++ b/train.py
-@@ -10,3 +10,3 @@
- seed = int(words["seed"])
+@@ -17,3 +17,3 @@
+ seed = args["seed"]
 -PATCHED = 0
 +PATCHED = 0.03
- rate = float(words.get("matrix-lr", 0.02))
+ TOKENIZER = ""
 """
 
 
@@ -192,7 +153,7 @@ def tree(tmp_path, monkeypatch):
     for name in ("nanochat", "tasks"):
         (source / name).mkdir(parents=True)
         (source / name / "__init__.py").write_text("")
-    (source / "train.py").write_text(TRAINER)
+    (source / "train.py").write_text(OF_TRIAL)
     monkeypatch.chdir(tmp_path)
     for name in ("NPROC", "RETRY", "TOY", "CORE_BUNDLE", "PREDICT"):
         monkeypatch.delenv(name, raising=False)
@@ -202,12 +163,11 @@ def tree(tmp_path, monkeypatch):
 
 def behave(codes=()):
     """What trainings do: {folder: exit code}. The list of calls begins anew."""
-    Path("behave.json").write_text(json.dumps(dict(codes)))
-    Path("calls").write_text("")
+    stand_in.behave(Path(), {f"o/{folder}": code for folder, code in dict(codes).items()})
 
 
 def calls():
-    return Path("calls").read_text().split()
+    return stand_in.calls(Path())
 
 
 def do(*words, **environ):
@@ -266,7 +226,7 @@ def test_aa_and_measured_noise(tree, capsys):
     verdict = read_json("o/aa/verdict.json", "")
     assert verdict["noise"]["runs"] is None
     with pytest.raises(UsageError, match=r"noise.json: was measured with other flags \(.*--depth"):
-        do("--aa", "--seeds=50,51", "--dropout=0.1")
+        do("--aa", "--seeds=60,61", "--dropout=0.1")
 
 
 def test_a_patch_is_applied_to_a_copy(tree, capsys, monkeypatch):
@@ -376,7 +336,7 @@ def test_a_failed_run_ends_the_trial(tree, capsys):
 
 
 def test_scores_of_another_text_do_not_compare(tree, capsys):
-    Path("sources/train.py").write_text(TRAINER.replace('TOKENIZER = ""', "TOKENIZER = sys.argv"))
+    Path("sources/train.py").write_text(OF_TRIAL.replace('TOKENIZER = ""', "TOKENIZER = sys.argv"))
     assert do(FASTER) == EXIT_FAILED
     assert "seed42: has another tokenizer than the baseline" in capsys.readouterr().out
 
