@@ -355,6 +355,7 @@ def sample(session: Session) -> None:
     """Text samples on rank 0, while the others wait. Raises Stopped on all ranks if one was asked
     to stop meanwhile; a resumed run then samples here again."""
     from nanochat.eval.generation import draw_samples
+    from nanochat.optim.sharding import passes_of_its_own
     from nanochat.run.orders import attend
 
     log, step = session.log, session.state.step
@@ -369,7 +370,8 @@ def sample(session: Session) -> None:
     for _ in session.prompts:
         session.clock.begin(f"the samples of step {step}")
         # none on the other ranks, and after a signal
-        drawn = next(samples, None)
+        with passes_of_its_own(session.model):
+            drawn = next(samples, None)
         if drawn is not None:
             log.sample(drawn.prompt, drawn.text, drawn.problem)
         attend(session)

@@ -385,6 +385,12 @@ def all_gather(everything: torch.Tensor, share: torch.Tensor) -> Any:
     return function(everything, share, async_op=True)
 
 
+def all_to_all(received: torch.Tensor, sent: torch.Tensor) -> Any:
+    """Begin to send the parts of `sent`, equal along dimension 0, to the ranks in order, and to
+    fill `received` with theirs. Returns as reduce_scatter()."""
+    return dist.all_to_all_single(received, sent, async_op=True)
+
+
 def _meet() -> None:
     """Return when all ranks are here, hearing signals meanwhile.
 
@@ -502,6 +508,22 @@ def last_word(text: str) -> None:
         # the store is gone together with the process that held it
         with contextlib.suppress(RuntimeError):
             dist.distributed_c10d._get_default_store().set(f"last_word/{rank()}", text)
+
+
+def tell(key: str, text: str) -> None:
+    """Leave a text for the other ranks. From any thread; no rank waits for it."""
+    dist.distributed_c10d._get_default_store().set(key, text)
+
+
+def told(key: str) -> str | None:
+    """The text that a rank has left under a key, or None if there is none yet. From any thread."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.get(key).decode() if store.check([key]) else None
+
+
+def said_last_word(number: int) -> bool:
+    """Whether a rank has said that it ends."""
+    return told(f"last_word/{number}") is not None
 
 
 def is_lost_exchange(error: BaseException) -> bool:

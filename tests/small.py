@@ -50,9 +50,9 @@ sys.path.insert(0, {root!r})
 from nanochat.run.metrics import Record
 from nanochat.run.saver import Saver
 write, begin, savers = Record.write, Saver.__init__, []
-def begin_and_note(self, *args):
+def begin_and_note(self, *args, **options):
     savers.append(self)
-    begin(self, *args)
+    begin(self, *args, **options)
 Saver.__init__ = begin_and_note
 def write_or_die(self, **values):
     if values.get("step") == {step} and "train/loss" in values:

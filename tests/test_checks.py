@@ -76,7 +76,10 @@ WRONG = {
     "--total-batch-size=20": [["--total-batch-size=20", "use 32"]],
     "--dry-run --gpus=3": [["--total-batch-size=256", "96 tokens", "ranks", "use 192 or 288"]],
     # the runtime
-    "--shard": [["--shard: ", "not available", "leave the flag out"]],
+    "--shard --fp8": [
+        ["--shard: ", "cannot be split", "leave one of --shard and --fp8 out"],
+        ["--fp8"],
+    ],
     "--attention=flash9": [["--attention=flash9", "unknown backend", "auto"]],
     "--fp8-recipe=rowwise": [["--fp8-recipe=rowwise: needs --fp8", "add that"]],
     "--fp8": [

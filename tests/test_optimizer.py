@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.optimizer import Optimizer, muon_update, orthogonalize
+from nanochat.optim.muon import muon_update, orthogonalize
+from nanochat.optim.optimizer import Optimizer
 
 ADAMW = {"lr": 0.02, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
 MUON = {"lr": 0.03, "beta2": 0.9, "weight_decay": 0.0}

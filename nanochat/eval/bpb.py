@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from nanochat.eval.unison import EvaluationFailed, sum_or_leave
+from nanochat.optim.sharding import passes_of_its_own
 from nanochat.ranks import rank, world_size
 
 
@@ -49,11 +50,12 @@ def bits_per_byte(
     stopped = False
     error = None
     try:
-        for batch in batches_by_length(pieces[rank() :: world_size()], batch_tokens):
-            if interrupted():
-                stopped = True
-                break
-            sums += _score(model, batch, byte_counts, device)
+        with passes_of_its_own(model):
+            for batch in batches_by_length(pieces[rank() :: world_size()], batch_tokens):
+                if interrupted():
+                    stopped = True
+                    break
+                sums += _score(model, batch, byte_counts, device)
     except Exception as caught:
         # not raised here: the other ranks would wait for this one's sums
         error = caught
@@ -77,7 +79,8 @@ def _score(
 ) -> torch.Tensor:
     """(3,) float64: nats, tokens and bytes of the tokens of a batch that stand for bytes."""
     ids_BxT, targets_BxT = pad(batch)
-    nats_BxT = model(ids_BxT.to(device), targets_BxT.to(device)).cpu().double()
+    # not by a call, which a sharded model counts: ranks have different numbers of batches
+    nats_BxT = model.forward(ids_BxT.to(device), targets_BxT.to(device)).cpu().double()
     # padding has target -1: any id may stand in for it, since it is multiplied by 0
     n_bytes_BxT = torch.as_tensor(byte_counts)[targets_BxT.clamp_min(0)] * (targets_BxT >= 0)
     counted_BxT = n_bytes_BxT > 0

@@ -22,6 +22,7 @@ from nanochat.eval.unison import EvaluationFailed, sum_or_leave
 from nanochat.model.build import for_inference
 from nanochat.model.config import ROPE_REACH, GPTConfig
 from nanochat.model.decoder import Decoder
+from nanochat.optim.sharding import is_sharded, passes_of_its_own
 from nanochat.ranks import from_all, from_rank0_or_raise, print0, rank, world_size
 from tasks.core import (
     LABELS,
@@ -311,7 +312,8 @@ def evaluate(
 
 def _inference_copy(model: torch.nn.Module) -> torch.nn.Module:
     """The model in eval mode; a Decoder with weights in its compute dtype, if memory allows."""
-    if not isinstance(model, Decoder):
+    # a copy would be whole, and a sharded model may be too large for that
+    if not isinstance(model, Decoder) or is_sharded(model):
         return model.eval()
     try:
         return for_inference(model)
@@ -402,17 +404,18 @@ def _evaluate_task(
     failure = ""
     cause = None
     try:
-        for batch in batches(opened.prompts, batch_tokens):
-            if interrupted():
-                stopped = True
-                break
-            found = answers_of(model, batch, kind, device)
-            for prompt, answer in zip(batch, found, strict=True):
-                answers[prompt.index] = answer.choice
-                n_empty += answer.n_empty
-                n_cropped += prompt.cropped > 0
-            n_answered += len(batch)
-            report(label, n_answered / len(opened.prompts))
+        with passes_of_its_own(model):
+            for batch in batches(opened.prompts, batch_tokens):
+                if interrupted():
+                    stopped = True
+                    break
+                found = answers_of(model, batch, kind, device)
+                for prompt, answer in zip(batch, found, strict=True):
+                    answers[prompt.index] = answer.choice
+                    n_empty += answer.n_empty
+                    n_cropped += prompt.cropped > 0
+                n_answered += len(batch)
+                report(label, n_answered / len(opened.prompts))
     except Exception as error:
         # not raised here: the other ranks would wait for this one's answers
         failure = f"{label}: {type(error).__name__}: {in_a_line(error)}"

@@ -21,6 +21,8 @@ from nanochat.model.loss import linear_cross_entropy, pick_loss, pick_scoring_lo
 
 # Fills a parameter with random numbers of a given standard deviation.
 Fill = Callable[[Tensor, float], None]
+# Sets a parameter to a tensor of its shape.
+Put = Callable[[Tensor, Tensor], None]
 
 
 class Cache(Protocol):
@@ -90,19 +92,20 @@ class Decoder(nn.Module, ABC):
     # ---- set-up ----
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, put: Put = Tensor.copy_) -> None:
         """Fill every parameter and buffer.
 
-        The numbers are drawn on the CPU: they are the same on every rank and device."""
+        The numbers are drawn on the CPU: they are the same on every rank and device. put: how they
+        get into a parameter, of which this process may hold only a part."""
         # On the CPU: the generator of a device draws other numbers from the same seed.
         generator = torch.Generator().manual_seed(seed)
 
         def normal_(parameter: Tensor, std: float) -> None:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            put(parameter, torch.randn(parameter.shape, generator=generator) * std)
 
         def uniform_(parameter: Tensor, std: float) -> None:
             between_0_and_1 = torch.rand(parameter.shape, generator=generator)
-            parameter.copy_((between_0_and_1 * 2 - 1) * (3**0.5 * std))
+            put(parameter, (between_0_and_1 * 2 - 1) * (3**0.5 * std))
 
         self.init_parameters(normal_, uniform_)
         angle = self.rotary_angles()

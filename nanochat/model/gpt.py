@@ -180,4 +180,5 @@ class GPT(Decoder):
         # None is part of a compiled graph's signature: such layers have a graph of their own.
         if not self.config.has_value_embedding(layer):
             return None
-        return F.embedding(ids_BxT, self.value_embeddings[str(layer)].weight)
+        # by a call, since --shard gathers a table when it is called
+        return self.value_embeddings[str(layer)](ids_BxT)

@@ -33,7 +33,11 @@ from nanochat.common import (
     write_atomic,
     write_json,
 )
+from nanochat.optim.parts import ROW_BY_ROW
+from nanochat.optim.sharding import is_sharded, is_split, own_part, own_rows
+from nanochat.ranks import rank, world_size
 from nanochat.run.folder import steps_of
+from nanochat.run.tensor_files import StoredTensors, file_name
 
 if TYPE_CHECKING:
     from nanochat.model.config import GPTConfig
@@ -230,10 +234,10 @@ def newest_finite(run_path: Path | str) -> int | None:
     # Versions before format 2 did not check what they saved, so an intact file proves nothing.
     for step in reversed(steps_of(run_path)):
         try:
-            weights = _read_tensors(folder_of(run_path, step) / "model.safetensors")
+            weights = StoredTensors(folder_of(run_path, step), "model")
         except UsageError:
             continue
-        if all(_is_finite(tensor) for tensor in weights.values()):
+        if all(_is_finite(weights.read(name)) for name in weights.pieces):
             return step
     return None
 
@@ -264,40 +268,45 @@ def model_config(run_path: Path | str, step: int) -> "GPTConfig":
         ) from None
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a safetensors file, on the CPU. UsageError if it is anything else."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    # Never torch.load(): a pickle can run code.
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"checkpoint: {path} cannot be read as safetensors ({error}); choose another step"
-        ) from None
-
-
 def load_model(run_path: Path | str, step: int, model: "Decoder") -> None:
-    """Copy a checkpoint's weights into a model built with the same config.
+    """Copy a checkpoint's weights into a model built with the same config; of a sharded one, this
+    rank's rows.
 
     UsageError if they do not fit the model."""
-    path = folder_of(run_path, step) / "model.safetensors"
-    try:
-        model.load_state_dict(_read_tensors(path), strict=True)
-    except RuntimeError as error:
+    folder = folder_of(run_path, step)
+    stored = StoredTensors(folder, "model")
+    targets = model.state_dict()
+    expected = {name: tuple(target.shape) for name, target in targets.items()}
+    found = {name: tuple(stored.shape(name)) for name in stored.pieces}
+    if found != expected:
+        names = sorted(expected.keys() ^ found.keys()) or [
+            name for name in expected if expected[name] != found[name]
+        ]
         raise UsageError(
-            f"checkpoint: {path} does not fit the model that its state.json describes ({error})"
-        ) from None
+            f"checkpoint: {folder} does not fit the model that its state.json describes (the first "
+            f"weights that differ are {names[0]}: {found.get(names[0], 'missing')} instead of "
+            f"{expected.get(names[0], 'none')})"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            rows = own_rows(len(target)) if is_split(target) else None
+            own_part(target).copy_(stored.read(name, rows))
 
 
-def load_optimizer(run_path: Path | str, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The state for Optimizer.load(): {parameter name: {state name: tensor}} on the CPU."""
-    state = {}
-    for key, tensor in _read_tensors(folder_of(run_path, step) / "optimizer.safetensors").items():
+def load_optimizer(
+    run_path: Path | str, step: int, parameters: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state for Optimizer.load(): {parameter name: {state name: tensor}} on the CPU.
+
+    parameters: the model's, by name; of those that are sharded, only this rank's rows are read."""
+    stored = StoredTensors(folder_of(run_path, step), "optimizer")
+    split = {name: p for name, p in (parameters or {}).items() if is_split(p)}
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key in stored.pieces:
         # Parameter names contain dots, never slashes; the last slash ends the name.
         name, _, entry = key.rpartition("/")
-        state.setdefault(name, {})[entry] = tensor
+        rows = own_rows(len(split[name])) if name in split and entry in ROW_BY_ROW else None
+        state.setdefault(name, {})[entry] = stored.read(key, rows)
     return state
 
 
@@ -326,15 +335,16 @@ def save(
 def tensors_of(
     model: "Decoder", optimizer_state: OptimizerState
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """{file name: {tensor name: tensor}} of a checkpoint, on the device, not copied."""
-    return {
-        "model.safetensors": model.state_dict(),
-        "optimizer.safetensors": {
-            f"{name}/{key}": tensor
-            for name, state in optimizer_state.items()
-            for key, tensor in state.items()
-        },
+    """{file name: {tensor name: tensor}} of what this rank saves, on the device, not copied: all of
+    a model, or its rows of a sharded one."""
+    weights = {name: own_part(tensor.detach()) for name, tensor in model.state_dict().items()}
+    moments = {
+        f"{name}/{key}": tensor
+        for name, state in optimizer_state.items()
+        for key, tensor in state.items()
     }
+    parts = (rank(), world_size()) if is_sharded(model) else (0, 1)
+    return {file_name("model", *parts): weights, file_name("optimizer", *parts): moments}
 
 
 def state_of(model: "Decoder", loop_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,13 +365,15 @@ def write(
     state: Mapping[str, Any],
     records: Iterable["Record"] = (),
     free_bytes: Callable[[Path], int] = free_bytes,
+    others: Callable[[Path], dict[str, FileEntry]] = lambda partial: {},
 ) -> None:
     """Write the checkpoint of a step, whole or not at all.
 
     An intact checkpoint of the same step only takes the stronger of the two kinds. tensors: by
     file, contiguous, on the CPU. state: as from state_of(). records: flushed to disk before the
-    checkpoint appears, which vouches for them. Raises OSError or SafetensorError when the disk
-    refuses, NotFinite for a state with such numbers; earlier checkpoints are not touched."""
+    checkpoint appears, which vouches for them. others(partial): brings the files that other ranks
+    have written into the folder. Raises OSError or SafetensorError when the disk refuses, NotFinite
+    for a state with such numbers; earlier checkpoints are not touched."""
     final = folder_of(run_path, step)
     if (final / "manifest.json").exists() and damage(run_path, step) is None:
         _strengthen(run_path, step, kind)
@@ -376,12 +388,14 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write_files(partial, step, kind, tensors, state)
-        # The hashes were taken from the files: only this proves that they hold the state.
-        for file, part in tensors.items():
-            _compare(partial / file, part)
+        write_json(partial / "state.json", {"format": FORMAT, "step": step, **state})
+        files = _write_tensors(partial, tensors) | {"state.json": _entry_of(partial / "state.json")}
+        files |= others(partial)
         for record in records:
             record.sync()
+        # Sorted, so that equal states give equal manifests.
+        manifest = Manifest(step, kind, dict(sorted(files.items())))
+        write_json(partial / "manifest.json", manifest.as_json())
         # Damaged, or left without a manifest by another program: not ours to delete.
         if final.exists():
             _set_aside(final)
@@ -423,24 +437,51 @@ def _check_room(tensors: TensorFiles, free: int) -> None:
         )
 
 
-def _write_files(
-    folder: Path, step: int, kind: str, tensors: TensorFiles, state: Mapping[str, Any]
-) -> None:
-    """Write all files of a checkpoint into a folder and flush them, the manifest last."""
+def write_share(
+    run_path: Path | str,
+    step: int,
+    tensors: TensorFiles,
+    free_bytes: Callable[[Path], int] = free_bytes,
+) -> dict[str, FileEntry]:
+    """Write this rank's files of a sharded checkpoint, beside where it will be; another rank moves
+    them there. Raises as write()."""
+    _check_finite(tensors)
+    folder = share_folder(run_path, step, rank())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Of a save that came to nothing.
+    for left in folder.parent.glob(f".step_*{folder.suffix}"):
+        shutil.rmtree(left, ignore_errors=True)
+    _check_room(tensors, free_bytes(folder.parent))
+    folder.mkdir()
+    return _write_tensors(folder, tensors)
+
+
+def share_folder(run_path: Path | str, step: int, number: int) -> Path:
+    """Where a rank writes its files of a sharded checkpoint. sweep() deletes what is left of it."""
+    final = folder_of(run_path, step)
+    return final.with_name(f".{final.name}.rank_{number:05d}")
+
+
+def _write_tensors(folder: Path, tensors: TensorFiles) -> dict[str, FileEntry]:
+    """Write files of tensors into a folder, flush them and read them back."""
     from safetensors.torch import save_file
 
-    for file, part in tensors.items():
-        save_file(part, folder / file)
-    write_json(folder / "state.json", {"format": FORMAT, "step": step, **state})
-    # Sorted, so that equal states give equal manifests.
     files = {}
-    for path in sorted(folder.iterdir()):
+    for file, part in tensors.items():
+        path = folder / file
+        save_file(part, path)
         # safetensors makes its files readable by their owner only.
         apply_umask(path)
         with open(path, "rb") as f:
             os.fsync(f.fileno())
-        files[path.name] = FileEntry(path.stat().st_size, sha256_file(path))
-    write_json(folder / "manifest.json", Manifest(step, kind, files).as_json())
+        files[file] = _entry_of(path)
+        # The hash was taken from the file: only this proves that it holds the state.
+        _compare(path, part)
+    return files
+
+
+def _entry_of(path: Path) -> FileEntry:
+    return FileEntry(path.stat().st_size, sha256_file(path))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -260,9 +260,9 @@ def _check_batch(args: argparse.Namespace, problems: _Problems) -> None:
 def _check_runtime(args: argparse.Namespace, problems: _Problems) -> None:
     problems.require(
         "shard",
-        not args.shard,
-        "sharding the model (FSDP2) is not available in this version",
-        "leave the flag out",
+        not (args.shard and args.fp8),
+        "layers in fp8 cannot be split over ranks",
+        "leave one of --shard and --fp8 out",
     )
     problems.require(
         "attention",

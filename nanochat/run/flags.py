@@ -81,6 +81,9 @@ HORIZON = "horizon"
 # Belongs to one start of the program, not to the run; never taken from a config.
 START = "start"
 
+# Switches with a --no- form: on by default, or taken over by a resumed run that may do without.
+NEGATABLE = ("compile", "activation_checkpointing", "shard")
+
 # Why `nanochat jobs fork` cannot change a flag, and what to do instead.
 OTHER_SHAPE = "the weights of the checkpoint have another shape; start another run"
 OTHER_TOKENS = "the checkpoint knows other tokens; start another run"
@@ -118,10 +121,9 @@ class Flag:
         """Declare the flag to an argparse group. Only flags that are given are stored."""
         # argparse formats help texts with %, so a bare percent sign would raise at --help.
         text = f"{self.help} (default: {self.default})".replace("%", "%%")
-        if self.name == "compile":
-            # The only switch that is on by default, so it needs a --no- form as well.
+        if self.name in NEGATABLE:
             action: Any = argparse.BooleanOptionalAction
-            group.add_argument("--compile", action=action, help=text)
+            group.add_argument(flag(self.name), action=action, help=text)
         elif isinstance(self.default, bool):
             group.add_argument(flag(self.name), action="store_true", help=text)
         else:
@@ -200,8 +202,12 @@ GROUPS: dict[str, list[Flag]] = {
             "recompute activations in the backward pass instead of storing them",
             on_resume=FREE,
         ),
-        # checks.py refuses it; without this row the answer would be "unrecognized arguments".
-        Flag("shard", False, "shard the model with FSDP2 (not available yet)", on_resume=FREE),
+        Flag(
+            "shard",
+            False,
+            "split weights, gradients and optimizer state over the ranks (FSDP2)",
+            on_resume=FREE,
+        ),
     ],
     "fp8": [
         Flag("fp8", False, "train large layers in fp8 (SM89 and later)"),
@@ -751,7 +757,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _unknown_in_words(word: str) -> str:
     """What is wrong with a word of the command line that no flag takes."""
     name = word.split("=")[0]
-    close = difflib.get_close_matches(name, [*map(flag, FLAGS), "--no-compile"], n=1)
+    negated = (f"--no-{flag(name).removeprefix('--')}" for name in NEGATABLE)
+    close = difflib.get_close_matches(name, [*map(flag, FLAGS), *negated], n=1)
     if close:
         return f"unrecognized argument {word}; did you mean {close[0]}?"
     return f"unrecognized argument {word}; --help lists all flags"

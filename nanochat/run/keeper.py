@@ -6,14 +6,15 @@ from typing import Any
 
 from nanochat.model.decoder import Decoder
 from nanochat.optim.optimizer import Optimizer
-from nanochat.ranks import from_rank0
+from nanochat.ranks import from_rank0, rank
 from nanochat.run.clock import Clock
 from nanochat.run.saver import Saver
 from nanochat.run.state import TrainState
 
 
 class Keeper:
-    """Saves the parts of a run as checkpoints. Every rank calls it alike; rank 0's Saver writes."""
+    """Saves the parts of a run as checkpoints. Every rank calls it alike; rank 0's Saver writes,
+    and of a sharded run every rank's."""
 
     def __init__(
         self,
@@ -26,8 +27,8 @@ class Keeper:
         first_step: int,
         enabled: bool,
     ) -> None:
-        """saver: rank 0's, None elsewhere. shard_tokens: those of the data read so far, which
-        grows meanwhile. first_step: where this start of the run begins. enabled: False with
+        """saver: None on ranks that save nothing. shard_tokens: those of the data read so far,
+        which grows meanwhile. first_step: where this start of the run begins. enabled: False with
         --no-save."""
         self.saver = saver
         self.model = model
@@ -90,7 +91,7 @@ class Keeper:
 
     def mark_best(self, step: int, bpb: float) -> None:
         """Let checkpoints/best name the checkpoint of a step if its bpb is the lowest so far."""
-        if self.saver:
+        if self.saver and rank() == 0:
             self.saver.mark_best(step, bpb)
 
     def after_step(self, finite: bool) -> bool:

@@ -27,6 +27,7 @@ from nanochat.model.build import build
 from nanochat.model.decoder import Decoder
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
+from nanochat.optim.sharding import build_sharded
 from nanochat.run import checkpoint, faults, memory
 from nanochat.run.clock import Clock
 from nanochat.run.control import Control
@@ -42,6 +43,7 @@ from nanochat.run.resume import (
     take_folder,
 )
 from nanochat.run.saver import Saver
+from nanochat.run.shares import Shares, check_shared_disk
 from nanochat.signals import Stopped, StopSignals
 
 EXIT_CODES = {"completed": EXIT_COMPLETED, "stopped": EXIT_STOPPED, "failed": EXIT_FAILED}
@@ -69,8 +71,8 @@ def resumed_in_words(run: OpenedRun) -> str:
 
 
 class Taken:
-    """A run whose folder is taken: what is written into it, and how long things take. saver: rank
-    0's, None elsewhere."""
+    """A run whose folder is taken: what is written into it, and how long things take. saver: None
+    on ranks that save nothing."""
 
     def __init__(
         self,
@@ -110,7 +112,13 @@ class Taken:
             notify=args.notify,
         )
         self.saver: Saver | None = None
+        shares = Shares() if args.shard and ranks.world_size() > 1 else None
+        if shares:
+            check_shared_disk(run.folder.path)
         if not self.log.writes:
+            # rank 0 speaks of what becomes of all parts
+            if shares:
+                self.saver = Saver(run.folder.path, -1, lambda text: None, [], shares=shares)
             return
 
         def machine_facts() -> dict[str, Any]:
@@ -142,7 +150,7 @@ class Taken:
         log.config = run.config
         log.summarize("running")
         self.saver = Saver(
-            run.folder.path, args.keep_last, log.progress.message, log.records, best_bpb
+            run.folder.path, args.keep_last, log.progress.message, log.records, best_bpb, shares
         )
 
 
@@ -160,7 +168,8 @@ def build_parts(
     load_source(model): sets the weights of a run that begins with another one's."""
     args, runtime = run.args, planned.runtime
     seed = stream_seed(args.seed, "model")
-    model = build(planned.config, device, runtime.dtype, runtime.attention, seed=seed)
+    maker = build_sharded if args.shard and ranks.world_size() > 1 else build
+    model = maker(planned.config, device, runtime.dtype, runtime.attention, seed=seed)
     model.checkpointing = args.activation_checkpointing
     scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
     # orthogonalisation would overflow in fp16
@@ -168,7 +177,8 @@ def build_parts(
     optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products)
     if run.step:
         checkpoint.load_model(run.folder.path, run.step, model)
-        optimizer.load(checkpoint.load_optimizer(run.folder.path, run.step))
+        parameters = dict(model.named_parameters())
+        optimizer.load(checkpoint.load_optimizer(run.folder.path, run.step, parameters))
     elif run.source:
         load_source(model)
     # Only training mode uses fp8 and compiled blocks.

@@ -18,7 +18,7 @@ from nanochat.run.plan import model_config
 
 class Runtime(NamedTuple):
     """no_compiler: why torch.compile is not used, or None. fp8_recipe: of layers that are trained
-    in fp8, or None."""
+    in fp8, or None. shard: --shard."""
 
     dtype: torch.dtype
     dtype_reason: str
@@ -26,6 +26,7 @@ class Runtime(NamedTuple):
     attention_reason: str
     no_compiler: str | None
     fp8_recipe: str | None
+    shard: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -68,7 +69,9 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
         # the vocabulary plays no part: the head is never converted
         model = meta_model(model_config(args, vocab_size=1))
         fp8.require(model, device_type, dtype, no_compiler, capability)
-    return Runtime(dtype, dtype_reason, backend, backend_reason, no_compiler, fp8_recipe)
+    return Runtime(
+        dtype, dtype_reason, backend, backend_reason, no_compiler, fp8_recipe, args.shard
+    )
 
 
 def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devices: int) -> str:
@@ -80,6 +83,12 @@ def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devi
         numbers += " with loss scaling"
     if runtime.fp8_recipe:
         numbers += f", {fp8.in_words(meta_model(config), runtime.fp8_recipe)}"
+    if runtime.shard:
+        numbers += (
+            f"; weights split over {devices} ranks (FSDP2)"
+            if devices > 1
+            else "; --shard changes nothing with one rank"
+        )
     compiled = "compiled per block" if runtime.compiled else f"eager ({runtime.no_compiler})"
     return (
         f"runtime: {device_type} x {devices}, {numbers}; "

@@ -1,5 +1,6 @@
 """Saving checkpoints while training continues: a copy of the state, and a thread that writes it."""
 
+import functools
 import queue
 import threading
 import time
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanochat.ranks import rank
 from nanochat.run import checkpoint
+from nanochat.run.shares import Shares
 
 if TYPE_CHECKING:
     from nanochat.model.decoder import Decoder
@@ -32,7 +35,8 @@ class _Snapshot:
 
 
 class Saver:
-    """Saves the checkpoints of a run, on rank 0, while training continues.
+    """Saves the checkpoints of a run while training continues: on rank 0, and of a sharded run on
+    every rank its part.
 
     save() copies the state, a thread writes the copy. There is memory for one copy, so a save()
     that comes while the copy is being written waits for that. Older checkpoints are removed once
@@ -47,19 +51,21 @@ class Saver:
         report: Callable[[str], None],
         records: Sequence["Record"],
         best_bpb: float | None = None,
+        shares: Shares | None = None,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[Path], int] = checkpoint.free_bytes,
     ) -> None:
         """keep_last: as --keep-last. report(text) takes a line.
 
         records: the run's metrics, samples and the like, which are flushed to disk before a later
-        checkpoint appears. best_bpb: of the best checkpoint, if it is known. clock: in seconds,
-        for retry()."""
+        checkpoint appears. best_bpb: of the best checkpoint, if it is known. shares: of a sharded
+        run. clock: in seconds, for retry()."""
         self.run_path = run_path
         self.keep_last = keep_last
         self.report = report
         self.records = records
         self.best_bpb = best_bpb
+        self.shares = shares
         self.clock = clock
         self.free_bytes = free_bytes
         # {file: {tensor name: CPU tensor}} of the last save, reused for the next one.
@@ -111,7 +117,7 @@ class Saver:
 
     def _copy(self, tensors: checkpoint.TensorFiles) -> None:
         """Copy tensors from the device into self.copy, and wait until that is done."""
-        on_cuda = any(tensor.is_cuda for tensor in tensors["model.safetensors"].values())
+        on_cuda = any(tensor.is_cuda for part in tensors.values() for tensor in part.values())
         if not self.copy:
             # Pinned memory: the device copies into it directly and at full speed.
             self.copy = {
@@ -189,15 +195,7 @@ class Saver:
         """Write the copy; a failure is noted and reported, never raised."""
         last = self.last
         try:
-            checkpoint.write(
-                self.run_path,
-                last.step,
-                last.kind,
-                self.copy,
-                last.state,
-                self.records,
-                self.free_bytes,
-            )
+            self._write(last)
         # Whatever the error is, the run is worth more than this checkpoint.
         except Exception as error:
             self._note_failure(last.step, error)
@@ -207,7 +205,29 @@ class Saver:
         self.failure = ""
         self.safe_step = last.step
         # Only now: until the new checkpoint is safe, the older ones are all there is.
-        checkpoint.prune(self.run_path, self.keep_last)
+        if rank() == 0:
+            checkpoint.prune(self.run_path, self.keep_last)
+
+    def _write(self, last: _Snapshot) -> None:
+        """Write the copy as a checkpoint, or as this rank's part of one. Raises as
+        checkpoint.write()."""
+        if self.shares and rank() > 0:
+            self.shares.write(self.run_path, last.step, self.copy, self.free_bytes)
+            return
+        write = functools.partial(
+            checkpoint.write,
+            self.run_path,
+            last.step,
+            last.kind,
+            self.copy,
+            last.state,
+            self.records,
+            self.free_bytes,
+        )
+        if self.shares:
+            self.shares.join(self.run_path, last.step, write)
+        else:
+            write()
 
     def _note_failure(self, step: int, error: Exception) -> None:
         self.failure = f"the checkpoint of step {step} cannot be saved ({error})"

@@ -21,7 +21,8 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import LOGIT_SOFTCAP
 from nanochat.model.loss import linear_cross_entropy, pick_loss
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.optimizer import POLAR_EXPRESS, Optimizer
+from nanochat.optim.muon import POLAR_EXPRESS
+from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.step import accumulate, forward_backward
 from nanochat.run import compiler
 from nanochat.run.plan import model_config

@@ -1,0 +1,236 @@
+"""The parts of an optimizer: what is updated together, and what of it each rank computes.
+
+Every rank holds whole parameters; their updates and optimizer state are dealt out to the ranks.
+nanochat/optim/sharded_parts.py has the part for matrices that are split themselves (--shard)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from nanochat.common import round_up
+from nanochat.optim.muon import descend, muon_update
+from nanochat.ranks import all_gather, rank, reduce_scatter, world_size
+
+Settings = dict[str, float]  # of one parameter group: lr, weight_decay, betas, eps
+State = dict[str, dict[str, torch.Tensor]]  # {parameter name: {state name: tensor}}
+# the states that have the shape of their parameter
+ROW_BY_ROW = ("momentum", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Exchange:
+    """What a part has begun to exchange with the other ranks.
+
+    works: what to wait for. whole: what arrives. kept: tensors that must live until then, because
+    the exchange reads them."""
+
+    works: Sequence[Any]
+    whole: torch.Tensor
+    kept: Sequence[torch.Tensor] = ()
+
+
+class MatrixStack:
+    """All matrices of one shape, updated by Muon in one batch. Whole matrices are dealt out to the
+    ranks."""
+
+    def __init__(
+        self,
+        members: Mapping[str, torch.nn.Parameter],
+        settings: Settings,
+        dtype: torch.dtype,
+    ) -> None:
+        """members: {parameter name: matrix (R, C)}. dtype: of Muon's products."""
+        self.names = list(members)
+        self.parameters = list(members.values())
+        self.settings = settings
+        self.dtype = dtype
+        shape = self.parameters[0].shape
+        device = self.parameters[0].device
+        # Whole matrices, since orthogonalisation needs all of one.
+        self.padded = round_up(len(self.names), world_size())
+        self.share = self.padded // world_size()
+        self.first = rank() * self.share
+        self.grad: torch.Tensor | None = None
+        self.exchange: Exchange | None = None
+        self.momentum = torch.zeros(self.share, *shape, device=device)
+        second = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+        self.second = torch.zeros(self.share, *second, device=device)
+
+    def _own(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Stack this rank's share of a list of matrices, with zeros where the last share is
+        short."""
+        own = tensors[self.first : self.first + self.share]
+        return torch.stack(own + [torch.zeros_like(tensors[0])] * (self.share - len(own)))
+
+    def reduce(self) -> None:
+        """Take the gradients; on several ranks, begin to average them."""
+        grads = [parameter.grad for parameter in self.parameters]
+        if world_size() == 1:
+            self.grad = torch.stack(grads)
+            return
+        padding = [torch.zeros_like(grads[0])] * (self.padded - len(grads))
+        everything = torch.stack(grads + padding)
+        self.grad = torch.empty_like(everything[: self.share])
+        self.exchange = Exchange([reduce_scatter(self.grad, everything)], everything)
+
+    def step(self, lr: float, mu: float) -> None:
+        """Update this rank's matrices. lr: in units of spectral norm per update. mu: momentum."""
+        beta2 = self.settings["beta2"]
+        update = muon_update(self.grad, self.momentum, self.second, mu, beta2, self.dtype)
+        # Stacked anew each step: the model's layers own their weights, not the optimizer.
+        own = self._own([parameter.data for parameter in self.parameters])
+        descend(own, update, own.shape, lr, self.settings["weight_decay"])
+        self.grad = None
+        if world_size() == 1:
+            self.take(own)
+            return
+        gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
+        self.exchange = Exchange([all_gather(gathered, own)], gathered, kept=[own])
+
+    def take(self, stack: torch.Tensor) -> None:
+        """Set the parameters to the matrices of a whole stack, (N or more, R, C)."""
+        parameters = [parameter.data for parameter in self.parameters]
+        torch._foreach_copy_(parameters, list(stack[: len(self.names)]))
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The state that this rank holds."""
+        return [self.momentum, self.second]
+
+    def state(self) -> State:
+        """Full tensors by parameter name; every rank must call it."""
+        whole: State = {}
+        for key in ("momentum", "second"):
+            own = getattr(self, key)
+            if world_size() > 1:
+                gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
+                all_gather(gathered, own).wait()
+                own = gathered
+            for i, name in enumerate(self.names):
+                whole.setdefault(name, {})[key] = own[i]
+        return whole
+
+    def load(self, state: State) -> None:
+        """Take this rank's share of what state() returned."""
+        for key in ("momentum", "second"):
+            own = getattr(self, key)
+            for i, name in enumerate(self.names[self.first : self.first + self.share]):
+                own[i].copy_(state[name][key])
+
+
+def adam_update(
+    weights: torch.Tensor,
+    grad: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lr: float,
+    settings: Settings,
+) -> None:
+    """Change weights in place by AdamW's update (arXiv 1711.05101), and the moments with them.
+
+    moments: (exp_avg, exp_avg_sq, steps), of which the last is 0-D."""
+    exp_avg, exp_avg_sq, steps = moments
+    # torch's own fused kernel: one pass over the elements, on CPUs too.
+    adamw(
+        [weights],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [steps],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        lr=lr,
+        beta1=settings["beta1"],
+        beta2=settings["beta2"],
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+    )
+
+
+class FlatParameter:
+    """One parameter updated by AdamW. Its flattened elements are dealt out to
+    the ranks."""
+
+    def __init__(self, name: str, parameter: torch.nn.Parameter, settings: Settings) -> None:
+        assert parameter.is_contiguous(), f"{name}: the update goes through a flat view"
+        self.name = name
+        self.parameter = parameter
+        self.parameters = [parameter]
+        self.settings = settings
+        self.padded = round_up(parameter.numel(), world_size())
+        self.share = self.padded // world_size()
+        self.grad: torch.Tensor | None = None
+        self.exchange: Exchange | None = None
+        self.exp_avg = torch.zeros(self.share, device=parameter.device)
+        self.exp_avg_sq = torch.zeros(self.share, device=parameter.device)
+        self.steps = torch.zeros((), device=parameter.device)
+
+    def _flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All elements in one dimension, zero-padded to a multiple of the ranks; a view when
+        nothing is padded."""
+        flat = tensor.reshape(-1)
+        missing = self.padded - flat.numel()
+        return torch.cat((flat, flat.new_zeros(missing))) if missing else flat
+
+    def _own(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's share of a flat tensor, as a view."""
+        return flat[rank() * self.share : (rank() + 1) * self.share]
+
+    def reduce(self) -> None:
+        """Take the gradient; on several ranks, begin to average it."""
+        flat = self._flat(self.parameter.grad)
+        if world_size() == 1:
+            self.grad = flat
+            return
+        self.grad = torch.empty_like(self.exp_avg)
+        self.exchange = Exchange([reduce_scatter(self.grad, flat)], flat)
+
+    def step(self, lr: float, mu: float) -> None:
+        """Update this rank's elements. mu is Muon's and plays no part."""
+        flat = self._flat(self.parameter.data)
+        own = self._own(flat)
+        moments = (self.exp_avg, self.exp_avg_sq, self.steps)
+        adam_update(own, self.grad, moments, lr, self.settings)
+        self.grad = None
+        if world_size() > 1:
+            self.exchange = Exchange([all_gather(flat, own)], flat)
+
+    def take(self, flat: torch.Tensor) -> None:
+        """Set the parameter to a whole flat tensor."""
+        # without padding the flat tensor is the parameter
+        if self.padded > self.parameter.numel():
+            self.parameter.data.copy_(self._whole(flat))
+
+    def _whole(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[: self.parameter.numel()].view(self.parameter.shape)
+
+    def _gather(self, own: torch.Tensor) -> torch.Tensor:
+        """The full parameter-shaped tensor from every rank's share."""
+        if world_size() == 1:
+            return own.view(self.parameter.shape)
+        gathered = torch.empty(self.padded, device=own.device)
+        all_gather(gathered, own.contiguous()).wait()
+        return self._whole(gathered)
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The state that this rank holds."""
+        return [self.exp_avg, self.exp_avg_sq, self.steps]
+
+    def state(self) -> State:
+        """Full tensors by parameter name; every rank must call it."""
+        moments = {
+            "exp_avg": self._gather(self.exp_avg),
+            "exp_avg_sq": self._gather(self.exp_avg_sq),
+            "steps": self.steps,
+        }
+        return {self.name: moments}
+
+    def load(self, state: State) -> None:
+        """Take this rank's share of what state() returned."""
+        saved = state[self.name]
+        self.exp_avg.copy_(self._own(self._flat(saved["exp_avg"])))
+        self.exp_avg_sq.copy_(self._own(self._flat(saved["exp_avg_sq"])))
+        self.steps.copy_(saved["steps"])

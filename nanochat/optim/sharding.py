@@ -1,0 +1,121 @@
+"""--shard: weights, gradients and optimizer state split over the ranks by PyTorch's FSDP2
+(arXiv 2304.11277).
+
+Each rank keeps a block of rows of every parameter. A block of the model gathers its weights before
+it runs, forward and backward, and gives its gradient away as soon as it is made; embedding, head
+and vectors are gathered from the beginning of the forward pass to the end of the backward pass."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.common import ceil_div
+from nanochat.model.build import meta_model
+from nanochat.model.config import GPTConfig
+from nanochat.model.decoder import Decoder
+from nanochat.ranks import rank, sum_over_ranks, world_size
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a model was made by build_sharded()."""
+    return hasattr(model, "reshard")
+
+
+def own_rows(n: int) -> slice:
+    """The rows that this rank holds of a parameter of n rows; none if n is small."""
+    each = ceil_div(n, world_size())
+    return slice(min(rank() * each, n), min((rank() + 1) * each, n))
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a parameter, or its gradient, is split over the ranks: a DTensor, whose module takes
+    long to import."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a parameter, or of its gradient; without autograd."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
+def put_own_rows(parameter: Tensor, whole: Tensor) -> None:
+    """Set this rank's rows of a split parameter to those of a whole tensor."""
+    own_part(parameter).copy_(whole[own_rows(len(whole))])
+
+
+def build_sharded(
+    config: GPTConfig,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    attention_backend: str,
+    seed: int,
+) -> Decoder:
+    """build(), of which each rank only ever holds its rows. Every rank calls it."""
+    # Only here, since they take a second to import.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = meta_model(config, compute_dtype, attention_backend)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    # Tables are as large as blocks, and needed by one block each.
+    tables = getattr(model, "value_embeddings", {})
+    for unit in (*tables.values(), *model.blocks, model):
+        fully_shard(unit, mesh=mesh)
+    model.to_empty(device=device)
+    model.init_weights(seed, put_own_rows)
+    # All evaluations go through it.
+    model.hidden = _Together(model)
+    return model
+
+
+class _Together:
+    """Decoder.hidden() of a sharded model.
+
+    A pass gathers the weights from all ranks, so in an evaluation, where each rank has passes of
+    its own, a rank without one runs one of a single token beside those that have one."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.hidden = model.hidden
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not self.model.training:
+            self.vote(True)
+        return self.hidden(*args, **kwargs)
+
+    def vote(self, has_pass: bool) -> bool:
+        """Whether any rank has a pass to run."""
+        device = self.model.rope_cos.device
+        votes = torch.tensor(float(has_pass), device=device)
+        return sum_over_ranks(votes).item() > 0
+
+    def keep_company(self) -> None:
+        """Run passes of one token until no rank has one of its own."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.rope_cos.device)
+        # As many passes as the ranks that have some, since each gathers in all of them.
+        while self.vote(False):
+            self.hidden(token)
+
+
+@contextlib.contextmanager
+def passes_of_its_own(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, in eval mode, each rank may run as many passes of a sharded model as it likes, by
+    hidden() or forward() but not by calling the model; every rank enters, and meets no other in
+    between. Nothing happens for other models."""
+    if not is_sharded(model):
+        yield
+        return
+    # What all passes need, once: no pass then gathers anything beyond hidden().
+    model.unshard()
+    try:
+        yield
+    finally:
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            model.hidden.keep_company()
+        model.train(was_training)
+        model.reshard()

@@ -1,0 +1,127 @@
+"""How the ranks of a sharded run write one checkpoint: each writes its own files, and rank 0 puts
+them together once all are there.
+
+Ranks save in threads, at any moment of a step, so nothing here exchanges tensors: what became of
+its part a rank says in the store in which the ranks met."""
+
+import errno
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nanochat import ranks
+from nanochat.common import UsageError
+from nanochat.run import checkpoint
+from nanochat.run.checkpoint import FileEntry, TensorFiles
+
+# Seconds that a rank waits for another one's word, and between two looks.
+LIMIT = 3600.0
+BETWEEN_LOOKS = 0.05
+
+
+class Shares:
+    """The parts of the ranks in the checkpoints of a run.
+
+    Every rank takes part in every attempt to write one, and all of them fail or none does, so that
+    they count alike. attempt: how many there were."""
+
+    def __init__(self) -> None:
+        self.attempt = 0
+
+    def write(
+        self,
+        run_path: Path | str,
+        step: int,
+        tensors: TensorFiles,
+        free_bytes: Callable[[Path], int],
+    ) -> None:
+        """Write the files of this rank, which is not rank 0; returns once the checkpoint exists.
+
+        Raises as checkpoint.write(), also for what another rank could not write."""
+
+        def work() -> dict[str, FileEntry]:
+            return checkpoint.write_share(run_path, step, tensors, free_bytes)
+
+        self._attempt(work)
+        self._word_of(0)
+
+    def join(
+        self,
+        run_path: Path | str,
+        step: int,
+        write: Callable[[Callable[[Path], dict[str, FileEntry]]], None],
+    ) -> None:
+        """Write the checkpoint on rank 0, by write(others): see checkpoint.write(). Raises as
+        that, also for what another rank could not write."""
+
+        def collect(partial: Path) -> dict[str, FileEntry]:
+            files = {}
+            for other in range(1, ranks.world_size()):
+                folder = checkpoint.share_folder(run_path, step, other)
+                for name, entry in self._word_of(other)["files"].items():
+                    os.replace(folder / name, partial / name)
+                    files[name] = FileEntry(**entry)
+                shutil.rmtree(folder, ignore_errors=True)
+            return files
+
+        def work() -> dict[str, FileEntry]:
+            write(collect)
+            return {}
+
+        self._attempt(work)
+
+    def _attempt(self, work: Callable[[], dict[str, FileEntry]]) -> None:
+        """work(), and a word on what became of it."""
+        self.attempt += 1
+        try:
+            files = work()
+        except Exception as error:
+            hopeless = isinstance(error, checkpoint.NotFinite)
+            self._say({"problem": str(error), "hopeless": hopeless})
+            raise
+        self._say({"files": {name: asdict(entry) for name, entry in files.items()}})
+
+    def _key(self, rank: int) -> str:
+        return f"share/{self.attempt}/{rank}"
+
+    def _say(self, word: dict[str, Any]) -> None:
+        ranks.tell(self._key(ranks.rank()), json.dumps(word))
+
+    def _word_of(self, other: int) -> dict[str, Any]:
+        """What another rank says of its part in this attempt, once it does.
+
+        Raises OSError or NotFinite if that could not be written."""
+        deadline = time.monotonic() + LIMIT
+        while (text := ranks.told(self._key(other))) is None:
+            if ranks.said_last_word(other):
+                raise OSError(errno.EIO, f"rank {other} ended before its part was written")
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"rank {other} has not written its part")
+            time.sleep(BETWEEN_LOOKS)
+        word = json.loads(text)
+        if "problem" in word:
+            kind = checkpoint.NotFinite if word["hopeless"] else OSError
+            raise kind(f"rank {other}: {word['problem']}")
+        return word
+
+
+def check_shared_disk(folder: Path) -> None:
+    """UsageError on all ranks unless all see the run folder of rank 0. Every rank calls it."""
+    mark = folder / ranks.from_rank0(f".seen_by_all_ranks_{uuid.uuid4().hex}")
+    if ranks.rank() == 0:
+        mark.touch()
+    ranks.from_rank0(None)
+    blind = [number for number, sees in enumerate(ranks.from_all(mark.exists())) if not sees]
+    if ranks.rank() == 0:
+        mark.unlink()
+    if blind:
+        raise UsageError(
+            f"--shard: rank {blind[0]} does not see the run folder {folder} of rank 0, and each "
+            f"rank saves its own part there; choose an --out-dir on a disk that all machines share"
+        )
