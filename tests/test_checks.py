@@ -78,7 +78,8 @@ WRONG = {
     # the runtime
     "--shard --fp8": [
         ["--shard: ", "cannot be split", "leave one of --shard and --fp8 out"],
-        ["--fp8"],
+        ["--dtype=float32: "],
+        ["--fp8: slower"],
     ],
     "--attention=flash9": [["--attention=flash9", "unknown backend", "auto"]],
     "--fp8-recipe=rowwise": [["--fp8-recipe=rowwise: needs --fp8", "add that"]],

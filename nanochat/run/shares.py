@@ -49,6 +49,8 @@ class Shares:
             return checkpoint.write_share(run_path, step, tensors, free_bytes)
 
         self._attempt(work)
+        # A rank that went on alone would delete its files at the next save, while rank 0 still
+        # waits for others'.
         self._word_of(0)
 
     def join(
@@ -65,6 +67,7 @@ class Shares:
             for other in range(1, ranks.world_size()):
                 folder = checkpoint.share_folder(run_path, step, other)
                 for name, entry in self._word_of(other)["files"].items():
+                    # Moved, not copied: each attempt writes all files anew.
                     os.replace(folder / name, partial / name)
                     files[name] = FileEntry(**entry)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -44,6 +44,7 @@ class StoredTensors:
                     f"checkpoint: {folder} has {len(self.paths)} of the {n} files "
                     f"{file_name(kind, 0, n)} and so on; choose another step"
                 )
+        # Files stay open, and map their bytes: nothing is read before it is asked for.
         # {name: [(file, shape of what it holds)]}
         self.pieces: dict[str, list[tuple[Any, Sequence[int]]]] = {}
         for path in self.paths:
@@ -79,6 +80,7 @@ class StoredTensors:
             if begin < end:
                 found.append(file.get_slice(name)[begin:end])
             first += shape[0]
+        # A rank may have no row of a small tensor.
         if not found:
             return pieces[0][0].get_tensor(name)[:0]
         return found[0] if len(found) == 1 else torch.cat(found)
