@@ -115,6 +115,21 @@ def test_multinode_passes_a_signal_on(tmp_path):
     assert multinode(tmp_path, told=True)[0] == 75
 
 
+def test_two_hosts_prints_its_commands():
+    """One run on one host, four on both of them, with a cable for each."""
+    printed = subprocess.run(
+        ["bash", ROOT / "runs" / "two_hosts.sh", "--seed=7"],
+        env={"PATH": os.environ["PATH"], "PLAN": "1", "MEGABITS": "100"},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    cables = [line.split()[-2:] for line in printed if "tests/hosts.py" in line]
+    assert cables == [["0", "0"], ["100", "20"], ["100", "0"], ["0", "20"], ["0", "0"]]
+    runs = [line for line in printed if "multinode.sh" in line]
+    assert len(runs) == 9 and all(line.endswith(" --seed=7") for line in runs)
+    assert sum("two-hosts1 env NODE_RANK=1 NNODES=2 NPROC=1" in line for line in runs) == 4
+
+
 # --------------------------------------------------------------------------------------------------
 # two hosts
 
