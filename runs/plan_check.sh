@@ -2,9 +2,9 @@
 # Does the model behind `train.py --dry-run --gpus=N` hold? Predicted against measured time and
 # memory of a step on 1, 2 and 4 ranks of this CPU, at depths 2, 4 and 6 with 4 rows of 128 tokens a
 # rank. Writes bench/plan_d<depth>.json.
-#   speeds    from this machine: matrix products, gloo over loopback, and two other depths on one
+#   speeds    from this machine: matrix products, gloo over loopback, and three other depths on one
 #             rank
-#   expected  off by at most 20%; about 10 minutes on 2 cores
+#   goal      off by at most 20%; not measured yet
 # Run nothing else meanwhile. Arguments go to every `nanochat bench`, such as --repeats=15.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -24,7 +24,7 @@ from nanochat.common import (
 )
 from nanochat.model.attention import QUERY_BLOCK, visited_keys
 from nanochat.model.config import GPTConfig
-from nanochat.model.loss import chunk_logits
+from nanochat.model.loss import EAGER_LOGITS, chunk_logits
 
 if TYPE_CHECKING:
     from nanochat.run.plan import Plan
@@ -45,6 +45,8 @@ KEPT_ELEMENTS = {
     ("llama", True): (13.5, 3.5),
     ("llama", False): (21.0, 4.5),
 }
+# Copies of EAGER_LOGITS that the uncompiled loss makes besides the logits and their gradient.
+EAGER_LOSS_COPIES = 4
 # Elements of a block's backward pass, per channel of the stream.
 GRADIENT_ELEMENTS = 9.0
 # Bytes of the update's copies, per parameter of the matrices.
@@ -108,6 +110,9 @@ class StepMemory:
         head = 4 * V * C + tokens * element * C
         chunk = min(tokens * V, chunk_logits(self.device_type))
         loss = kept + head + 2 * element * chunk + 2 * element * V * C
+        # Where nothing is compiled, the steps from logits to their gradients are tensors, in fp32.
+        if not self.compiled:
+            loss += 4 * EAGER_LOSS_COPIES * min(chunk, EAGER_LOGITS)
         # The backward pass recomputes one block after the other, each whole.
         recomputed = 0
         if self.activation_checkpointing:
@@ -119,7 +124,13 @@ class StepMemory:
         weights = 4 * self.parameters["total"]
         gradients = weights
         backward_ends = gradients + largest_layer + copies
-        most = max(loss, backward_begins, backward_ends, gradients + self._update_bytes())
+        most = max(
+            loss,
+            backward_begins,
+            backward_ends,
+            gradients + self._reduced_bytes(),
+            gradients + self._update_bytes(),
+        )
         return round(weights + self._moments() + most)
 
     def _moments(self) -> float:
@@ -130,6 +141,17 @@ class StepMemory:
         if self.stacked:
             moments += 4 * (self.stacked - self.parameters["matrices"])
         return moments / self.world_size
+
+    def _reduced_bytes(self) -> float:
+        """Bytes of the exchange of gradients: the stacks, and this rank's share of all."""
+        if self.world_size == 1:
+            return 0.0
+        others = self.parameters["total"] - self.parameters["matrices"]
+        copies = 4 * self.stacked
+        # gloo, which serves CPUs, reduces a copy of everything that it is given.
+        if self.device_type == "cpu":
+            copies += 4 * (self.stacked + others)
+        return copies + 4 * (self.stacked + others) / self.world_size
 
     def _update_bytes(self) -> float:
         """Bytes of what an update copies: all stacks of matrices, and the work on one's share."""

@@ -2,7 +2,7 @@
 for `nanochat bench --only=plan`.
 
 The model is that of plans (nanochat/run/scaling.py); its speeds come from this machine. On one rank
-the passes and the updates of two other depths are timed, which gives the share of the peak that
+the passes and the updates of three other depths are timed, which gives the share of the peak that
 products reach and the speed of memory. The peak of products and the speed of gloo over loopback are
 measured on each number of ranks. Each rank has one thread, as under torchrun. Where ranks share
 cores, the peak is that of as many ranks as cores, divided by the ranks of each core."""
@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from nanochat.run.workload import ADAMW, MATRICES, Setup, Shape, TrainingStep, o
 
 RANKS = (1, 2, 4)
 # Depths that give the speeds, on one rank, before the step that is predicted.
-KNOWN_DEPTHS = (3, 5)
+KNOWN_DEPTHS = (1, 3, 5)
 # Elements of the exchanges that are timed, of each rank: next to nothing, and 1 MiB. As in a step,
 # several are begun before the first is waited for.
 FEW, MANY = 16, 2**18
@@ -186,18 +186,22 @@ def speeds_of(n: int, alone: Found, found: Found, peaks: dict[int, float], cores
     )
 
 
-def fitted(known: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """(a, b) with seconds = x / a + y / b in each (x, y, seconds) of two, infinite where a term
-    would be negative."""
-    (x1, y1, t1), (x2, y2, t2) = known
-    determinant = x1 * y2 - x2 * y1
-    per_x = (t1 * y2 - t2 * y1) / determinant
-    per_y = (x1 * t2 - x2 * t1) / determinant
+def fitted(known: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """(a, b) with seconds = x / a + y / b, by least squares of relative errors over several (x, y,
+    seconds); infinite where a term would be negative."""
+    x_x = sum((x / t) ** 2 for x, _, t in known)
+    y_y = sum((y / t) ** 2 for _, y, t in known)
+    x_y = sum(x * y / t**2 for x, y, t in known)
+    x_1 = sum(x / t for x, _, t in known)
+    y_1 = sum(y / t for _, y, t in known)
+    determinant = x_x * y_y - x_y**2
+    per_x = (x_1 * y_y - y_1 * x_y) / determinant
+    per_y = (y_1 * x_x - x_1 * x_y) / determinant
     # Noise may say that one of the two costs less than nothing: then the other explains it all.
     if per_y <= 0:
-        return (x1 + x2) / (t1 + t2), math.inf
+        return x_x / x_1, math.inf
     if per_x <= 0:
-        return math.inf, (y1 + y2) / (t1 + t2)
+        return math.inf, y_y / y_1
     return 1 / per_x, 1 / per_y
 
 
@@ -268,9 +272,9 @@ def _measure(job: Job) -> Found:
     rates: dict[str, float] = {}
     if job.world_size > 1:
         rates = _exchange_rates(job)
-    peak = _together(
-        lambda: hardware.matmul_flops(setup.device, setup.dtype, PRODUCT_ROWS, job.repeats)
-    )
+    square = torch.randn(PRODUCT_ROWS, PRODUCT_ROWS).to(setup.dtype)
+    product_seconds = statistics.median(_timed_together(lambda: square @ square, job.repeats))
+    peak = 2 * PRODUCT_ROWS**3 / product_seconds
     known = []
     if job.world_size == 1:
         known = [_passes_and_update(_setup(job, depth), job.repeats) for depth in KNOWN_DEPTHS]
@@ -281,7 +285,7 @@ def _measure(job: Job) -> Found:
     kept_bytes = sum(tensor.nbytes for tensor in kept)
     step_bytes = kept_bytes + hardware.allocated_peak(training.step, setup.device)
     steps = _timed_together(training.step, job.repeats)
-    return Found(steps, step_bytes, min(ranks.from_all(peak)), known=tuple(known), **rates)
+    return Found(steps, step_bytes, peak, known=tuple(known), **rates)
 
 
 def _setup(job: Job, depth: int) -> Setup:
@@ -292,12 +296,6 @@ def _setup(job: Job, depth: int) -> Setup:
         compile=job.compile,
         attention=job.attention,
     )
-
-
-def _together(action: Callable[[], Any]) -> Any:
-    """action(), begun by all ranks at the same time."""
-    ranks.sum_over_ranks(torch.zeros(1))
-    return action()
 
 
 def _timed_together(action: Callable[[], object], repeats: int) -> list[float]:
