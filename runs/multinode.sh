@@ -7,7 +7,8 @@
 # From the environment:
 #   NNODES     machines (default 2)
 #   NODE_RANK  which of them this is. Empty: torchrun numbers them by host name (its c10d
-#              rendezvous), so that any may have rank 0; then they have to share OUT
+#              rendezvous; give IFACE as well), so that any may have rank 0; then they have to
+#              share OUT
 #   HEAD       host name or address of the first machine, which all others can reach
 #   PORT       of HEAD, where they meet (29500). Ports above 1024 have to be open between machines
 #   NPROC      processes on each machine (default: its GPUs, or 1)
@@ -17,16 +18,17 @@
 #   DEPTH, OUT, TAG  of the run: --depth (24), --out-dir (out), --model-tag (dDEPTH)
 #   PLAN=1     only print the command. PYTHON: this python is used as it is, and nothing installed
 # What the machines need: the same checkout, and local files of --data under the same names.
-#   OUT        rank 0 alone writes it. To resume, every machine reads the newest checkpoint: from a
+#   OUT        rank 0 alone writes it; with --shard every rank writes its part of a checkpoint, and
+#              all have to share it. To resume, every machine reads the newest checkpoint: from a
 #              folder that all share, or from a copy of OUT/TAG under the same name. Where one
 #              lacks it, all refuse, and say which
 #   tokens     each machine keeps its own cache ($NANOCHAT_BASE_DIR) and tokenizes every shard that
 #              the run reads, once, with the cores that training leaves. If that is too slow:
 #              `nanochat data tokenize` beforehand, on each or into a folder that all share
 # A machine that is lost: the others end with exit code 1 and name it, at once if only its processes
-# died, after 90 s if it does not answer any more. Nothing since the last save stays; started again
-# on all machines, or on fewer, the run continues from there (other numbers of ranks: the same
-# batches, losses equal to rounding).
+# died, after 90 s if it does not answer any more. What was trained since the last save is repeated:
+# started again on all machines, or on fewer, the run continues from there (with another number of
+# ranks on the same batches, with losses equal to rounding).
 # Ends with 0 when the run is complete, 75 when it was stopped or killed and can be resumed, 2 for
 # wrong usage, 1 when it failed. torchrun ends with 1 in all these cases, so the status in the
 # run's summary.json decides where this machine sees it.
@@ -59,6 +61,16 @@ if [ -n "$node" ]; then
     torchrun+=(--node-rank="$node" --master-addr="$HEAD" --master-port="$port")
 else
     torchrun+=(--rdzv-backend=c10d --rdzv-endpoint="$HEAD:$port" --rdzv-id="$tag")
+    # By their own names the machines may not find each other, nor HEAD itself.
+    if [ -n "${IFACE:-}" ]; then
+        address="$(ip -o address show dev "$IFACE" 2>/dev/null |
+            awk '$3 == "inet" { split($4, part, "/"); print part[1]; exit }')"
+        [ -n "$address" ] || refuse "IFACE=$IFACE: has no IPv4 address here; see ip address"
+        torchrun+=(--local-addr="$address")
+        if getent ahostsv4 "$HEAD" | grep -q "^$address "; then
+            torchrun+=(--rdzv-conf=is_host=1)
+        fi
+    fi
 fi
 
 # Identifies the summary on disk: every summary is a new file.

@@ -154,12 +154,13 @@ def cable():
 
 class Training:
     """multinode.sh on the given hosts, with one rank each and caches of their own. shares: they
-    have the same --out-dir."""
+    have the same --out-dir. numbered: by NODE_RANK; otherwise torchrun numbers them."""
 
-    def __init__(self, cable, folder, *on_hosts, port, shares=True):
+    def __init__(self, cable, folder, *on_hosts, port, shares=True, numbered=True):
         self.cable = cable
         self.folder = folder
         self.shares = shares
+        self.numbered = numbered
         (folder / "sitecustomize.py").write_text(IMPATIENT)
         self.on_hosts = {host: self._start(host, len(on_hosts), port) for host in on_hosts}
 
@@ -173,7 +174,7 @@ class Training:
             "PORT": str(port),
             "IFACE": hosts.INTERFACE,
             "NNODES": str(n),
-            "NODE_RANK": str(host),
+            "NODE_RANK": str(host) if self.numbered else "",
             "NPROC": "1",
             "DEPTH": "2",
             "OUT": str(self.folder if self.shares else self.folder / f"out{host}"),
@@ -217,7 +218,7 @@ def made(folder, source=None):
 def test_a_host_is_lost_and_comes_back(cable, tmp_path):
     """What both hosts train in the end is what they would have trained undisturbed."""
     whole = made(tmp_path / "whole")
-    training = Training(cable, whole, 0, 1, port=29501)
+    training = Training(cable, whole, 0, 1, port=29501, numbered=False)
     assert training.ended() == {0: 0, 1: 0}, training.shown(0) + training.shown(1)
 
     # one whose processes are killed, as by the system: the other hears of it at once
