@@ -73,6 +73,8 @@ GPUS = {
 }
 # Rows of the square products whose best speed counts as a device's peak.
 PEAK_SIZES = (2048, 4096)
+# Up to here the C library takes memory from what it holds, where memory is scarce.
+SMALL_TENSOR_BYTES = 1 << 16
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # For tests: CPUs multiply fp16 a thousand times slower than bf16 (runs/LOG.md).
 FP16_ON_CPU = False
@@ -177,10 +179,10 @@ def set_determinism(device_type: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def prepare(device_type: str) -> None:
+def prepare(device_type: str, small: bool = False) -> None:
     """Set this process up for training: kernel cache, determinism, threads, memory.
 
-    Call it before the first tensor is created."""
+    small: on a CPU, memory is scarcer than time. Call it before the first tensor is created."""
     ignore_unusable_kernel_cache()
     # Under the base dir, so that a second start is warm. Before set_determinism(): that loads
     # inductor, which would choose a place of its own, below the folder of temporary files; it may
@@ -194,7 +196,7 @@ def prepare(device_type: str) -> None:
     config = torch._inductor.config
     config.compile_threads = min(config.compile_threads, limits.available_cpus())
     if device_type == "cpu":
-        keep_freed_memory()
+        set_up_heap(keeps_freed=not small)
     # The profiler, which counts memory, would log when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Blocks of several kinds share one function; the limit of 8 versions would silently leave some
@@ -248,20 +250,25 @@ def limit_threads() -> int:
     return torch.get_num_threads()
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory instead of returning it to the system. True where that is
-    possible (glibc).
+def set_up_heap(keeps_freed: bool) -> bool:
+    """Let the C library keep freed memory, or return that of all but small tensors to the system at
+    once. True where that is possible (glibc).
 
     By default each tensor of 32 MiB and more is fresh memory, whose pages the kernel must clear and
-    map on first use, every step: writing 32 MiB then takes 17 ms instead of 2 ms (runs/LOG.md). The
-    process stays as large as its peak."""
+    map on first use, every step: writing 32 MiB then takes 17 ms instead of 2 ms (runs/LOG.md).
+    What is kept lies in pieces, though: where weights come and go all the time, as with --shard,
+    the process grows to several times what it uses."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # malloc.h
     M_TRIM_THRESHOLD = -1
+    M_MMAP_THRESHOLD = -3
     M_MMAP_MAX = -4
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    if keeps_freed:
+        return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    # Given, since the library would raise it to the largest tensor that was freed.
+    return bool(mallopt(M_MMAP_THRESHOLD, SMALL_TENSOR_BYTES))
 
 
 # ---- speed ----

@@ -283,7 +283,7 @@ def test_processes_of_the_compiler_follow_the_cores(monkeypatch):
 
 def test_memory_is_kept_only_by_glibc(monkeypatch):
     monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
-    assert hardware.keep_freed_memory() is False
+    assert hardware.set_up_heap(keeps_freed=True) is False
 
 
 # ---- memory ----

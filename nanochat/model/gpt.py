@@ -32,6 +32,15 @@ class MLP(nn.Module):
         return F.dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
 
 
+class ValueTable(nn.Embedding):
+    """A table of value embeddings. The stream passes through, unchanged: so --shard sees, in the
+    backward pass, when the table's gradient is made, and need not keep it to the end."""
+
+    def forward(self, ids_BxT: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows of the table, (B, T, K x D); x)."""
+        return F.embedding(ids_BxT, self.weight), x
+
+
 class Block(nn.Module):
     """x <- lambda x + mu x0, then attention and MLP, each on a normalised copy and added back."""
 
@@ -81,7 +90,7 @@ class GPT(Decoder):
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.value_embeddings = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(vocab_size, value_width)
+                str(layer): ValueTable(vocab_size, value_width)
                 for layer in layers
                 if config.has_value_embedding(layer)
             }
@@ -157,6 +166,10 @@ class GPT(Decoder):
         caches = self.layer_caches(cache)
         x = x0
         for layer, block in enumerate(self.blocks):
+            # None is part of a compiled graph's signature: such layers have a graph of their own.
+            value_embedding = None
+            if self.config.has_value_embedding(layer):
+                value_embedding, x = self.value_embeddings[str(layer)](ids_BxT, x)
             x = self.run_block(
                 block,
                 x,
@@ -164,7 +177,7 @@ class GPT(Decoder):
                 # Tensors, not indices: the layers then share one compiled graph.
                 self.residual_lambdas[layer],
                 self.x0_lambdas[layer],
-                self._value_embedding(layer, ids_BxT),
+                value_embedding,
                 rope,
                 caches[layer],
                 # Nothing reads the output of the last block if only the cache is filled.
@@ -175,10 +188,3 @@ class GPT(Decoder):
         if fill:
             return None, last
         return norm(x - self.backout_lambda.to(x.dtype) * middle), last
-
-    def _value_embedding(self, layer: int, ids_BxT: Tensor) -> Tensor | None:
-        # None is part of a compiled graph's signature: such layers have a graph of their own.
-        if not self.config.has_value_embedding(layer):
-            return None
-        # by a call, since --shard gathers a table when it is called
-        return self.value_embeddings[str(layer)](ids_BxT)

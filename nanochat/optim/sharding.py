@@ -56,13 +56,20 @@ def build_sharded(
     """build(), of which each rank only ever holds its rows. Every rank calls it."""
     # Only here, since they take a second to import.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = meta_model(config, compute_dtype, attention_backend)
     mesh = init_device_mesh(device.type, (world_size(),))
     # Tables are as large as blocks, and needed by one block each.
     tables = getattr(model, "value_embeddings", {})
-    for unit in (*tables.values(), *model.blocks, model):
+    # Every layer of a block casts its weights to the compute dtype: they travel in that, and their
+    # gradients in fp32, in which they are added up.
+    in_products = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=in_products)
+    for unit in (*tables.values(), model):
         fully_shard(unit, mesh=mesh)
     model.to_empty(device=device)
     model.init_weights(seed, put_own_rows)
