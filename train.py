@@ -437,8 +437,7 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
     # A plan is made by one process, whatever another program left in the environment.
     if not args.dry_run:
         ranks.check_environment()
-    values = values_in_force(args)
-    if problems := check_flags(values):
+    if problems := check_flags(values_in_force(args)):
         raise UsageError("\n".join(problems))
     if args.dry_run:
         dry_run(args)
@@ -448,7 +447,7 @@ def main(args: Namespace, stop: signals.StopSignals) -> int:
         return EXIT_FAILED if lost else EXIT_COMPLETED
     # Before the first tensor: determinism, kernel caches and the heap are set up per process.
     device_type = hardware.pick_device_type(args.device_type)
-    hardware.prepare(device_type, small=values.shard)
+    hardware.prepare(device_type)
     device = ranks.setup(device_type)
     run = open_run(args, device_type)
     if run.over:

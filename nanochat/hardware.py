@@ -179,10 +179,10 @@ def set_determinism(device_type: str) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def prepare(device_type: str, small: bool = False) -> None:
+def prepare(device_type: str) -> None:
     """Set this process up for training: kernel cache, determinism, threads, memory.
 
-    small: on a CPU, memory is scarcer than time. Call it before the first tensor is created."""
+    Call it before the first tensor is created."""
     ignore_unusable_kernel_cache()
     # Under the base dir, so that a second start is warm. Before set_determinism(): that loads
     # inductor, which would choose a place of its own, below the folder of temporary files; it may
@@ -196,7 +196,7 @@ def prepare(device_type: str, small: bool = False) -> None:
     config = torch._inductor.config
     config.compile_threads = min(config.compile_threads, limits.available_cpus())
     if device_type == "cpu":
-        set_up_heap(keeps_freed=not small)
+        set_up_heap(keeps_freed=True)
     # The profiler, which counts memory, would log when it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Blocks of several kinds share one function; the limit of 8 versions would silently leave some
@@ -257,7 +257,7 @@ def set_up_heap(keeps_freed: bool) -> bool:
     By default each tensor of 32 MiB and more is fresh memory, whose pages the kernel must clear and
     map on first use, every step: writing 32 MiB then takes 17 ms instead of 2 ms (runs/LOG.md).
     What is kept lies in pieces, though: where weights come and go all the time, as with --shard,
-    the process grows to several times what it uses."""
+    the process grows to several times what it uses. May be called again."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -268,7 +268,7 @@ def set_up_heap(keeps_freed: bool) -> bool:
     if keeps_freed:
         return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
     # Given, since the library would raise it to the largest tensor that was freed.
-    return bool(mallopt(M_MMAP_THRESHOLD, SMALL_TENSOR_BYTES))
+    return bool(mallopt(M_MMAP_MAX, 1 << 16) and mallopt(M_MMAP_THRESHOLD, SMALL_TENSOR_BYTES))
 
 
 # ---- speed ----

@@ -30,6 +30,16 @@ saver.RETRY_SECONDS = 0.0
 sys.exit(train.run(sys.argv[1:]))
 """
 
+# Each rank has 700 MB, of which libraries take most.
+LITTLE_MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from nanochat.run import memory
+memory.free_memory = lambda device, devices: 700e6
+sys.exit(train.run(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def finished():
@@ -157,6 +167,14 @@ def test_why_a_part_is_missing(tmp_path, monkeypatch, answer, reason):
         shares.Shares().join(tmp_path, 4, lambda others: others(tmp_path))
     # for the ranks that wait for this one
     assert reason in json.loads(said["share/1/0"])["problem"]
+
+
+def test_memory_is_given_back_where_it_is_tight(tmp_path):
+    script = LITTLE_MEMORY.format(root=str(small.ROOT))
+    flags = ("--shard", "--device-batch-size=2", "--num-iterations=2", *small.BARE)
+    done = small.run_ranks(tmp_path, 2, *flags, script=script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("memory is tight") == 1
 
 
 def test_refused_together(tmp_path, capsys):

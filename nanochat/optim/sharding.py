@@ -6,6 +6,7 @@ it runs, forward and backward, and gives its gradient away as soon as it is made
 and vectors are gathered from the beginning of the forward pass to the end of the backward pass."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,8 @@ def build_sharded(
         fully_shard(unit, mesh=mesh)
     model.to_empty(device=device)
     model.init_weights(seed, put_own_rows)
+    # Of ValueTable, through which the stream passes; nothing changes the stream in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPValueTable\) returned a view")
     # All evaluations go through it.
     model.hidden = _Together(model)
     return model

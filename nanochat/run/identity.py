@@ -12,11 +12,12 @@ from nanochat.common import UsageError, counted
 from nanochat.run import checkpoint
 from nanochat.run.folder import RunFolder
 from nanochat.run.metrics import Line, read_lines
+from nanochat.run.tensor_files import StoredTensors
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "core.jsonl")
 # What the clock decides, and no seed.
 TIMES = {"total_training_time", "train/dt", "train/tok_per_sec", "train/mfu"}
-TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+KINDS_OF_TENSORS = ("model", "optimizer")
 # Characters of a value that are shown.
 SHOWN = 60
 
@@ -96,25 +97,25 @@ def _compare_checkpoints(first: Path, second: Path, found: Identity) -> None:
     found.different.extend(damaged)
     if damaged:
         return
-    for name in TENSOR_FILES:
+    for kind in KINDS_OF_TENSORS:
         folders = (checkpoint.folder_of(run, step) for run in (first, second))
-        _compare_tensors(f"checkpoint {step}, {name}", *(path / name for path in folders), found)
+        stored = (StoredTensors(folder, kind) for folder in folders)
+        _compare_tensors(f"checkpoint {step}, {kind}.safetensors", *stored, found)
 
 
-def _compare_tensors(what: str, first: Path, second: Path, found: Identity) -> None:
-    """Compare two safetensors files. Only two tensors are in memory at a time."""
-    from safetensors import safe_open
-
-    with safe_open(first, "pt") as one, safe_open(second, "pt") as other:
-        names = set(one.keys())
-        if unshared := names ^ set(other.keys()):
-            found.different.append(f"{what}: only one run has {min(unshared)}")
+def _compare_tensors(
+    what: str, first: StoredTensors, second: StoredTensors, found: Identity
+) -> None:
+    """Compare all tensors of a kind. Only two are in memory at a time."""
+    names = first.pieces.keys()
+    if unshared := names ^ second.pieces.keys():
+        found.different.append(f"{what}: only one run has {min(unshared)}")
+        return
+    for name in sorted(names):
+        a, b = first.read(name), second.read(name)
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            found.different.append(f"{what}: {name} differs{_by_how_much(a, b)}")
             return
-        for name in sorted(names):
-            a, b = one.get_tensor(name), other.get_tensor(name)
-            if a.dtype != b.dtype or not torch.equal(a, b):
-                found.different.append(f"{what}: {name} differs{_by_how_much(a, b)}")
-                return
     found.equal.append(f"{what}: {counted(len(names), 'tensor')}")
 
 

@@ -168,6 +168,9 @@ def build_parts(
     load_source(model): sets the weights of a run that begins with another one's."""
     args, runtime = run.args, planned.runtime
     seed = stream_seed(args.seed, "model")
+    if planned.tight:
+        hardware.set_up_heap(keeps_freed=False)
+        ranks.print0("memory is tight: what is freed goes back to the system, which takes time")
     maker = build_sharded if args.shard and ranks.world_size() > 1 else build
     model = maker(planned.config, device, runtime.dtype, runtime.attention, seed=seed)
     model.checkpointing = args.activation_checkpointing

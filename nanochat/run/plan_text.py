@@ -22,6 +22,8 @@ from nanochat.run.scaling import Piece, StepTime
 from nanochat.run.timing import short_time
 
 LONG_RUN_SECONDS = 2 * 86400
+# The share of the free memory from which on a sharded run on CPUs saves memory rather than time.
+TIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PlannedRun:
     """A plan together with what it was made for.
 
     device_batch: rows that a device takes per pass. step_memory(rows): estimated peak bytes of a
-    device. depth, aspect_ratio, optimizer: the flags."""
+    device. tight: it fills so much of a CPU's memory that freed memory should be given back, which
+    takes time. depth, aspect_ratio, optimizer: the flags."""
 
     plan: Plan
     config: GPTConfig
@@ -38,6 +41,7 @@ class PlannedRun:
     device_batch: int
     tokens_per_epoch: float
     step_memory: Callable[[int], int]
+    tight: bool
     depth: int
     aspect_ratio: int
     optimizer: str
@@ -104,6 +108,7 @@ def fit_plan(
         saves=not args.no_save,
         world_size=machine.devices,
         stacked=scaling.stacked_elements(pieces, machine.devices),
+        shard=args.shard and machine.devices > 1,
     )
     device_batch = memory.pick_device_batch(
         step_memory.process_bytes,
@@ -122,6 +127,11 @@ def fit_plan(
         device_batch=device_batch,
         tokens_per_epoch=tokens_per_epoch,
         step_memory=step_memory.process_bytes,
+        tight=(
+            step_memory.shard
+            and machine.device_type == "cpu"
+            and step_memory.process_bytes(device_batch) > TIGHT * free_bytes
+        ),
         depth=args.depth,
         aspect_ratio=args.aspect_ratio,
         optimizer=args.optimizer,

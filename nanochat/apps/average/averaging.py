@@ -1,6 +1,5 @@
 """The mean of checkpoints as a run folder, and what it predicts."""
 
-import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from nanochat.common import (
@@ -28,6 +26,7 @@ from nanochat.run import checkpoint, loading
 from nanochat.run.folder import RunFolder, write_summary
 from nanochat.run.metrics import Line, Record, read_lines
 from nanochat.run.tables import aligned, fixed
+from nanochat.run.tensor_files import StoredTensors
 from nanochat.run.training_text import held_out_of_run
 
 # what a line of metrics.jsonl says of the training until then
@@ -201,17 +200,15 @@ def mean_weights(run: Path, steps: Sequence[int]) -> dict[str, Tensor]:
     stored in.
 
     Summed in fp64 and rounded once: neither the order of the steps nor a narrow dtype shows."""
-    paths = [checkpoint.folder_of(run, step) / "model.safetensors" for step in steps]
+    stored = [StoredTensors(checkpoint.folder_of(run, step), "model") for step in steps]
     found = {}
-    with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
-        # tensor by tensor, so that memory holds one model, however many are averaged
-        for name in list(files[0].keys()):
-            first = files[0].get_tensor(name)
-            total = first.double()
-            for file in files[1:]:
-                total += file.get_tensor(name)
-            found[name] = (total / len(files)).to(first.dtype)
+    # tensor by tensor, so that memory holds one model, however many are averaged
+    for name in stored[0].pieces:
+        first = stored[0].read(name)
+        total = first.double()
+        for weights in stored[1:]:
+            total += weights.read(name)
+        found[name] = (total / len(stored)).to(first.dtype)
     return found
 
 
@@ -301,6 +298,9 @@ def _lineage(run: Path, steps: Sequence[int]) -> dict[str, Any]:
     """What was averaged, and the SHA-256 of each file of weights, which tells it from all others
     wherever the run is moved."""
     hashes = [
-        checkpoint.read_manifest(run, step).files["model.safetensors"].sha256 for step in steps
+        entry.sha256
+        for step in steps
+        for name, entry in checkpoint.read_manifest(run, step).files.items()
+        if name.startswith("model")
     ]
     return {"run": str(run), "steps": list(steps), "sha256": hashes}

@@ -46,6 +46,7 @@ from nanochat.run import checkpoint, lifecycle, tuning, tuning_flags
 from nanochat.run.control import Control
 from nanochat.run.keeper import Keeper
 from nanochat.run.plan_text import PlannedRun
+from nanochat.run.tensor_files import files_of
 from nanochat.run.tuning import TunedRun
 from nanochat.signals import StopSignals
 
@@ -183,9 +184,9 @@ def name_of_reference(
     # the folder of the weights may be gone by now
     if run.config:
         return run.config["tuning"]["reference"]
-    weights = checkpoint.folder_of(run.args.init_from, run.source.step) / "model.safetensors"
+    folder = checkpoint.folder_of(run.args.init_from, run.source.step)
     parts = [
-        sha256_file(weights),
+        *(sha256_file(path) for path in files_of(folder, "model")),
         preferences.fingerprint,
         tuned.tokenizer.fingerprint,
         planned.runtime.dtype_name,
