@@ -30,6 +30,23 @@ saver.RETRY_SECONDS = 0.0
 sys.exit(train.run(sys.argv[1:]))
 """
 
+# After the second update one weight of rank 1 is no number.
+ONE_BAD_WEIGHT = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from nanochat import ranks
+from nanochat.optim.optimizer import Optimizer
+from nanochat.optim.sharding import own_part
+step, updates = Optimizer.step, []
+def spoil(self, *args):
+    step(self, *args)
+    updates.append(1)
+    if len(updates) == 2 and ranks.rank() == 1:
+        own_part(self.parameters[0].data)[0, 0] = float("nan")
+Optimizer.step = spoil
+sys.exit(train.run(sys.argv[1:]))
+"""
 # Each rank has 700 MB, of which libraries take most.
 LITTLE_MEMORY = """
 import sys
@@ -167,6 +184,14 @@ def test_why_a_part_is_missing(tmp_path, monkeypatch, answer, reason):
         shares.Shares().join(tmp_path, 4, lambda others: others(tmp_path))
     # for the ranks that wait for this one
     assert reason in json.loads(said["share/1/0"])["problem"]
+
+
+def test_bad_weights_are_located(tmp_path):
+    """By the row in the whole matrix, of which rank 1 has the second half."""
+    script = ONE_BAD_WEIGHT.format(root=str(small.ROOT))
+    done = small.run_ranks(tmp_path, 2, "--shard", "--debug-nans", *small.BARE, script=script)
+    assert done.returncode == 1
+    assert "hold 1 non-finite number, the first at [16, 0]" in done.stderr
 
 
 def test_memory_is_given_back_where_it_is_tight(tmp_path):

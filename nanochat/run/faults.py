@@ -15,6 +15,7 @@ import torch
 from nanochat import limits, ranks
 from nanochat.common import TrainingFailed, Unavailable, human_time, in_a_line, write_json
 from nanochat.data.rows import Rows
+from nanochat.optim.sharding import is_split, own_part, own_rows
 from nanochat.run import checkpoint, compiler
 from nanochat.run.clock import Clock
 from nanochat.run.state import TrainState
@@ -111,18 +112,14 @@ def _caller_of(name: str) -> str:
 
 def locate(model: torch.nn.Module, rerun: Callable[[], Any]) -> str:
     """A sentence on where the first non-finite value comes from, and the first exploding one; "" if
-    there is none.
+    there is none. Every rank calls it.
 
     rerun(): the forward and backward pass of the step, which is repeated with hooks on all modules,
     uncompiled."""
-    for name, parameter in model.named_parameters():
-        bad = (~parameter.detach().isfinite()).nonzero()
-        if len(bad):
-            where = ", ".join(map(str, bad[0].tolist()))
-            numbers = "number" if len(bad) == 1 else "numbers"
-            return (
-                f"the weights {name} hold {len(bad)} non-finite {numbers}, the first at [{where}]"
-            )
+    # The ranks of a sharded model have other rows each, and the pass below is of all of them.
+    in_weights = ranks.from_all(_bad_weights(model))
+    if any(in_weights):
+        return next(filter(None, in_weights))
     # Compiled code would run past the hooks.
     trace = _Trace(model)
     try:
@@ -136,6 +133,22 @@ def locate(model: torch.nn.Module, rerun: Callable[[], Any]) -> str:
     # Non-finite before exploding: the first is the fault, the second may be how it came about.
     kinds = sorted(trace.first.items(), reverse=True)
     return "; ".join(f"the first {kind} value: {where}" for kind, where in kinds)
+
+
+def _bad_weights(model: torch.nn.Module) -> str:
+    """A sentence on the first weights that hold a non-finite number; "" if none do."""
+    for name, parameter in model.named_parameters():
+        bad = (~own_part(parameter.detach()).isfinite()).nonzero()
+        if len(bad):
+            first = bad[0].tolist()
+            if is_split(parameter):
+                first[0] += own_rows(len(parameter)).start
+            where = ", ".join(map(str, first))
+            numbers = "number" if len(bad) == 1 else "numbers"
+            return (
+                f"the weights {name} hold {len(bad)} non-finite {numbers}, the first at [{where}]"
+            )
+    return ""
 
 
 def cause(
