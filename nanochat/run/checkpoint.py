@@ -5,8 +5,9 @@ state.json and, written last, manifest.json with the size and SHA-256 of every f
 under a hidden name (.step_...), read back, and renamed once it is on disk; before deletion it is
 renamed to a hidden name. So whatever carries a checkpoint's name is complete, at any moment.
 
-State is stored by parameter name in full tensors: nothing in it depends on ranks, device, batch
-layout or compilation. nanochat/run/saver.py writes checkpoints while training continues."""
+State is stored by parameter name in full tensors, of a sharded run as the rows of each rank
+(tensor_files.py): what is read back depends on no ranks, device, batch layout or compilation.
+nanochat/run/saver.py writes checkpoints while training continues."""
 
 import errno
 import json

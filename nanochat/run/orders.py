@@ -16,6 +16,7 @@ from nanochat.data.prefetch import Interrupted, Prefetcher
 from nanochat.data.token_cache import DataFailed
 from nanochat.model.decoder import Decoder
 from nanochat.optim.optimizer import Optimizer
+from nanochat.optim.sharding import own_part
 from nanochat.run.checks import evaluation_problems
 from nanochat.run.clock import Clock
 from nanochat.run.control import Control, Order
@@ -244,7 +245,7 @@ def pause(session: Session, orders: Sequence[Order]) -> None:
     control, clock, step = session.control, session.clock, session.state.step
     was_doing = clock.doing
     session.log.message(f"step {step}: paused, as nanochat jobs asked")
-    tensors = [*session.model.parameters(), *session.model.buffers()]
+    tensors = [*map(own_part, session.model.parameters()), *session.model.buffers()]
     tensors += session.optimizer.own_tensors()
     try:
         while control.paused:
