@@ -18,7 +18,7 @@ ONE_DISK_IS_FULL = """
 import errno, os, sys
 sys.path.insert(0, {root!r})
 import train
-from nanochat.run import checkpoint, saver
+from nanochat.run import checkpoint
 write, failed = checkpoint.write_share, []
 def once_full(*args, **options):
     if not failed:
@@ -26,7 +26,6 @@ def once_full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
     return write(*args, **options)
 checkpoint.write_share = once_full
-saver.RETRY_SECONDS = 0.0
 sys.exit(train.run(sys.argv[1:]))
 """
 
@@ -45,6 +44,21 @@ def spoil(self, *args):
     if len(updates) == 2 and ranks.rank() == 1:
         own_part(self.parameters[0].data)[0, 0] = float("nan")
 Optimizer.step = spoil
+sys.exit(train.run(sys.argv[1:]))
+"""
+# In its first evaluation rank 1 runs out of memory, in the middle of a pass.
+ONE_PASS_FAILS = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from nanochat import ranks
+from nanochat.model.gpt import MLP
+forward = MLP.forward
+def fails(self, x):
+    if not self.training and ranks.rank() == 1:
+        raise MemoryError("no room for a pass")
+    return forward(self, x)
+MLP.forward = fails
 sys.exit(train.run(sys.argv[1:]))
 """
 # Each rank has 700 MB, of which libraries take most.
@@ -177,13 +191,14 @@ def test_why_a_part_is_missing(tmp_path, monkeypatch, answer, reason):
     monkeypatch.setattr(ranks, "_launch", Launch(0, 2))
     monkeypatch.setattr(ranks, "told", lambda key: answer and json.dumps(answer))
     monkeypatch.setattr(ranks, "said_last_word", lambda number: True)
+    monkeypatch.setattr(shares, "PATIENCE", 0.0)
     kind = checkpoint.NotFinite if answer and answer["hopeless"] else OSError
     said = {}
     monkeypatch.setattr(ranks, "tell", said.__setitem__)
     with pytest.raises(kind, match=reason):
-        shares.Shares().join(tmp_path, 4, lambda others: others(tmp_path))
+        shares.Shares("s").join(tmp_path, 4, lambda others: others(tmp_path))
     # for the ranks that wait for this one
-    assert reason in json.loads(said["share/1/0"])["problem"]
+    assert reason in json.loads(said["share/s/1/0"])["problem"]
 
 
 def test_bad_weights_are_located(tmp_path):
@@ -192,6 +207,15 @@ def test_bad_weights_are_located(tmp_path):
     done = small.run_ranks(tmp_path, 2, "--shard", "--debug-nans", *small.BARE, script=script)
     assert done.returncode == 1
     assert "hold 1 non-finite number, the first at [16, 0]" in done.stderr
+
+
+def test_a_pass_that_fails_in_an_evaluation_ends_all_ranks(tmp_path):
+    """The other rank is in the same pass, and would wait for ever."""
+    script = ONE_PASS_FAILS.format(root=str(small.ROOT))
+    done = small.run_ranks(tmp_path, 2, "--shard", "--eval-every=5", script=script)
+    assert done.returncode == 1
+    assert small.summary(tmp_path)["status"] == "failed"
+    assert "no room for a pass" in done.stderr
 
 
 def test_memory_is_given_back_where_it_is_tight(tmp_path):

@@ -79,7 +79,8 @@ def _score(
 ) -> torch.Tensor:
     """(3,) float64: nats, tokens and bytes of the tokens of a batch that stand for bytes."""
     ids_BxT, targets_BxT = pad(batch)
-    # not by a call, which a sharded model counts: ranks have different numbers of batches
+    # Not by a call, in which a sharded model exchanges more than in hidden(): see
+    # passes_of_its_own().
     nats_BxT = model.forward(ids_BxT.to(device), targets_BxT.to(device)).cpu().double()
     # padding has target -1: any id may stand in for it, since it is multiplied by 0
     n_bytes_BxT = torch.as_tensor(byte_counts)[targets_BxT.clamp_min(0)] * (targets_BxT >= 0)

@@ -1,7 +1,7 @@
 """The parts of an optimizer: what is updated together, and what of it each rank computes.
 
 Every rank holds whole parameters; their updates and optimizer state are dealt out to the ranks.
-nanochat/optim/sharded_parts.py has the part for matrices that are split themselves (--shard)."""
+nanochat/optim/sharded_parts.py has the parts for parameters that are split themselves (--shard)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

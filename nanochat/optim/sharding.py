@@ -2,8 +2,9 @@
 (arXiv 2304.11277).
 
 Each rank keeps a block of rows of every parameter. A block of the model gathers its weights before
-it runs, forward and backward, and gives its gradient away as soon as it is made; embedding, head
-and vectors are gathered from the beginning of the forward pass to the end of the backward pass."""
+it runs, forward and backward, and gives its gradient away as soon as it is made, and so does each
+table of value embeddings; embedding, head and vectors are gathered from the beginning of the
+forward pass to the end of the backward pass."""
 
 import contextlib
 import warnings
@@ -81,6 +82,15 @@ def build_sharded(
     return model
 
 
+class PassFailed(BaseException):
+    """A pass of an evaluation failed on this rank, in the middle of exchanges with the others: no
+    evaluation can go on from there, so this is no Exception, which they survive. cause: why."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class _Together:
     """Decoder.hidden() of a sharded model.
 
@@ -92,9 +102,17 @@ class _Together:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
-        if not self.model.training:
-            self.vote(True)
-        return self.hidden(*args, **kwargs)
+        if self.model.training:
+            return self.hidden(*args, **kwargs)
+        self.vote(True)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """A pass in eval mode, beside one of every other rank. Raises PassFailed."""
+        try:
+            return self.hidden(*args, **kwargs)
+        except Exception as error:
+            raise PassFailed(error) from error
 
     def vote(self, has_pass: bool) -> bool:
         """Whether any rank has a pass to run."""
@@ -107,14 +125,14 @@ class _Together:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.rope_cos.device)
         # As many passes as the ranks that have some, since each gathers in all of them.
         while self.vote(False):
-            self.hidden(token)
+            self.run(token)
 
 
 @contextlib.contextmanager
 def passes_of_its_own(model: torch.nn.Module) -> Iterator[None]:
     """Within it, in eval mode, each rank may run as many passes of a sharded model as it likes, by
     hidden() or forward() but not by calling the model; every rank enters, and meets no other in
-    between. Nothing happens for other models."""
+    between. Nothing happens for other models. Raises PassFailed."""
     if not is_sharded(model):
         yield
         return
@@ -122,10 +140,20 @@ def passes_of_its_own(model: torch.nn.Module) -> Iterator[None]:
     model.unshard()
     try:
         yield
-    finally:
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            model.hidden.keep_company()
-        model.train(was_training)
-        model.reshard()
+    except PassFailed:
+        # the others are in the middle of a pass, and wait for nothing else
+        raise
+    except BaseException:
+        _end_passes(model)
+        raise
+    _end_passes(model)
+
+
+def _end_passes(model: torch.nn.Module) -> None:
+    """Keep the other ranks company, and give the weights back."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model.hidden.keep_company()
+    model.train(was_training)
+    model.reshard()

@@ -367,14 +367,16 @@ def write(
     records: Iterable["Record"] = (),
     free_bytes: Callable[[Path], int] = free_bytes,
     others: Callable[[Path], dict[str, FileEntry]] = lambda partial: {},
+    parts: int = 1,
 ) -> None:
     """Write the checkpoint of a step, whole or not at all.
 
     An intact checkpoint of the same step only takes the stronger of the two kinds. tensors: by
     file, contiguous, on the CPU. state: as from state_of(). records: flushed to disk before the
     checkpoint appears, which vouches for them. others(partial): brings the files that other ranks
-    have written into the folder. Raises OSError or SafetensorError when the disk refuses, NotFinite
-    for a state with such numbers; earlier checkpoints are not touched."""
+    have written into the folder; parts: of these and this one. Raises OSError or SafetensorError
+    when the disk refuses, NotFinite for a state with such numbers; earlier checkpoints are not
+    touched."""
     final = folder_of(run_path, step)
     if (final / "manifest.json").exists() and damage(run_path, step) is None:
         _strengthen(run_path, step, kind)
@@ -383,7 +385,7 @@ def write(
     if not final.parent.exists():
         final.parent.mkdir(parents=True)
         fsync_dir(run_path)
-    _check_room(tensors, free_bytes(final.parent))
+    _check_room(tensors, free_bytes(final.parent), parts)
     # Of a failed attempt; sweep() only runs when a process starts.
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -426,12 +428,12 @@ def _check_finite(tensors: TensorFiles) -> None:
                 )
 
 
-def _check_room(tensors: TensorFiles, free: int) -> None:
-    """OSError if a checkpoint does not fit into the free bytes.
+def _check_room(tensors: TensorFiles, free: int, parts: int) -> None:
+    """OSError if a checkpoint of so many parts of this size does not fit into the free bytes.
 
     Checked before anything is written: a full disk would also stop metrics.jsonl."""
     sizes = [tensor.nbytes for part in tensors.values() for tensor in part.values()]
-    need = sum(sizes) + SPARE_BYTES
+    need = parts * sum(sizes) + SPARE_BYTES
     if free < need:
         raise OSError(
             errno.ENOSPC, f"it needs {human_bytes(need)}, but only {human_bytes(free)} are free"
@@ -452,7 +454,7 @@ def write_share(
     # Of a save that came to nothing.
     for left in folder.parent.glob(f".step_*{folder.suffix}"):
         shutil.rmtree(left, ignore_errors=True)
-    _check_room(tensors, free_bytes(folder.parent))
+    _check_room(tensors, free_bytes(folder.parent), world_size())
     folder.mkdir()
     return _write_tensors(folder, tensors)
 

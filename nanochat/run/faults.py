@@ -15,7 +15,7 @@ import torch
 from nanochat import limits, ranks
 from nanochat.common import TrainingFailed, Unavailable, human_time, in_a_line, write_json
 from nanochat.data.rows import Rows
-from nanochat.optim.sharding import is_split, own_part, own_rows
+from nanochat.optim.sharding import PassFailed, is_split, own_part, own_rows
 from nanochat.run import checkpoint, compiler
 from nanochat.run.clock import Clock
 from nanochat.run.state import TrainState
@@ -87,6 +87,7 @@ class _Trace:
                 self._look_at(value, where)
 
     def _look_at(self, tensor: torch.Tensor, where: str) -> None:
+        tensor = own_part(tensor.detach())
         if not tensor.is_floating_point() or not tensor.numel():
             return
         # One number for both questions, and one wait for the device.
@@ -160,6 +161,8 @@ def cause(
     Notifies the other ranks: they do not hear of a rank that dies before training begins or after
     it has ended, and torchrun alone names it. stop: this process's. step_seconds: what a step
     usually takes, 0 if that is not known."""
+    if isinstance(error, PassFailed):
+        error = error.cause
     lost = ranks.is_lost_exchange(error)
     error = _cause(error, lost, device_batch, stop, step_seconds)
     # what this rank learned about another it does not pass on as its own

@@ -65,8 +65,8 @@ class Keeper:
         self.clock.note_save()
 
     def rolling_due(self) -> bool:
-        """Whether a rolling checkpoint is due by rank 0's clock; a save in progress, or one that
-        will be retried, comes first."""
+        """Whether a rolling checkpoint is due by this rank's clock (rank 0's counts); a save in
+        progress, or one that will be retried, comes first."""
         if not self.saver or not self.enabled or self.saver.busy() or self.saver.can_retry():
             return False
         return self.clock.save_due()

@@ -6,6 +6,7 @@ import functools
 import gc
 import sys
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -112,7 +113,9 @@ class Taken:
             notify=args.notify,
         )
         self.saver: Saver | None = None
-        shares = Shares() if args.shard and ranks.world_size() > 1 else None
+        shares = None
+        if args.shard and ranks.world_size() > 1:
+            shares = Shares(ranks.from_rank0(uuid.uuid4().hex))
         if shares:
             check_shared_disk(run.folder.path)
         if not self.log.writes:
@@ -210,9 +213,10 @@ def warm_up(
     # Whatever changes the memory of a row is part of the key.
     facts = hardware.describe(device)
     key = [vars(planned.config), *map(str, planned.runtime), args.activation_checkpointing, facts]
-    is_given = args.device_batch_size != -1
+    # FSDP2 is left in disorder by a pass that fails for lack of memory, so none is tried.
+    is_fixed = args.device_batch_size != -1 or planned.runtime.shard
     device_batch = memory.settle(
-        trial, planned.device_batch, is_given, plan, key, device, log.message
+        trial, planned.device_batch, is_fixed, plan, key, device, log.message
     )
     optimizer.zero_grad()
     if log.writes:

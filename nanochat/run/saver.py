@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanochat.ranks import rank
+from nanochat.ranks import rank, world_size
 from nanochat.run import checkpoint
 from nanochat.run.shares import Shares
 
@@ -161,8 +161,9 @@ class Saver:
         return self.jobs.unfinished_tasks > 0
 
     def retry(self) -> None:
-        """Retry the last save if it failed more than RETRY_SECONDS ago."""
-        if self.busy() or not self.can_retry():
+        """Retry the last save if it failed more than RETRY_SECONDS ago; of a sharded run only the
+        next save() or finish() does, since all ranks have to at once."""
+        if self.busy() or not self.can_retry() or self.shares:
             return
         if self.clock() - self.failed_at > RETRY_SECONDS:
             self.jobs.put(self._save_last)
@@ -225,6 +226,7 @@ class Saver:
             self.free_bytes,
         )
         if self.shares:
+            write = functools.partial(write, parts=world_size())
             self.shares.join(self.run_path, last.step, write)
         else:
             write()

@@ -20,8 +20,9 @@ from nanochat.common import UsageError
 from nanochat.run import checkpoint
 from nanochat.run.checkpoint import FileEntry, TensorFiles
 
-# Seconds that a rank waits for another one's word, and between two looks.
+# Seconds that a rank waits for another one's word, or for that of one that ends, and between looks.
 LIMIT = 3600.0
+PATIENCE = 20.0
 BETWEEN_LOOKS = 0.05
 
 
@@ -29,9 +30,11 @@ class Shares:
     """The parts of the ranks in the checkpoints of a run.
 
     Every rank takes part in every attempt to write one, and all of them fail or none does, so that
-    they count alike. attempt: how many there were."""
+    they count alike. attempt: how many there were. start: of this start of the run, since the store
+    may outlive it."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: str) -> None:
+        self.start = start
         self.attempt = 0
 
     def write(
@@ -48,10 +51,14 @@ class Shares:
         def work() -> dict[str, FileEntry]:
             return checkpoint.write_share(run_path, step, tensors, free_bytes)
 
-        self._attempt(work)
-        # A rank that went on alone would delete its files at the next save, while rank 0 still
-        # waits for others'.
-        self._word_of(0)
+        try:
+            self._attempt(work)
+            # A rank that went on alone would delete its files at the next save, while rank 0 still
+            # waits for others'.
+            self._word_of(0)
+        finally:
+            # moved by now, unless this step has a checkpoint already or the attempt failed
+            shutil.rmtree(checkpoint.share_folder(run_path, step, ranks.rank()), ignore_errors=True)
 
     def join(
         self,
@@ -70,7 +77,6 @@ class Shares:
                     # Moved, not copied: each attempt writes all files anew.
                     os.replace(folder / name, partial / name)
                     files[name] = FileEntry(**entry)
-                shutil.rmtree(folder, ignore_errors=True)
             return files
 
         def work() -> dict[str, FileEntry]:
@@ -91,7 +97,7 @@ class Shares:
         self._say({"files": {name: asdict(entry) for name, entry in files.items()}})
 
     def _key(self, rank: int) -> str:
-        return f"share/{self.attempt}/{rank}"
+        return f"share/{self.start}/{self.attempt}/{rank}"
 
     def _say(self, word: dict[str, Any]) -> None:
         ranks.tell(self._key(ranks.rank()), json.dumps(word))
@@ -101,11 +107,15 @@ class Shares:
 
         Raises OSError or NotFinite if that could not be written."""
         deadline = time.monotonic() + LIMIT
+        ends = False
         while (text := ranks.told(self._key(other))) is None:
-            if ranks.said_last_word(other):
-                raise OSError(errno.EIO, f"rank {other} ended before its part was written")
+            # A rank that ends waits for a save that is under way.
+            if not ends and ranks.said_last_word(other):
+                ends = True
+                deadline = time.monotonic() + PATIENCE
             if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, f"rank {other} has not written its part")
+                why = "ended before its part was written" if ends else "has not written its part"
+                raise OSError(errno.ETIMEDOUT, f"rank {other} {why}")
             time.sleep(BETWEEN_LOOKS)
         word = json.loads(text)
         if "problem" in word:

@@ -148,6 +148,8 @@ def _as_train(args: Namespace, of_source: Mapping[str, Any]) -> Namespace:
     mine = {n: value for n, value in vars(args).items() if n in FLAGS and value != AS_RUN}
     flags = Namespace(**{**defaults, **of_source, **mine})
     flags.given = args.given & set(FLAGS)
+    # A base model may have needed several devices; these loops train whole models.
+    flags.shard = False
     return flags
 
 
