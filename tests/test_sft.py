@@ -82,6 +82,16 @@ def test_a_run_is_compiled_if_its_source_was(base, tmp_path, flag, expected):
     assert tuned.run.args.compile is expected
 
 
+def test_a_sharded_source_is_tuned_whole(base, tmp_path):
+    copied = small.copy_run(base, tmp_path)
+    shutil.copy(base / "chats.jsonl", tmp_path)
+    config = json.loads((copied / "config.json").read_text())
+    config["args"]["shard"] = True
+    (copied / "config.json").write_text(json.dumps(config))
+    tuned = open_tuned(sft.parse_args(argv(tmp_path, tmp_path)), "sft", OWN)
+    assert tuned.run.args.shard is False
+
+
 def test_the_run_folder_is_like_any_other(tuned, base):
     config = small.config(tuned, "tuned")
     assert config["command"] == "sft" and config["init_from"]["step"] == 12
