@@ -6,7 +6,7 @@ under a hidden name (.step_...), read back, and renamed once it is on disk; befo
 renamed to a hidden name. So whatever carries a checkpoint's name is complete, at any moment.
 
 State is stored by parameter name in full tensors, of a sharded run as the rows of each rank
-(tensor_files.py): what is read back depends on no ranks, device, batch layout or compilation.
+(tensor_files.py): what is read back is the same for any ranks, device, batch layout or compilation.
 nanochat/run/saver.py writes checkpoints while training continues."""
 
 import errno

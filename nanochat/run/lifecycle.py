@@ -114,7 +114,7 @@ class Taken:
         )
         self.saver: Saver | None = None
         shares = None
-        if args.shard and ranks.world_size() > 1:
+        if splits_model(args):
             shares = Shares(ranks.from_rank0(uuid.uuid4().hex))
         if shares:
             check_shared_disk(run.folder.path)
@@ -160,6 +160,12 @@ class Taken:
 # ----- the parts
 
 
+def splits_model(args: Namespace) -> bool:
+    """Whether the model of a run is split over the ranks: one rank has all of it, with --shard
+    too."""
+    return args.shard and ranks.world_size() > 1
+
+
 def build_parts(
     run: OpenedRun,
     planned: PlannedRun,
@@ -174,7 +180,7 @@ def build_parts(
     if planned.tight:
         hardware.set_up_heap(keeps_freed=False)
         ranks.print0("memory is tight: what is freed goes back to the system, which takes time")
-    maker = build_sharded if args.shard and ranks.world_size() > 1 else build
+    maker = build_sharded if splits_model(args) else build
     model = maker(planned.config, device, runtime.dtype, runtime.attention, seed=seed)
     model.checkpointing = args.activation_checkpointing
     scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
@@ -214,7 +220,7 @@ def warm_up(
     facts = hardware.describe(device)
     key = [vars(planned.config), *map(str, planned.runtime), args.activation_checkpointing, facts]
     # FSDP2 is left in disorder by a pass that fails for lack of memory, so none is tried.
-    is_fixed = args.device_batch_size != -1 or planned.runtime.shard
+    is_fixed = args.device_batch_size != -1 or splits_model(args)
     device_batch = memory.settle(
         trial, planned.device_batch, is_fixed, plan, key, device, log.message
     )

@@ -1,8 +1,8 @@
 """How the ranks of a sharded run write one checkpoint: each writes its own files, and rank 0 puts
 them together once all are there.
 
-Ranks save in threads, at any moment of a step, so nothing here exchanges tensors: what became of
-its part a rank says in the store in which the ranks met."""
+Ranks save in threads, at any moment of a step, so nothing here exchanges tensors: each rank leaves
+the outcome of its part in the store in which the ranks met."""
 
 import errno
 import json
@@ -29,9 +29,9 @@ BETWEEN_LOOKS = 0.05
 class Shares:
     """The parts of the ranks in the checkpoints of a run.
 
-    Every rank takes part in every attempt to write one, and all of them fail or none does, so that
-    they count alike. attempt: how many there were. start: of this start of the run, since the store
-    may outlive it."""
+    Every rank takes part in every attempt to write one, and an attempt fails on all ranks or on
+    none, so their counts agree. attempt: how many there were. start: names this start of the run,
+    which the store may outlive."""
 
     def __init__(self, start: str) -> None:
         self.start = start
@@ -129,6 +129,7 @@ def check_shared_disk(folder: Path) -> None:
     mark = folder / ranks.from_rank0(f".seen_by_all_ranks_{uuid.uuid4().hex}")
     if ranks.rank() == 0:
         mark.touch()
+    # The others look for it only once rank 0 has made it.
     ranks.from_rank0(None)
     blind = [number for number, sees in enumerate(ranks.from_all(mark.exists())) if not sees]
     if ranks.rank() == 0:

@@ -82,9 +82,5 @@ class StoredTensors:
             first += shape[0]
         # A rank may have no row of a small tensor.
         if not found:
-            return pieces[0][0].get_tensor(name)[:0]
+            return pieces[0][0].get_slice(name)[0:0]
         return found[0] if len(found) == 1 else torch.cat(found)
-
-    def read_all(self) -> dict[str, torch.Tensor]:
-        """{name: whole tensor}."""
-        return {name: self.read(name) for name in self.pieces}
