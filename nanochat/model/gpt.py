@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochat.model.config import GATE_CHANNELS, GPTConfig
 from nanochat.model.decoder import Cache, Decoder, Fill
-from nanochat.model.layers import Attention, LayerCache, Linear, Rope, norm
+from nanochat.model.layers import Attention, LayerCache, Linear, Rope, dropout, norm
 
 ROPE_BASE = 100_000.0
 LOGIT_SOFTCAP = 15.0
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return F.dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
+        return dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
 
 
 class ValueTable(nn.Embedding):

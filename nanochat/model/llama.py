@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat.common import round_up
 from nanochat.model.config import GPTConfig
 from nanochat.model.decoder import Cache, Decoder, Fill
-from nanochat.model.layers import Attention, LayerCache, Linear, Rope
+from nanochat.model.layers import Attention, LayerCache, Linear, Rope, dropout
 
 LLAMA_NORM_EPS = 1e-5
 LLAMA_ROPE_BASE = 10_000.0
@@ -56,7 +56,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return F.dropout(self.down(F.silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
+        return dropout(self.down(F.silu(self.gate(x)) * self.up(x)), self.dropout, self.training)
 
 
 class LlamaBlock(nn.Module):
