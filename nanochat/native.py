@@ -22,25 +22,27 @@ CAUSE = re.compile(r"error|cannot|no such|no space|denied|not found|not permitte
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, *flags: str) -> ctypes.CDLL:
     """The library of a C++ file, compiled for this processor and kept in the base dir.
 
-    Unavailable, with the reason in a line, where that is not possible."""
+    flags: for the compiler, beside FLAGS. Unavailable, with the reason in a line, where that is not
+    possible."""
     try:
-        return ctypes.CDLL(str(_built(source)))
+        return ctypes.CDLL(str(_built(source, flags)))
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(
             f"{source.name} cannot be compiled and loaded ({_cause(error)})"
         ) from None
 
 
-def _built(source: Path) -> Path:
+def _built(source: Path, flags: tuple[str, ...]) -> Path:
     """The compiled library. Raises OSError or SubprocessError."""
     compiler = _compiler()
     arm = platform.machine() in ("arm64", "aarch64")
-    command = [compiler, *FLAGS, "-mcpu=native" if arm else "-march=native", "-pthread"]
+    command = [compiler, *FLAGS, *flags, "-mcpu=native" if arm else "-march=native", "-pthread"]
     # A base dir may serve machines with other processors.
-    key = sha256_hex("\n".join([source.read_text(), *command, _processor()]))
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = sha256_hex("\n".join([*texts, *command, _processor()]))
     library = own_cache("native") / f"{source.stem}-{key[:16]}.so"
     if library.exists():
         return library

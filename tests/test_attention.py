@@ -23,7 +23,10 @@ from nanochat.model.attention import (
     usable_backends,
     visited_keys,
 )
+from nanochat.model.kernels import cpu_training
+from nanochat.model.layers import dropout
 
+ON_GPUS = tuple(name for name in BACKENDS if name != "native")
 FULL = 10**6  # a window larger than any S used here
 
 # T queries, S keys, window, H query heads, K key/value heads, D head dim
@@ -42,6 +45,11 @@ CASES = [
     (600, 600, 600, 2, 2, 64),
     (600, 600, 257, 8, 2, 32),
 ]
+
+
+def needs(backend):
+    if backend == "native" and (problem := cpu_training.problem()):
+        pytest.skip(problem)
 
 
 def inputs(T, S, H, K, D, seed=0):
@@ -83,9 +91,10 @@ def output_and_gradients(function, q, k, v, grad_out, dtype):
     return {"out": out.detach(), "alone": alone, "dq": dq, "dk": dk, "dv": dv}
 
 
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "sdpa"])
 @pytest.mark.parametrize("T, S, window, H, K, D", CASES)
 def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D):
+    needs(backend)
     q, k, v, grad_out = inputs(T, S, H, K, D)
     exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
     ours = output_and_gradients(
@@ -98,7 +107,7 @@ def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D)
         assert (ours[name] - exact[name]).abs().max() <= 2e-5 * scale, name
 
 
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("backend", ["blocked", "native", "sdpa"])
 @pytest.mark.parametrize(
     "T, S, window, H, K, D",
     [(257, 257, 31, 4, 1, 64), (257, 257, FULL, 4, 4, 128), (65, 257, FULL, 4, 1, 32)],
@@ -106,6 +115,7 @@ def test_equals_brute_force_forward_and_backward(backend, T, S, window, H, K, D)
 def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
     """Three-way rule: the error against exact arithmetic on the same bf16 inputs is compared with
     that of plain PyTorch."""
+    needs(backend)
     q, k, v, grad_out = (x.bfloat16() for x in inputs(T, S, H, K, D))
     exact = output_and_gradients(lambda *x: reference(*x, window), q, k, v, grad_out, torch.float64)
     plain = output_and_gradients(
@@ -121,24 +131,44 @@ def test_bf16_is_no_worse_than_plain_bf16(backend, T, S, window, H, K, D):
             assert error <= 1.5 * allowed + 1e-5, f"{name}: {error:.2e} against {allowed:.2e}"
 
 
+@pytest.mark.parametrize("backend", ["blocked", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("T", [1, 63, 65, 257])
 @pytest.mark.parametrize("H, K, D", [(2, 2, 64), (4, 1, 64), (2, 2, 128), (4, 1, 128)])
-def test_error_is_no_larger_than_that_of_plain_pytorch(dtype, T, H, K, D):
-    """The blocked path at windows 1, 31 and T: errors of outputs and all gradients against fp64 are
+def test_error_is_no_larger_than_that_of_plain_pytorch(backend, dtype, T, H, K, D):
+    """At windows 1, 31 and T: errors of outputs and all gradients against fp64 are
     compared with those of plain PyTorch in the same dtype."""
+    needs(backend)
     for window in sorted({1, min(31, T), T}):
         q, k, v, grad_out = (x.to(dtype) for x in inputs(T, T, H, K, D))
         plainly = functools.partial(reference, window=window)
-        blocked = functools.partial(attention, window=window, backend="blocked")
+        in_blocks = functools.partial(attention, window=window, backend=backend)
         exact = output_and_gradients(plainly, q, k, v, grad_out, torch.float64)
         plain = output_and_gradients(plainly, q, k, v, grad_out, dtype)
-        ours = output_and_gradients(blocked, q, k, v, grad_out, dtype)
+        ours = output_and_gradients(in_blocks, q, k, v, grad_out, dtype)
         for name in exact:
             error, allowed = ((x[name] - exact[name]).norm() for x in (ours, plain))
             assert error <= 1.5 * allowed + 1e-7 * exact[name].norm(), (
                 f"{name}, window {window}: {error:.2e} against {allowed:.2e}"
             )
+
+
+def test_compiled_code_calls_the_native_parts_as_they_are():
+    """Attention and dropout by custom operators: outputs, gradients and draws as uncompiled."""
+    needs("native")
+    q, k, v, grad_out = inputs(70, 70, 4, 2, 16)
+
+    def thinned(*leaves):
+        torch.manual_seed(1)
+        return dropout(attention(*leaves, 31, "native"), 0.25, True)
+
+    eager = output_and_gradients(thinned, q, k, v, grad_out, torch.float32)
+    compiled = output_and_gradients(
+        torch.compile(thinned, dynamic=False), q, k, v, grad_out, torch.float32
+    )
+    assert 0.2 < (eager["out"] == 0).float().mean() < 0.3
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
 
 
 def test_blocked_keeps_little_for_the_backward_pass():
@@ -165,8 +195,8 @@ def test_blocked_keeps_little_for_the_backward_pass():
 
 def test_visited_keys():
     assert visited_keys(1, 1) == 1 and visited_keys(300, FULL) == (256 * 256 + 44 * 300) / 300
-    assert visited_keys(1024, 64) == (128 * 128 + 7 * 128 * (128 + 63)) / 1024
-    assert visited_keys(1024, 300) == (256 * 256 + 256 * 512 + 2 * 256 * (256 + 299)) / 1024
+    assert visited_keys(1024, 64) == (128 * 128 + 7 * 128 * (128 + 64)) / 1024
+    assert visited_keys(1024, 300) == (256 * 256 + 256 * 512 + 2 * 256 * (256 + 320)) / 1024
 
 
 def test_blocked_work_grows_with_the_window_not_with_the_square():
@@ -291,7 +321,16 @@ def test_an_installed_flash_attention_is_tried_first(monkeypatch, fault):
 
 
 def test_backend_choice(monkeypatch):
-    assert pick_backend("auto", "cpu")[0] == pick_backend("auto", "mps")[0] == "blocked"
+    assert pick_backend("auto", "mps")[0] == "blocked"
+    assert pick_backend("auto", "cpu", no_compiler="--no-compile")[0] == "blocked"
+    if not cpu_training.problem():
+        assert pick_backend("auto", "cpu")[0] == "native"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_training, "problem", lambda: "no C++ compiler")
+        backend, reason = pick_backend("auto", "cpu")
+        assert backend == "blocked" and "no C++ compiler" in reason
+        with pytest.raises(UsageError, match="--attention=native: cannot be .*no C.. compiler"):
+            pick_backend("native", "cpu")
     assert (
         pick_backend("auto", "cuda", capability=(9, 0))[0]
         == pick_backend("auto", "cuda", capability=(8, 0))[0]
@@ -299,7 +338,7 @@ def test_backend_choice(monkeypatch):
     )
     assert pick_backend("auto", "cuda", capability=(7, 5))[0] == "sdpa"
     assert pick_backend("auto", "cuda", capability=(9, 0), no_compiler="--no-compile")[0] == "sdpa"
-    for backend in BACKENDS:
+    for backend in ON_GPUS:
         capability = (10, 0) if backend == "fa4" else (9, 0)
         assert pick_backend(backend, "cuda", torch.bfloat16, 128, capability) == (
             backend,
@@ -312,7 +351,7 @@ def test_backend_choice(monkeypatch):
         (
             {"triton", "flash_attn_interface", "flash_attn", "flash_attn.cute"},
             "flex",
-            BACKENDS[:-1],
+            ON_GPUS[:-1],
         ),
         ({"triton", "flash_attn"}, "flex", ("blocked", "sdpa", "flex", "triton")),
     ]:
@@ -329,7 +368,7 @@ def test_backend_choice(monkeypatch):
             "triton",
             "cpu",
             {},
-            "runs on NVIDIA GPUs, and this device is cpu; choose auto, blocked or sdpa",
+            "on NVIDIA GPUs, and this device is cpu; choose auto, blocked or (native or )?sdpa",
         ),
         ("flex", "mps", {}, "this device is mps"),
         ("fa3", "cpu", {}, "this device is cpu"),

@@ -1,5 +1,6 @@
 """The chunked loss against torch.nn.functional.cross_entropy: in fp64, and in the same dtype."""
 
+import functools
 import importlib.util
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat.model import loss
+from nanochat.model.kernels import cpu_training
 from nanochat.model.loss import linear_cross_entropy, pick_loss, pick_scoring_loss
 
 # N tokens, C width, V vocabulary, logits in a chunk, softcap
@@ -36,6 +38,13 @@ def inputs(N, C, V, seed=0):
     return hidden, weight, targets
 
 
+def function_of(backend):
+    """linear_cross_entropy() by one of its backends."""
+    if backend == "native" and (problem := cpu_training.problem()):
+        pytest.skip(problem)
+    return functools.partial(linear_cross_entropy, backend=backend)
+
+
 def plain(hidden, weight, targets, softcap, reduction):
     logits = F.linear(hidden, weight.to(hidden.dtype))
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -56,21 +65,22 @@ def results(function, hidden, weight, targets, softcap, reduction):
     return {"nats": nats.detach(), "d hidden": hidden.grad, "d weight": weight.grad}
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("N, C, V, chunk, softcap", CASES)
-def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, monkeypatch):
+def test_equals_cross_entropy(N, C, V, chunk, softcap, reduction, backend, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
     monkeypatch.setattr(loss, "EAGER_LOGITS", 3 * V)  # three rows at a time
     hidden, weight, targets = inputs(N, C, V)
     exact = results(plain, hidden.double(), weight.double(), targets, softcap, reduction)
-    ours = results(linear_cross_entropy, hidden, weight, targets, softcap, reduction)
+    ours = results(function_of(backend), hidden, weight, targets, softcap, reduction)
     for name in exact:
         assert ours[name].shape == exact[name].shape and ours[name].dtype == torch.float32
         assert (ours[name] - exact[name]).abs().max() <= 3e-6 * exact[name].abs().max().clamp_min(
             1.0
         ), name
     with torch.no_grad():
-        nats = linear_cross_entropy(hidden, weight, targets, softcap, reduction)
+        nats = function_of(backend)(hidden, weight, targets, softcap, reduction)
     assert torch.allclose(nats, ours["nats"], rtol=1e-6)
 
 
@@ -88,9 +98,10 @@ def test_a_padded_vocabulary_gives_the_same(V, rows, reduction, monkeypatch):
         torch.testing.assert_close(padded[name], expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("N, C, V, chunk, softcap", CASES[1:])
-def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, monkeypatch):
+def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, backend, monkeypatch):
     """Three-way rule: the error against exact arithmetic on the same bf16 inputs is compared with
     that of plain PyTorch."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk})
@@ -98,7 +109,7 @@ def test_bf16_is_no_worse_than_plain_bf16(N, C, V, chunk, softcap, reduction, mo
     hidden, weight = hidden.bfloat16(), weight.bfloat16().float()
     exact = results(plain, hidden.double(), weight.double(), targets, softcap, reduction)
     theirs = results(plain, hidden, weight, targets, softcap, reduction)
-    ours = results(linear_cross_entropy, hidden, weight, targets, softcap, reduction)
+    ours = results(function_of(backend), hidden, weight, targets, softcap, reduction)
     assert ours["d hidden"].dtype == torch.bfloat16 and ours["d weight"].dtype == torch.float32
     for name in exact:
         error, allowed = ((x[name] - exact[name]).norm() for x in (ours, theirs))
@@ -134,33 +145,37 @@ def test_no_tensor_holds_all_logits(monkeypatch):
     assert largest == N * V
 
 
-def test_extreme_logits():
+@pytest.mark.parametrize("backend", ["plain", "native"])
+def test_extreme_logits(backend):
     """Where e^x would overflow or 1 - tanh^2 vanish: as exact as plain PyTorch, and never NaN."""
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     hidden, targets = torch.tensor([[1e4], [-1e4], [30.0], [0.0]]), torch.tensor([0, 0, 2, 1])
     for softcap in (15.0, None):
         exact = results(plain, hidden.double(), weight.double(), targets, softcap, "sum")
-        ours = results(linear_cross_entropy, hidden, weight, targets, softcap, "sum")
+        ours = results(function_of(backend), hidden, weight, targets, softcap, "sum")
         for name in exact:
             torch.testing.assert_close(ours[name], exact[name].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("N", [0, 5])
-def test_no_token_counts(N, reduction):
+def test_no_token_counts(N, reduction, backend):
     """As PyTorch: the mean is NaN, everything else is zero, all gradients too."""
     hidden, weight, targets = inputs(5, 4, 11)
     hidden, targets = hidden[:N], torch.full((N,), -1)
     theirs = results(plain, hidden, weight, targets, 15.0, reduction)
-    ours = results(linear_cross_entropy, hidden, weight, targets, 15.0, reduction)
+    ours = results(function_of(backend), hidden, weight, targets, 15.0, reduction)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
 
 
-def test_non_finite_logits_are_seen():
+@pytest.mark.parametrize("backend", ["plain", "native"])
+def test_non_finite_logits_are_seen(backend):
     hidden, weight, targets = inputs(6, 4, 11)
     weight[3, 2] = float("nan")
-    assert linear_cross_entropy(hidden, weight.requires_grad_(), targets, 15.0).isnan()
+    for softcap in (15.0, None):
+        assert function_of(backend)(hidden, weight.requires_grad_(), targets, softcap).isnan()
 
 
 def test_compiled_equals_eager():
@@ -191,9 +206,14 @@ def test_scoring_takes_a_kernel_of_any_shape_on_a_gpu(monkeypatch, installed, ca
     assert pick_scoring_loss.__wrapped__("cpu") == "plain"
 
 
-def test_backend_choice():
+def test_backend_choice(monkeypatch):
     assert pick_loss("cpu", compiled=False)[0] == pick_loss("cuda", compiled=False)[0] == "plain"
-    assert pick_loss("cpu", compiled=True)[0] == pick_loss("cuda", compiled=True)[0] == "compiled"
+    assert pick_loss("cuda", compiled=True)[0] == "compiled"
+    if not cpu_training.problem():
+        assert pick_loss("cpu", compiled=True)[0] == "native"
+    monkeypatch.setattr(cpu_training, "problem", lambda: "no C++ compiler")
+    backend, reason = pick_loss("cpu", compiled=True)
+    assert backend == "compiled" and "no C++ compiler" in reason
 
 
 def test_refused():

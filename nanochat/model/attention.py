@@ -14,13 +14,18 @@ from torch import Tensor
 from nanochat.common import UsageError
 from nanochat.model.kernels import TRITON_HEAD_DIMS
 
-BACKENDS = ("blocked", "sdpa", "flex", "triton", "fa3", "fa4")
-# Queries that share one slice of keys in the blocked path: small blocks skip more of what is
+BACKENDS = ("blocked", "native", "sdpa", "flex", "triton", "fa3", "fa4")
+# Of these, the ones that keep a weight for every score until the backward pass.
+KEEP_SCORES = ("blocked", "native")
+# Queries that share one slice of keys in these: small blocks skip more of what is
 # masked, large ones make larger products. Windows of at most SHORT_WINDOW take the small blocks.
 # Measured in runs/LOG.md.
 QUERY_BLOCK = 256
 SHORT_QUERY_BLOCK = 128
 SHORT_WINDOW = 256
+# The first key of a slice is a multiple of this: products of 255 keys, whose rows begin anywhere in
+# a cache line, take longer than those of 256 (runs/LOG.md).
+KEY_ALIGNMENT = 32
 # Below these, flex either cannot be compiled or takes torch's kernel for decoding, whose gradients
 # are not deterministic.
 FLEX_HEAD_DIM = 16
@@ -52,9 +57,10 @@ def pick_backend(
 ) -> tuple[str, str]:
     """(backend, reason) for --attention. Raises UsageError for one that cannot run on the device.
 
-    "auto" is blocked on a CPU. On a GPU of SM80 and later it is flex, which skips what a window
-    hides and leaves full context to SDPA; on older ones, for which triton has no matrix
-    instructions, sdpa. Our own kernel is not chosen before it is measured.
+    "auto" is native on a CPU where its C++ can be compiled, and blocked where it cannot. On a GPU
+    of SM80 and later it is flex, which skips what a window hides and leaves full context to SDPA;
+    on older ones, for which triton has no matrix instructions, sdpa. Our own Triton kernel is not
+    chosen before it is measured.
 
     dtype, head_dim: of the model, where known. capability: (major, minor) of a GPU that is planned
     for; then packages need not be installed here. no_compiler: why nothing is compiled, or None."""
@@ -82,7 +88,10 @@ def pick_backend(
             "(without cuDNN, which is not deterministic) and where nothing is compiled"
         )
     if device_type == "cpu":
-        return "blocked", "plain products over causal blocks skip masked keys and beat SDPA on CPUs"
+        problem = backend_problem("native", device_type, **known)
+        if problem:
+            return "blocked", f"plain products over causal blocks; native {problem}"
+        return "native", "products over causal blocks, which skip masked keys, and C++ between them"
     return "blocked", "work and memory grow with the window; SDPA is not measured here"
 
 
@@ -105,6 +114,8 @@ def backend_problem(
     None. Arguments as in pick_backend()."""
     if backend in ("blocked", "sdpa"):
         return None
+    if backend == "native":
+        return _native_problem(device_type, dtype, no_compiler)
     if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
         supported = ", ".join(map(str, TRITON_HEAD_DIMS))
         return f"has no kernel for a head dim of {head_dim} (it supports {supported})"
@@ -125,6 +136,21 @@ def backend_problem(
         return f"computes all scores when it is not compiled ({no_compiler})"
     capability = capability or torch.cuda.get_device_capability()
     return _gpu_problem(backend, dtype, *capability)
+
+
+def _native_problem(
+    device_type: str, dtype: torch.dtype | None, no_compiler: str | None
+) -> str | None:
+    from nanochat.model.kernels import cpu_training
+
+    if device_type != "cpu":
+        return f"runs on CPUs, and this device is {device_type}"
+    if dtype not in (None, *cpu_training.DTYPES):
+        return f"takes float32 and bfloat16, not {dtype}"
+    if no_compiler:
+        return f"is C++, and nothing is compiled here ({no_compiler})"
+    problem = cpu_training.problem()
+    return problem and f"cannot be used: {problem}"
 
 
 def _gpu_problem(backend: str, dtype: torch.dtype | None, major: int, minor: int) -> str | None:
@@ -223,6 +249,12 @@ def attention(
         from nanochat.model.kernels.flex_attention import windowed_attention
 
         return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+    # Evaluation, whose rows vary in length, needs no gradient and takes the blocked path.
+    same_length = q_BxTxHxD.size(1) == k_BxSxKxD.size(1)
+    if backend == "native" and same_length and torch.is_grad_enabled():
+        from nanochat.model.kernels import cpu_training
+
+        return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     if backend in ("sdpa", "flex"):
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
@@ -240,8 +272,11 @@ def visible(
 ) -> Tensor:
     """Boolean (n_query, n_key) mask of a rectangle of the T x S scores: True where the query sees
     the key. By default the whole matrix."""
-    queries = torch.arange(first_query, first_query + (n_query or T), device=device)
-    keys = torch.arange(first_key, first_key + (n_key or S), device=device)
+    # compiled for a CPU, comparisons of 64-bit numbers take several times as long
+    queries = torch.arange(
+        first_query, first_query + (n_query or T), device=device, dtype=torch.int32
+    )
+    keys = torch.arange(first_key, first_key + (n_key or S), device=device, dtype=torch.int32)
     # the queries are the last T of the S positions
     query = queries[:, None] + (S - T)
     key = keys[None, :]
@@ -256,6 +291,7 @@ def blocks_of_scores(T: int, S: int, window: int) -> list[tuple[int, int, int, i
     for first_query in range(0, T, size):
         end_query = min(first_query + size, T)
         first_key = max(0, S - T + first_query - window + 1)
+        first_key -= first_key % KEY_ALIGNMENT
         blocks.append((first_query, end_query, first_key, S - T + end_query))
     return blocks
 

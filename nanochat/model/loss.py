@@ -29,7 +29,9 @@ NARROW_CAP = 60.0
 WIDE_SUM = False
 TRITON_ON_GPU = False
 # How the softmax between the products is computed.
-BACKENDS = ("plain", "compiled", "triton")
+BACKENDS = ("plain", "compiled", "native", "triton")
+# Of these, the ones whose gradient overwrites the logits.
+IN_PLACE = ("native", "triton")
 
 
 def pick_loss(device_type: str, compiled: bool) -> tuple[str, str]:
@@ -44,6 +46,13 @@ def pick_loss(device_type: str, compiled: bool) -> tuple[str, str]:
         return "plain", "nothing is compiled"
     if device_type == "cuda" and TRITON_ON_GPU:
         return "triton", "one kernel for the softmax and its gradient"
+    if device_type == "cpu":
+        from nanochat.model.kernels import cpu_training
+
+        problem = cpu_training.problem()
+        if not problem:
+            return "native", "the softmax and its gradient in C++, between the products"
+        return "compiled", f"the softmax and its gradient, between the products; {problem}"
     reason = "the softmax and its gradient, between the products"
     if device_type == "cuda":
         reason += "; the Triton kernel is not measured yet"
@@ -206,7 +215,7 @@ def _chunked(
             continue
         if len(matrix_PxC) > V:
             # The logits of the padding are zeros, as their gradient is.
-            if backend != "triton":
+            if backend not in IN_PLACE:
                 logits_RxP[:, :V] = gradient_RxP
             gradient_RxP = logits_RxP
         # Straight into its place: no temporary for each chunk.
@@ -250,10 +259,15 @@ def _nats_and_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """(nats (R,) fp32, and the gradient of sum(scale * nats) for the logits, in their dtype; None
-    without a scale). The gradient overwrites the logits in the backend "triton" alone."""
-    if backend == "triton":
-        from nanochat.model.kernels.cross_entropy import cross_entropy_
-
+    without a scale). The gradient overwrites the logits in the backends IN_PLACE."""
+    # training.cpp has no torch.tanh
+    if backend == "native" and (softcap or 0) > NARROW_CAP:
+        backend = "plain"
+    if backend in IN_PLACE:
+        if backend == "native":
+            from nanochat.model.kernels.cpu_training import cross_entropy_
+        else:
+            from nanochat.model.kernels.cross_entropy import cross_entropy_
         nats_R = cross_entropy_(logits_RxV, targets_R, scale_R, softcap)
         return nats_R, None if scale_R is None else logits_RxV
     nats_R, log_total_R = _rowwise(_nats_and_log_total, backend, softcap, logits_RxV, targets_R)
@@ -314,7 +328,8 @@ def _gradient(
 
     Recomputes the capped logits: cheaper than to store them."""
     capped, slope = _capped(logits_RxV.float(), softcap)
-    hit = torch.arange(logits_RxV.size(1), device=targets_R.device) == targets_R[:, None]
+    vocabulary = torch.arange(logits_RxV.size(1), device=targets_R.device, dtype=torch.int32)
+    hit = vocabulary == targets_R.int()[:, None]
     factor = (scale_R * (targets_R != -1))[:, None]
     gradient = ((capped - log_total_R[:, None]).exp() - hit.float()) * (slope * factor)
     return gradient.to(logits_RxV.dtype)

@@ -193,7 +193,7 @@ GROUPS: dict[str, list[Flag]] = {
             "attention",
             "auto",
             # No choices: checks.py knows the backends, and importing their list loads torch.
-            "attention backend: auto, blocked, sdpa, flex, triton, fa3 or fa4",
+            "attention backend: auto, blocked, native, sdpa, flex, triton, fa3 or fa4",
             on_resume=FREE,
         ),
         Flag(

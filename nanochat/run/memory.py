@@ -22,7 +22,7 @@ from nanochat.common import (
     sha256_hex,
     write_json,
 )
-from nanochat.model.attention import QUERY_BLOCK, visited_keys
+from nanochat.model.attention import KEEP_SCORES, QUERY_BLOCK, visited_keys
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import EAGER_LOGITS, chunk_logits
 
@@ -182,7 +182,7 @@ class StepMemory:
         # The blocked attention keeps a weight for every score that it computes; the others
         # recompute them.
         scores = 0
-        if self.backend == "blocked":
+        if self.backend in KEEP_SCORES:
             scores = element * config.n_head
         return [
             tokens * (channels + scores * visited_keys(config.max_seq_len, window))
@@ -206,7 +206,7 @@ class StepMemory:
 
     def _softmax_bytes(self, rows: int) -> int:
         """Bytes of the fp32 copies that the softmax of a block of queries makes uncompiled."""
-        if self.compiled or self.backend != "blocked":
+        if self.compiled or self.backend not in KEEP_SCORES:
             return 0
         T = self.config.max_seq_len
         widest = max(min(window, T) for window in self.config.windows())

@@ -11,127 +11,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
-
-// ---- vectors of 16 ----
-
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-constexpr int LANES = 16;
-
-// What a register holds. Compilers keep larger vectors in memory, and an inner loop then waits for
-// loads and stores.
-#if defined(__AVX512F__)
-constexpr int NATIVE = 16;
-#elif defined(__AVX2__)
-constexpr int NATIVE = 8;
-#else
-constexpr int NATIVE = 4;
-#endif
-typedef float Native __attribute__((vector_size(NATIVE * sizeof(float))));
-constexpr int PARTS = LANES / NATIVE;
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(BFloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline void store(float* at, float x) { *at = x; }
-
-// Rounds to nearest, ties to even. NaN stays NaN: the bits added do not reach its exponent.
-inline void store(BFloat16* at, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    at->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline F16 load(const float* at) {
-    F16 x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-}
-
-inline F16 load(const BFloat16* at) {
-    H16 x;
-    std::memcpy(&x, at, sizeof x);
-    U16 wide = __builtin_convertvector(x, U16) << 16;
-    F16 value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-inline Native load_native(const float* at) {
-    Native x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-}
-
-inline Native load_native(const BFloat16* at) {
-    typedef uint16_t Narrow __attribute__((vector_size(NATIVE * sizeof(uint16_t))));
-    typedef uint32_t Wide __attribute__((vector_size(NATIVE * sizeof(uint32_t))));
-    Narrow x;
-    std::memcpy(&x, at, sizeof x);
-    Wide wide = __builtin_convertvector(x, Wide) << 16;
-    Native value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-// Halves are added, then quarters, and so on. By copies: without AVX-512 compilers shuffle a vector
-// of this size number by number.
-inline float sum(F16 x) {
-    typedef float F8 __attribute__((vector_size(8 * sizeof(float))));
-    typedef float F4 __attribute__((vector_size(4 * sizeof(float))));
-    F8 half[2];
-    std::memcpy(half, &x, sizeof half);
-    half[0] += half[1];
-    F4 quarter[2];
-    std::memcpy(quarter, half, sizeof quarter);
-    F4 rest = quarter[0] + quarter[1];
-    return (rest[0] + rest[2]) + (rest[1] + rest[3]);
-}
-
-// e^x within 2 units in the last place: x = n ln 2 + r, and a polynomial of r (Cephes' expf).
-inline F16 exp(F16 x) {
-    F16 lowest = F16{} - 87.3f, highest = F16{} + 88.3f;
-    x = x < lowest ? lowest : x;
-    x = x > highest ? highest : x;
-    F16 scaled = x * 1.44269504f;
-    F16 shifted = scaled + 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number
-    F16 n = shifted - 12582912.0f;
-    F16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    F16 p = F16{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    I16 exponent = (__builtin_convertvector(n, I16) + 127) << 23;
-    F16 power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return p * power;
-}
-
-inline float exp(float x) { return exp(F16{} + x)[0]; }
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <class W>
 inline float dot(const W* w, const float* x, int64_t n) {

@@ -1,0 +1,210 @@
+"""training.cpp from Python: attention and the softmax of the loss for training on CPUs.
+
+The references are _blocked() in nanochat/model/attention.py, and _nats_and_log_total() and
+_gradient() in nanochat/model/loss.py; tests compare them.
+
+Shapes: R rows (tokens), V vocabulary, N rows of a batch times key/value heads, G query heads of a
+key/value head, T tokens of a row, Q queries and S keys of a block, D head dim."""
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanochat import native
+from nanochat.common import Unavailable
+from nanochat.model.attention import blocks_of_scores
+
+SOURCE = Path(__file__).with_name("training.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # with OpenMP, as torch and what it compiles: all share one set of threads
+    library = native.load(SOURCE, "-fopenmp")
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    scores = [*[whole] * 6, number]
+    library.nanochat_softmax.argtypes = [pointer, *scores]
+    library.nanochat_softmax_gradient.argtypes = [pointer, pointer, *scores]
+    library.nanochat_cross_entropy.argtypes = [
+        *[pointer, *[whole] * 4],
+        *[pointer, pointer, number, pointer],
+    ]
+    return library
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why training.cpp cannot be used on this machine, or None."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.stride(-1) != 1:
+        raise ValueError(
+            f"{x.dtype} on {x.device} with strides {x.stride()}; training.cpp takes float32 or "
+            f"bfloat16 on a CPU, the last dimension dense"
+        )
+
+
+# ---- loss ----
+
+
+def cross_entropy_(
+    logits_RxV: Tensor, targets_R: Tensor, scale_R: Tensor | None, softcap: float | None
+) -> Tensor:
+    """Cross-entropy in nats, (R,) fp32, of rows of logits softcap * tanh(logits / softcap); 0 where
+    the target is -1.
+
+    As the Triton kernel of that name (cross_entropy.py), for a softcap of at most NARROW_CAP:
+    scale_R (fp32), if given, has the logits overwritten with the gradient of sum(scale * nats)."""
+    _check(logits_RxV)
+    R, V = logits_RxV.shape
+    nats_R = torch.empty(R, dtype=torch.float32)
+    targets_R = targets_R.contiguous()
+    scale_R = None if scale_R is None else scale_R.float().contiguous()
+    _library().nanochat_cross_entropy(
+        logits_RxV.data_ptr(),
+        logits_RxV.dtype == torch.bfloat16,
+        R,
+        logits_RxV.stride(0),
+        V,
+        targets_R.data_ptr(),
+        None if scale_R is None else scale_R.data_ptr(),
+        softcap or 0,
+        nats_R.data_ptr(),
+    )
+    return nats_R
+
+
+# ---- attention ----
+
+
+def attention(q_BxTxHxD: Tensor, k_BxTxKxD: Tensor, v_BxTxKxD: Tensor, window: int) -> Tensor:
+    """As attention() of nanochat/model/attention.py, with as many keys as queries."""
+    B, T, H, D = q_BxTxHxD.shape
+    K = k_BxTxKxD.size(2)
+    group = H // K
+    q_NxGxTxD = q_BxTxHxD.view(B, T, K, group, D).permute(0, 2, 3, 1, 4).reshape(-1, group, T, D)
+    k_NxTxD, v_NxTxD = (x.permute(0, 2, 1, 3).reshape(-1, T, D) for x in (k_BxTxKxD, v_BxTxKxD))
+    out_NxGxTxD, _ = _attention(
+        q_NxGxTxD.contiguous(), k_NxTxD.contiguous(), v_NxTxD.contiguous(), window
+    )
+    out_BxKxGxTxD = out_NxGxTxD.view(B, K, group, T, D)
+    return out_BxKxGxTxD.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _blocks(
+    group: int, T: int, window: int, weights: Tensor
+) -> Iterator[tuple[slice, slice, int, Tensor]]:
+    """Of each block: its queries, its keys, the key of its first query, counted from its first, and
+    its part of the weights, (N, G * Q, S)."""
+    rows = weights.size(0)
+    first = 0
+    for t0, t1, s0, s1 in blocks_of_scores(T, T, window):
+        end = first + group * (t1 - t0) * (s1 - s0)
+        # a block of all rows is dense
+        part = weights.view(-1)[rows * first : rows * end]
+        yield slice(t0, t1), slice(s0, s1), t0 - s0, part.view(rows, -1, s1 - s0)
+        first = end
+
+
+def _scores(group: int, T: int, window: int) -> int:
+    """How many scores a row has in all blocks."""
+    blocks = blocks_of_scores(T, T, window)
+    return group * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
+
+
+def _dense(x: Tensor, rows: slice) -> Tensor:
+    """These rows of (N, T, D) or (N, G, T, D), as (N, Q, D) or (N, G * Q, D). Products of what is
+    not dense copy more."""
+    part = x[..., rows, :]
+    return part.reshape(x.size(0), -1, x.size(-1)).contiguous()
+
+
+@torch.library.custom_op("nanochat::cpu_attention", mutates_args=())
+def _attention(
+    q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """(what attention returns, in the layout of q; the weights of all blocks, (N, scores))."""
+    _check(q_NxGxTxD)
+    N, G, T, D = q_NxGxTxD.shape
+    out = torch.empty_like(q_NxGxTxD)
+    weights = q_NxGxTxD.new_empty(N, _scores(G, T, window))
+    for queries, keys, own, part in _blocks(G, T, window, weights):
+        q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
+        torch.bmm(q, k.transpose(1, 2), out=part)
+        _library().nanochat_softmax(part.data_ptr(), *_described(part, queries, own, window, D))
+        out[:, :, queries] = (part @ v).view(N, G, -1, D)
+    return out, weights
+
+
+def _described(
+    part: Tensor, queries: slice, own: int, window: int, D: int
+) -> tuple[int | float, ...]:
+    """What training.cpp wants to know of a block of scores."""
+    S = part.size(-1)
+    rows = part.numel() // S
+    T = queries.stop - queries.start
+    return part.dtype == torch.bfloat16, rows, T, S, own, window, D**-0.5
+
+
+@torch.library.custom_op("nanochat::cpu_attention_backward", mutates_args=())
+def _attention_backward(
+    upstream_NxGxTxD: Tensor,
+    q_NxGxTxD: Tensor,
+    k_NxTxD: Tensor,
+    v_NxTxD: Tensor,
+    weights: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    N, G, T, D = q_NxGxTxD.shape
+    dq = torch.empty_like(q_NxGxTxD)
+    dk, dv = torch.zeros_like(k_NxTxD), torch.zeros_like(v_NxTxD)
+    for queries, keys, own, part in _blocks(G, T, window, weights):
+        q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
+        upstream = _dense(upstream_NxGxTxD, queries)
+        dv[:, keys] += part.transpose(1, 2) @ upstream
+        gradient = torch.empty_like(part)
+        torch.bmm(upstream, v.transpose(1, 2), out=gradient)
+        _library().nanochat_softmax_gradient(
+            gradient.data_ptr(), part.data_ptr(), *_described(part, queries, own, window, D)
+        )
+        dq[:, :, queries] = (gradient @ k).view(N, G, -1, D)
+        dk[:, keys] += gradient.transpose(1, 2) @ q
+    return dq, dk, dv
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    N, G, T, _ = q.shape
+    return torch.empty_like(q), q.new_empty(N, _scores(G, T, window))
+
+
+@_attention_backward.register_fake
+def _(
+    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream: Tensor, of_weights: None) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.window), None
+
+
+_attention.register_autograd(_backward, setup_context=_keep)
