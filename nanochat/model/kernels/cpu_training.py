@@ -1,5 +1,8 @@
 """training.cpp from Python: attention and the softmax of the loss for training on CPUs.
 
+In bf16 on processors with AMX or AVX512-BF16 it computes all of attention, in tiles; elsewhere its
+softmax stands between torch's products.
+
 The references are _blocked() in nanochat/model/attention.py, and _nats_and_log_total() and
 _gradient() in nanochat/model/loss.py; tests compare them.
 
@@ -20,16 +23,24 @@ from nanochat.model.attention import blocks_of_scores
 
 SOURCE = Path(__file__).with_name("training.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
+# Queries of which tile_attention.h visits the keys together; the head dim is a multiple of it.
+TILE_CHUNK = 32
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     # with OpenMP, as torch and what it compiles: all share one set of threads
-    library = native.load(SOURCE, "-fopenmp")
+    return declared(native.load(SOURCE, "-fopenmp"))
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library of training.cpp, with the types of what its functions take."""
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     scores = [*[whole] * 6, number]
     library.nanochat_softmax.argtypes = [pointer, *scores]
     library.nanochat_softmax_gradient.argtypes = [pointer, pointer, *scores]
+    library.nanochat_attention.argtypes = [*[pointer] * 6, number]
+    library.nanochat_attention_gradient.argtypes = [*[pointer] * 9, number]
     library.nanochat_cross_entropy.argtypes = [
         *[pointer, *[whole] * 4],
         *[pointer, pointer, number, pointer],
@@ -95,32 +106,57 @@ def attention(q_BxTxHxD: Tensor, k_BxTxKxD: Tensor, v_BxTxKxD: Tensor, window: i
     group = H // K
     q_NxGxTxD = q_BxTxHxD.view(B, T, K, group, D).permute(0, 2, 3, 1, 4).reshape(-1, group, T, D)
     k_NxTxD, v_NxTxD = (x.permute(0, 2, 1, 3).reshape(-1, T, D) for x in (k_BxTxKxD, v_BxTxKxD))
-    out_NxGxTxD, _ = _attention(
-        q_NxGxTxD.contiguous(), k_NxTxD.contiguous(), v_NxTxD.contiguous(), window
-    )
+    inputs = (x.contiguous() for x in (q_NxGxTxD, k_NxTxD, v_NxTxD))
+    out_NxGxTxD, _ = _attention(*inputs, window, _n_weights(q_NxGxTxD, window))
     out_BxKxGxTxD = out_NxGxTxD.view(B, K, group, T, D)
     return out_BxKxGxTxD.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
+def _takes_tiles(q_NxGxTxD: Tensor) -> bool:
+    """Whether tile_attention.h does it all; otherwise torch's products do, block by block."""
+    D = q_NxGxTxD.size(-1)
+    return q_NxGxTxD.dtype == torch.bfloat16 and D % TILE_CHUNK == 0 and _has_tiles()
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(_library().nanochat_has_tiles())
+
+
+def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
+    """How many weights the attention keeps, of all rows and heads."""
+    N, G, T, _ = q_NxGxTxD.shape
+    if not _takes_tiles(q_NxGxTxD):
+        blocks = blocks_of_scores(T, T, window)
+        return N * G * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
+    # as Shape::weights() counts them
+    total = 0
+    for first in range(0, T, TILE_CHUNK):
+        first_key = max(0, first - window + 1)
+        total += first + TILE_CHUNK - first_key + first_key % TILE_CHUNK
+    return N * G * TILE_CHUNK * total
+
+
+def _shape(q_NxGxTxD: Tensor, window: int) -> tuple[ctypes.Array, float]:
+    N, G, T, D = q_NxGxTxD.shape
+    return (ctypes.c_int64 * 5)(N, G, T, D, window), D**-0.5
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def _blocks(
-    group: int, T: int, window: int, weights: Tensor
+    q_NxGxTxD: Tensor, window: int, weights: Tensor
 ) -> Iterator[tuple[slice, slice, int, Tensor]]:
     """Of each block: its queries, its keys, the key of its first query, counted from its first, and
     its part of the weights, (N, G * Q, S)."""
-    rows = weights.size(0)
+    N, G, T, _ = q_NxGxTxD.shape
     first = 0
     for t0, t1, s0, s1 in blocks_of_scores(T, T, window):
-        end = first + group * (t1 - t0) * (s1 - s0)
-        # a block of all rows is dense
-        part = weights.view(-1)[rows * first : rows * end]
-        yield slice(t0, t1), slice(s0, s1), t0 - s0, part.view(rows, -1, s1 - s0)
+        end = first + N * G * (t1 - t0) * (s1 - s0)
+        yield slice(t0, t1), slice(s0, s1), t0 - s0, weights[first:end].view(N, -1, s1 - s0)
         first = end
-
-
-def _scores(group: int, T: int, window: int) -> int:
-    """How many scores a row has in all blocks."""
-    blocks = blocks_of_scores(T, T, window)
-    return group * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
 
 
 def _dense(x: Tensor, rows: slice) -> Tensor:
@@ -130,16 +166,22 @@ def _dense(x: Tensor, rows: slice) -> Tensor:
     return part.reshape(x.size(0), -1, x.size(-1)).contiguous()
 
 
+# n_weights is given, not computed: what is compiled and kept is found again by the arguments, and
+# another processor or version may keep others.
 @torch.library.custom_op("nanochat::cpu_attention", mutates_args=())
 def _attention(
-    q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, window: int
+    q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, window: int, n_weights: int
 ) -> tuple[Tensor, Tensor]:
-    """(what attention returns, in the layout of q; the weights of all blocks, (N, scores))."""
+    """(what attention returns, in the layout of q; the weights of all visited keys)."""
     _check(q_NxGxTxD)
-    N, G, T, D = q_NxGxTxD.shape
+    N, G, _, D = q_NxGxTxD.shape
     out = torch.empty_like(q_NxGxTxD)
-    weights = q_NxGxTxD.new_empty(N, _scores(G, T, window))
-    for queries, keys, own, part in _blocks(G, T, window, weights):
+    weights = q_NxGxTxD.new_empty(n_weights)
+    if _takes_tiles(q_NxGxTxD):
+        tensors = _addresses(q_NxGxTxD, k_NxTxD, v_NxTxD, out, weights)
+        _library().nanochat_attention(*tensors, *_shape(q_NxGxTxD, window))
+        return out, weights
+    for queries, keys, own, part in _blocks(q_NxGxTxD, window, weights):
         q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
         torch.bmm(q, k.transpose(1, 2), out=part)
         _library().nanochat_softmax(part.data_ptr(), *_described(part, queries, own, window, D))
@@ -167,10 +209,15 @@ def _attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    N, G, T, D = q_NxGxTxD.shape
+    N, G, _, D = q_NxGxTxD.shape
     dq = torch.empty_like(q_NxGxTxD)
+    if _takes_tiles(q_NxGxTxD):
+        dk, dv = torch.empty_like(k_NxTxD), torch.empty_like(v_NxTxD)
+        tensors = upstream_NxGxTxD, q_NxGxTxD, k_NxTxD, v_NxTxD, weights, dq, dk, dv
+        _library().nanochat_attention_gradient(*_addresses(*tensors), *_shape(q_NxGxTxD, window))
+        return dq, dk, dv
     dk, dv = torch.zeros_like(k_NxTxD), torch.zeros_like(v_NxTxD)
-    for queries, keys, own, part in _blocks(G, T, window, weights):
+    for queries, keys, own, part in _blocks(q_NxGxTxD, window, weights):
         q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
         upstream = _dense(upstream_NxGxTxD, queries)
         dv[:, keys] += part.transpose(1, 2) @ upstream
@@ -185,9 +232,8 @@ def _attention_backward(
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    N, G, T, _ = q.shape
-    return torch.empty_like(q), q.new_empty(N, _scores(G, T, window))
+def _(q: Tensor, k: Tensor, v: Tensor, window: int, n_weights: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(n_weights)
 
 
 @_attention_backward.register_fake
@@ -198,13 +244,13 @@ def _(
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window = inputs
+    *tensors, ctx.window, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, upstream: Tensor, of_weights: None) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.window), None
+    return *_attention_backward(upstream.contiguous(), *ctx.saved_tensors, ctx.window), None, None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)

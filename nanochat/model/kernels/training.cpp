@@ -7,103 +7,19 @@
 // Letters as in the model: R rows, V vocabulary, T queries, S keys.
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
-#include "vectors.h"
+#include "softmax.h"
+#include "tile_attention.h"
 
 namespace {
 
-constexpr I16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-
-inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-// Elements i to i + 15 of a row of n; what is past its end is 0.
-template <class W>
-inline F16 load(const W* row, int64_t i, int64_t n) {
-    if (i + LANES <= n) return load(row + i);
-    W part[LANES] = {};
-    std::copy(row + i, row + n, part);
-    return load(part);
-}
-
-template <class W>
-inline void store(W* row, int64_t i, int64_t n, F16 x) {
-    if (i + LANES <= n) return store(row + i, x);
-    W part[LANES];
-    store(part, x);
-    std::copy(part, part + (n - i), row + i);
-}
-
-// x where first <= i + lane < end, elsewhere `other`.
-inline F16 within(F16 x, int64_t i, int64_t first, int64_t end, float other) {
-    I16 at = LANE + int32_t(i);
-    I16 inside = (at >= int32_t(first)) & (at < int32_t(end));
-    return inside ? x : F16{} + other;
-}
-
-inline float largest(F16 x) {
-    float result = x[0];
-    for (int lane = 1; lane < LANES; lane++) result = std::max(result, x[lane]);
-    return result;
-}
-
 // ---- attention ----
-
-// The keys that a row of scores sees: from first, before end.
-struct Seen {
-    int64_t first, end;
-};
 
 // own: the key of the first query. Rows go through the T queries again and again.
 inline Seen seen_by(int64_t row, int64_t T, int64_t S, int64_t own, int64_t window) {
     int64_t end = std::min(S, own + row % T + 1);
     return {std::max<int64_t>(0, end - window), end};
-}
-
-template <class W>
-void softmax(W* row, int64_t S, Seen seen, float scale, float* exponentials) {
-    F16 top = F16{} - INFINITE;
-    int64_t first = seen.first / LANES * LANES;
-    for (int64_t i = first; i < seen.end; i += LANES) {
-        F16 x = load(row, i, S);
-        if (i < seen.first || i + LANES > seen.end)
-            x = within(x, i, seen.first, seen.end, -INFINITE);
-        top = x > top ? x : top;
-    }
-    float shift = largest(top) * scale;
-    F16 total = {};
-    for (int64_t i = first; i < seen.end; i += LANES) {
-        F16 x = exp(load(row, i, S) * scale - shift);
-        if (i < seen.first || i + LANES > seen.end) x = within(x, i, seen.first, seen.end, 0);
-        total += x;
-        store(exponentials + i, x);
-    }
-    float inverse = 1 / sum(total);
-    int64_t end = round_up(seen.end);
-    for (int64_t i = 0; i < S; i += LANES) {
-        bool inside = i >= first && i < end;
-        store(row, i, S, inside ? load(exponentials + i) * inverse : F16{});
-    }
-}
-
-// The gradient of the scores over that of the weights.
-template <class W>
-void softmax_gradient(W* gradient, const W* weights, int64_t S, Seen seen, float scale) {
-    int64_t first = seen.first / LANES * LANES;
-    F16 total = {};
-    // weights that are not seen are 0
-    for (int64_t i = first; i < seen.end; i += LANES)
-        total += load(weights, i, S) * load(gradient, i, S);
-    float mean = sum(total);
-    int64_t end = round_up(seen.end);
-    for (int64_t i = 0; i < S; i += LANES) {
-        F16 x = {};
-        if (i >= first && i < end)
-            x = load(weights, i, S) * (load(gradient, i, S) - mean) * scale;
-        store(gradient, i, S, x);
-    }
 }
 
 // ---- loss ----
@@ -200,7 +116,8 @@ void softmaxes(W* scores, int64_t R, int64_t T, int64_t S, int64_t own, int64_t 
         std::vector<float> exponentials(round_up(S));
 #pragma omp for
         for (int64_t r = 0; r < R; r++)
-            softmax(scores + r * S, S, seen_by(r, T, S, own, window), scale, exponentials.data());
+            softmax(scores + r * S, scores + r * S, S, seen_by(r, T, S, own, window), scale,
+                    exponentials.data());
     }
 }
 
@@ -209,8 +126,8 @@ void softmax_gradients(W* gradients, const W* weights, int64_t R, int64_t T, int
                        int64_t window, float scale) {
 #pragma omp parallel for
     for (int64_t r = 0; r < R; r++)
-        softmax_gradient(gradients + r * S, weights + r * S, S, seen_by(r, T, S, own, window),
-                         scale);
+        softmax_gradient(gradients + r * S, gradients + r * S, weights + r * S, S,
+                         seen_by(r, T, S, own, window), scale);
 }
 
 }  // namespace
@@ -242,6 +159,34 @@ void nanochat_softmax_gradient(void* gradients, const void* weights, int64_t is_
                           scale);
     else
         softmax_gradients((float*)gradients, (const float*)weights, R, T, S, own, window, scale);
+}
+
+// Whether the two below can be called: bf16, and D a multiple of 32.
+int64_t nanochat_has_tiles() {
+#if defined(__AVX512BF16__)
+    return usable();
+#else
+    return 0;
+#endif
+}
+
+// of: N, G, T, D, window
+void nanochat_attention(const void* q, const void* k, const void* v, void* out, void* weights,
+                        const int64_t* of, float scale) {
+#if defined(__AVX512BF16__)
+    forward((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v, (BFloat16*)out,
+            (BFloat16*)weights, {of[0], of[1], of[2], of[3], of[4], scale});
+#endif
+}
+
+void nanochat_attention_gradient(const void* upstream, const void* q, const void* k, const void* v,
+                                 const void* weights, void* dq, void* dk, void* dv,
+                                 const int64_t* of, float scale) {
+#if defined(__AVX512BF16__)
+    backward((const BFloat16*)upstream, (const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v,
+             (const BFloat16*)weights, (BFloat16*)dq, (BFloat16*)dk, (BFloat16*)dv,
+             {of[0], of[1], of[2], of[3], of[4], scale});
+#endif
 }
 
 }  // extern "C"
