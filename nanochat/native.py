@@ -35,6 +35,15 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
         ) from None
 
 
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None; compiles nothing to find out."""
+    try:
+        _compiler()
+    except FileNotFoundError as error:
+        return in_a_line(error)
+    return None
+
+
 def _built(source: Path, flags: tuple[str, ...]) -> Path:
     """The compiled library. Raises OSError or SubprocessError."""
     compiler = _compiler()

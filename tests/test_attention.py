@@ -199,6 +199,24 @@ def test_compiled_code_calls_the_native_parts_as_they_are():
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_code_is_not_split_by_the_native_attention():
+    """Also where it takes tiles. A window beyond 32 bits is full context."""
+    needs("native")
+    q, k, v, _ = (x.bfloat16() for x in inputs(40, 40, 2, 2, 64))
+    window = 2**31 + 5
+    whole = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    out = whole(q, k, v, window, "native")
+    torch.testing.assert_close(out, attention(q, k, v, window, "native"))
+    torch.testing.assert_close(out, attention(q, k, v, window, "blocked"), rtol=0.02, atol=0.02)
+
+
+def test_native_attention_refuses_what_it_would_read_as_something_else():
+    needs("native")
+    q, k, v, _ = inputs(40, 40, 2, 2, 64)
+    with pytest.raises(ValueError, match="the same everywhere"):
+        attention(q, k, v.bfloat16(), 8, "native")
+
+
 def test_blocked_keeps_little_for_the_backward_pass():
     """Per score only the weight, in the compute dtype; of keys and values what a block sees,
     once."""
@@ -354,7 +372,7 @@ def test_backend_choice(monkeypatch):
     if not cpu_training.problem():
         assert pick_backend("auto", "cpu")[0] == "native"
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_training, "problem", lambda: "no C++ compiler")
+        patch.setattr(cpu_training, "problem", lambda planned: "no C++ compiler")
         backend, reason = pick_backend("auto", "cpu")
         assert backend == "blocked" and "no C++ compiler" in reason
         with pytest.raises(UsageError, match="--attention=native: cannot be .*no C.. compiler"):

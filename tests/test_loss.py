@@ -178,6 +178,13 @@ def test_non_finite_logits_are_seen(backend):
         assert function_of(backend)(hidden, weight.requires_grad_(), targets, softcap).isnan()
 
 
+def test_native_loss_leaves_other_dtypes_to_pytorch():
+    hidden, weight, targets = inputs(6, 4, 11)
+    expected = linear_cross_entropy(hidden.half(), weight, targets, 15.0)
+    got = linear_cross_entropy(hidden.half(), weight, targets, 15.0, backend="native")
+    assert torch.equal(got, expected)
+
+
 def test_compiled_equals_eager():
     hidden, weight, targets = inputs(64, 32, 500)
     for reduction in ("mean", "none"):
@@ -211,7 +218,7 @@ def test_backend_choice(monkeypatch):
     assert pick_loss("cuda", compiled=True)[0] == "compiled"
     if not cpu_training.problem():
         assert pick_loss("cpu", compiled=True)[0] == "native"
-    monkeypatch.setattr(cpu_training, "problem", lambda: "no C++ compiler")
+    monkeypatch.setattr(cpu_training, "problem", lambda planned: "no C++ compiler")
     backend, reason = pick_loss("cpu", compiled=True)
     assert backend == "compiled" and "no C++ compiler" in reason
 

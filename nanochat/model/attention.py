@@ -54,6 +54,7 @@ def pick_backend(
     head_dim: int | None = None,
     capability: tuple[int, int] | None = None,
     no_compiler: str | None = None,
+    planned: bool = False,
 ) -> tuple[str, str]:
     """(backend, reason) for --attention. Raises UsageError for one that cannot run on the device.
 
@@ -63,12 +64,14 @@ def pick_backend(
     chosen before it is measured.
 
     dtype, head_dim: of the model, where known. capability: (major, minor) of a GPU that is planned
-    for; then packages need not be installed here. no_compiler: why nothing is compiled, or None."""
+    for; then packages need not be installed here. no_compiler: why nothing is compiled, or None.
+    planned: compile nothing to find out what can be."""
     known = {
         "dtype": dtype,
         "head_dim": head_dim,
         "capability": capability,
         "no_compiler": no_compiler,
+        "planned": planned,
     }
     if requested != "auto":
         problem = backend_problem(requested, device_type, **known)
@@ -98,7 +101,7 @@ def pick_backend(
 def usable_backends(device_type: str, **known: object) -> tuple[str, ...]:
     """Backends that run, forward and backward, on this machine's devices of a type.
 
-    known: dtype, head_dim, capability, no_compiler, as in pick_backend()."""
+    known: dtype, head_dim, capability, no_compiler, planned, as in pick_backend()."""
     return tuple(name for name in BACKENDS if not backend_problem(name, device_type, **known))
 
 
@@ -109,13 +112,14 @@ def backend_problem(
     head_dim: int | None = None,
     capability: tuple[int, int] | None = None,
     no_compiler: str | None = None,
+    planned: bool = False,
 ) -> str | None:
     """Why a backend cannot run on a device, as the predicate of a sentence whose subject it is, or
     None. Arguments as in pick_backend()."""
     if backend in ("blocked", "sdpa"):
         return None
     if backend == "native":
-        return _native_problem(device_type, dtype, no_compiler)
+        return _native_problem(device_type, dtype, no_compiler, planned)
     if backend == "triton" and head_dim not in (None, *TRITON_HEAD_DIMS):
         supported = ", ".join(map(str, TRITON_HEAD_DIMS))
         return f"has no kernel for a head dim of {head_dim} (it supports {supported})"
@@ -139,7 +143,7 @@ def backend_problem(
 
 
 def _native_problem(
-    device_type: str, dtype: torch.dtype | None, no_compiler: str | None
+    device_type: str, dtype: torch.dtype | None, no_compiler: str | None, planned: bool
 ) -> str | None:
     from nanochat.model.kernels import cpu_training
 
@@ -149,8 +153,9 @@ def _native_problem(
         return f"takes float32 and bfloat16, not {dtype}"
     if no_compiler:
         return f"is C++, and nothing is compiled here ({no_compiler})"
-    problem = cpu_training.problem()
-    return problem and f"cannot be used: {problem}"
+    if problem := cpu_training.problem(planned):
+        return f"cannot be used: {problem}"
+    return None
 
 
 def _gpu_problem(backend: str, dtype: torch.dtype | None, major: int, minor: int) -> str | None:
@@ -249,12 +254,12 @@ def attention(
         from nanochat.model.kernels.flex_attention import windowed_attention
 
         return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
-    # Evaluation, whose rows vary in length, needs no gradient and takes the blocked path.
-    same_length = q_BxTxHxD.size(1) == k_BxSxKxD.size(1)
-    if backend == "native" and same_length and torch.is_grad_enabled():
+    if backend == "native" and q_BxTxHxD.size(1) == k_BxSxKxD.size(1):
         from nanochat.model.kernels import cpu_training
 
-        return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+        # Without gradients only tiles are faster than the blocked path.
+        if torch.is_grad_enabled() or cpu_training.takes_tiles(q_BxTxHxD):
+            return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     if backend in ("sdpa", "flex"):
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
@@ -272,6 +277,8 @@ def visible(
 ) -> Tensor:
     """Boolean (n_query, n_key) mask of a rectangle of the T x S scores: True where the query sees
     the key. By default the whole matrix."""
+    # any window of S keys shows all, and a larger one might not fit into 32 bits
+    window = min(window, S)
     # compiled for a CPU, comparisons of 64-bit numbers take several times as long
     queries = torch.arange(
         first_query, first_query + (n_query or T), device=device, dtype=torch.int32

@@ -79,10 +79,10 @@ class Linear(nn.Linear):
 def dropout(x: Tensor, share: float, training: bool) -> Tensor:
     """x, of which in training a random share becomes 0 and the rest grows so that the mean stays.
 
-    On a CPU the share is rounded to 1/65,536."""
+    On a CPU the share is rounded to 1/65,536, and some numbers always stay."""
     if x.device.type != "cpu" or not training or not share:
         return F.dropout(x, share, training)
-    dropped = round(share * DRAWN)
+    dropped = min(round(share * DRAWN), DRAWN - 1)
     return x * _kept(x.detach(), dropped) * (DRAWN / (DRAWN - dropped))
 
 

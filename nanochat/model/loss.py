@@ -34,10 +34,11 @@ BACKENDS = ("plain", "compiled", "native", "triton")
 IN_PLACE = ("native", "triton")
 
 
-def pick_loss(device_type: str, compiled: bool) -> tuple[str, str]:
+def pick_loss(device_type: str, compiled: bool, planned: bool = False) -> tuple[str, str]:
     """(backend, reason) of linear_cross_entropy() for training.
 
-    compiled: torch.compile works here and was not declined.
+    compiled: torch.compile works here and was not declined. planned: compile nothing to find out
+    what can be.
 
     The Triton kernel is not chosen before it has run on a GPU, though by counting it should be
     faster there: per logit the compiled functions read twice and write once, into a second tensor;
@@ -49,7 +50,7 @@ def pick_loss(device_type: str, compiled: bool) -> tuple[str, str]:
     if device_type == "cpu":
         from nanochat.model.kernels import cpu_training
 
-        problem = cpu_training.problem()
+        problem = cpu_training.problem(planned)
         if not problem:
             return "native", "the softmax and its gradient in C++, between the products"
         return "compiled", f"the softmax and its gradient, between the products; {problem}"
@@ -102,6 +103,8 @@ def linear_cross_entropy(
     forward pass: arXiv 2410.10989.) Raises ValueError for another reduction or backend."""
     if backend not in BACKENDS:
         raise ValueError(f"loss backend {backend!r}; choose {', '.join(BACKENDS)}")
+    if backend == "native" and not _is_for_native(hidden_NxC.dtype, softcap):
+        backend = "plain"
     if reduction == "none":
         return _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, backend)
     if reduction not in ("mean", "sum"):
@@ -111,6 +114,12 @@ def linear_cross_entropy(
         nats = _PerToken.apply(hidden_NxC, weight_VxC, targets_N, softcap, backend).sum()
         return nats if reduction == "sum" else nats / (targets_N != -1).sum()
     return _Reduced.apply(hidden_NxC, weight_VxC, targets_N, softcap, reduction, backend, upstream)
+
+
+def _is_for_native(dtype: torch.dtype, softcap: float | None) -> bool:
+    # training.cpp takes tanh from an exponential, whose error a wide cap would enlarge
+    narrow = softcap is None or softcap <= NARROW_CAP
+    return narrow and dtype in (torch.float32, torch.bfloat16)
 
 
 class _Reduced(torch.autograd.Function):
@@ -260,9 +269,6 @@ def _nats_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """(nats (R,) fp32, and the gradient of sum(scale * nats) for the logits, in their dtype; None
     without a scale). The gradient overwrites the logits in the backends IN_PLACE."""
-    # training.cpp has no torch.tanh
-    if backend == "native" and (softcap or 0) > NARROW_CAP:
-        backend = "plain"
     if backend in IN_PLACE:
         if backend == "native":
             from nanochat.model.kernels.cpu_training import cross_entropy_

@@ -206,7 +206,7 @@ class StepMemory:
 
     def _softmax_bytes(self, rows: int) -> int:
         """Bytes of the fp32 copies that the softmax of a block of queries makes uncompiled."""
-        if self.compiled or self.backend not in KEEP_SCORES:
+        if self.compiled or self.backend != "blocked":
             return 0
         T = self.config.max_seq_len
         widest = max(min(window, T) for window in self.config.windows())

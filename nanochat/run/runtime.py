@@ -18,7 +18,7 @@ from nanochat.run.plan import model_config
 
 class Runtime(NamedTuple):
     """no_compiler: why torch.compile is not used, or None. fp8_recipe: of layers that are trained
-    in fp8, or None. shard: --shard."""
+    in fp8, or None. shard: --shard. planned: for --dry-run; what can be compiled is guessed."""
 
     dtype: torch.dtype
     dtype_reason: str
@@ -27,6 +27,7 @@ class Runtime(NamedTuple):
     no_compiler: str | None
     fp8_recipe: str | None
     shard: bool = False
+    planned: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -59,7 +60,7 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
         no_compiler = compiler.problem(device_type)
     # Attention may need the compiler, so it is chosen after it.
     backend, backend_reason = pick_backend(
-        args.attention, device_type, dtype, args.head_dim, capability, no_compiler
+        args.attention, device_type, dtype, args.head_dim, capability, no_compiler, args.dry_run
     )
     if backend in ("fa3", "fa4") and gpu is None and not args.dry_run:
         check_flash_attention(backend, torch.device(device_type), dtype)
@@ -70,14 +71,21 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
         model = meta_model(model_config(args, vocab_size=1))
         fp8.require(model, device_type, dtype, no_compiler, capability)
     return Runtime(
-        dtype, dtype_reason, backend, backend_reason, no_compiler, fp8_recipe, args.shard
+        dtype,
+        dtype_reason,
+        backend,
+        backend_reason,
+        no_compiler,
+        fp8_recipe,
+        args.shard,
+        args.dry_run,
     )
 
 
 def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devices: int) -> str:
     """The line that says what computes how, and why."""
     # Every choice stands with its reason: what was asked for, or what this machine can do.
-    loss, loss_reason = pick_loss(device_type, runtime.compiled)
+    loss, loss_reason = pick_loss(device_type, runtime.compiled, runtime.planned)
     numbers = f"{runtime.dtype_name} ({runtime.dtype_reason})"
     if runtime.dtype == torch.float16:
         numbers += " with loss scaling"

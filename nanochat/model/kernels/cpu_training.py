@@ -49,8 +49,12 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 @functools.cache
-def problem() -> str | None:
-    """Why training.cpp cannot be used on this machine, or None."""
+def problem(planned: bool = False) -> str | None:
+    """Why training.cpp cannot be used on this machine, or None.
+
+    planned: whether there is a compiler is all that is asked; nothing is compiled."""
+    if planned:
+        return native.missing()
     try:
         _library()
     except Unavailable as error:
@@ -58,12 +62,14 @@ def problem() -> str | None:
     return None
 
 
-def _check(x: Tensor) -> None:
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.stride(-1) != 1:
-        raise ValueError(
-            f"{x.dtype} on {x.device} with strides {x.stride()}; training.cpp takes float32 or "
-            f"bfloat16 on a CPU, the last dimension dense"
-        )
+def _check(*tensors: Tensor) -> None:
+    """ValueError for what training.cpp would read as something else."""
+    for x in tensors:
+        if x.dtype not in DTYPES or x.dtype != tensors[0].dtype or x.device.type != "cpu":
+            raise ValueError(
+                f"{x.dtype} on {x.device}; training.cpp takes float32 or bfloat16 on a CPU, the "
+                f"same everywhere"
+            )
 
 
 # ---- loss ----
@@ -76,11 +82,14 @@ def cross_entropy_(
     the target is -1.
 
     As the Triton kernel of that name (cross_entropy.py), for a softcap of at most NARROW_CAP:
-    scale_R (fp32), if given, has the logits overwritten with the gradient of sum(scale * nats)."""
+    scale_R, if given, has the logits overwritten with the gradient of sum(scale * nats), and a
+    target outside the vocabulary makes its row NaN. A row without a target is never NaN."""
     _check(logits_RxV)
+    if logits_RxV.stride(1) != 1:
+        raise ValueError(f"logits with strides {logits_RxV.stride()}; give a last stride of 1")
     R, V = logits_RxV.shape
     nats_R = torch.empty(R, dtype=torch.float32)
-    targets_R = targets_R.contiguous()
+    targets_R = targets_R.to(torch.int64).contiguous()
     scale_R = None if scale_R is None else scale_R.float().contiguous()
     _library().nanochat_cross_entropy(
         logits_RxV.data_ptr(),
@@ -100,25 +109,30 @@ def cross_entropy_(
 
 
 def attention(q_BxTxHxD: Tensor, k_BxTxKxD: Tensor, v_BxTxKxD: Tensor, window: int) -> Tensor:
-    """As attention() of nanochat/model/attention.py, with as many keys as queries."""
+    """As attention() of nanochat/model/attention.py, with as many keys as queries; without
+    gradients only where takes_tiles()."""
     B, T, H, D = q_BxTxHxD.shape
     K = k_BxTxKxD.size(2)
     group = H // K
     q_NxGxTxD = q_BxTxHxD.view(B, T, K, group, D).permute(0, 2, 3, 1, 4).reshape(-1, group, T, D)
     k_NxTxD, v_NxTxD = (x.permute(0, 2, 1, 3).reshape(-1, T, D) for x in (k_BxTxKxD, v_BxTxKxD))
-    inputs = (x.contiguous() for x in (q_NxGxTxD, k_NxTxD, v_NxTxD))
-    out_NxGxTxD, _ = _attention(*inputs, window, _n_weights(q_NxGxTxD, window))
+    inputs = [x.contiguous() for x in (q_NxGxTxD, k_NxTxD, v_NxTxD)]
+    # none are kept without gradients
+    n_weights = _n_weights(q_NxGxTxD, window) if torch.is_grad_enabled() else 0
+    out_NxGxTxD, _ = _attention(*inputs, window, n_weights)
     out_BxKxGxTxD = out_NxGxTxD.view(B, K, group, T, D)
     return out_BxKxGxTxD.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def _takes_tiles(q_NxGxTxD: Tensor) -> bool:
-    """Whether tile_attention.h does it all; otherwise torch's products do, block by block."""
-    D = q_NxGxTxD.size(-1)
-    return q_NxGxTxD.dtype == torch.bfloat16 and D % TILE_CHUNK == 0 and _has_tiles()
+def takes_tiles(q: Tensor) -> bool:
+    """Whether tile_attention.h computes all of attention for these queries, (..., D); otherwise
+    torch's products do, block by block."""
+    return q.dtype == torch.bfloat16 and q.size(-1) % TILE_CHUNK == 0 and _has_tiles()
 
 
-@functools.cache
+# A constant for torch.compile, which would look into it and split the block that it compiles; it
+# looks through functools.cache.
+@torch.compiler.assume_constant_result
 def _has_tiles() -> bool:
     return bool(_library().nanochat_has_tiles())
 
@@ -126,7 +140,7 @@ def _has_tiles() -> bool:
 def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
     """How many weights the attention keeps, of all rows and heads."""
     N, G, T, _ = q_NxGxTxD.shape
-    if not _takes_tiles(q_NxGxTxD):
+    if not takes_tiles(q_NxGxTxD):
         blocks = blocks_of_scores(T, T, window)
         return N * G * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
     # as Shape::weights() counts them
@@ -135,6 +149,16 @@ def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
         first_key = max(0, first - window + 1)
         total += first + TILE_CHUNK - first_key + first_key % TILE_CHUNK
     return N * G * TILE_CHUNK * total
+
+
+def _check_attention(q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, *like_q: Tensor) -> None:
+    tensors = q_NxGxTxD, k_NxTxD, v_NxTxD, *like_q
+    _check(*tensors)
+    N, _, T, D = q_NxGxTxD.shape
+    shapes = [(N, T, D)] * 2 + [q_NxGxTxD.shape] * len(like_q)
+    for x, shape in zip(tensors[1:], shapes, strict=True):
+        assert x.shape == shape, f"{tuple(x.shape)} instead of {tuple(shape)}"
+    assert all(x.is_contiguous() for x in tensors), "training.cpp takes dense tensors"
 
 
 def _shape(q_NxGxTxD: Tensor, window: int) -> tuple[ctypes.Array, float]:
@@ -166,20 +190,24 @@ def _dense(x: Tensor, rows: slice) -> Tensor:
     return part.reshape(x.size(0), -1, x.size(-1)).contiguous()
 
 
-# n_weights is given, not computed: what is compiled and kept is found again by the arguments, and
-# another processor or version may keep others.
+# n_weights is an argument because inductor's cache is keyed by arguments, and it depends on the
+# processor.
 @torch.library.custom_op("nanochat::cpu_attention", mutates_args=())
 def _attention(
     q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, window: int, n_weights: int
 ) -> tuple[Tensor, Tensor]:
-    """(what attention returns, in the layout of q; the weights of all visited keys)."""
-    _check(q_NxGxTxD)
+    """(what attention returns, in the layout of q; the weights of all visited keys).
+
+    n_weights: how many that are, or 0 to keep none, where takes_tiles()."""
+    _check_attention(q_NxGxTxD, k_NxTxD, v_NxTxD)
     N, G, _, D = q_NxGxTxD.shape
+    assert n_weights in (0, _n_weights(q_NxGxTxD, window)), "compiled for another processor"
     out = torch.empty_like(q_NxGxTxD)
     weights = q_NxGxTxD.new_empty(n_weights)
-    if _takes_tiles(q_NxGxTxD):
-        tensors = _addresses(q_NxGxTxD, k_NxTxD, v_NxTxD, out, weights)
-        _library().nanochat_attention(*tensors, *_shape(q_NxGxTxD, window))
+    if takes_tiles(q_NxGxTxD):
+        tensors = _addresses(q_NxGxTxD, k_NxTxD, v_NxTxD, out)
+        kept = weights.data_ptr() if n_weights else None
+        _library().nanochat_attention(*tensors, kept, *_shape(q_NxGxTxD, window))
         return out, weights
     for queries, keys, own, part in _blocks(q_NxGxTxD, window, weights):
         q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
@@ -209,9 +237,12 @@ def _attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
+    _check_attention(q_NxGxTxD, k_NxTxD, v_NxTxD, upstream_NxGxTxD)
+    _check(q_NxGxTxD, weights)
+    assert weights.numel() == _n_weights(q_NxGxTxD, window), "weights of another attention"
     N, G, _, D = q_NxGxTxD.shape
     dq = torch.empty_like(q_NxGxTxD)
-    if _takes_tiles(q_NxGxTxD):
+    if takes_tiles(q_NxGxTxD):
         dk, dv = torch.empty_like(k_NxTxD), torch.empty_like(v_NxTxD)
         tensors = upstream_NxGxTxD, q_NxGxTxD, k_NxTxD, v_NxTxD, weights, dq, dk, dv
         _library().nanochat_attention_gradient(*_addresses(*tensors), *_shape(q_NxGxTxD, window))

@@ -1,6 +1,6 @@
 // Causal attention with a window in bf16, for processors that multiply tiles of it (AMX) or pairs
-// of it (AVX512-BF16): scores stay in fp32 and in the cache, and only keys are visited that a query
-// of 32 can see.
+// of it (AVX512-BF16): scores stay in fp32 and in the cache, and keys that no query of a chunk of 32
+// sees are skipped.
 //
 // Products work on tiles of 16 rows. Their left side has 32 numbers a row; their right side has 16
 // columns, whose numbers stand in pairs: row r holds numbers 2r and 2r + 1 of every column.
@@ -9,6 +9,8 @@
 //
 // Letters as in the model: N rows of a batch times key/value heads, G query heads of each, T
 // tokens, D head dim.
+
+#pragma once
 
 #include <algorithm>
 #include <vector>
@@ -40,14 +42,16 @@ struct Sums {
     int64_t ldc;
 };
 
-// The sums of `chunks` products, added to what is there or put in its place. Left tiles have rows
-// lda apart, and `step` numbers between chunks; right tiles have rows of CHUNK.
+// Left tiles have rows lda apart, and left_step numbers between chunks; right tiles have rows of
+// CHUNK.
 struct Sides {
     const BFloat16* left[2];
     int64_t lda, left_step;
     const BFloat16* right[2];
     int64_t right_step;
 };
+
+// multiply(): the sums of so many chunks' products, added to what is there or put in its place.
 
 #if defined(__AMX_BF16__)
 
@@ -297,6 +301,7 @@ void put_rows(const float* x, int64_t chunk, const Shape& shape, BFloat16* rows)
         store(rows + i, load(x + i - chunk * CHUNK * D));
 }
 
+// weights: kept for the gradient, or null.
 void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* out,
              BFloat16* weights, const Shape& shape) {
     int64_t T = shape.T, D = shape.D, G = shape.G, rows = shape.chunks() * CHUNK;
@@ -306,13 +311,14 @@ void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* 
         Tiles tiles;
         Numbers keys(rows * D), values(rows * D);
         std::vector<float> scores(CHUNK * rows), exponentials(rows), result(CHUNK * D);
+        Numbers forgotten(weights ? 0 : CHUNK * rows);
 #pragma omp for
         for (int64_t n = 0; n < shape.N; n++) {
             as_right_transposed(Padded(k + n * T * D, T, D).rows, rows, D, keys.data());
             as_right(Padded(v + n * T * D, T, D).rows, rows, D, values.data());
             for (int64_t head = n * G; head < (n + 1) * G; head++) {
                 Padded queries(q + head * T * D, T, D);
-                BFloat16* own = weights + head * of_head;
+                BFloat16* own = weights ? weights + head * of_head : forgotten.data();
                 for (int64_t chunk = 0; chunk < shape.chunks(); chunk++) {
                     int64_t from = shape.first_key(chunk), width = shape.keys(chunk);
                     times_transposed(queries.rows + chunk * CHUNK * D, D, keys, from, width,
@@ -322,7 +328,7 @@ void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* 
                                 shape.seen(chunk, row), shape.scale, exponentials.data());
                     times(own, width, values, from, D, result.data());
                     put_rows(result.data(), chunk, shape, out + head * T * D);
-                    own += CHUNK * width;
+                    if (weights) own += CHUNK * width;
                 }
             }
         }

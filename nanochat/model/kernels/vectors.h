@@ -161,7 +161,7 @@ inline F16 exp(F16 x) {
     return scaled(p, n);
 }
 
-// 1 / x within 2 units in the last place, for numbers from 1 to 10^38.
+// 1 / x within 2 units in the last place, for numbers from 1 to 3 x 10^38.
 inline F16 reciprocal(F16 x) {
 #if defined(__AVX512F__)
     // A division takes as long as ten other operations.
