@@ -277,14 +277,18 @@ def test_a_folder_of_code_is_read_as_text(tmp_path):
     (folder / "utf16.txt.bak").write_bytes("text".encode("utf-16"))
     (folder / "cut.md").write_bytes("é".encode() * (1 << 16))
     (folder / "__init__.py").write_bytes(b"\n")
+    (folder / "latin.md").write_bytes("é".encode("latin-1"))
+    (folder / "latin.py").write_bytes("é is a letter".encode("latin-1"))
     named = named_files(str(folder))
     assert names(named.files, folder) == sorted(
         ["Makefile", "a.py", "b/c.rs", "b/d.py", "b/e.toml", "b/f.xml", "cut.md"]
     )
-    taken, other, hidden, binary = sorted(named.remarks, key=lambda text: text[:4] != "the ")
+    taken, other, binary, empty, latin, hidden = named.remarks
     assert taken.endswith("its 7 files with text are read (2 .py, 1 without suffix, 1 .rs, ...)")
     assert "1 .json; name them by a pattern" in other
-    assert "2 binary files (a.pyc, utf16.txt.bak)" in hidden + binary and ".git" in hidden + binary
+    assert "2 binary files (a.pyc, utf16.txt.bak)" in binary and ".git" in hidden
+    assert empty.endswith(": 1 empty file (__init__.py)")
+    assert latin.endswith(": 2 non-UTF-8 files (latin.md, latin.py; iconv converts to UTF-8)")
     # one file of ours, and the folder is taken for a corpus with descriptions beside it
     (folder / "corpus.txt").write_text("text")
     assert names(find_files(str(folder)), folder) == ["corpus.txt"]

@@ -205,6 +205,16 @@ def test_readable_files_that_a_folder_leaves_out_are_said(tmp_path):
     assert remarks(open_corpus(str(tmp_path / "*.txt"))) == []
 
 
+def test_empty_files_are_said(tmp_path):
+    write(tmp_path / "a.txt", "ab" * 100)
+    assert remarks(open_corpus(str(tmp_path))) == []
+    write(tmp_path / "b.txt", "")
+    assert remarks(open_corpus(str(tmp_path))) == ["left out: 1 empty file (b.txt)"]
+    write(tmp_path / "c.txt", "\n")
+    for value in (tmp_path, tmp_path / "*.txt"):
+        assert remarks(open_corpus(str(value))) == ["left out: 2 empty files (b.txt, c.txt)"]
+
+
 def test_much_held_out_text_is_said(tmp_path):
     a, b = write(tmp_path / "a.txt", "ab" * 100), write(tmp_path / "b.txt", "cd" * 50)
     assert remarks(open_corpus(str(tmp_path))) == [

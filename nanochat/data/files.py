@@ -42,6 +42,11 @@ CIRCULAR = "circular link"
 SPECIAL = "special file"
 FOLDER = "folder"
 BINARY = "binary file"
+NOT_UTF8 = "non-UTF-8 file"
+# or one of blanks alone
+EMPTY = "empty file"
+# what to do about a reason, behind the paths in a remark
+REMEDIES = {NOT_UTF8: "; iconv converts to UTF-8"}
 # of a file, to tell text from other data
 HEAD_BYTES = 1 << 16
 # paths that a remark names
@@ -307,13 +312,19 @@ class _Finder:
             with open(path, "rb") as file:
                 head = file.read(HEAD_BYTES)
             try:
-                # a character may be cut at the end
-                codecs.getincrementaldecoder("utf-8")().decode(head)
+                # of a longer file, a character may be cut at the end
+                decoder = codecs.getincrementaldecoder("utf-8")()
+                decoder.decode(head, final=len(head) < HEAD_BYTES)
+                is_utf8 = True
             except UnicodeDecodeError:
-                head = b"\0"
+                is_utf8 = False
             if b"\0" in head:
                 self.left_out[BINARY].append(path)
-            elif head.strip():
+            elif not is_utf8:
+                self.left_out[NOT_UTF8].append(path)
+            elif not head.strip():
+                self.left_out[EMPTY].append(path)
+            else:
                 kept.append(path)
         return kept
 
@@ -321,7 +332,7 @@ class _Finder:
         """A sentence on each reason for which something is left out, and one on links."""
         lines = [
             f"left out {self.where}: {counted(len(paths), reason)} "
-            f"({listed(sorted(paths), self.root)})"
+            f"({listed(sorted(paths), self.root)}{REMEDIES.get(reason, '')})"
             for reason, paths in sorted(self.left_out.items())
             if paths
         ]

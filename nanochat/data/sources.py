@@ -17,7 +17,7 @@ from pathlib import Path
 from nanochat.common import UsageError, counted, sha256_file, sha256_hex
 from nanochat.data import hub
 from nanochat.data.download import DownloadFailed, RemoteFile, Report
-from nanochat.data.files import Named, listed, named_files, text_bytes
+from nanochat.data.files import EMPTY, Named, listed, named_files, text_bytes
 from nanochat.data.splits import (
     LEAST_TRAINED,
     Group,
@@ -318,6 +318,10 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
     hashes = hash_files(files)
     n_bytes = sum(text_bytes(path, column) for path in files)
     remarks = [*named.remarks, *splits.remarks]
+    empty = [path for path in splits.train if path not in hashes]
+    if empty:
+        n_empty = counted(len(empty), EMPTY)
+        remarks.append(f"left out: {n_empty} ({listed(empty, named.root)})")
     if val_pattern:
         train = _mixed(files, hashes, column)
         val, more = _validation_of_user(val_pattern, n_bytes)
