@@ -16,8 +16,9 @@
 # From the environment: DATA (default fineweb-edu, which is downloaded; or a file), VAL_DATA (a
 # file; default: a held-out part of DATA), VOCAB (32000), PAIRS (a file of preferences: lines of
 # prompt, chosen, rejected; default: made of DATA, where what is rejected is the text in disorder),
-# OUT (out/nanolm), TOY=1 (toy size: a minute), PLAN=1 (only print the commands), PYTHON (this
-# python is used as it is, and nothing installed). Paths are relative to the repository's root.
+# OUT (out/nanolm, of TOY out/toy-nanolm), TOY=1 (toy size: a minute), PLAN=1 (only print the
+# commands), PYTHON (this python is used as it is, and nothing installed). Paths are relative to the
+# repository's root.
 # Restartable: what is complete is skipped, what was interrupted is resumed. Ctrl-C saves and ends
 # with 75.
 set -euo pipefail

@@ -19,9 +19,9 @@
 # folder is printed.
 # From the environment: INIT_FROM (a run folder: its weights, shape, tokenizer), MINUTES, VAL_DATA
 # (a file; default: a held-out part of TEXT), PROMPT (of the samples; default: a new document), OUT
-# (out/own_text: the run is OUT/scratch or OUT/tuned), TOY=1 (toy size: a minute), PLAN=1 (only
-# print the commands), PYTHON (this python is used as it is, and nothing installed). Paths are
-# relative to the repository's root.
+# (out/own_text, of TOY out/toy-own_text: the run is OUT/scratch or OUT/tuned), TOY=1 (toy size: a
+# minute), PLAN=1 (only print the commands), PYTHON (this python is used as it is, and nothing
+# installed). Paths are relative to the repository's root.
 # Restartable: an interrupted run is resumed; a complete one is shown again. Ctrl-C saves and ends
 # with 75.
 set -euo pipefail
