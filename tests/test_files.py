@@ -283,7 +283,7 @@ def test_a_folder_of_code_is_read_as_text(tmp_path):
     assert names(named.files, folder) == sorted(
         ["Makefile", "a.py", "b/c.rs", "b/d.py", "b/e.toml", "b/f.xml", "cut.md"]
     )
-    taken, other, binary, empty, latin, hidden = named.remarks
+    taken, other, binary, empty, hidden, latin = named.remarks
     assert taken.endswith("its 7 files with text are read (2 .py, 1 without suffix, 1 .rs, ...)")
     assert "1 .json; name them by a pattern" in other
     assert "2 binary files (a.pyc, utf16.txt.bak)" in binary and ".git" in hidden
