@@ -216,12 +216,15 @@ def test_empty_files_are_said(tmp_path):
 
 
 def test_much_held_out_text_is_said(tmp_path):
-    a, b = write(tmp_path / "a.txt", "ab" * 100), write(tmp_path / "b.txt", "cd" * 50)
+    a, b = (
+        write(tmp_path / name, "".join(f'{{"text": "{name} {i:02}"}}\n' for i in range(n)))
+        for name, n in (("a.jsonl", 40), ("b.jsonl", 20))
+    )
     assert remarks(open_corpus(str(tmp_path))) == [
         "note: 33% of the text is held out; --val-data names another text"
     ]
     assert remarks(open_corpus(str(a), str(b))) == [], "the user said so"
-    write(a, "ab" * 200)
+    write(a, "".join(f'{{"text": "a.jsonl {i:02}"}}\n' for i in range(80)))
     assert remarks(open_corpus(str(tmp_path))) == [], "a fifth is not much"
 
 

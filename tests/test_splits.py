@@ -21,10 +21,25 @@ from nanochat.data.splits import (
 LAYOUTS = {
     # layout: files, files that train, files that validate, note, left out
     "no names": (
-        {"a.txt": 500, "b.txt": 500, "c.txt": 500},
+        {f"{letter}.txt": 500 for letter in "abcde"},
+        ["a.txt", "b.txt", "c.txt", "d.txt"],
+        ["e.txt"],
+        "held out: the last 1 of 5 documents",
+        [],
+    ),
+    "much in the last of few documents": (
+        {"a.txt": 9_800, "b.txt": 31_000},
         ["a.txt", "b.txt"],
-        ["c.txt"],
-        "held out: the last 1 of 3 documents",
+        ["b.txt"],
+        "held out: the last tenth (3,100 of 31,000 characters) of b.txt; 76% of the text is in "
+        "the last file",
+        [],
+    ),
+    "much in the last of many documents": (
+        {f"{i:03}.txt": 1_000 for i in range(98)} | {"098.txt": 14_000, "099.txt": 12_000},
+        [f"{i:03}.txt" for i in range(99)],
+        ["099.txt"],
+        "held out: the last 1 of 100 files; 21% of the text is in the last 2 files",
         [],
     ),
     "train, test": (
@@ -71,7 +86,7 @@ LAYOUTS = {
         ["left out: 1 file named as test text (my-test.txt)"],
     ),
     "words in words": (
-        {"contest.txt": 500, "latest.txt": 500, "training_notes.txt": 500, "valley.txt": 500},
+        {"contest.txt": 500, "latest.txt": 500, "training_notes.txt": 500, "valley.txt": 300},
         ["contest.txt", "latest.txt", "training_notes.txt"],
         ["valley.txt"],
         "held out: the last 1 of 4 documents",
@@ -102,7 +117,7 @@ LAYOUTS = {
         ],
     ),
     "the format with more text": (
-        {"a.jsonl": 400, "b.txt": 500, "c.txt": 500},
+        {"a.jsonl": 400, "b.txt": 900, "c.txt": 100},
         ["b.txt"],
         ["c.txt"],
         "held out: the last 1 of 2 documents",

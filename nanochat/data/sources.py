@@ -384,12 +384,13 @@ def _held_out(
 ) -> tuple[list[Shard], list[Shard], str]:
     """(training shards, validation shards, note) where nothing but the files is given.
 
-    The last files are held out; of a single file, or where the last ones hold too little or nearly
-    all, a part of the largest file."""
+    The last files are held out; of a single file, or where the last ones hold too little or too
+    much, a part of the largest file. Stored runs have the splits that this makes."""
     if len(files) == 1:
         return _split_off(files[0], [], hashes, column)
     # one file is a shard of documents, or each file is a document
-    if any(_has_several_documents(path, column) for path in files):
+    is_sharded = any(_has_several_documents(path, column) for path in files)
+    if is_sharded:
         n_last = 1
         note = f"held out: the last file, {files[-1].name}"
     else:
@@ -399,6 +400,7 @@ def _held_out(
     least = least_held_out_bytes(sum(sizes))
     n_bytes = _text_bytes_in(files[-n_last:], column, least)
     last = "the last file" if n_last == 1 else f"the last {n_last} files"
+    share = sum(sizes[-n_last:]) / max(1, sum(sizes))
     if n_bytes < least:
         why = f"{counted(n_bytes, 'byte')} of text in {last} are too little to validate on"
         n_last = more_last_files(sizes, least)
@@ -406,6 +408,10 @@ def _held_out(
     elif sum(sizes[:-n_last]) < LEAST_TRAINED * sum(sizes):
         why = f"nearly all text is in {last}"
         n_last = 0
+    elif share > HELD_OUT_MUCH and not is_sharded:
+        why = f"{share:.0%} of the text is in {last}"
+        n_last = more_last_files(sizes, least)
+        note = f"held out: the last {n_last} of {len(files)} files; {why}"
     if not n_last:
         largest = max(files, key=dict(zip(files, sizes, strict=True)).get)
         others = [path for path in files if path != largest]
