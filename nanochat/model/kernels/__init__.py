@@ -1,6 +1,7 @@
-"""Triton kernels. Each has a plain PyTorch version with the same meaning, named in its docstring.
+"""Kernels in Triton, and in C++ for CPUs. Each has a plain PyTorch version with the same meaning,
+named in its docstring.
 
-They import triton, so the functions that use them import them."""
+They import triton or compile C++, so the functions that use them import them."""
 
 # Head dims that the attention kernel is compiled for. Here, because modules with kernels need
 # Triton, and the choice of a backend must not.
