@@ -14,12 +14,12 @@
 #   time      small 10 minutes of training on 2 cores with AMX beside other programs; 384 there at
 #             6,000 tokens a second, so 40 minutes (it was paused again and again); 768 not
 #             measured yet
-#   expected  small 1.41 nats a character at the end of ten minutes (one run); 384 1.465 at its
-#             best, before its warm-down (one run). Known marks on the last tenth of the text:
-#             1.4697 for the size of 384 in 3 minutes on one GPU; a plateau at 1.66 to 1.70 in the
-#             lesson that these stages come from; 1.88 for 4 layers, 128 wide, in 3 minutes on a
-#             CPU. Losses at different contexts cannot be compared: the beginning of each row is
-#             predicted from little.
+#   expected  small 1.41 nats a character at the end of ten minutes (one run); 384 1.447 at its
+#             best, step 1,560, and 1.474 at the end, when it had memorised more (one run, dropout
+#             0.4). Known marks on the last tenth of the text: 1.4697 for the size of 384 in 3
+#             minutes on one GPU; a plateau at 1.66 to 1.70 in the lesson that these stages come
+#             from; 1.88 for 4 layers, 128 wide, in 3 minutes on a CPU. Losses at different contexts
+#             cannot be compared: the beginning of each row is predicted from little.
 # usage: bash runs/shakespeare.sh [flags of train.py]
 #        such as  SIZE=384 STEPS=5000 bash runs/shakespeare.sh --dropout=0.5
 # From the environment: SIZE (small), STEPS (in place of the above; a multiple of 20), DATA (default
