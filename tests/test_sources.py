@@ -4,6 +4,8 @@ import dataclasses
 import gzip
 import json
 import lzma
+import pickle
+import subprocess
 import tracemalloc
 import weakref
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from nanochat.data.sources import (
     split_file,
 )
 from nanochat.data.text import Piece
+from nanochat.data.textfile import FileRefused
 
 
 def write(path, text):
@@ -312,6 +315,60 @@ def test_a_column_of_a_file_a_folder_or_a_pattern(tmp_path):
     assert len(text_of(open_corpus(f"{tmp_path}/c.parquet:body").val)) == 2
     assert estimated_bytes(f"{tmp_path}/c.parquet:body") > 10_000
     assert estimated_bytes(f"{tmp_path}/c.parquet") < 1_000
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("n_before, described", [(9, False), (3_000_000, False), (3_000_000, True)])
+def test_a_latin_text_among_others_is_replaced(tmp_path, compression, n_before, described):
+    """Run, the command of the message leaves a folder or pattern that can be read."""
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    text = "x" * n_before + " café\n"
+    content = text.encode("latin-1")
+    path = folder / f"b.txt{compression}"
+    path.write_bytes(gzip.compress(content) if compression else content)
+    # of several documents, so that not all of the next file is read to split the folder
+    for name, other in (("a.txt", "1\n<|endoftext|>\n2\n"), ("c.txt", "3 " * 5000)):
+        packed = gzip.compress(other.encode()) if compression else other.encode()
+        (folder / f"{name}{compression}").write_bytes(packed)
+    value = f"{folder}/*.gz" if compression else str(folder)
+
+    def read(described=False):
+        corpus = open_corpus(value)
+        if described:
+            describe_corpus(corpus)
+        return sorted(text_of([*corpus.train, *corpus.val]), key=len)
+
+    with pytest.raises(UsageError, match=r"b.txt.* is not UTF-8 .* -c drops") as caught:
+        read(described)
+    command = str(caught.value).split("convert it: ")[1].split(" (-f names")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert text in read()
+    assert len(list(folder.iterdir())) == 3
+    # a file that is named itself is kept
+    path.write_bytes(gzip.compress(content) if compression else content)
+    with pytest.raises(UsageError, match="is not UTF-8") as caught:
+        text_of(open_corpus(str(path)).train)
+    assert "&&" not in str(caught.value)
+    with pytest.raises(UsageError, match="is not UTF-8") as caught:
+        text_of(open_corpus(str(folder / "c.txt*"), str(path)).val)
+    assert "&&" not in str(caught.value)
+
+
+def test_a_binary_file_among_others_says_what_to_do(tmp_path):
+    write(tmp_path / "a.txt", "ab" * 100)
+    write(tmp_path / "b.txt", "ab\0" * 100)
+    remedy = "; move it out of the folder, or name the others by a pattern"
+    for data, val_data in ((tmp_path, ""), (tmp_path / "a.txt", tmp_path)):
+        with pytest.raises(UsageError, match=f"b.txt is a binary file .*{remedy}$"):
+            text_of(open_corpus(str(data), str(val_data)).val)
+    with pytest.raises(UsageError, match="b.txt is a binary file .* or .parquet$"):
+        open_corpus(str(tmp_path / "b.txt"))
+
+
+def test_a_file_that_is_refused_is_refused_alike_on_every_rank():
+    error = pickle.loads(pickle.dumps(FileRefused("message", "with a remedy")))
+    assert (type(error), str(error), error.if_found) == (FileRefused, "message", "with a remedy")
 
 
 def test_pointers_instead_of_text_are_counted(tmp_path):

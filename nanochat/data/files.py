@@ -58,11 +58,13 @@ class Named:
     """The files that a value of --data or --val-data names, sorted.
 
     root: the folder below which names of files and folders may mean a split. is_folder: the value
-    is a folder, so the user chose none of the files. remarks: sentences on what is left out."""
+    is a folder, so the user chose none of the files. is_file: the value is the path of the one
+    file. remarks: sentences on what is left out."""
 
     files: list[Path]
     root: Path
     is_folder: bool = False
+    is_file: bool = False
     remarks: tuple[str, ...] = ()
 
 
@@ -76,7 +78,7 @@ def named_files(pattern: str, flag: str = "--data") -> Named:
     if os.path.isfile(pattern):
         path = Path(pattern)
         refuse_what_is_no_text(path)
-        return Named([path], path.parent)
+        return Named([path], path.parent, is_file=True)
     if os.path.exists(pattern):
         raise UsageError(
             f"{flag}={pattern}: a pipe, a socket or a device, which can be read once at most; text "
@@ -130,7 +132,7 @@ def _of_folder(folder: str, flag: str) -> Named:
             *remarks,
         )
         raise UsageError(". ".join(lines))
-    return Named(files, root, True, remarks)
+    return Named(files, root, is_folder=True, remarks=remarks)
 
 
 def _other_formats(folder: str, files: Iterable[Path]) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.common import UsageError, counted, sha256_file, sha256_hex
@@ -37,7 +37,7 @@ from nanochat.data.text import (
     split_column,
     text_format,
 )
-from nanochat.data.textfile import END_OF_DOCUMENT, is_lfs_pointer
+from nanochat.data.textfile import END_OF_DOCUMENT, FileRefused, is_lfs_pointer
 
 # small files are grouped up to this size; one file is never split
 SHARD_BYTES = 8 << 20
@@ -82,7 +82,7 @@ class Shard:
     cut_characters: as in Part. n_bytes: UTF-8 bytes of the documents, estimated from the sizes of
     the files. fingerprint: of the content. column: of tables, the one with the text. contents:
     SHA-256 of each file (the hub's fingerprint where it states none). sizes: bytes of each local
-    file when it was hashed."""
+    file when it was hashed. is_found: a folder or a pattern names the files."""
 
     name: str
     files: tuple[Path | RemoteFile, ...]
@@ -94,6 +94,7 @@ class Shard:
     column: str = "text"
     contents: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
+    is_found: bool = False
 
     def documents(self, report: Report = print) -> Iterator[str]:
         """The documents, none of them blank. Raises as pieces()."""
@@ -110,9 +111,13 @@ class Shard:
         paths = (
             file.fetch(report) if isinstance(file, RemoteFile) else file for file in self.files
         )
-        pieces = itertools.chain.from_iterable(iterate_pieces(path, self.column) for path in paths)
+        pieces = itertools.chain.from_iterable(self._pieces_of_file(path) for path in paths)
         select = cut_pieces if self.cut_characters else documents_between
         return select(pieces, self.first, self.last)
+
+    def _pieces_of_file(self, path: Path) -> Iterator[Piece]:
+        with _advice_where(self.is_found):
+            yield from iterate_pieces(path, self.column)
 
     def remote_files(self) -> list[RemoteFile]:
         """Those of the files that come from the network."""
@@ -266,6 +271,22 @@ def refuse_other_files(corpus: Corpus) -> None:
             )
 
 
+@contextlib.contextmanager
+def _advice_where(is_found: bool) -> Iterator[None]:
+    """Turns a FileRefused inside the `with` into the UsageError whose advice helps.
+
+    is_found: a folder or a pattern names the file."""
+    try:
+        yield
+    except FileRefused as error:
+        raise UsageError(error.if_found if is_found else str(error)) from None
+
+
+def _marked(shards: list[Shard], named: Named) -> list[Shard]:
+    """The shards of some files, with how these were named."""
+    return [replace(shard, is_found=not named.is_file) for shard in shards]
+
+
 def _opened(value: str, flag: str) -> tuple[Named, str]:
     """The files that a value of --data or --val-data names, and the column with their text.
 
@@ -311,6 +332,12 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
 
     Raises UsageError if there is no text, or a file cannot be read."""
     named, column = _opened(pattern, "--data")
+    with _advice_where(not named.is_file):
+        return _corpus_of(pattern, named, column, val_pattern)
+
+
+def _corpus_of(pattern: str, named: Named, column: str, val_pattern: str) -> Corpus:
+    """local_corpus() of files that are found, and the column with their text."""
     splits = files_to_train(named, column, f"--data={pattern}")
     files = [path for path in splits.train if _text_bytes_in([path], column, 1)]
     if not files:
@@ -327,7 +354,7 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
         val, more = _validation_of_user(val_pattern, n_bytes)
         note = f"validation: {val_pattern}"
         remarks += [*(f"left out: {group.described}" for group in splits.groups), *more]
-        return Corpus(pattern, train, val, note, left_out=tuple(remarks))
+        return Corpus(pattern, _marked(train, named), val, note, left_out=tuple(remarks))
     group, more = _validation_by_name(splits.groups, column, n_bytes)
     remarks += more
     if group:
@@ -336,6 +363,7 @@ def local_corpus(pattern: str, val_pattern: str = "") -> Corpus:
         note = f"validation: {group.described}"
     else:
         train, val, note = _held_out(files, hashes, column)
+    train, val = _marked(train, named), _marked(val, named)
     return Corpus(pattern, train, val, note, left_out=tuple(remarks))
 
 
@@ -346,7 +374,8 @@ def _validation_of_user(pattern: str, train_bytes: int) -> tuple[list[Shard], tu
     named, column = _opened(pattern, "--val-data")
     files, remarks = files_to_validate(named, column)
     least = least_validation_bytes(train_bytes)
-    n_bytes = _text_bytes_in(files, column, least)
+    with _advice_where(not named.is_file):
+        n_bytes = _text_bytes_in(files, column, least)
     if not n_bytes:
         raise _no_text("--val-data", pattern)
     if n_bytes < least:
@@ -355,7 +384,8 @@ def _validation_of_user(pattern: str, train_bytes: int) -> tuple[list[Shard], tu
             f"validate on after {train_bytes:,} bytes of training text; give at least "
             f"{least:,} bytes, or leave the flag out to hold out a part of --data"
         )
-    return _grouped(files, hash_files(files), column), (*named.remarks, *remarks)
+    shards = _marked(_grouped(files, hash_files(files), column), named)
+    return shards, (*named.remarks, *remarks)
 
 
 def _validation_by_name(
@@ -701,13 +731,13 @@ def remarks(corpus: Corpus) -> list[str]:
 def _inline_marks(corpus: Corpus) -> int:
     """How often END_OF_DOCUMENT is plain text in the beginnings of some training files."""
     files = (
-        (file, shard.column)
-        for shard in corpus.train
-        for file in shard.files
-        if isinstance(file, Path)
+        (file, shard) for shard in corpus.train for file in shard.files if isinstance(file, Path)
     )
-    first = itertools.islice(files, MARKS_FILES)
-    return sum(inline_marks(path, column, MARKS_CHARACTERS) for path, column in first)
+    n_marks = 0
+    for path, shard in itertools.islice(files, MARKS_FILES):
+        with _advice_where(shard.is_found):
+            n_marks += inline_marks(path, shard.column, MARKS_CHARACTERS)
+    return n_marks
 
 
 def _whole_files(shards: list[Shard]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from nanochat.common import UsageError, in_a_line, install_hint, valid_unicode
 from nanochat.data.textfile import (
     END_OF_DOCUMENT,
     HEAD_BYTES,
+    FileRefused,
     cannot_be_read,
     lines,
     not_utf8,
@@ -422,7 +423,7 @@ def _json_problem(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else in_a_line(error)
 
 
-def _not_utf8(path: Path, here: str, error: UnicodeDecodeError) -> UsageError:
+def _not_utf8(path: Path, here: str, error: UnicodeDecodeError) -> FileRefused:
     return not_utf8(path, text_format(path.name)[1], error.start, error, here)
 
 

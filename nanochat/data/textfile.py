@@ -29,6 +29,18 @@ TOOLS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 ARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
+class FileRefused(UsageError):
+    """A file that is no UTF-8 text.
+
+    if_found: the message where a folder or a pattern names the file, which will find it again until
+    it is replaced or moved."""
+
+    # a default, since ranks exchange errors and pickle passes the message alone
+    def __init__(self, message: str, if_found: str = "") -> None:
+        super().__init__(message)
+        self.if_found = if_found
+
+
 @dataclass(frozen=True)
 class _Kind:
     """A kind of file that is no text. ending: that its name should have, "" if it cannot be read.
@@ -111,10 +123,9 @@ def _refuse_other_encoding(path: Path, compression: str, block: bytes, where: st
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if block.startswith(mark)), "")
     encoding = encoding or _encoding_by_nul(block[:HEAD_BYTES])
     if encoding:
-        raise UsageError(
-            f"{where} is text in {encoding}; convert it to UTF-8: "
-            f"{iconv(path, compression, encoding)}"
-        )
+        opening = f"{where} is text in {encoding}; convert it to UTF-8: "
+        command = iconv(path, compression, encoding)
+        raise FileRefused(opening + command, opening + _replacing(command, path, compression))
     kind = next((kind for kind in KINDS if kind.begins.match(block)), None)
     if kind and compression:
         raise UsageError(f"{where} holds {kind.what} inside; unpack it")
@@ -137,14 +148,28 @@ def _encoding_by_nul(head: bytes) -> str:
 
 def iconv(path: Path, compression: str, encoding: str) -> str:
     """The command that converts a file to UTF-8."""
-    name = path.name[: len(path.name) - len(compression)]
-    stem, dot, ending = name.rpartition(".")
-    new = path.with_name(f"{stem}.utf8.{ending}" if dot else f"{name}.utf8")
-    source, target = shlex.quote(str(path)), shlex.quote(str(new))
+    source, target = shlex.quote(str(path)), shlex.quote(str(_converted(path, compression)))
     convert = f"iconv -f {encoding} -t UTF-8"
     if compression:
         return f"{TOOLS[compression]} -dc {source} | {convert} > {target}"
     return f"{convert} {source} > {target}"
+
+
+def _converted(path: Path, compression: str) -> Path:
+    """Where iconv() writes the text of a file, decompressed."""
+    name = path.name[: len(path.name) - len(compression)]
+    stem, dot, ending = name.rpartition(".")
+    return path.with_name(f"{stem}.utf8.{ending}" if dot else f"{name}.utf8")
+
+
+def _replacing(command: str, path: Path, compression: str) -> str:
+    """The command of iconv(), with an end that puts its result in the place of the file.
+
+    The end runs only if iconv succeeds."""
+    source, target = shlex.quote(str(path)), shlex.quote(str(_converted(path, compression)))
+    if compression:
+        return f"{command} && {TOOLS[compression]} -c {target} > {source} && rm {target}"
+    return f"{command} && mv {target} {source}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,10 +309,12 @@ def _decoded(path: Path, compression: str, ending: str, where: str) -> Iterator[
     is_first = True
     for block in unpacked(path, compression, ending, where):
         if b"\0" in block:
-            raise UsageError(
+            message = (
                 f"{where} is a binary file (byte {n_read + block.index(0):,} is NUL); give UTF-8 "
                 f"text, .jsonl or .parquet"
             )
+            remedy = "move it out of the folder, or name the others by a pattern"
+            raise FileRefused(message, f"{message}; {remedy}")
         # of a character that the block before began
         n_pending = len(decoder.getstate()[0])
         try:
@@ -307,15 +334,18 @@ def _decoded(path: Path, compression: str, ending: str, where: str) -> Iterator[
 
 def not_utf8(
     path: Path, compression: str, place: int, error: UnicodeDecodeError, here: str
-) -> UsageError:
+) -> FileRefused:
     """The error for a byte that is not UTF-8, with the command that converts the file.
 
     here: opens the message. place: of the byte, from where `here` begins."""
-    return UsageError(
+    opening = (
         f"{here} is not UTF-8 (byte {place:,} is 0x{error.object[error.start]:02x}: "
         f"{error.reason}); if the file is Latin-1 or Windows-1252, convert it: "
-        f"{iconv(path, compression, 'WINDOWS-1252')} (-f names another encoding, and -f UTF-8 -c "
-        f"drops what is damaged)"
+    )
+    command = iconv(path, compression, "WINDOWS-1252")
+    others = " (-f names another encoding, and -f UTF-8 -c drops what is damaged)"
+    return FileRefused(
+        opening + command + others, opening + _replacing(command, path, compression) + others
     )
 
 
