@@ -147,7 +147,7 @@ def test_compare_sees_text_that_does_not_come_back(text):
 
 
 def test_max_bytes_cuts_at_a_character(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("aa\n" * 10)
+    (tmp_path / "a.txt").write_text("aa\n" * 100)
     (tmp_path / "b.txt").write_text("é" * 10, encoding="utf-8")
     result = compare(capsys, tmp_path, "byte", "--max-bytes", "0.5e1")
     assert result["bytes"] == 4

@@ -114,10 +114,8 @@ def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder"
             f"{run}/tokenizer is not the tokenizer that step {step} was trained with; restore the "
             f"original file"
         )
-    # C++ for training has nothing to offer without gradients in fp32.
-    backend = "blocked"
-    if device.type != "cpu" or compute_dtype != torch.float32:
-        backend, _ = pick_backend("auto", device.type, compute_dtype)
+    # On a CPU all is the blocked path without gradients, so no C++ has to be compiled.
+    backend = "blocked" if device.type == "cpu" else pick_backend("auto", device.type)[0]
     model = build(checkpoint.model_config(run, step), device, compute_dtype, backend)
     checkpoint.load_model(run, step, model)
     # A model is built in training mode, in which dropout is active.

@@ -109,22 +109,19 @@ def cross_entropy_(
 
 
 def attention(q_BxTxHxD: Tensor, k_BxTxKxD: Tensor, v_BxTxKxD: Tensor, window: int) -> Tensor:
-    """As attention() of nanochat/model/attention.py, with as many keys as queries; without
-    gradients only where takes_tiles()."""
+    """As attention() of nanochat/model/attention.py, with as many keys as queries."""
     B, T, H, D = q_BxTxHxD.shape
     K = k_BxTxKxD.size(2)
     group = H // K
     q_NxGxTxD = q_BxTxHxD.view(B, T, K, group, D).permute(0, 2, 3, 1, 4).reshape(-1, group, T, D)
     k_NxTxD, v_NxTxD = (x.permute(0, 2, 1, 3).reshape(-1, T, D) for x in (k_BxTxKxD, v_BxTxKxD))
     inputs = [x.contiguous() for x in (q_NxGxTxD, k_NxTxD, v_NxTxD)]
-    # none are kept without gradients
-    n_weights = _n_weights(q_NxGxTxD, window) if torch.is_grad_enabled() else 0
-    out_NxGxTxD, _ = _attention(*inputs, window, n_weights)
+    out_NxGxTxD, _ = _attention(*inputs, window, _n_weights(q_NxGxTxD, window))
     out_BxKxGxTxD = out_NxGxTxD.view(B, K, group, T, D)
     return out_BxKxGxTxD.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-def takes_tiles(q: Tensor) -> bool:
+def _takes_tiles(q: Tensor) -> bool:
     """Whether tile_attention.h computes all of attention for these queries, (..., D); otherwise
     torch's products do, block by block."""
     return q.dtype == torch.bfloat16 and q.size(-1) % TILE_CHUNK == 0 and _has_tiles()
@@ -140,7 +137,7 @@ def _has_tiles() -> bool:
 def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
     """How many weights the attention keeps, of all rows and heads."""
     N, G, T, _ = q_NxGxTxD.shape
-    if not takes_tiles(q_NxGxTxD):
+    if not _takes_tiles(q_NxGxTxD):
         blocks = blocks_of_scores(T, T, window)
         return N * G * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
     # as Shape::weights() counts them
@@ -198,16 +195,15 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(what attention returns, in the layout of q; the weights of all visited keys).
 
-    n_weights: how many that are, or 0 to keep none, where takes_tiles()."""
+    n_weights: how many those are."""
     _check_attention(q_NxGxTxD, k_NxTxD, v_NxTxD)
     N, G, _, D = q_NxGxTxD.shape
-    assert n_weights in (0, _n_weights(q_NxGxTxD, window)), "compiled for another processor"
+    assert n_weights == _n_weights(q_NxGxTxD, window), "compiled for another processor"
     out = torch.empty_like(q_NxGxTxD)
     weights = q_NxGxTxD.new_empty(n_weights)
-    if takes_tiles(q_NxGxTxD):
-        tensors = _addresses(q_NxGxTxD, k_NxTxD, v_NxTxD, out)
-        kept = weights.data_ptr() if n_weights else None
-        _library().nanochat_attention(*tensors, kept, *_shape(q_NxGxTxD, window))
+    if _takes_tiles(q_NxGxTxD):
+        tensors = _addresses(q_NxGxTxD, k_NxTxD, v_NxTxD, out, weights)
+        _library().nanochat_attention(*tensors, *_shape(q_NxGxTxD, window))
         return out, weights
     for queries, keys, own, part in _blocks(q_NxGxTxD, window, weights):
         q, k, v = _dense(q_NxGxTxD, queries), _dense(k_NxTxD, keys), _dense(v_NxTxD, keys)
@@ -242,7 +238,7 @@ def _attention_backward(
     assert weights.numel() == _n_weights(q_NxGxTxD, window), "weights of another attention"
     N, G, _, D = q_NxGxTxD.shape
     dq = torch.empty_like(q_NxGxTxD)
-    if takes_tiles(q_NxGxTxD):
+    if _takes_tiles(q_NxGxTxD):
         dk, dv = torch.empty_like(k_NxTxD), torch.empty_like(v_NxTxD)
         tensors = upstream_NxGxTxD, q_NxGxTxD, k_NxTxD, v_NxTxD, weights, dq, dk, dv
         _library().nanochat_attention_gradient(*_addresses(*tensors), *_shape(q_NxGxTxD, window))

@@ -301,7 +301,6 @@ void put_rows(const float* x, int64_t chunk, const Shape& shape, BFloat16* rows)
         store(rows + i, load(x + i - chunk * CHUNK * D));
 }
 
-// weights: kept for the gradient, or null.
 void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* out,
              BFloat16* weights, const Shape& shape) {
     int64_t T = shape.T, D = shape.D, G = shape.G, rows = shape.chunks() * CHUNK;
@@ -311,14 +310,13 @@ void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* 
         Tiles tiles;
         Numbers keys(rows * D), values(rows * D);
         std::vector<float> scores(CHUNK * rows), exponentials(rows), result(CHUNK * D);
-        Numbers forgotten(weights ? 0 : CHUNK * rows);
 #pragma omp for
         for (int64_t n = 0; n < shape.N; n++) {
             as_right_transposed(Padded(k + n * T * D, T, D).rows, rows, D, keys.data());
             as_right(Padded(v + n * T * D, T, D).rows, rows, D, values.data());
             for (int64_t head = n * G; head < (n + 1) * G; head++) {
                 Padded queries(q + head * T * D, T, D);
-                BFloat16* own = weights ? weights + head * of_head : forgotten.data();
+                BFloat16* own = weights + head * of_head;
                 for (int64_t chunk = 0; chunk < shape.chunks(); chunk++) {
                     int64_t from = shape.first_key(chunk), width = shape.keys(chunk);
                     times_transposed(queries.rows + chunk * CHUNK * D, D, keys, from, width,
@@ -328,7 +326,7 @@ void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* 
                                 shape.seen(chunk, row), shape.scale, exponentials.data());
                     times(own, width, values, from, D, result.data());
                     put_rows(result.data(), chunk, shape, out + head * T * D);
-                    if (weights) own += CHUNK * width;
+                    own += CHUNK * width;
                 }
             }
         }
