@@ -160,6 +160,11 @@ inline U16 pairs(const BFloat16* a, const BFloat16* b) {
     return (U16)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+// 16 columns of 32 rows that are `stride` apart, as pairs of rows.
+inline void pair_rows(const BFloat16* x, int64_t stride, U16 (&tile)[TILE]) {
+    for (int r = 0; r < TILE; r++) tile[r] = pairs(x + 2 * r * stride, x + (2 * r + 1) * stride);
+}
+
 // Rows to columns, 16 x 16. Rotations of ever larger blocks.
 inline void transpose(U16 (&x)[TILE]) {
     U16 y[TILE];
@@ -195,10 +200,7 @@ void as_right(const BFloat16* x, int64_t rows, int64_t D, BFloat16* tiles) {
     for (int64_t row = 0; row < rows; row += CHUNK)
         for (int64_t d = 0; d < D; d += TILE, tiles += CELLS) {
             U16 tile[TILE];
-            for (int r = 0; r < TILE; r++) {
-                const BFloat16* at = x + (row + 2 * r) * D + d;
-                tile[r] = pairs(at, at + D);
-            }
+            pair_rows(x + row * D + d, D, tile);
             put(tiles, tile);
         }
 }
@@ -219,10 +221,7 @@ void as_left_transposed(const BFloat16* x, int64_t rows, int64_t D, BFloat16* ti
     for (int64_t row = 0; row < rows; row += CHUNK)
         for (int64_t d = 0; d < D; d += TILE, tiles += CELLS) {
             U16 tile[TILE];
-            for (int r = 0; r < TILE; r++) {
-                const BFloat16* at = x + (row + 2 * r) * D + d;
-                tile[r] = pairs(at, at + D);
-            }
+            pair_rows(x + row * D + d, D, tile);
             transpose(tile);
             put(tiles, tile);
         }
@@ -353,10 +352,7 @@ struct KeyGradient {
     void take(const BFloat16* weights, int64_t chunk, int64_t from, int64_t width) {
         for (int64_t key = 0; key < width; key += TILE) {
             U16 tile[TILE];
-            for (int r = 0; r < TILE; r++) {
-                const BFloat16* at = weights + 2 * r * width + key;
-                tile[r] = pairs(at, at + width);
-            }
+            pair_rows(weights + key, width, tile);
             put(right_tile((from + key) / TILE, chunk), tile);
         }
     }
