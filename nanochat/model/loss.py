@@ -117,9 +117,11 @@ def linear_cross_entropy(
 
 
 def _is_for_native(dtype: torch.dtype, softcap: float | None) -> bool:
+    from nanochat.model.kernels.cpu_training import DTYPES
+
     # training.cpp takes tanh from an exponential, whose error a wide cap would enlarge
     narrow = softcap is None or softcap <= NARROW_CAP
-    return narrow and dtype in (torch.float32, torch.bfloat16)
+    return narrow and dtype in DTYPES
 
 
 class _Reduced(torch.autograd.Function):

@@ -29,8 +29,9 @@ namespace {
 constexpr int64_t TILE = 16;   // rows, and columns of the right side
 constexpr int64_t CHUNK = 32;  // numbers of a row: two tiles of queries or keys
 constexpr int64_t CELLS = TILE * CHUNK;
-// Queries whose weights are kept until they meet all tiles of a key's gradient.
-constexpr int64_t GROUP = 4;  // chunks
+// Chunks of queries that the gradients of keys and values take together: their sums are then loaded
+// and stored once for so many products.
+constexpr int64_t GROUP = 4;
 
 typedef std::vector<BFloat16> Numbers;
 
@@ -165,7 +166,7 @@ inline void pair_rows(const BFloat16* x, int64_t stride, U16 (&tile)[TILE]) {
     for (int r = 0; r < TILE; r++) tile[r] = pairs(x + 2 * r * stride, x + (2 * r + 1) * stride);
 }
 
-// Rows to columns, 16 x 16. Rotations of ever larger blocks.
+// Rows to columns, 16 x 16: within blocks of 4 x 4 first, then these blocks.
 inline void transpose(U16 (&x)[TILE]) {
     U16 y[TILE];
     for (int i = 0; i < 16; i += 2) {
@@ -256,9 +257,9 @@ struct Shape {
     int64_t keys(int64_t chunk) const { return (chunk + 1) * CHUNK - first_key(chunk); }
 
     // Weights of a head: CHUNK rows of keys() for each chunk.
-    int64_t weights(int64_t until_chunk) const {
+    int64_t weights() const {
         int64_t total = 0;
-        for (int64_t chunk = 0; chunk < until_chunk; chunk++) total += CHUNK * keys(chunk);
+        for (int64_t chunk = 0; chunk < chunks(); chunk++) total += CHUNK * keys(chunk);
         return total;
     }
 
@@ -303,7 +304,7 @@ void put_rows(const float* x, int64_t chunk, const Shape& shape, BFloat16* rows)
 void forward(const BFloat16* q, const BFloat16* k, const BFloat16* v, BFloat16* out,
              BFloat16* weights, const Shape& shape) {
     int64_t T = shape.T, D = shape.D, G = shape.G, rows = shape.chunks() * CHUNK;
-    int64_t of_head = shape.weights(shape.chunks());
+    int64_t of_head = shape.weights();
 #pragma omp parallel
     {
         Tiles tiles;
@@ -395,7 +396,7 @@ void backward(const BFloat16* upstream, const BFloat16* q, const BFloat16* k, co
               const BFloat16* weights, BFloat16* dq, BFloat16* dk, BFloat16* dv,
               const Shape& shape) {
     int64_t T = shape.T, D = shape.D, G = shape.G, rows = shape.chunks() * CHUNK;
-    int64_t of_head = shape.weights(shape.chunks());
+    int64_t of_head = shape.weights();
 #pragma omp parallel
     {
         Tiles tiles;
