@@ -230,11 +230,10 @@ def test_model_with_the_kernel(monkeypatch):
 
 # ---- compilation, which needs no GPU ----
 
-COMPILE = """
+BUILD = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanochat.model.kernels import cross_entropy
 
 
 def build(kernel, capability, types, constants, **options):
@@ -247,7 +246,10 @@ def build(kernel, capability, types, constants, **options):
     # the limit of the smallest of these GPUs
     assert built.metadata.shared <= 99 * 1024, (kernel, built.metadata.shared)
     return built.asm["ptx"]
+"""
 
+COMPILE = """
+from nanochat.model.kernels import cross_entropy
 
 for capability in (80, 90):
     types = {"logits": "*bf16", "targets": "*i64", "scales": "*fp32", "nats": "*fp32"}
@@ -258,17 +260,22 @@ for capability in (80, 90):
 """
 
 
-def test_kernels_compile_for_gpus(tmp_path):
-    """To machine code, which takes no GPU: with loads and stores of 16 bytes, within the shared
-    memory that a program may have."""
+def compile_kernels(script, folder):
+    """Run a script, which may build() kernels, where they are not interpreted."""
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_CACHE_DIR": str(folder),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     subprocess.run(
-        [sys.executable, "-c", COMPILE],
+        [sys.executable, "-c", BUILD + script],
         cwd=Path(__file__).parent.parent,
         env=environment,
         check=True,
     )
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """To machine code, which takes no GPU: with loads and stores of 16 bytes, within the shared
+    memory that a program may have."""
+    compile_kernels(COMPILE, tmp_path)

@@ -5,6 +5,8 @@ Beyond the plain decoder it has value embeddings (arXiv 2410.17897), shifted key
 
 Shapes: B batch rows, T tokens of a row, C width, K key/value heads, D head dim."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -14,8 +16,16 @@ from nanochat.model.config import GATE_CHANNELS, GPTConfig
 from nanochat.model.decoder import Cache, Decoder, Fill
 from nanochat.model.layers import Attention, LayerCache, Linear, Rope, dropout, norm
 
+if TYPE_CHECKING:
+    # imports triton
+    from nanochat.model.kernels.embedding import Places
+
 ROPE_BASE = 100_000.0
 LOGIT_SOFTCAP = 15.0
+
+# Device types on which a Triton kernel reads the tables in training. Set to ("cuda",) by
+# nanochat/apps/doctor/gpu_checks.py alone, which measures it.
+TRITON_TABLES: tuple[str, ...] = ()
 
 
 class MLP(nn.Module):
@@ -32,13 +42,26 @@ class MLP(nn.Module):
         return dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
 
 
+def _rows(
+    table_VxC: Tensor, ids_BxT: Tensor, places: "Places | None", dtype: torch.dtype
+) -> Tensor:
+    """Rows of a table, (B, T, C): in its dtype, or in `dtype` if the kernel reads them."""
+    if places is None:
+        return F.embedding(ids_BxT, table_VxC)
+    from nanochat.model.kernels.embedding import look_up
+
+    return look_up(table_VxC, places, dtype)
+
+
 class ValueTable(nn.Embedding):
     """A table of value embeddings. The stream passes through, unchanged: so --shard sees, in the
     backward pass, when the table's gradient is made, and need not keep it to the end."""
 
-    def forward(self, ids_BxT: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows of the table, (B, T, K x D); x)."""
-        return F.embedding(ids_BxT, self.weight), x
+    def forward(
+        self, ids_BxT: Tensor, x: Tensor, places: "Places | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """(rows of the table, (B, T, K x D), as _rows() in x's dtype; x)."""
+        return _rows(self.weight, ids_BxT, places, x.dtype), x
 
 
 class Block(nn.Module):
@@ -150,11 +173,22 @@ class GPT(Decoder):
         gate_BxTx1 = torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
         return x + self.smear_lambda.to(x.dtype) * gate_BxTx1 * before, x[:, -1:]
 
+    def _places(self, ids_BxT: Tensor) -> "Places | None":
+        """What the kernel of the tables needs of a batch, once for all of them; None without it."""
+        differentiated = self.training and torch.is_grad_enabled()
+        if ids_BxT.device.type not in TRITON_TABLES or not differentiated:
+            return None
+        from nanochat.model.kernels.embedding import places_of
+
+        return places_of(ids_BxT, self.config.vocab_size)
+
     def run_blocks(
         self, ids_BxT: Tensor, rope: Rope, cache: Cache | None, fill: bool
     ) -> tuple[Tensor | None, Tensor]:
         """See Decoder. The cache keeps the last token's embedding for smear."""
-        raw = F.embedding(ids_BxT, self.embedding.weight).to(self.compute_dtype)
+        places = self._places(ids_BxT)
+        raw = _rows(self.embedding.weight, ids_BxT, places, self.compute_dtype)
+        raw = raw.to(self.compute_dtype)
         previous = cache.previous_embedding if cache is not None else None
         if previous is None:
             # The first token of a row has no predecessor.
@@ -169,7 +203,7 @@ class GPT(Decoder):
             # None is part of a compiled graph's signature: such layers have a graph of their own.
             value_embedding = None
             if self.config.has_value_embedding(layer):
-                value_embedding, x = self.value_embeddings[str(layer)](ids_BxT, x)
+                value_embedding, x = self.value_embeddings[str(layer)](ids_BxT, x, places)
             x = self.run_block(
                 block,
                 x,

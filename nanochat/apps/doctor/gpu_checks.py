@@ -74,11 +74,13 @@ VARIANTS = {
     "one product for q, k, v": [("nanochat.model.layers", "ONE_PRODUCT", True)],
     "Triton loss": [("nanochat.model.loss", "TRITON_ON_GPU", True)],
     "fp32 sums of the head's gradient": [("nanochat.model.loss", "WIDE_SUM", True)],
+    "tables read by a kernel": [("nanochat.model.gpt", "TRITON_TABLES", ("cuda",))],
     "all of these": [
         ("nanochat.model.attention", "FLEX_TAKES_FULL_CONTEXT", True),
         ("nanochat.model.layers", "ONE_PRODUCT", True),
         ("nanochat.model.loss", "TRITON_ON_GPU", True),
         ("nanochat.model.loss", "WIDE_SUM", True),
+        ("nanochat.model.gpt", "TRITON_TABLES", ("cuda",)),
     ],
     "reductions that the compiler chooses freely": [
         ("torch._inductor.config", "deterministic", False),
@@ -244,7 +246,8 @@ def check_kernels() -> Iterator[Row]:
     """The tests that need a GPU: three-way errors of all kernels, same bits, strides, compiled
     blocks, fp8."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    command += [f"tests/test_{name}.py" for name in ("kernels", "flash_attention", "fp8")]
+    names = ("kernels", "embedding", "flash_attention", "fp8")
+    command += [f"tests/test_{name}.py" for name in names]
     if importlib.util.find_spec("xdist"):
         # Most of the time is the compiler's, so processes share it well.
         command += ["-n", "8"]
