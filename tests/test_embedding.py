@@ -160,7 +160,7 @@ def test_accumulation_and_hooks():
 # ---- in the model ----
 
 CONFIG = GPTConfig(
-    depth=5, width=32, head_dim=16, n_head=2, n_kv_head=1, vocab_size=61, max_seq_len=16
+    depth=5, width=32, head_dim=16, n_head=2, n_kv_head=1, vocab_size=31, max_seq_len=16
 )
 
 
@@ -213,6 +213,14 @@ def test_model_with_the_kernel(dtype, checkpointing, monkeypatch):
     assert not {"embedding.default", "embedding_dense_backward.default"} & set(count)
     _, again, _ = passes(dtype, True, monkeypatch, checkpointing)
     assert all(map(torch.equal, ours, again))
+
+
+def test_value_embeddings_have_the_dtype_of_the_stream():
+    table, ids = gpt.ValueTable(7, 6).to(DEVICE), zipf(9, 7)[None]
+    stream = randn(1, 9, 4).bfloat16()
+    rows, same = table(ids, stream, places_of(ids, 7))
+    assert same is stream
+    assert torch.equal(rows, F.embedding(ids, table.weight).bfloat16())
 
 
 def test_only_training_takes_the_kernel(monkeypatch):
