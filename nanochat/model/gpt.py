@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanochat.model.config import GATE_CHANNELS, GPTConfig
 from nanochat.model.decoder import Cache, Decoder, Fill
+from nanochat.model.kernels import ROW_MULTIPLE
 from nanochat.model.layers import Attention, LayerCache, Linear, Rope, dropout, norm
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ LOGIT_SOFTCAP = 15.0
 # Device types on which a Triton kernel reads the tables in training. Set to ("cuda",) by
 # nanochat/apps/doctor/gpu_checks.py alone, which measures it.
 TRITON_TABLES: tuple[str, ...] = ()
+# The same for the MLP's products, which then compute ReLU^2 and its derivative.
+FUSED_MLP: tuple[str, ...] = ()
 
 
 class MLP(nn.Module):
@@ -39,7 +42,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return dropout(self.down(F.relu(self.up(x)).square()), self.dropout, self.training)
+        if self.training and self._takes_kernel(x):
+            from nanochat.model.kernels.relu_squared import relu_squared_mlp
+
+            out = relu_squared_mlp(x, self.up.weight, self.down.weight)
+        else:
+            out = self.down(F.relu(self.up(x)).square())
+        return dropout(out, self.dropout, self.training)
+
+    def _takes_kernel(self, x: Tensor) -> bool:
+        in_fp8 = self.up.training_product is not None or self.down.training_product is not None
+        fits = x.dtype == torch.bfloat16 and x.size(-1) % ROW_MULTIPLE == 0
+        return x.device.type in FUSED_MLP and fits and not in_fp8
 
 
 def _rows(

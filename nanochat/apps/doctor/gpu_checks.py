@@ -75,12 +75,14 @@ VARIANTS = {
     "Triton loss": [("nanochat.model.loss", "TRITON_ON_GPU", True)],
     "fp32 sums of the head's gradient": [("nanochat.model.loss", "WIDE_SUM", True)],
     "tables read by a kernel": [("nanochat.model.gpt", "TRITON_TABLES", ("cuda",))],
+    "ReLU^2 inside the products": [("nanochat.model.gpt", "FUSED_MLP", ("cuda",))],
     "all of these": [
         ("nanochat.model.attention", "FLEX_TAKES_FULL_CONTEXT", True),
         ("nanochat.model.layers", "ONE_PRODUCT", True),
         ("nanochat.model.loss", "TRITON_ON_GPU", True),
         ("nanochat.model.loss", "WIDE_SUM", True),
         ("nanochat.model.gpt", "TRITON_TABLES", ("cuda",)),
+        ("nanochat.model.gpt", "FUSED_MLP", ("cuda",)),
     ],
     "reductions that the compiler chooses freely": [
         ("torch._inductor.config", "deterministic", False),
@@ -246,7 +248,7 @@ def check_kernels() -> Iterator[Row]:
     """The tests that need a GPU: three-way errors of all kernels, same bits, strides, compiled
     blocks, fp8."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    names = ("kernels", "embedding", "flash_attention", "fp8")
+    names = ("kernels", "embedding", "relu_squared", "flash_attention", "fp8")
     command += [f"tests/test_{name}.py" for name in names]
     if importlib.util.find_spec("xdist"):
         # Most of the time is the compiler's, so processes share it well.
@@ -632,9 +634,12 @@ def check_ranks(sizes: Sizes) -> Iterator[Row]:
 
 
 def check_tiles() -> Iterator[Row]:
-    """The tiles of the attention kernel that are in use, and faster ones as they are found."""
+    """The tiles of the kernels of the MLP and of attention that are in use, and faster ones as they
+    are found."""
     from nanochat.model.kernels import flash_attention
 
+    # First, as there are few of them.
+    yield from attempt("tiles: MLP", tiles_of_mlp)
     capability = torch.cuda.get_device_capability()
     for D, T, window in ((128, 2048, 2048), (128, 2048, 1024), (64, 2048, 2048)):
         generator = torch.Generator().manual_seed(1)
@@ -659,7 +664,32 @@ def check_tiles() -> Iterator[Row]:
             yield from faster_tiles(f"tiles: {which}, D = {D}, window {window}", calls, both)
 
 
-def faster_tiles(what: str, calls: Mapping[tuple, Callable], both: str) -> Iterator[Row]:
+def tiles_of_mlp() -> Iterator[Row]:
+    """The same for the MLP of depth 12, below the library's product, without ReLU^2."""
+    from nanochat.model.kernels import relu_squared
+
+    device = torch.device("cuda")
+    capability = torch.cuda.get_device_capability()
+    generator = torch.Generator().manual_seed(1)
+    x, up, down = (
+        torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        for shape in ((32 * 2048, 768), (4 * 768, 768), (768, 4 * 768))
+    )
+    seconds = statistics.median(timed(partial(torch.mm, x, up.T), device, 9))
+    yield Row("tiles: MLP, product of the library", 1000 * seconds, "ms", "without ReLU^2")
+    passes = {
+        "forward": partial(relu_squared.forward, x, up),
+        # What is a gradient makes no difference.
+        "backward": partial(relu_squared.backward, x, down, relu_squared.forward(x, up)),
+    }
+    for which, run in passes.items():
+        tiles = relu_squared.candidates(which, capability)
+        yield from faster_tiles(
+            f"tiles: MLP, {which}", {tile: partial(run, tile) for tile in tiles}
+        )
+
+
+def faster_tiles(what: str, calls: Mapping[tuple, Callable], both: str = "") -> Iterator[Row]:
     """A row for the first tile and for each that is faster than all before it, as the time may end
     at any moment. calls: {tile: what runs the kernel with it}, the tile in use first."""
     best = used = None
