@@ -25,7 +25,7 @@ from nanochat.model.attention import (
     usable_backends,
     visited_keys,
 )
-from nanochat.model.kernels import cpu_training
+from nanochat.model.kernels import cpu_reading, cpu_training
 from nanochat.model.layers import dropout
 
 ON_GPUS = tuple(name for name in BACKENDS if name != "native")
@@ -166,8 +166,9 @@ def test_a_processor_without_amx_multiplies_pairs(monkeypatch):
     if not {"amx_bf16", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split()):
         pytest.skip("no processor with both")
     flags = ("-fopenmp", "-mno-amx-bf16", "-mno-amx-tile", "-mno-amx-int8")
-    library = cpu_training.declared(native.load(cpu_training.SOURCE, *flags))
-    assert library.nanochat_has_tiles()
+    modules = cpu_training, cpu_reading
+    libraries = [module.declared(native.load(module.SOURCE, *flags)) for module in modules]
+    assert all(library.nanochat_has_tiles() for library in libraries)
     shape, window = (130, 130, 4, 2, 64), 40
     leaves = [x.bfloat16() for x in inputs(*shape)]
 
@@ -176,7 +177,8 @@ def test_a_processor_without_amx_multiplies_pairs(monkeypatch):
         return output_and_gradients(function, *leaves, torch.bfloat16)
 
     with_amx = ours()
-    monkeypatch.setattr(cpu_training, "_library", lambda: library)
+    for module, library in zip(modules, libraries, strict=True):
+        monkeypatch.setattr(module, "_library", functools.partial(lambda found: found, library))
     for name, other in ours().items():
         torch.testing.assert_close(other, with_amx[name], rtol=0.02, atol=0.01)
 
@@ -452,6 +454,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
             pick_backend(backend, "cuda")
 
 
+@pytest.mark.parametrize("backend", ["blocked", "native"])
 @pytest.mark.parametrize(
     ("T", "lengths", "window", "heads"),
     [
@@ -461,11 +464,13 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         (9, [300, 259], 5, (2, 2, 128)),  # later queries see nothing of the beginning
         (70, [65, 30], 64, (2, 1, 32)),
         (5, [12, 12], 1, (2, 1, 32)),
+        (33, [64, 31, 32], FULL, (4, 2, 96)),
     ],
 )
-def test_rows_that_continue_beginnings(T, lengths, window, heads):
+def test_rows_that_continue_beginnings(backend, T, lengths, window, heads):
     """Each row attends as if its beginning preceded it, whatever the cache holds past the end of
     the beginning; bf16 is as exact as attention()."""
+    needs(backend)
     n = 3
     q, k, v, _ = inputs(max(lengths) + T, max(lengths) + T, *heads)
     q, k, v = (
@@ -480,7 +485,8 @@ def test_rows_that_continue_beginnings(T, lengths, window, heads):
             trunk[b, length:] = 1000.0  # what an unmasked key would add cannot be overlooked
     for dtype in (torch.float64, torch.bfloat16):
         with torch.no_grad():
-            found = branched_attention(*(x.to(dtype) for x in (*own, *trunks)), lengths, window)
+            cast = [x.to(dtype) for x in (*own, *trunks)]
+            found = branched_attention(*cast, lengths, window, backend)
         for r in range(len(lengths) * n):
             b = r // n
             k_of_row, v_of_row = (

@@ -1,5 +1,6 @@
 """Which checkpoint of a run folder is meant, and loading its model and tokenizer."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from disk import MODEL, Opening, save
 
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import train_tokenizer
+from nanochat.model.kernels import cpu_reading
 from nanochat.run import checkpoint
 from nanochat.run.loading import load_run, step_of
 
@@ -75,6 +77,30 @@ def test_loading(loadable):
     assert torch.equal(model.head.weight, MODEL.head.weight) and not model.training
     assert model.compute_dtype == torch.float32
     assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "dtype", "backend"),
+    [
+        ("blocked", "float32", "blocked"),
+        ("sdpa", "float32", "blocked"),
+        ("native", "float32", "native"),
+        ("native", "bfloat16", "native"),
+        ("flex", "float32", "native"),
+    ],
+)
+def test_a_cpu_evaluates_as_the_run_did(loadable, trained_with, dtype, backend):
+    if backend == "native" and (problem := cpu_reading.problem()):
+        pytest.skip(problem)
+    (loadable / "config.json").write_text(json.dumps({"runtime": {"attention": trained_with}}))
+    model, _ = load_run(loadable, device_type="cpu", dtype=dtype)
+    assert model.blocks[0].attention.backend == backend
+
+
+def test_where_no_cpp_can_be_compiled_a_cpu_does_without(loadable, monkeypatch):
+    monkeypatch.setattr(cpu_reading, "problem", lambda: "no C++ compiler")
+    (loadable / "config.json").write_text('{"runtime": {"attention": "native"}}')
+    assert load_run(loadable, device_type="cpu")[0].blocks[0].attention.backend == "blocked"
 
 
 def test_the_newest_one_is_removed_while_it_is_loaded(loadable):

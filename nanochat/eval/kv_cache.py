@@ -175,8 +175,15 @@ class BranchesOfLayer:
         window: int,
         backend: str,
     ) -> Tensor:
-        """Attention of each row to its beginning and to itself; `backend` makes no difference."""
+        """Attention of each row to its beginning and to itself."""
         layer = self.layer
         return branched_attention(
-            q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, layer.keys, layer.values, layer.lengths, window
+            q_RxTxHxD,
+            k_RxTxKxD,
+            v_RxTxKxD,
+            layer.keys,
+            layer.values,
+            layer.lengths,
+            window,
+            backend,
         )

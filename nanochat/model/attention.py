@@ -145,7 +145,7 @@ def backend_problem(
 def _native_problem(
     device_type: str, dtype: torch.dtype | None, no_compiler: str | None, planned: bool
 ) -> str | None:
-    from nanochat.model.kernels import cpu_training
+    from nanochat.model.kernels import cpu_reading, cpu_training
 
     if device_type != "cpu":
         return f"runs on CPUs, and this device is {device_type}"
@@ -153,7 +153,10 @@ def _native_problem(
         return f"takes float32 and bfloat16, not {dtype}"
     if no_compiler:
         return f"is C++, and nothing is compiled here ({no_compiler})"
-    if problem := cpu_training.problem(planned):
+    problem = cpu_training.problem(planned)
+    if not planned:
+        problem = problem or cpu_reading.problem()
+    if problem:
         return f"cannot be used: {problem}"
     return None
 
@@ -254,12 +257,13 @@ def attention(
         from nanochat.model.kernels.flex_attention import windowed_attention
 
         return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
-    # Without gradients it is the blocked path: evaluations give the same numbers whatever trained.
-    same_length = q_BxTxHxD.size(1) == k_BxSxKxD.size(1)
-    if backend == "native" and same_length and torch.is_grad_enabled():
-        from nanochat.model.kernels import cpu_training
+    if backend == "native" and q_BxTxHxD.size(1) == k_BxSxKxD.size(1):
+        from nanochat.model.kernels import cpu_reading, cpu_training
 
-        return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+        if torch.is_grad_enabled():
+            return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+        if cpu_reading.takes(q_BxTxHxD):
+            return cpu_reading.attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     if backend in ("sdpa", "flex"):
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
@@ -433,14 +437,23 @@ def branched_attention(
     v_BxSxKxD: Tensor,
     lengths: list[int],
     window: int,
+    backend: str,
 ) -> Tensor:
     """attention() of rows that continue shared beginnings: row r sees beginning r // (R / B), then
     its own T keys.
 
     lengths: positions of each of the B beginnings, at most S; keys and values past them are
     ignored. The keys of a beginning are read once for all rows that continue it. For short rows,
-    whose scores are not cut into blocks, and without gradients. Returns (R, T, H, D) in q's
-    dtype."""
+    whose scores are not cut into blocks, and without gradients. backend: only native makes a
+    difference. Returns (R, T, H, D) in q's dtype."""
+    if backend == "native":
+        from nanochat.model.kernels import cpu_reading
+
+        if cpu_reading.takes(q_RxTxHxD):
+            beginnings = k_BxSxKxD, v_BxSxKxD
+            return cpu_reading.attend(
+                q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, beginnings, lengths
+            )
     R, T, H, D = q_RxTxHxD.shape
     B, S, K, _ = k_BxSxKxD.shape
     n = R // B

@@ -185,15 +185,9 @@ class Attention(nn.Module):
         v_BxTxKxD = value.view(B, T, self.n_kv_head, self.head_dim)
         if self.value_gate is not None:
             v_BxTxKxD = self._add_value_embedding(v_BxTxKxD, x_BxTxC, value_embedding_BxTxKD)
-        k_BxTxKxD = raw_BxTxKxD
-        if self.key_shift:
-            before = cache.key_before if cache is not None else None
-            if before is None:
-                # The first token of a row has no predecessor.
-                before = torch.zeros_like(raw_BxTxKxD[:, :1])
-            k_BxTxKxD = shift_keys(raw_BxTxKxD, before)
+        before = cache.key_before if cache is not None and self.key_shift else None
         # Caches store rotated keys, so that no step rotates them again.
-        k_BxTxKxD = self._positioned(k_BxTxKxD, rope)
+        k_BxTxKxD = self._positioned(raw_BxTxKxD, rope, before, shifts=self.key_shift)
         out = None
         if fill:
             cache.append(k_BxTxKxD, v_BxTxKxD)
@@ -223,6 +217,24 @@ class Attention(nn.Module):
         embedding = value_embedding_BxTxKD.to(v_BxTxKxD.dtype).view_as(v_BxTxKxD)
         return v_BxTxKxD + gate_BxTxK[..., None] * embedding
 
-    def _positioned(self, heads_BxTxHxD: Tensor, rope: Rope) -> Tensor:
+    def _positioned(
+        self,
+        heads_BxTxHxD: Tensor,
+        rope: Rope,
+        before_Bx1xHxD: Tensor | None = None,
+        *,
+        shifts: bool = False,
+    ) -> Tensor:
+        """Queries or keys, shifted, rotated and normalised. before: the key before the first."""
+        if self.backend == "native" and not torch.is_grad_enabled():
+            from nanochat.model.kernels import cpu_reading
+
+            eps = NORM_EPS if self.qk_norm else None
+            return cpu_reading.positioned(heads_BxTxHxD, rope, eps, before_Bx1xHxD, shifts=shifts)
+        if shifts:
+            if before_Bx1xHxD is None:
+                # The first token of a row has no predecessor.
+                before_Bx1xHxD = torch.zeros_like(heads_BxTxHxD[:, :1])
+            heads_BxTxHxD = shift_keys(heads_BxTxHxD, before_Bx1xHxD)
         rotated = rotate(heads_BxTxHxD, *rope)
         return norm(rotated) if self.qk_norm else rotated

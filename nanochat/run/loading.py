@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanochat import hardware
-from nanochat.common import UsageError
+from nanochat.common import UsageError, read_json
 from nanochat.data.tokenizer import read_tokenizer
 from nanochat.run import checkpoint
 
@@ -95,6 +95,17 @@ def load_step(
     return load_step(run, None, device_type, dtype)
 
 
+def _backend_on_cpu(run: Path, dtype: torch.dtype) -> str:
+    """Native, as in the evaluations of most training runs, but blocked where this one had no C++:
+    what is evaluated again should give the same numbers."""
+    from nanochat.model.kernels import cpu_reading
+
+    runtime = read_json(run / "config.json", "run folder").get("runtime", {})
+    if runtime.get("attention") in ("blocked", "sdpa") or dtype not in cpu_reading.DTYPES:
+        return "blocked"
+    return "blocked" if cpu_reading.problem() else "native"
+
+
 def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder", "Tokenizer"]:
     """load_step() of an existing step."""
     from nanochat.model.attention import pick_backend
@@ -114,8 +125,10 @@ def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder"
             f"{run}/tokenizer is not the tokenizer that step {step} was trained with; restore the "
             f"original file"
         )
-    # On a CPU all is the blocked path without gradients, so no C++ has to be compiled.
-    backend = "blocked" if device.type == "cpu" else pick_backend("auto", device.type)[0]
+    if device.type == "cpu":
+        backend = _backend_on_cpu(run, compute_dtype)
+    else:
+        backend = pick_backend("auto", device.type)[0]
     model = build(checkpoint.model_config(run, step), device, compute_dtype, backend)
     checkpoint.load_model(run, step, model)
     # A model is built in training mode, in which dropout is active.

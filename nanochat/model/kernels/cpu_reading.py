@@ -1,0 +1,172 @@
+"""reading.cpp from Python: passes over whole texts on CPUs, without gradients.
+
+Attention is for bf16 on processors with AMX or AVX512-BF16. Scores, weights before they are
+rounded, and what is between the steps of positioned() are in fp32, so that in bf16 both are closer
+to exact arithmetic than their references: _blocked() and branched_attention() in
+nanochat/model/attention.py, and shift_keys(), rotate() and norm() in nanochat/model/layers.py.
+
+Shapes: B beginnings, R rows, T tokens of a row, S tokens of a beginning, H query heads, K key/value
+heads, D head dim."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanochat import native
+from nanochat.common import Unavailable
+
+SOURCE = Path(__file__).with_name("reading.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+# The head dim is a multiple of it.
+TILE_CHUNK = 32
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return declared(native.load(SOURCE, "-fopenmp"))
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library of reading.cpp, with the types of what its functions take."""
+    pointer = ctypes.c_void_p
+    library.nanochat_read.argtypes = [*[pointer] * 8, ctypes.c_float]
+    library.nanochat_positions.argtypes = [
+        *[pointer] * 4,
+        *(ctypes.c_int64, pointer, ctypes.c_float, pointer),
+    ]
+    return library
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why reading.cpp cannot be used on this machine, or None."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return bool(_library().nanochat_has_tiles())
+
+
+def takes(q: Tensor) -> bool:
+    """Whether attend() computes the attention of these queries, (..., D)."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.size(-1) % TILE_CHUNK == 0
+        and not torch.is_grad_enabled()
+        and _has_tiles()
+    )
+
+
+def attend(
+    q_RxTxHxD: Tensor,
+    k_RxTxKxD: Tensor,
+    v_RxTxKxD: Tensor,
+    window: int,
+    beginnings: tuple[Tensor, Tensor] | None = None,
+    lengths: list[int] | None = None,
+) -> Tensor:
+    """As branched_attention() of nanochat/model/attention.py, for queries that takes() accepts:
+    (R, T, H, D).
+
+    beginnings: keys and values, (B, S, K, D) each, or None for rows that continue nothing. lengths:
+    of the beginnings."""
+    R, T, H, D = q_RxTxHxD.shape
+    K = k_RxTxKxD.size(2)
+    B, S = R, 0
+    addresses, given = [None, None], None
+    tensors = [x.contiguous() for x in (q_RxTxHxD, k_RxTxKxD, v_RxTxKxD)]
+    if beginnings is not None:
+        both = [x.contiguous() for x in beginnings]
+        B, S = both[0].shape[:2]
+        addresses = [x.data_ptr() for x in both]
+        given = (ctypes.c_int64 * B)(*lengths)
+    _check_attention(tensors, beginnings, lengths, window)
+    out = torch.empty_like(tensors[0])
+    of = (ctypes.c_int64 * 8)(B, R // B, T, S, K, H // K, D, window)
+    q, k, v = (x.data_ptr() for x in tensors)
+    _library().nanochat_read(q, k, v, *addresses, given, out.data_ptr(), of, D**-0.5)
+    return out
+
+
+def _check_attention(
+    tensors: list[Tensor],
+    beginnings: tuple[Tensor, Tensor] | None,
+    lengths: list[int] | None,
+    window: int,
+) -> None:
+    """ValueError for what reading.cpp would read as something else."""
+    q, k, v = tensors
+    R, T, H, D = q.shape
+    K = k.size(2)
+    fits = k.shape == v.shape == (R, T, K, D) and H % K == 0 and D % TILE_CHUNK == 0 and window > 0
+    for x in (*tensors, *(beginnings or ())):
+        fits = fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if beginnings is not None:
+        B, S = beginnings[0].shape[:2]
+        fits = fits and all(x.shape == (B, S, K, D) for x in beginnings) and R % B == 0
+        fits = fits and len(lengths) == B and 0 <= min(lengths) and max(lengths) <= S
+    if not fits:
+        shapes = [tuple(x.shape) for x in (*tensors, *(beginnings or ()))]
+        raise ValueError(
+            f"attention of {shapes}, {q.dtype} on {q.device}, with lengths {lengths} and a window "
+            f"of {window}; reading.cpp takes bfloat16 on a CPU, with a head dim that is a multiple "
+            f"of {TILE_CHUNK}"
+        )
+
+
+def positioned(
+    x_BxTxHxD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    eps: float | None,
+    before_Bx1xHxD: Tensor | None = None,
+    *,
+    shifts: bool = False,
+) -> Tensor:
+    """Queries or keys, (B, T, H, D) in their dtype: shifted if `shifts`, rotated, and normalised
+    with eps if that is not None.
+
+    before: the key before the first, or None for zeros. rope: as of rotate(), fp32."""
+    B, T, H, D = x_BxTxHxD.shape
+    half = D // 2
+    x = x_BxTxHxD.contiguous()
+    cos, sin = (table.contiguous() for table in rope)
+    previous = None
+    if shifts and before_Bx1xHxD is not None:
+        previous = before_Bx1xHxD.to(x.dtype).contiguous()
+    tables = cos.size(0) if cos.dim() == 3 else 1
+    if (
+        x.dtype not in DTYPES
+        or x.device.type != "cpu"
+        or D % 2
+        or {cos.dtype, sin.dtype} != {torch.float32}
+        or cos.shape != sin.shape
+        or tables not in (1, B)
+        or cos.shape[-2:] != (T, half)
+        or (previous is not None and previous.shape != (B, 1, H, D))
+    ):
+        raise ValueError(
+            f"{tuple(x.shape)} in {x.dtype} on {x.device}, with angles {tuple(cos.shape)} in "
+            f"{cos.dtype}; reading.cpp takes float32 or bfloat16 on a CPU and as many angles"
+        )
+    out = torch.empty_like(x)
+    of = (ctypes.c_int64 * 6)(B, T, H, D, (half + 1) // 2 if shifts else half, tables)
+    _library().nanochat_positions(
+        x.data_ptr(),
+        None if previous is None else previous.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        x.dtype == torch.bfloat16,
+        of,
+        -1.0 if eps is None else eps,
+        out.data_ptr(),
+    )
+    return out
