@@ -11,11 +11,12 @@
 #   FLOPs     small 1.1e14, 384 1.0e15, 768 5.2e16
 #   hardware  small and 384: 2 CPU cores; 768: one GPU
 #   disk      20 checkpoints: small 0.3 GB, 384 1.8 GB, 768 14 GB
-#   time      small 10 minutes of training on 2 cores with AMX beside other programs; 384 there at
-#             6,000 tokens a second, so 40 minutes (it was paused again and again); 768 not
-#             measured yet
-#   expected  small 1.41 nats a character at the end of ten minutes (one run); 384 1.447 at its
-#             best, step 1,560, and 1.474 at the end, when it had memorised more (one run, dropout
+#   time      small at most 10 minutes of training on 2 cores with AVX512-BF16, beside other
+#             programs; 384 with AMX at 6,000 tokens a second, so 40 minutes (it was paused again
+#             and again); 768 not measured yet
+#   expected  small 1.37 to 1.42 nats a character at the end (1.387 here, 1.408 after ten minutes of
+#             it elsewhere; the mean of its last checkpoints 1.379); 384 1.447 at its best, step
+#             1,560, and 1.474 at the end, when it had memorised more (one run, dropout
 #             0.4). Known marks on the last tenth of the text: 1.4697 for the size of 384 in 3
 #             minutes on one GPU; a plateau at 1.66 to 1.70 in the lesson that these stages come
 #             from; 1.88 for 4 layers, 128 wide, in 3 minutes on a CPU. Losses at different contexts
