@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parents[3]
 # Seconds that each may take, the most important first. Those named "dN-..." train that depth,
 # "warm-N" compile what those will run, "attention-T" time all backends.
 CHECKS = {
-    "kernels": 200,
-    "warm-12": 200,
+    "kernels": 240,
+    "warm-12": 240,
     "warm-24": 200,
     "d12-bf16": 100,
     "d24-bf16": 160,
     "attention-2048": 90,
-    "variants": 160,
+    "variants": 200,
     "resume": 200,
     "attention-512": 60,
     "d12-fp8": 90,
