@@ -352,6 +352,10 @@ def test_gradients_that_travel_early_are_the_same(runs, kind):
         # as backward passes compute them; a stack when it is whole
         assert order[0] == "head.weight" and order[-1] == "embedding.weight"
         assert order.index("value_embeddings.2.weight") < order.index("blocks.0.mlp.down.weight")
+        # late layers before early ones: of three, two travel together
+        downs = [name for name in order if name.endswith("mlp.down.weight")]
+        assert downs[-1] == "blocks.0.mlp.down.weight"
+        assert kind == "adamw" or downs[:-1] == ["blocks.1.mlp.down.weight"]
         travels_late = {0, 2} if rank == 1 else {0}
         expected = []
         for step in range(STEPS):

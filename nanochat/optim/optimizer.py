@@ -18,6 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
+from nanochat.common import ceil_div
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.parts import FlatParameter, MatrixStack, Settings, State
 from nanochat.optim.sharded_parts import ShardedParameter, ShardedStack
@@ -25,6 +26,24 @@ from nanochat.optim.sharding import is_split
 from nanochat.ranks import from_rank0, sum_over_ranks, world_size
 
 Part = MatrixStack | FlatParameter | ShardedStack | ShardedParameter
+# Pieces of a stack that several ranks exchange, at most.
+PIECES = 3
+
+
+def by_depth(
+    stack: Mapping[str, torch.nn.Parameter], ranks: int
+) -> list[dict[str, torch.nn.Parameter]]:
+    """Pieces of a stack that travel one by one: the backward pass makes the gradients of late
+    layers first, and these travel while it makes the others.
+
+    All but the piece of the first layers have a multiple of `ranks` matrices, so that no more
+    padding travels than for the whole stack."""
+    if ranks == 1:
+        return [dict(stack)]
+    names = list(stack)
+    size = ranks * ceil_div(len(names), PIECES * ranks)
+    pieces = [names[max(0, end - size) : end] for end in range(len(names), 0, -size)]
+    return [{name: stack[name] for name in piece} for piece in pieces]
 
 
 def arrived(part: Part) -> torch.Tensor | None:
@@ -69,7 +88,9 @@ class Optimizer:
             for name, parameter in members.items():
                 by_shape.setdefault(parameter.shape, {})[name] = parameter
             for stack in by_shape.values():
-                self.parts.append(stacked(stack, settings[group], dtype))
+                # the gradients of sharded parameters travel block by block
+                pieces = [stack] if sharded else by_depth(stack, world_size())
+                self.parts += [stacked(piece, settings[group], dtype) for piece in pieces]
         # parts with much to exchange and little to compute first, so that the others' products
         # cover their communication
         self.parts.sort(key=_is_stack)
