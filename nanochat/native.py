@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from nanochat.common import Unavailable, in_a_line, note_once, own_cache, sha256_hex
+from nanochat.common import Unavailable, UsageError, in_a_line, note_once, own_cache, sha256_hex
 
 COMPILERS = ("g++", "clang++")
 # No -ffast-math: it would let the compiler sum in another order.
@@ -29,7 +29,8 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
     possible."""
     try:
         return ctypes.CDLL(str(_built(source, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
+    # UsageError: no folder for it
+    except (OSError, subprocess.SubprocessError, UsageError) as error:
         raise Unavailable(
             f"{source.name} cannot be compiled and loaded ({_cause(error)})"
         ) from None

@@ -1,11 +1,14 @@
-"""Passes without gradients in C++: positions of queries and keys, and when they are used.
+"""Passes without gradients in C++: positions of queries and keys, the bits of attention, and when
+both are used.
 
-Their attention is tested in test_attention.py."""
+That attention is right is tested in test_attention.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat.eval.kv_cache import Branches, KVCache
+from nanochat.model.attention import attention, branched_attention
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
 from nanochat.model.kernels import cpu_reading
@@ -80,9 +83,63 @@ def test_what_the_library_would_misread_is_refused():
         lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 0),
         lambda: cpu_reading.attend(x.bfloat16(), *[x[:, :4].bfloat16()] * 2, 5),
         lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2, [T + 1] * B),
+        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2, [T]),
+        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2),
+        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, None, [T] * B),
     ):
-        with pytest.raises(ValueError, match=r"reading\.cpp takes"):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"reading\.cpp takes"):
             wrong()
+    # with gradients it would be silent about them
+    with pytest.raises(ValueError, match=r"reading\.cpp takes"):
+        cpu_reading.attend(*[x.bfloat16()] * 3, 5)
+
+
+def tiled(*shape, seed=0):
+    x = drawn(*shape, seed=seed).bfloat16()
+    with torch.no_grad():
+        if not cpu_reading.takes(x):
+            pytest.skip("no bf16 instructions")
+    return x
+
+
+@pytest.mark.parametrize("window", [1, 20, 33, 64, 10**12])
+@pytest.mark.parametrize(("heads", "D"), [((4, 2), 32), ((1, 1), 96)])
+def test_bits_depend_neither_on_cuts_nor_on_other_rows(heads, D, window):
+    """Nor on how many threads share the work."""
+    rows, length, (n_head, n_kv_head) = 3, 130, heads
+    q = tiled(rows, length, n_head, D)
+    k, v = (tiled(rows, length, n_kv_head, D, seed=seed) for seed in (1, 2))
+    with torch.no_grad():
+        whole = attention(q, k, v, window, "native")
+        for cut in (1, 31, 32, 77, 129):
+            late = attention(q[:, cut:], k, v, window, "native")
+            assert torch.equal(late, whole[:, cut:])
+        assert torch.equal(attention(q[1:2], k[1:2], v[1:2], window, "native"), whole[1:2])
+        torch.set_num_threads(3)
+        many = attention(q[:1], k[:1], v[:1], window, "native")
+        torch.set_num_threads(1)
+        assert torch.equal(many, whole[:1])
+
+
+def test_choices_that_continue_a_beginning_have_the_bits_of_whole_texts():
+    lengths, n, own, D = [100, 37, 1], 2, 19, 32
+    q, k, v = (tiled(len(lengths) * n, max(lengths) + own, 2, D, seed=seed) for seed in range(3))
+    for window in (25, 10**6):
+        wholes, continued, beginnings = [], [], []
+        for row in range(len(q)):
+            length = lengths[row // n]
+            # both choices continue the first one's beginning
+            texts = [x[row : row + 1, : length + own].clone() for x in (q, k, v)]
+            for text, x in zip(texts, (q, k, v), strict=True):
+                text[:, :length] = x[row // n * n, :length]
+            with torch.no_grad():
+                wholes.append(attention(*texts, window, "native")[:, length:])
+            continued.append([text[:, length:] for text in texts])
+            beginnings = [x[::n, : max(lengths)] for x in (k, v)]
+        rows = [torch.cat(parts) for parts in zip(*continued, strict=True)]
+        with torch.no_grad():
+            found = branched_attention(*rows, *beginnings, lengths, window, "native")
+        assert torch.equal(found, torch.cat(wholes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -97,6 +154,14 @@ def test_a_native_model_predicts_as_a_blocked_one(arch, dtype, monkeypatch):
         return inner(*args, **named)
 
     monkeypatch.setattr(cpu_reading, "positioned", counted)
+    attended = []
+    attend = cpu_reading.attend
+
+    def counted_too(*args):
+        attended.append(1)
+        return attend(*args)
+
+    monkeypatch.setattr(cpu_reading, "attend", counted_too)
     config = GPTConfig(
         depth=3,
         width=64,
@@ -123,8 +188,19 @@ def test_a_native_model_predicts_as_a_blocked_one(arch, dtype, monkeypatch):
     with torch.no_grad():
         wanted, allowed, found = (model(ids).double() for model in (exact, plain, native))
     assert len(calls) == 2 * config.depth
+    in_tiles = dtype == torch.bfloat16 and cpu_reading._has_tiles()
+    assert len(attended) == (config.depth if in_tiles else 0)
     error = (found - wanted).norm()
     assert error <= 1.2 * (allowed - wanted).norm() + 1e-5 * wanted.norm()
+    if in_tiles:
+        cache = KVCache(config, 2, 40, "cpu", dtype, lengths=[40, 33])
+        with torch.no_grad():
+            native.hidden(ids[:, :40], cache, fill=True)
+            branches = Branches(cache, 3, 50, native.embed(ids[:, 39]))
+            native.hidden(ids[:, 40:50].repeat_interleave(3, dim=0), branches)
+        # the last layer of what is only stored attends to nothing
+        assert len(attended) == 3 * config.depth - 1
+    calls.clear()
     # with gradients it is what training computes
     native(ids, ids, reduction="mean").backward()
-    assert len(calls) == 2 * config.depth
+    assert not calls

@@ -7,6 +7,7 @@ import pytest
 import torch
 from disk import MODEL, Opening, save
 
+from nanochat import common
 from nanochat.common import UsageError
 from nanochat.data.tokenizer import train_tokenizer
 from nanochat.model.kernels import cpu_reading
@@ -80,27 +81,33 @@ def test_loading(loadable):
 
 
 @pytest.mark.parametrize(
-    ("trained_with", "dtype", "backend"),
+    ("trained_with", "on", "dtype", "backend"),
     [
-        ("blocked", "float32", "blocked"),
-        ("sdpa", "float32", "blocked"),
-        ("native", "float32", "native"),
-        ("native", "bfloat16", "native"),
-        ("flex", "float32", "native"),
+        ("blocked", "cpu", "float32", "blocked"),
+        ("sdpa", "cpu", "float32", "blocked"),
+        ("native", "cpu", "float32", "native"),
+        ("native", "cpu", "bfloat16", "native"),
+        ("flex", "cuda", "float32", "native"),
+        ("sdpa", "cuda", "float32", "native"),
     ],
 )
-def test_a_cpu_evaluates_as_the_run_did(loadable, trained_with, dtype, backend):
+def test_a_cpu_evaluates_as_the_run_did(loadable, trained_with, on, dtype, backend):
     if backend == "native" and (problem := cpu_reading.problem()):
         pytest.skip(problem)
-    (loadable / "config.json").write_text(json.dumps({"runtime": {"attention": trained_with}}))
+    config = {"runtime": {"attention": trained_with}, "hardware": {"device_type": on}}
+    (loadable / "config.json").write_text(json.dumps(config))
     model, _ = load_run(loadable, device_type="cpu", dtype=dtype)
     assert model.blocks[0].attention.backend == backend
 
 
-def test_where_no_cpp_can_be_compiled_a_cpu_does_without(loadable, monkeypatch):
+def test_where_no_cpp_can_be_compiled_a_cpu_does_without(loadable, monkeypatch, capsys):
     monkeypatch.setattr(cpu_reading, "problem", lambda: "no C++ compiler")
-    (loadable / "config.json").write_text('{"runtime": {"attention": "native"}}')
+    monkeypatch.setattr(common, "_noted", set())
+    config = {"runtime": {"attention": "native"}, "hardware": {"device_type": "cpu"}}
+    (loadable / "config.json").write_text(json.dumps(config))
     assert load_run(loadable, device_type="cpu")[0].blocks[0].attention.backend == "blocked"
+    shown = capsys.readouterr().err
+    assert "without C++, unlike the run: the last digits may differ (no C++ compiler)" in shown
 
 
 def test_the_newest_one_is_removed_while_it_is_loaded(loadable):

@@ -257,13 +257,17 @@ def attention(
         from nanochat.model.kernels.flex_attention import windowed_attention
 
         return windowed_attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
-    if backend == "native" and q_BxTxHxD.size(1) == k_BxSxKxD.size(1):
+    if backend == "native":
         from nanochat.model.kernels import cpu_reading, cpu_training
 
-        if torch.is_grad_enabled():
+        before = k_BxSxKxD.size(1) - q_BxTxHxD.size(1)
+        if torch.is_grad_enabled() and not before:
             return cpu_training.attention(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
         if cpu_reading.takes(q_BxTxHxD):
-            return cpu_reading.attend(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
+            cut = [x.tensor_split((before,), dim=1) for x in (k_BxSxKxD, v_BxSxKxD)]
+            beginnings, own = zip(*cut, strict=True)
+            lengths = [before] * len(q_BxTxHxD)
+            return cpu_reading.attend(q_BxTxHxD, *own, window, beginnings, lengths)
     if backend in ("sdpa", "flex"):
         return _sdpa(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)
     return _blocked(q_BxTxHxD, k_BxSxKxD, v_BxSxKxD, window)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanochat import hardware
-from nanochat.common import UsageError, read_json
+from nanochat.common import UsageError, note_once, read_json
 from nanochat.data.tokenizer import read_tokenizer
 from nanochat.run import checkpoint
 
@@ -96,14 +96,19 @@ def load_step(
 
 
 def _backend_on_cpu(run: Path, dtype: torch.dtype) -> str:
-    """Native, as in the evaluations of most training runs, but blocked where this one had no C++:
-    what is evaluated again should give the same numbers."""
+    """The attention of a run's own evaluations, where they ran on a CPU too: what is evaluated
+    again should give the same numbers. Native where they did not, and it can be compiled."""
     from nanochat.model.kernels import cpu_reading
 
-    runtime = read_json(run / "config.json", "run folder").get("runtime", {})
-    if runtime.get("attention") in ("blocked", "sdpa") or dtype not in cpu_reading.DTYPES:
+    config = read_json(run / "config.json", "run folder")
+    on_cpu = config.get("hardware", {}).get("device_type") == "cpu"
+    recorded = config.get("runtime", {}).get("attention") if on_cpu else None
+    if recorded in ("blocked", "sdpa") or dtype not in cpu_reading.DTYPES:
         return "blocked"
-    return "blocked" if cpu_reading.problem() else "native"
+    problem = cpu_reading.problem()
+    if problem and recorded:
+        note_once(f"evaluated without C++, unlike the run: the last digits may differ ({problem})")
+    return "blocked" if problem else "native"
 
 
 def _load(run: Path, step: int, device_type: str, dtype: str) -> tuple["Decoder", "Tokenizer"]:

@@ -68,9 +68,11 @@ def _without_cpp(model: "Decoder") -> Iterator[None]:
     backend = model.blocks[0].attention.backend
     for block in model.blocks:
         block.attention.backend = "blocked" if backend == "native" else backend
-    yield
-    for block in model.blocks:
-        block.attention.backend = backend
+    try:
+        yield
+    finally:
+        for block in model.blocks:
+            block.attention.backend = backend
 
 
 @torch.no_grad()

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from nanochat import native
 from nanochat.common import Unavailable
+from nanochat.model.kernels.cpu_training import DTYPES, TILE_CHUNK
 
 SOURCE = Path(__file__).with_name("reading.cpp")
-DTYPES = (torch.float32, torch.bfloat16)
-# The head dim is a multiple of it.
-TILE_CHUNK = 32
 
 
 @functools.cache
@@ -66,6 +64,8 @@ def takes(q: Tensor) -> bool:
     )
 
 
+# The compiler would look into the calls of the library and split what it compiles several times.
+@torch.compiler.disable
 def attend(
     q_RxTxHxD: Tensor,
     k_RxTxKxD: Tensor,
@@ -75,54 +75,72 @@ def attend(
     lengths: list[int] | None = None,
 ) -> Tensor:
     """As branched_attention() of nanochat/model/attention.py, for queries that takes() accepts:
-    (R, T, H, D).
+    (R, T, H, D). The bits of a row depend neither on other rows nor on where its text is cut into
+    beginning and row.
 
     beginnings: keys and values, (B, S, K, D) each, or None for rows that continue nothing. lengths:
     of the beginnings."""
+    _check_attention((q_RxTxHxD, k_RxTxKxD, v_RxTxKxD), window, beginnings, lengths)
     R, T, H, D = q_RxTxHxD.shape
     K = k_RxTxKxD.size(2)
-    B, S = R, 0
-    addresses, given = [None, None], None
-    tensors = [x.contiguous() for x in (q_RxTxHxD, k_RxTxKxD, v_RxTxKxD)]
-    if beginnings is not None:
-        both = [x.contiguous() for x in beginnings]
-        B, S = both[0].shape[:2]
-        addresses = [x.data_ptr() for x in both]
+    q = q_RxTxHxD.contiguous()
+    out = torch.empty_like(q)
+    if not out.numel():
+        return out
+    k, v, of_row = _rows(k_RxTxKxD, v_RxTxKxD)
+    # never read where nothing is continued
+    beginning_k, beginning_v, of_beginning, B, S, given = k, v, 0, R, 0, None
+    if beginnings is not None and beginnings[0].numel():
+        beginning_k, beginning_v, of_beginning = _rows(*beginnings)
+        B, S = beginning_k.shape[:2]
         given = (ctypes.c_int64 * B)(*lengths)
-    _check_attention(tensors, beginnings, lengths, window)
-    out = torch.empty_like(tensors[0])
-    of = (ctypes.c_int64 * 8)(B, R // B, T, S, K, H // K, D, window)
-    q, k, v = (x.data_ptr() for x in tensors)
-    _library().nanochat_read(q, k, v, *addresses, given, out.data_ptr(), of, D**-0.5)
+    numbers = B, R // B, T, S, K, H // K, D, window, of_row, of_beginning, torch.get_num_threads()
+    tensors = q, k, v, beginning_k, beginning_v
+    of = (ctypes.c_int64 * len(numbers))(*numbers)
+    addresses = [x.data_ptr() for x in tensors]
+    _library().nanochat_read(*addresses, given, out.data_ptr(), of, D**-0.5)
     return out
 
 
+def _rows(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (rows, tokens, K, D), and how many numbers a row is from the next one; copies
+    only of what is not dense within rows, such as it lies in a cache."""
+    dense = [x[:1].is_contiguous() for x in (k, v)]
+    if not all(dense) or k.stride(0) != v.stride(0):
+        k, v = k.contiguous(), v.contiguous()
+    return k, v, k.stride(0)
+
+
 def _check_attention(
-    tensors: list[Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    window: int,
     beginnings: tuple[Tensor, Tensor] | None,
     lengths: list[int] | None,
-    window: int,
 ) -> None:
     """ValueError for what reading.cpp would read as something else."""
     q, k, v = tensors
     R, T, H, D = q.shape
     K = k.size(2)
-    fits = k.shape == v.shape == (R, T, K, D) and H % K == 0 and D % TILE_CHUNK == 0 and window > 0
+    fits = takes(q) and k.shape == v.shape == (R, T, K, D) and H % K == 0 and window > 0
     for x in (*tensors, *(beginnings or ())):
         fits = fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     if beginnings is not None:
         B, S = beginnings[0].shape[:2]
-        fits = fits and all(x.shape == (B, S, K, D) for x in beginnings) and R % B == 0
-        fits = fits and len(lengths) == B and 0 <= min(lengths) and max(lengths) <= S
+        fits = fits and all(x.shape == (B, S, K, D) for x in beginnings) and R % max(B, 1) == 0
+        fits = fits and lengths is not None and len(lengths) == B
+        fits = fits and all(0 <= length <= S for length in lengths)
+    else:
+        fits = fits and lengths is None
     if not fits:
         shapes = [tuple(x.shape) for x in (*tensors, *(beginnings or ()))]
         raise ValueError(
             f"attention of {shapes}, {q.dtype} on {q.device}, with lengths {lengths} and a window "
-            f"of {window}; reading.cpp takes bfloat16 on a CPU, with a head dim that is a multiple "
-            f"of {TILE_CHUNK}"
+            f"of {window}; reading.cpp takes bfloat16 without gradients, on a CPU with "
+            f"AVX512-BF16 or AMX, with a head dim that is a multiple of {TILE_CHUNK}"
         )
 
 
+@torch.compiler.disable
 def positioned(
     x_BxTxHxD: Tensor,
     rope: tuple[Tensor, Tensor],
@@ -154,8 +172,10 @@ def positioned(
         or (previous is not None and previous.shape != (B, 1, H, D))
     ):
         raise ValueError(
-            f"{tuple(x.shape)} in {x.dtype} on {x.device}, with angles {tuple(cos.shape)} in "
-            f"{cos.dtype}; reading.cpp takes float32 or bfloat16 on a CPU and as many angles"
+            f"heads {tuple(x.shape)} in {x.dtype} on {x.device}, with angles {tuple(cos.shape)} in "
+            f"{cos.dtype}, and before them {None if previous is None else tuple(previous.shape)}; "
+            f"reading.cpp takes float32 or bfloat16 on a CPU, and fp32 angles {(T, half)} or "
+            f"{(B, T, half)}"
         )
     out = torch.empty_like(x)
     of = (ctypes.c_int64 * 6)(B, T, H, D, (half + 1) // 2 if shifts else half, tables)

@@ -1,5 +1,5 @@
-// Reading whole texts on a CPU, without gradients: attention in tiles, to what a row continues and
-// to the row itself, and the positions of queries and keys. See cpu_reading.py, which calls it.
+// Reading whole texts on a CPU, without gradients: attention of rows to a beginning and to
+// themselves, in tiles, and the positions of queries and keys. See cpu_reading.py, which calls it.
 //
 // Letters as in the model: B beginnings, each continued by R of the rows, T tokens of a row, S of
 // the longest beginning, K key/value heads, G query heads of each, D head dim.
@@ -10,73 +10,92 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
+// of_row, of_beginning: numbers from a row of keys or values to the next one.
 struct Reading {
-    int64_t B, R, T, S, K, G, D, window;
+    int64_t B, R, T, S, K, G, D, window, of_row, of_beginning, threads;
     float scale;
 };
 
-inline int64_t round_to_chunk(int64_t n) { return (n + CHUNK - 1) / CHUNK * CHUNK; }
+inline int64_t whole_chunks(int64_t n) { return n / CHUNK * CHUNK; }
 
-// n rows of D numbers, `stride` apart, as neighbours; the space before and behind them becomes 0.
-void gather(const BFloat16* x, int64_t stride, int64_t n, int64_t D, int64_t before, int64_t total,
-            BFloat16* rows) {
-    std::fill(rows, rows + before * D, BFloat16{});
-    for (int64_t i = 0; i < n; i++)
-        std::copy(x + i * stride, x + i * stride + D, rows + (before + i) * D);
-    std::fill(rows + (before + n) * D, rows + total * D, BFloat16{});
+// n heads of tokens, which are `stride` apart, as neighbours.
+void gather(const BFloat16* x, int64_t stride, int64_t n, int64_t D, BFloat16* rows) {
+    for (int64_t i = 0; i < n; i++) std::copy(x + i * stride, x + i * stride + D, rows + i * D);
 }
 
-// Queries, keys, values and the result are (rows, T, heads, D), those of beginnings (B, S, K, D).
+// The keys or values of one head, in tiles whose first is a multiple of 32 positions from the
+// beginning's first: a result has the same bits wherever a text is cut into beginning and row.
+struct Head {
+    int64_t start;   // the first key of the beginning that is seen, or a few before it
+    int64_t shared;  // keys of the beginning in whole chunks, which all rows share
+    int64_t rest;    // others, which are laid out again before each row's own
+
+    explicit Head(int64_t length, int64_t window)
+        : start(whole_chunks(std::max<int64_t>(0, length - window + 1))),
+          shared(whole_chunks(length - start)),
+          rest(length - start - shared) {}
+
+    // Keys before the row's own.
+    int64_t before() const { return shared + rest; }
+};
+
+// Queries and the result are (rows, T, K * G, D), keys and values (rows, T, K, D), those of
+// beginnings (B, S, K, D).
 void read(const BFloat16* q, const BFloat16* k, const BFloat16* v, const BFloat16* beginning_k,
           const BFloat16* beginning_v, const int64_t* lengths, BFloat16* out, const Reading& of) {
-    int64_t T = of.T, S = of.S, K = of.K, G = of.G, D = of.D;
-    int64_t own = round_to_chunk(T), most = round_to_chunk(S) + own;
-#pragma omp parallel
+    int64_t T = of.T, K = of.K, G = of.G, D = of.D, heads = of.B * K;
+    int64_t own_most = whole_chunks(T + 2 * CHUNK - 2), most = whole_chunks(of.S) + own_most;
+    // Where there are fewer heads than threads, several share one.
+    int64_t parts = std::min(of.R * G, (of.threads + heads - 1) / heads);
+#pragma omp parallel num_threads(of.threads)
     {
         Tiles tiles;
         Numbers rows(most * D), keys(most * D), values(most * D), weights(CHUNK * most);
         std::vector<float> scores(CHUNK * most), exponentials(most), result(CHUNK * D);
 #pragma omp for
-        for (int64_t i = 0; i < of.B * K; i++) {
-            int64_t b = i / K, head = i % K;
-            // The first query sees no more of the beginning. Zeros before it let its last key be
-            // followed by the first of a row, whose tiles begin there.
-            int64_t length = std::min(lengths ? lengths[b] : 0, of.window - 1);
-            int64_t trunk = round_to_chunk(length), before = trunk - length;
-            if (length) {
-                int64_t at = ((b * S + lengths[b] - length) * K + head) * D;
-                gather(beginning_k + at, K * D, length, D, before, trunk, rows.data());
-                as_right_transposed(rows.data(), trunk, D, keys.data());
-                gather(beginning_v + at, K * D, length, D, before, trunk, rows.data());
-                as_right(rows.data(), trunk, D, values.data());
+        for (int64_t i = 0; i < heads * parts; i++) {
+            int64_t b = i / parts / K, head = i / parts % K, part = i % parts;
+            Head kept(lengths ? lengths[b] : 0, of.window);
+            int64_t trunk = b * of.of_beginning + (kept.start * K + head) * D;
+            int64_t unshared = trunk + kept.shared * K * D;
+            if (kept.shared) {
+                gather(beginning_k + trunk, K * D, kept.shared, D, rows.data());
+                as_right_transposed(rows.data(), kept.shared, D, keys.data());
+                gather(beginning_v + trunk, K * D, kept.shared, D, rows.data());
+                as_right(rows.data(), kept.shared, D, values.data());
             }
-            for (int64_t row = b * of.R; row < (b + 1) * of.R; row++) {
-                int64_t at = (row * T * K + head) * D;
-                gather(k + at, K * D, T, D, 0, own, rows.data());
-                as_right_transposed(rows.data(), own, D, keys.data() + trunk * D);
-                gather(v + at, K * D, T, D, 0, own, rows.data());
-                as_right(rows.data(), own, D, values.data() + trunk * D);
-                for (int64_t g = 0; g < G; g++) {
-                    int64_t of_head = (row * T * K * G + head * G + g) * D;
-                    gather(q + of_head, K * G * D, T, D, 0, own, rows.data());
-                    for (int64_t t = 0; t < T; t += CHUNK) {
-                        // Keys are counted from the first of the tiles.
-                        int64_t seen = before + std::max<int64_t>(0, length + t - of.window + 1);
-                        int64_t from = seen / CHUNK * CHUNK, width = trunk + t + CHUNK - from;
-                        times_transposed(rows.data() + t * D, D, keys, from, width, scores.data());
-                        int64_t n = std::min(CHUNK, T - t);
-                        for (int64_t r = 0; r < n; r++) {
-                            int64_t end = trunk + t + r + 1;
-                            int64_t first = std::max(before, end - of.window);
-                            softmax(scores.data() + r * width, weights.data() + r * width, width,
-                                    {first - from, end - from}, of.scale, exponentials.data());
-                        }
-                        times(weights.data(), width, values, from, D, result.data());
-                        for (int64_t r = 0; r < n; r++)
-                            for (int64_t d = 0; d < D; d += LANES)
-                                store(out + of_head + (t + r) * K * G * D + d,
-                                      load(result.data() + r * D + d));
+            int64_t own = whole_chunks(kept.rest + T + CHUNK - 1), laid_out = -1;
+            for (int64_t u = part * of.R * G / parts; u < (part + 1) * of.R * G / parts; u++) {
+                int64_t row = b * of.R + u / G;
+                if (row != laid_out) {
+                    laid_out = row;
+                    int64_t at = row * of.of_row + head * D;
+                    BFloat16* behind = rows.data() + kept.rest * D;
+                    std::fill(behind, rows.data() + own * D, BFloat16{});
+                    gather(beginning_k + unshared, K * D, kept.rest, D, rows.data());
+                    gather(k + at, K * D, T, D, behind);
+                    as_right_transposed(rows.data(), own, D, keys.data() + kept.shared * D);
+                    gather(beginning_v + unshared, K * D, kept.rest, D, rows.data());
+                    gather(v + at, K * D, T, D, behind);
+                    as_right(rows.data(), own, D, values.data() + kept.shared * D);
+                }
+                int64_t of_head = (row * T * K * G + head * G + u % G) * D;
+                for (int64_t t = 0; t < T; t += CHUNK) {
+                    int64_t n = std::min(CHUNK, T - t), query = kept.before() + t;
+                    gather(q + of_head + t * K * G * D, K * G * D, n, D, rows.data());
+                    int64_t from = whole_chunks(std::max<int64_t>(0, query - of.window + 1));
+                    int64_t width = whole_chunks(query + n + CHUNK - 1) - from;
+                    times_transposed(rows.data(), D, keys, from, width, scores.data());
+                    for (int64_t r = 0; r < n; r++) {
+                        int64_t end = query + r + 1, first = std::max<int64_t>(0, end - of.window);
+                        softmax(scores.data() + r * width, weights.data() + r * width, width,
+                                {first - from, end - from}, of.scale, exponentials.data());
                     }
+                    times(weights.data(), width, values, from, D, result.data());
+                    for (int64_t r = 0; r < n; r++)
+                        for (int64_t d = 0; d < D; d += LANES)
+                            store(out + of_head + (t + r) * K * G * D + d,
+                                  load(result.data() + r * D + d));
                 }
             }
         }
@@ -152,14 +171,14 @@ int64_t nanochat_has_tiles() {
 #endif
 }
 
-// of: B, R, T, S, K, G, D, window
+// of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads
 void nanochat_read(const void* q, const void* k, const void* v, const void* beginning_k,
                    const void* beginning_v, const int64_t* lengths, void* out, const int64_t* of,
                    float scale) {
 #if defined(__AVX512BF16__)
     read((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v, (const BFloat16*)beginning_k,
          (const BFloat16*)beginning_v, lengths, (BFloat16*)out,
-         {of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], scale});
+         {of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8], of[9], of[10], scale});
 #endif
 }
 

@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, in fp32 and bf16, for decode.cpp and training.cpp.
+// Vectors of 16 numbers, in fp32 and bf16, for the C++ of this folder.
 
 #pragma once
 
