@@ -14,8 +14,9 @@
 #   time      small at most 10 minutes of training on 2 cores with AVX512-BF16, beside other
 #             programs; 384 with AMX at 6,000 tokens a second, so 40 minutes (it was paused again
 #             and again); 768 not measured yet
-#   expected  small 1.37 to 1.42 nats a character at the end (1.387 here, 1.408 after ten minutes of
-#             it elsewhere; the mean of its last checkpoints 1.379); 384 1.447 at its best, step
+#   expected  small 1.39 to 1.41 nats a character at the end (two runs: 1.387 with AVX512-BF16,
+#             1.408 with AMX, of which ten minutes were 3,806 steps), 1.379 with the weights of the
+#             last five checkpoints averaged (one run); 384 1.447 at its best, step
 #             1,560, and 1.474 at the end, when it had memorised more (one run, dropout
 #             0.4). Known marks on the last tenth of the text: 1.4697 for the size of 384 in 3
 #             minutes on one GPU; a plateau at 1.66 to 1.70 in the lesson that these stages come

@@ -10,7 +10,7 @@
 #             with AVX512-BF16; 80M not measured yet
 #   expected  of 2.4 MB of stories, 3e6 tokens (4.7 epochs): 1.03 bits per byte; 8e6 (12.5 epochs)
 #             with --dropout=0.1: 1.06 at its best, after 5 epochs, and 1.13 at the end, when it
-#             knows them by heart (one run each); 80M not measured yet. A public
+#             has memorised them (one run each); 80M not measured yet. A public
 #             tutorial with a model of this size, context 2,048 and 80M tokens has a loss of 1.46 on
 #             its test split, about 0.57 bits per byte, in 2 to 3 minutes on one consumer GPU. Bits
 #             per byte can be compared; the loss only with the same tokenizer.
