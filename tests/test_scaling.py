@@ -123,6 +123,15 @@ def test_stacks_are_padded_to_a_multiple_of_the_ranks():
     assert stacked_elements([stack, Piece(10, None, 0.0)], 4) == 128
 
 
+def test_pieces_of_a_stack_are_made_as_the_backward_pass_reaches_their_first_layer():
+    stack = Piece(12, (4, 8), 1.0)
+    assert stack.cut(1) == [stack] and Piece(10, None, 0.5).cut(8) == [Piece(10, None, 0.5)]
+    found = [(piece.count, piece.made_at) for piece in stack.cut(8)]
+    # the first layer's among the last 8 matrices is a third from the beginning
+    assert found == [(8, pytest.approx(2 / 3)), (4, 1.0)]
+    assert [piece.padded(8) for piece in stack.cut(8)] == [8 * 32, 8 * 32]
+
+
 def test_flops_of_one_matrix():
     # five iterations of: 2x2 of 2x3, its square, and 2x3 of it
     assert muon_flops(2, 3) == muon_flops(3, 2) == 5 * 2 * (2 * 2 * 3 + 2 * 2 * 2 + 2 * 2 * 3)

@@ -30,20 +30,16 @@ Part = MatrixStack | FlatParameter | ShardedStack | ShardedParameter
 PIECES = 3
 
 
-def by_depth(
-    stack: Mapping[str, torch.nn.Parameter], ranks: int
-) -> list[dict[str, torch.nn.Parameter]]:
-    """Pieces of a stack that travel one by one: the backward pass makes the gradients of late
-    layers first, and these travel while it makes the others.
+def cuts_by_depth(n: int, ranks: int) -> list[range]:
+    """How a stack of n matrices, first layer first, is cut into pieces that travel one by one.
 
-    All but the piece of the first layers have a multiple of `ranks` matrices, so that no more
-    padding travels than for the whole stack."""
+    The backward pass makes the gradients of late layers first, and these travel while it makes the
+    others. All pieces but that of the first layers have a multiple of `ranks` matrices, so that no
+    more padding travels than for the whole stack."""
     if ranks == 1:
-        return [dict(stack)]
-    names = list(stack)
-    size = ranks * ceil_div(len(names), PIECES * ranks)
-    pieces = [names[max(0, end - size) : end] for end in range(len(names), 0, -size)]
-    return [{name: stack[name] for name in piece} for piece in pieces]
+        return [range(n)]
+    size = ranks * ceil_div(n, PIECES * ranks)
+    return [range(max(0, end - size), end) for end in range(n, 0, -size)]
 
 
 def arrived(part: Part) -> torch.Tensor | None:
@@ -89,8 +85,10 @@ class Optimizer:
                 by_shape.setdefault(parameter.shape, {})[name] = parameter
             for stack in by_shape.values():
                 # the gradients of sharded parameters travel block by block
-                pieces = [stack] if sharded else by_depth(stack, world_size())
-                self.parts += [stacked(piece, settings[group], dtype) for piece in pieces]
+                cuts = cuts_by_depth(len(stack), 1 if sharded else world_size())
+                for piece in cuts:
+                    named = list(stack.items())[piece.start : piece.stop]
+                    self.parts.append(stacked(dict(named), settings[group], dtype))
         # parts with much to exchange and little to compute first, so that the others' products
         # cover their communication
         self.parts.sort(key=_is_stack)

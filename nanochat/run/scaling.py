@@ -32,7 +32,7 @@ nothing has compared it with GPUs yet."""
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,7 +40,7 @@ from nanochat.common import ceil_div, round_up
 from nanochat.hardware import Gpu
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
-from nanochat.optim.optimizer import Optimizer
+from nanochat.optim.optimizer import Optimizer, cuts_by_depth
 from nanochat.run.plan import ASSUMED_MFU
 from nanochat.run.workload import muon_flops
 
@@ -93,6 +93,16 @@ class Piece:
     def elements(self) -> int:
         """Elements of one of `count`."""
         return self.shape[0] * self.shape[1] if self.shape else 1
+
+    def cut(self, ranks: int) -> list["Piece"]:
+        """What travels one by one on so many ranks: a stack is cut by depth."""
+        if self.shape is None:
+            return [self]
+        # each layer has as many of its matrices, and the last layer's gradients are made first
+        return [
+            replace(self, count=len(part), made_at=self.made_at * (1 - part.start / self.count))
+            for part in cuts_by_depth(self.count, ranks)
+        ]
 
     def padded(self, ranks: int) -> int:
         """Elements that travel, with the zeros that make the shares equal."""
@@ -273,7 +283,7 @@ class StepTime:
 def step_time(work: Work, speeds: Speeds) -> StepTime:
     """How long a step takes at these speeds."""
     n = speeds.ranks
-    pieces = work.pieces
+    pieces = [part for piece in work.pieces for part in piece.cut(n)]
     passes = work.flops / speeds.pass_flops + work.activation_bytes / speeds.activations
     weights = work.passes * WEIGHT_TRAFFIC * work.parameters / speeds.memory
     updates = [
