@@ -20,14 +20,17 @@ import torch
 
 from nanochat.common import ceil_div
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.parts import FlatParameter, MatrixStack, Settings, State
+from nanochat.optim.parts import FlatParameters, MatrixStack, Settings, State
 from nanochat.optim.sharded_parts import ShardedParameter, ShardedStack
 from nanochat.optim.sharding import is_split
 from nanochat.ranks import from_rank0, sum_over_ranks, world_size
 
-Part = MatrixStack | FlatParameter | ShardedStack | ShardedParameter
+Part = MatrixStack | FlatParameters | ShardedStack | ShardedParameter
 # Pieces of a stack that several ranks exchange, at most.
 PIECES = 3
+# The group whose parameters are a few numbers each: lambdas, gates and norms. They travel together,
+# since each exchange takes as long as a message does.
+SMALL = "scalars"
 
 
 def cuts_by_depth(n: int, ranks: int) -> list[range]:
@@ -72,12 +75,17 @@ class Optimizer:
         self.parts: list[Part] = []
         self.parameters = [p for members in groups.values() for p in members.values()]
         sharded = is_split(self.parameters[0])
-        flat = ShardedParameter if sharded else FlatParameter
         stacked = ShardedStack if sharded else MatrixStack
         for group, members in groups.items():
             if "beta1" in settings[group]:
-                for name, parameter in members.items():
-                    self.parts.append(flat(name, parameter, settings[group]))
+                if sharded:
+                    for name, parameter in members.items():
+                        self.parts.append(ShardedParameter(name, parameter, settings[group]))
+                    continue
+                together = [{name: parameter} for name, parameter in members.items()]
+                if group == SMALL and members:
+                    together = [members]
+                self.parts += [FlatParameters(each, settings[group]) for each in together]
                 continue
             # One batched product for all layers keeps a GPU busy where one matrix does not.
             by_shape: dict[torch.Size, dict[str, torch.nn.Parameter]] = {}

@@ -150,38 +150,50 @@ def adam_update(
     )
 
 
-class FlatParameter:
-    """One parameter updated by AdamW. Its flattened elements are dealt out to
-    the ranks."""
+class FlatParameters:
+    """Parameters updated by AdamW together: their elements, one parameter after the other, are
+    dealt out to the ranks."""
 
-    def __init__(self, name: str, parameter: torch.nn.Parameter, settings: Settings) -> None:
-        assert parameter.is_contiguous(), f"{name}: the update goes through a flat view"
-        self.name = name
-        self.parameter = parameter
-        self.parameters = [parameter]
+    def __init__(
+        self, members: Mapping[str, torch.nn.Parameter], settings: Settings
+    ) -> None:
+        """members: {parameter name: parameter}."""
+        self.names = list(members)
+        self.parameters = list(members.values())
+        # A single one is updated in place, through a flat view.
+        assert all(parameter.is_contiguous() for parameter in self.parameters), self.names
         self.settings = settings
-        self.padded = round_up(parameter.numel(), world_size())
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.padded = round_up(sum(self.sizes), world_size())
         self.share = self.padded // world_size()
         self.grad: torch.Tensor | None = None
         self.exchange: Exchange | None = None
-        self.exp_avg = torch.zeros(self.share, device=parameter.device)
-        self.exp_avg_sq = torch.zeros(self.share, device=parameter.device)
-        self.steps = torch.zeros((), device=parameter.device)
+        device = self.parameters[0].device
+        self.exp_avg = torch.zeros(self.share, device=device)
+        self.exp_avg_sq = torch.zeros(self.share, device=device)
+        self.steps = torch.zeros((), device=device)
 
-    def _flat(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All elements in one dimension, zero-padded to a multiple of the ranks; a view when
-        nothing is padded."""
-        flat = tensor.reshape(-1)
-        missing = self.padded - flat.numel()
-        return torch.cat((flat, flat.new_zeros(missing))) if missing else flat
+    @property
+    def is_view(self) -> bool:
+        """Whether the parameter itself is flat, and no copy of several or with padding."""
+        return len(self.parameters) == 1 and self.padded == self.sizes[0]
+
+    def _flat(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """All elements in one dimension, zero-padded to a multiple of the ranks; a view if
+        is_view."""
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        missing = self.padded - sum(self.sizes)
+        if missing:
+            flat.append(flat[0].new_zeros(missing))
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def _own(self, flat: torch.Tensor) -> torch.Tensor:
         """This rank's share of a flat tensor, as a view."""
         return flat[rank() * self.share : (rank() + 1) * self.share]
 
     def reduce(self) -> None:
-        """Take the gradient; on several ranks, begin to average it."""
-        flat = self._flat(self.parameter.grad)
+        """Take the gradients; on several ranks, begin to average them."""
+        flat = self._flat([parameter.grad for parameter in self.parameters])
         if world_size() == 1:
             self.grad = flat
             return
@@ -190,30 +202,29 @@ class FlatParameter:
 
     def step(self, lr: float, mu: float) -> None:
         """Update this rank's elements. mu is Muon's and plays no part."""
-        flat = self._flat(self.parameter.data)
+        flat = self._flat([parameter.data for parameter in self.parameters])
         own = self._own(flat)
         moments = (self.exp_avg, self.exp_avg_sq, self.steps)
         adam_update(own, self.grad, moments, lr, self.settings)
         self.grad = None
-        if world_size() > 1:
-            self.exchange = Exchange([all_gather(flat, own)], flat)
+        if world_size() == 1:
+            self.take(flat)
+            return
+        self.exchange = Exchange([all_gather(flat, own)], flat)
 
     def take(self, flat: torch.Tensor) -> None:
-        """Set the parameter to a whole flat tensor."""
-        # without padding the flat tensor is the parameter
-        if self.padded > self.parameter.numel():
-            self.parameter.data.copy_(self._whole(flat))
+        """Set the parameters to a whole flat tensor."""
+        if not self.is_view:
+            targets = [parameter.data for parameter in self.parameters]
+            torch._foreach_copy_(targets, self._whole(flat))
 
-    def _whole(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat[: self.parameter.numel()].view(self.parameter.shape)
-
-    def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """The full parameter-shaped tensor from every rank's share."""
-        if world_size() == 1:
-            return own.view(self.parameter.shape)
-        gathered = torch.empty(self.padded, device=own.device)
-        all_gather(gathered, own.contiguous()).wait()
-        return self._whole(gathered)
+    def _whole(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of a flat tensor, with the shapes of the parameters."""
+        parts = flat[: sum(self.sizes)].split(self.sizes)
+        return [
+            part.view(parameter.shape)
+            for part, parameter in zip(parts, self.parameters, strict=True)
+        ]
 
     def own_tensors(self) -> list[torch.Tensor]:
         """The state that this rank holds."""
@@ -221,16 +232,21 @@ class FlatParameter:
 
     def state(self) -> State:
         """Full tensors by parameter name; every rank must call it."""
-        moments = {
-            "exp_avg": self._gather(self.exp_avg),
-            "exp_avg_sq": self._gather(self.exp_avg_sq),
-            "steps": self.steps,
-        }
-        return {self.name: moments}
+        whole: State = {name: {"steps": self.steps} for name in self.names}
+        for key in ("exp_avg", "exp_avg_sq"):
+            flat = getattr(self, key)
+            if world_size() > 1:
+                gathered = torch.empty(self.padded, device=flat.device)
+                all_gather(gathered, flat).wait()
+                flat = gathered
+            for name, tensor in zip(self.names, self._whole(flat), strict=True):
+                whole[name][key] = tensor
+        return whole
 
     def load(self, state: State) -> None:
         """Take this rank's share of what state() returned."""
-        saved = state[self.name]
-        self.exp_avg.copy_(self._own(self._flat(saved["exp_avg"])))
-        self.exp_avg_sq.copy_(self._own(self._flat(saved["exp_avg_sq"])))
-        self.steps.copy_(saved["steps"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            flat = self._flat([state[name][key] for name in self.names])
+            getattr(self, key).copy_(self._own(flat))
+        # parameters that are updated together have been updated as often
+        self.steps.copy_(state[self.names[0]]["steps"])

@@ -80,7 +80,7 @@ LEAST_GAIN = 1.5
 @dataclass(frozen=True)
 class Piece:
     """What the optimizer exchanges as one: a stack of matrices, of which each rank gets whole ones,
-    or the elements of one parameter.
+    or the elements of one parameter or several small ones.
 
     count: matrices, or elements. shape: of a matrix; None for AdamW. made_at: the share of the
     backward pass after which all of its gradients are made."""
@@ -131,7 +131,8 @@ def pieces_of(config: GPTConfig, groups: Mapping[str, dict[str, float]]) -> list
         first = part.parameters[0]
         made_at = max(_made_at(names[each], config.depth) for each in part.parameters)
         if "beta1" in part.settings:
-            pieces.append(Piece(first.numel(), None, made_at))
+            elements = sum(each.numel() for each in part.parameters)
+            pieces.append(Piece(elements, None, made_at))
         else:
             pieces.append(Piece(len(part.parameters), tuple(first.shape), made_at))
     return pieces
