@@ -93,8 +93,10 @@ def derive_plan(
     steps = horizon.steps(tokens, batch_tokens)
     tokens = steps * batch_tokens
 
-    # 3. Learning rates: those of the reference batch x sqrt(B / B_ref), constant below 2^16 tokens.
+    # 3. Learning rates: those of the reference batch x sqrt(B / B_ref), constant below 2^16 tokens;
+    #    for tables of many rows below 2^17.
     lr_factor = schedules.lr_factor(batch_tokens)
+    table_factor = schedules.table_factor(batch_tokens, config.vocab_size)
 
     # 4. Weight decay: the share of a weight that is renewed over a run stays the same (constant
     #    T_epoch, arXiv 2405.13698).
@@ -114,7 +116,9 @@ def derive_plan(
         tokens=tokens,
         warmup_steps=0,
         warmdown_steps=0,
-        groups=schedules.group_settings(base, lr_factor, decay_factor, config.width),
+        groups=schedules.group_settings(
+            base, lr_factor, decay_factor, config.width, table_factor
+        ),
         schedule=schedules.Schedule.from_flags(args),
     )
     plan.fix_steps(steps)

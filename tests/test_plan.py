@@ -99,9 +99,17 @@ def test_the_dial(dial):
         "unembedding": 0.004,
         "scalars": 0.5 * 0.01,
     }
+    # tables of many rows learn as at 2^17 tokens, the others as at 2^16
+    many = 1.0
+    if vocab_size >= 1024 and expected.batch_tokens < 2**17:
+        many = (2**17 / max(2**16, expected.batch_tokens)) ** 0.5
     rates = {name: group["lr"] for name, group in plan.groups.items() if name != "matrices"}
     assert rates == pytest.approx(
-        {name: rate * expected.adam_factor for name, rate in at_reference.items()}, rel=1e-5
+        {
+            name: rate * expected.adam_factor * (1.0 if name == "scalars" else many)
+            for name, rate in at_reference.items()
+        },
+        rel=1e-5,
     )
     assert all(plan.groups[name]["weight_decay"] == 0 for name in at_reference)
 

@@ -66,6 +66,17 @@ def test_lr_factor():
     assert schedules.lr_factor(schedules.LR_FLOOR_BATCH_TOKENS) == schedules.lr_factor(64)
 
 
+def test_tables_of_many_rows_keep_higher_rates_at_small_batches():
+    for batch, factor in ((2**9, 2**0.5), (2**16, 2**0.5), (3 * 2**15, (4 / 3) ** 0.5)):
+        assert schedules.table_factor(batch, 4096) == pytest.approx(factor)
+        assert schedules.table_factor(batch, 65) == 1
+    assert {schedules.table_factor(2**power, 2**15) for power in (17, 19, 21)} == {1}
+    plain, higher = (schedules.group_settings(BASE, 0.5, 1.0, 768, by) for by in (1.0, 1.5))
+    for name in ("embedding", "value_embeddings", "unembedding"):
+        assert higher[name]["lr"] == pytest.approx(1.5 * plain[name]["lr"])
+    assert higher["matrices"] == plain["matrices"] and higher["scalars"] == plain["scalars"]
+
+
 def test_weight_decay_keeps_lr_times_decay_times_steps():
     """Constant T_epoch: over any run of at least MIN_STEPS the sum of lr x decay is that of the
     reference."""

@@ -43,6 +43,9 @@ MUON_MOMENTUM_STEPS = 300
 # shrinking with it.
 MIN_STEPS = 1500
 LR_FLOOR_BATCH_TOKENS = 2**16
+# The rates of tables and head stop at a larger one if these have many rows, which are seen rarely.
+TABLE_LR_FLOOR_BATCH_TOKENS = 2**17
+MANY_ROWS = 1024
 
 Group = dict[str, float]  # settings of one parameter group, as optim.Optimizer takes them
 
@@ -67,6 +70,14 @@ def lr_factor(batch_tokens: int) -> float:
     """Factor on every learning rate for a batch: sqrt(B / B_ref), constant below
     LR_FLOOR_BATCH_TOKENS."""
     return math.sqrt(max(batch_tokens, LR_FLOOR_BATCH_TOKENS) / REFERENCE_BATCH_TOKENS)
+
+
+def table_factor(batch_tokens: int, vocab_size: int) -> float:
+    """Factor on the learning rates of tables and head, beside lr_factor(): 1 from
+    TABLE_LR_FLOOR_BATCH_TOKENS on, and for less than MANY_ROWS."""
+    if vocab_size < MANY_ROWS:
+        return 1.0
+    return lr_factor(max(batch_tokens, TABLE_LR_FLOOR_BATCH_TOKENS)) / lr_factor(batch_tokens)
 
 
 def decay_factor(batch_tokens: int, tokens: float, reference_tokens: float) -> float:
@@ -114,12 +125,16 @@ class BaseRates:
 
 
 def group_settings(
-    base: BaseRates, lr_factor: float, decay_factor: float, width: int
+    base: BaseRates,
+    lr_factor: float,
+    decay_factor: float,
+    width: int,
+    table_factor: float = 1.0,
 ) -> dict[str, Group]:
     """Optimizer settings of each parameter group, as optim.Optimizer takes them.
 
-    The factors are those of the batch and the horizon; Adam's rates also shrink with the width, by
-    (width / REFERENCE_WIDTH)^-1/2."""
+    The factors are those of the batch, the horizon and the vocabulary; Adam's rates also shrink
+    with the width, by (width / REFERENCE_WIDTH)^-1/2."""
     adam_factor = lr_factor * (width / REFERENCE_WIDTH) ** -0.5
     decay = base.weight_decay * decay_factor
 
@@ -140,9 +155,9 @@ def group_settings(
         matrices = adamw(base.matrix_lr, weight_decay=decay)
     return {
         "matrices": matrices,
-        "embedding": adamw(base.embedding_lr),
-        "value_embeddings": adamw(base.embedding_lr),
-        "unembedding": adamw(base.unembedding_lr),
+        "embedding": adamw(base.embedding_lr * table_factor),
+        "value_embeddings": adamw(base.embedding_lr * table_factor),
+        "unembedding": adamw(base.unembedding_lr * table_factor),
         "scalars": adamw(base.scalar_lr * SCALAR_LR_FACTOR, eps=SCALAR_EPS),
     }
 
