@@ -116,9 +116,7 @@ def derive_plan(
         tokens=tokens,
         warmup_steps=0,
         warmdown_steps=0,
-        groups=schedules.group_settings(
-            base, lr_factor, decay_factor, config.width, table_factor
-        ),
+        groups=schedules.group_settings(base, lr_factor, decay_factor, config.width, table_factor),
         schedule=schedules.Schedule.from_flags(args),
     )
     plan.fix_steps(steps)

@@ -455,9 +455,7 @@ def branched_attention(
 
         if cpu_reading.takes(q_RxTxHxD):
             beginnings = k_BxSxKxD, v_BxSxKxD
-            return cpu_reading.attend(
-                q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, beginnings, lengths
-            )
+            return cpu_reading.attend(q_RxTxHxD, k_RxTxKxD, v_RxTxKxD, window, beginnings, lengths)
     R, T, H, D = q_RxTxHxD.shape
     B, S, K, _ = k_BxSxKxD.shape
     n = R // B

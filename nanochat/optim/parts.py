@@ -154,9 +154,7 @@ class FlatParameters:
     """Parameters updated by AdamW together: their elements, one parameter after the other, are
     dealt out to the ranks."""
 
-    def __init__(
-        self, members: Mapping[str, torch.nn.Parameter], settings: Settings
-    ) -> None:
+    def __init__(self, members: Mapping[str, torch.nn.Parameter], settings: Settings) -> None:
         """members: {parameter name: parameter}."""
         self.names = list(members)
         self.parameters = list(members.values())
