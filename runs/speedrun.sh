@@ -5,8 +5,8 @@
 #   tokens    8 a parameter of N: 5.84e9 of climbmix
 #   FLOPs     2.89e19
 #   hardware  eight H100, or as many as GPUS; one GPU runs the same steps without torchrun
-#   time      planned at 40% of the bf16 peak, not measured: 2.62 hours on eight, 20.8 on one
-#   cost      21 GPU-hours: $63 at $3 each on eight; 20.8 GPU-hours: $62 at $3 each on one
+#   time      planned at 40% of the bf16 peak, not measured: 2.61 hours on eight, 20.8 on one
+#   cost      20.9 GPU-hours: $63 at $3 each on eight; 20.8 GPU-hours: $62 at $3 each on one
 #   expected  CORE above 0.2565, that of GPT-2 (1.6B). Public marks for it on eight H100: 1.65 hours
 #             (official), 81.8 ± 0.14 minutes (claimed). Ours is not measured yet.
 # usage: bash runs/speedrun.sh [DEPTH [GPUS]] [flags of train.py]
