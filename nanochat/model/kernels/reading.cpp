@@ -162,15 +162,6 @@ void positions(const W* x, const W* previous, const float* cos, const float* sin
 
 extern "C" {
 
-// Whether nanochat_read() can be called: bf16, and D a multiple of 32.
-int64_t nanochat_has_tiles() {
-#if defined(__AVX512BF16__)
-    return usable();
-#else
-    return 0;
-#endif
-}
-
 // of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads
 void nanochat_read(const void* q, const void* k, const void* v, const void* beginning_k,
                    const void* beginning_v, const int64_t* lengths, void* out, const int64_t* of,

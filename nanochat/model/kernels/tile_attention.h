@@ -445,3 +445,12 @@ void backward(const BFloat16* upstream, const BFloat16* q, const BFloat16* k, co
 }  // namespace
 
 #endif
+
+// Whether what computes in tiles can be called: for bf16, and D a multiple of 32.
+extern "C" int64_t nanochat_has_tiles() {
+#if defined(__AVX512BF16__)
+    return usable();
+#else
+    return 0;
+#endif
+}

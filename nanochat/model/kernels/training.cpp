@@ -161,15 +161,6 @@ void nanochat_softmax_gradient(void* gradients, const void* weights, int64_t is_
         softmax_gradients((float*)gradients, (const float*)weights, R, T, S, own, window, scale);
 }
 
-// Whether the two below can be called: bf16, and D a multiple of 32.
-int64_t nanochat_has_tiles() {
-#if defined(__AVX512BF16__)
-    return usable();
-#else
-    return 0;
-#endif
-}
-
 // of: N, G, T, D, window
 void nanochat_attention(const void* q, const void* k, const void* v, void* out, void* weights,
                         const int64_t* of, float scale) {
