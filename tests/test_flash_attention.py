@@ -52,9 +52,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_in_the_interpreter():
+def passes_in_the_interpreter(file):
+    """The class TestInterpreted of a test file passes in Triton's interpreter."""
     shown = in_a_process(
         "-m",
         "pytest",
@@ -62,10 +61,16 @@ def test_in_the_interpreter():
         "no:xdist",
         "-p",
         "no:cacheprovider",
-        "tests/test_flash_attention.py::TestInterpreted",
+        f"tests/{file}::TestInterpreted",
         TRITON_INTERPRET="1",
     )
     assert re.search(r"\d\d passed", shown) and "failed" not in shown
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter():
+    passes_in_the_interpreter("test_flash_attention.py")
 
 
 def compare(ours, plain, exact):

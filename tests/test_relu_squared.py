@@ -3,7 +3,6 @@ any machine, in a process of its own as in test_flash_attention.py, and on a GPU
 
 import functools
 import json
-import re
 
 import pytest
 import small
@@ -15,6 +14,7 @@ from test_flash_attention import (
     compare,
     in_a_process,
     needs_triton,
+    passes_in_the_interpreter,
 )
 
 from nanochat.model import gpt
@@ -26,17 +26,7 @@ from nanochat.model.kernels import ROW_MULTIPLE
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
-    shown = in_a_process(
-        "-m",
-        "pytest",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_relu_squared.py::TestInterpreted",
-        TRITON_INTERPRET="1",
-    )
-    assert re.search(r"\d\d passed", shown) and "failed" not in shown
+    passes_in_the_interpreter("test_relu_squared.py")
 
 
 def inputs(N, C, device="cpu"):
