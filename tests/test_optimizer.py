@@ -7,13 +7,22 @@ import pytest
 import torch
 
 from nanochat.common import round_up
+from nanochat.model.kernels import cpu_muon
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.muon import muon_update, orthogonalize
+from nanochat.optim.muon import descend, look_ahead, muon_update, neuron_scale, orthogonalize
 from nanochat.optim.optimizer import Optimizer, cuts_by_depth
 
 ADAMW = {"lr": 0.02, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
 MUON = {"lr": 0.03, "beta2": 0.9, "weight_decay": 0.0}
 SHAPES = {"tall": (80, 24), "wide": (24, 80), "square": (33, 33)}
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "native"])
+def cpp(request):
+    """Whether Muon's steps beside its products are in C++."""
+    if request.param and (problem := cpu_muon.problem()):
+        pytest.skip(problem)
+    return request.param
 
 
 def randn(*shape, seed=0):
@@ -48,14 +57,14 @@ def with_spectrum(shape, smallest, seed=0):
 
 @pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-3), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, slack):
+def test_singular_values_land_near_one_and_keep_their_directions(shape, dtype, slack, cpp):
     """Five steps of Polar Express put every singular value above 1.02e-3 of the Frobenius norm in
     [0.8589, 1.1411]: the extremes of its scalar polynomial, as the next test computes them. The
     scale of the gradient does not matter."""
     matrices, polar = with_spectrum(shape, smallest=0.01)
     assert torch.linalg.svdvals(matrices).min() > 1.02e-3
     for scale in (1e-3, 1.0, 1e3):
-        result = orthogonalize((scale * matrices).float(), dtype)
+        result = orthogonalize((scale * matrices).float(), dtype, cpp)
         assert result.dtype == dtype and result.shape == matrices.shape
         result = result.double()
         values = torch.linalg.svdvals(result)
@@ -95,28 +104,34 @@ def test_polynomial_band():
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_orthogonalize_acts_on_singular_values_only(shape):
+def test_orthogonalize_acts_on_singular_values_only(shape, cpp):
     """U p(S) V^T through the SVD in fp64."""
     matrices = randn(3, *shape).double()
     U, S, Vt = torch.linalg.svd(matrices, full_matrices=False)
     expected = U * polar_express(S)[:, None] @ Vt
     torch.testing.assert_close(
-        orthogonalize(matrices.float(), torch.float32).double(), expected, atol=2e-5, rtol=0
+        orthogonalize(matrices.float(), torch.float32, cpp).double(), expected, atol=2e-5, rtol=0
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_matrices_stay_zero_next_to_others(dtype):
+def test_zero_matrices_stay_zero_next_to_others(dtype, cpp):
     stack = randn(3, 8, 12)
     stack[1] = 0
-    result = orthogonalize(stack, dtype)
+    result = orthogonalize(stack, dtype, cpp)
     assert result.isfinite().all() and (result[1] == 0).all() and (result[0] != 0).any()
     momentum, second = torch.zeros(3, 8, 12), torch.zeros(3, 1, 12)
-    update = muon_update(stack, momentum, second, 0.9, 0.9, dtype)
+    update = scaled_update(stack, momentum, second, 0.9, 0.9, dtype, cpp)
     assert update.isfinite().all() and (update[1] == 0).all() and (update[0] != 0).any()
 
 
 # ---- Muon ----
+
+
+def scaled_update(*args):
+    """muon_update(), with its factors applied."""
+    update, scale = muon_update(*args)
+    return update.float() * scale
 
 
 def reference_muon(gradients, mu, beta2):
@@ -140,7 +155,7 @@ def reference_muon(gradients, mu, beta2):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_muon_update_equals_the_plain_one(shape):
+def test_muon_update_equals_the_plain_one(shape, cpp):
     """Three stacked matrices for four steps, each with its own scale of gradients and with unequal
     neurons."""
     mu, beta2, N = 0.9, 0.8, 3
@@ -154,7 +169,7 @@ def test_muon_update_equals_the_plain_one(shape):
     momentum = torch.zeros(N, *shape)
     second = torch.zeros(N, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(N, 1, shape[1])
     for step, gradient in enumerate(gradients):
-        update = muon_update(gradient, momentum, second, mu, beta2, torch.float32)
+        update = scaled_update(gradient, momentum, second, mu, beta2, torch.float32, cpp)
         for n in range(N):
             expected, norm = references[n][step]
             torch.testing.assert_close(update[n].double(), expected, atol=5e-5, rtol=0)
@@ -163,14 +178,14 @@ def test_muon_update_equals_the_plain_one(shape):
 
 
 @pytest.mark.parametrize("shape, factor", [((32, 8), 2.0), ((8, 32), 1.0), ((12, 12), 1.0)])
-def test_muon_step_moves_against_the_update_by_lr(shape, factor):
+def test_muon_step_moves_against_the_update_by_lr(shape, factor, cpp):
     """lr is the spectral norm of a step; tall matrices move by sqrt(rows / columns) more:
     sqrt(32 / 8) = 2."""
     weights = {"a": parameter(*shape, seed=1), "b": parameter(*shape, seed=2)}
     before = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = Optimizer({"matrices": weights}, {"matrices": MUON}, torch.float32)
+    optimizer = Optimizer({"matrices": weights}, {"matrices": MUON}, torch.float32, cpp)
     give_gradients(weights.values(), seed=3)
-    update = muon_update(
+    update = scaled_update(
         torch.stack([p.grad for p in weights.values()]),
         torch.zeros(2, *shape),
         torch.zeros(2, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(2, 1, shape[1]),
@@ -186,7 +201,7 @@ def test_muon_step_moves_against_the_update_by_lr(shape, factor):
         )
 
 
-def test_cautious_decay_only_where_update_and_weight_agree():
+def test_cautious_decay_only_where_update_and_weight_agree(cpp):
     """The gradient is orthogonal already, so the update has its signs. With lr 0.1 and decay 0.25
     the entries 2 and 0.5, whose updates are positive like they are, lose 0.1 x 0.25 x 2 = 0.05 and
     0.1 x 0.25 x 0.5 = 0.0125 more."""
@@ -196,7 +211,7 @@ def test_cautious_decay_only_where_update_and_weight_agree():
     for decay in (0.0, 0.25):
         p = torch.nn.Parameter(weight.clone())
         settings = {"lr": 0.1, "beta2": 0.9, "weight_decay": decay}
-        optimizer = Optimizer({"matrices": {"p": p}}, {"matrices": settings}, torch.float32)
+        optimizer = Optimizer({"matrices": {"p": p}}, {"matrices": settings}, torch.float32, cpp)
         p.grad = gradient.clone()
         reduce(optimizer)
         optimizer.step(1.0, 0.9)
@@ -205,6 +220,116 @@ def test_cautious_decay_only_where_update_and_weight_agree():
     torch.testing.assert_close(
         after[0] - after[1], torch.tensor([[0.05, 0.0], [0.0125, 0.0]]), atol=1e-6, rtol=0
     )
+
+
+# ---- Muon in C++ ----
+
+
+@pytest.fixture
+def library():
+    if problem := cpu_muon.problem():
+        pytest.skip(problem)
+
+
+# some are smaller than a vector of 16, some larger than a block of 16,384
+ODD_SHAPES = [(1, 1), (1, 7), (3, 5), (17, 16), (16, 33), (50, 401), (401, 50), (97, 349)]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+def test_native_steps_equal_fp64(library, shape, dtype, rtol):
+    """Each against arithmetic in fp64, and rounded once: to a number of its dtype."""
+    N, mu, tall = 3, 0.85, shape[0] >= shape[1]
+    # matrices of unlike size, since every matrix has a norm of its own
+    sizes = torch.tensor([1e-4, 1.0, 300.0])[:, None, None]
+    grad, momentum = (sizes * randn(N, *shape, seed=seed) for seed in (1, 2))
+    before = momentum.double()
+    ahead = look_ahead(grad, momentum, mu, dtype, cpp=True)
+    exact = mu * before + (1 - mu) * grad.double()
+    # by the size of the matrix: terms may nearly cancel
+    torch.testing.assert_close(momentum / sizes, (exact / sizes).float(), rtol=1e-5, atol=1e-6)
+    exact = mu * exact + (1 - mu) * grad.double()
+    assert ahead.dtype == dtype
+    torch.testing.assert_close(ahead / sizes, (exact / sizes).float(), rtol=rtol, atol=1e-6)
+
+    norms = ahead.double().norm(dim=(-2, -1), keepdim=True)
+    normalized = cpu_muon.normalized(ahead, 1.02)
+    expected = ahead.double() / (1.02 * norms + 1e-6)
+    torch.testing.assert_close(normalized.double(), expected, rtol=rtol, atol=1e-9)
+
+    means = cpu_muon.mean_squares(ahead)
+    expected = ahead.double().square().mean(dim=-1 if tall else -2, keepdim=True)
+    torch.testing.assert_close(means.double(), expected, rtol=1e-5, atol=0)
+
+    weights = list(randn(N, *shape, seed=3))
+    before = torch.stack(weights).double()
+    scale = means + 0.5
+    cpu_muon.descend(weights, ahead, scale, rate=0.3, shrinkage=0.01)
+    update = ahead.double() * scale.double()
+    kept = before * (update * before > 0)
+    expected = before - 0.3 * update - 0.01 * kept
+    torch.testing.assert_close(torch.stack(weights).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 50), (50, 200), (96, 96)], ids=str)
+def test_native_steps_of_rows_equal_those_of_whole_matrices(library, shape):
+    """As ranks with some of the rows take them, bit for bit; and any number of threads."""
+    update, scale = muon_update(
+        randn(2, *shape, seed=1),
+        torch.zeros(2, *shape),
+        torch.zeros(2, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(2, 1, shape[1]),
+        0.9,
+        0.95,
+        torch.bfloat16,
+        True,
+    )
+    whole = list(randn(2, *shape, seed=2))
+    parts = [matrix.clone() for matrix in whole]
+    descend(whole, update, scale, torch.Size(shape), 0.02, 0.1, cpp=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for rows in (slice(0, 7), slice(7, shape[0])):
+            of_rows = scale[:, rows] if scale.size(1) > 1 else scale
+            descend(
+                [matrix[rows] for matrix in parts],
+                update[:, rows].contiguous(),
+                of_rows.contiguous(),
+                torch.Size(shape),
+                0.02,
+                0.1,
+                cpp=True,
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_native_steps_do_not_depend_on_threads(library):
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        ahead = look_ahead(randn(3, 200, 300), torch.zeros(3, 200, 300), 0.9, torch.bfloat16, True)
+        normalized = cpu_muon.normalized(ahead, 1.02)
+        results.append((ahead, normalized, cpu_muon.mean_squares(normalized)))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def test_native_steps_refuse_what_they_would_read_as_something_else(library):
+    whole = randn(2, 8, 6)
+    with pytest.raises(ValueError, match="muon.cpp takes"):
+        look_ahead(whole.mT, torch.zeros(2, 6, 8), 0.9, torch.float32, cpp=True)
+    with pytest.raises(ValueError, match="muon.cpp takes"):
+        look_ahead(whole, torch.zeros(2, 6, 8), 0.9, torch.float32, cpp=True)
+    with pytest.raises(ValueError, match="torch.float16"):
+        orthogonalize(whole, torch.float16, cpp=True)
+    scale = neuron_scale(whole, torch.zeros(2, 8, 1), 0.9, cpp=True)
+    with pytest.raises(ValueError, match="muon.cpp takes"):
+        descend([whole[0]], whole, scale, whole.shape, 0.1, 0.0, cpp=True)
+    with pytest.raises(ValueError, match="torch.float64"):
+        descend(list(whole.double()), whole, scale, whole.shape, 0.1, 0.0, cpp=True)
 
 
 # ---- AdamW ----

@@ -25,6 +25,7 @@ from nanochat import ranks
 from nanochat.common import Unavailable, UsageError
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
+from nanochat.model.kernels import cpu_muon
 from nanochat.optim.loss_scaler import LossScaler
 from nanochat.optim.optimizer import Optimizer
 from nanochat.ranks import Agreed
@@ -50,7 +51,10 @@ CONFIG = GPTConfig(
     short_window=5,
 )
 ADAMW = {"lr": 0.003, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "weight_decay": 0.01}
-MATRICES = {"muon": {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.05}, "adamw": ADAMW}
+MUON = {"lr": 0.02, "beta2": 0.9, "weight_decay": 0.05}
+MATRICES = {"muon": MUON, "adamw": ADAMW}
+if not cpu_muon.problem():
+    MATRICES["native"] = MUON
 
 
 def settings_for(kind):
@@ -73,7 +77,8 @@ def start(kind):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model, Optimizer(model.parameter_groups(), settings_for(kind), torch.float32)
+    settings = settings_for(kind)
+    return model, Optimizer(model.parameter_groups(), settings, torch.float32, kind == "native")
 
 
 def train(model, optimizer, steps, early=False):

@@ -1,10 +1,17 @@
 """Muon (Jordan et al., 2024) for stacks of matrices: orthogonalised momentum, with NorMuon's second
 moment (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402).
 
+Functions that take `cpp` do the same in C++ if it is true (nanochat/model/kernels/cpu_muon.py),
+where a step of a small model on a CPU would else spend a tenth of its time.
+
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs), S the side of a
 matrix along which NorMuon keeps its second moment."""
 
+from collections.abc import Sequence
+
 import torch
+
+from nanochat.model.kernels import cpu_muon
 
 # Quintic coefficients of Polar Express (arXiv 2505.16932), five steps from a lower singular-value
 # bound of 1e-3, with the paper's safety factor of 1.02 folded in.
@@ -16,8 +23,23 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+# Above the largest singular value by as much as the coefficients allow for.
+SLACK = 1.02
 
-def orthogonalize(matrices_NxRxC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+
+def pick_updates(device_type: str, compiled: bool, planned: bool = False) -> tuple[bool, str]:
+    """(whether Muon's updates are in C++ beside their products, the reason).
+
+    compiled: something may be compiled here. planned: compile nothing to find out what can be."""
+    if device_type != "cpu":
+        return False, "made for CPUs"
+    problem = cpu_muon.problem(planned) if compiled else "nothing is compiled"
+    return not problem, problem or "Muon in C++ beside its products"
+
+
+def orthogonalize(
+    matrices_NxRxC: torch.Tensor, dtype: torch.dtype, cpp: bool = False
+) -> torch.Tensor:
     """Nearest semi-orthogonal matrix of each (U V^T of its SVD), approximately: singular values
     land near 1.
 
@@ -25,9 +47,12 @@ def orthogonalize(matrices_NxRxC: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     stays zero."""
     X = matrices_NxRxC.to(dtype)
     tall = X.size(-2) > X.size(-1)
-    # An upper bound of the largest singular value, with the safety factor of the coefficients.
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    X = X / (norm * 1.02 + 1e-6).to(dtype)
+    if cpp:
+        X = cpu_muon.normalized(X, SLACK)
+    else:
+        # An upper bound of the largest singular value.
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+        X = X / (norm * SLACK + 1e-6).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         # X <- a X + (b A + c A^2) X with A = X X^T, or its mirror image for tall matrices
         if tall:
@@ -42,15 +67,18 @@ def orthogonalize(matrices_NxRxC: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 def neuron_scale(
-    update_NxRxC: torch.Tensor, second_NxS: torch.Tensor, beta2: float
+    update_NxRxC: torch.Tensor, second_NxS: torch.Tensor, beta2: float, cpp: bool = False
 ) -> torch.Tensor:
     """NorMuon's factors of an orthogonalised update, fp32, with the shape of the second moment,
     which is changed in place.
 
     The moment is kept per row of tall matrices and per column of wide ones: in the other direction
     orthogonalisation already equalises the norms. The factors leave the Frobenius norm as it is."""
-    along = -1 if update_NxRxC.size(-2) >= update_NxRxC.size(-1) else -2
-    squares = update_NxRxC.square().mean(dim=along, keepdim=True)
+    if cpp:
+        squares = cpu_muon.mean_squares(update_NxRxC)
+    else:
+        along = -1 if update_NxRxC.size(-2) >= update_NxRxC.size(-1) else -2
+        squares = update_NxRxC.float().square().mean(dim=along, keepdim=True)
     # In fp32: bf16 could not add a twentieth of a small number to a large one.
     second_NxS.lerp_(squares, 1 - beta2)
     scale = second_NxS.clamp_min(1e-10).rsqrt()
@@ -66,32 +94,54 @@ def muon_update(
     mu: float,
     beta2: float,
     dtype: torch.dtype,
-) -> torch.Tensor:
-    """The update direction of one stack, fp32 (N, R, C); both states are changed in place.
+    cpp: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The update direction of one stack: (N, R, C) in dtype, and its fp32 factors, of the shape of
+    second_NxS. Both states are changed in place.
 
     Nesterov momentum, orthogonalisation, then neuron_scale(). mu: momentum. beta2: of the second
     moment. dtype: of the products."""
-    look_ahead = nesterov(grad_NxRxC, momentum_NxRxC, mu)
-    update = orthogonalize(look_ahead, dtype).float()
-    return update * neuron_scale(update, second_NxS, beta2)
+    ahead = look_ahead(grad_NxRxC, momentum_NxRxC, mu, dtype, cpp)
+    update = orthogonalize(ahead, dtype, cpp)
+    return update, neuron_scale(update, second_NxS, beta2, cpp)
 
 
-def nesterov(grad: torch.Tensor, momentum: torch.Tensor, mu: float) -> torch.Tensor:
-    """Take a gradient into the momentum, in place; returns the momentum one gradient ahead."""
+def look_ahead(
+    grad: torch.Tensor, momentum: torch.Tensor, mu: float, dtype: torch.dtype, cpp: bool = False
+) -> torch.Tensor:
+    """Take a gradient into the momentum, in place; returns the momentum one gradient ahead, in
+    dtype (Nesterov)."""
+    if cpp:
+        return cpu_muon.look_ahead(grad, momentum, mu, dtype)
     # A running mean, so that the size of the momentum does not depend on mu.
     momentum.lerp_(grad, 1 - mu)
-    return torch.lerp(grad, momentum, mu)
+    return torch.lerp(grad, momentum, mu).to(dtype)
 
 
 def descend(
-    weights: torch.Tensor, update: torch.Tensor, shape: torch.Size, lr: float, decay: float
+    weights: Sequence[torch.Tensor],
+    update_NxRxC: torch.Tensor,
+    scale: torch.Tensor,
+    shape: torch.Size,
+    lr: float,
+    decay: float,
+    cpp: bool = False,
 ) -> None:
-    """Change weights in place by an update of muon_update(), or rows of both.
+    """Change N matrices, or the same rows of each, in place.
 
-    shape: of a whole matrix, (R, C). lr: in units of spectral norm per update."""
-    # cautious decay: only where the update already moves the weight towards zero
-    kept = weights * (update * weights > 0) if decay else None
+    update_NxRxC, scale: of muon_update(), or rows of both. shape: of a whole matrix, (R, C). lr: in
+    units of spectral norm per update."""
     # Tall matrices take larger steps, so that each changes its outputs by as much.
-    weights -= lr * max(1.0, shape[-2] / shape[-1]) ** 0.5 * update
+    rate = lr * max(1.0, shape[-2] / shape[-1]) ** 0.5
+    shrinkage = lr * decay
+    if cpp:
+        cpu_muon.descend(weights, update_NxRxC, scale, rate, shrinkage)
+        return
+    # Stacked anew each step: the model's layers own their weights, not the optimizer.
+    stack = torch.stack(weights)
+    step = rate * (update_NxRxC.float() * scale)
     if decay:
-        weights -= lr * decay * kept
+        # cautious decay: only where the update already moves the weight towards zero
+        step += shrinkage * stack * (step * stack > 0)
+    stack -= step
+    torch._foreach_copy_(weights, list(stack))

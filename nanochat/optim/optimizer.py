@@ -65,11 +65,12 @@ class Optimizer:
         groups: Mapping[str, Mapping[str, torch.nn.Parameter]],
         settings: Mapping[str, Settings],
         dtype: torch.dtype,
+        cpp: bool = False,
     ) -> None:
         """groups: of Decoder.parameter_groups(). settings: of each group. A group whose settings
         have "beta1" is AdamW's (lr, beta1, beta2, eps, weight_decay); one without is Muon's (lr in
         units of spectral norm per update, beta2, weight_decay). dtype: of Muon's products, bfloat16
-        or float32."""
+        or float32. cpp: as in muon.py."""
         # A group without settings would silently not be trained.
         assert set(groups) == set(settings), "every parameter group needs settings, and only these"
         self.parts: list[Part] = []
@@ -96,7 +97,7 @@ class Optimizer:
                 cuts = cuts_by_depth(len(stack), 1 if sharded else world_size())
                 for piece in cuts:
                     named = list(stack.items())[piece.start : piece.stop]
-                    self.parts.append(stacked(dict(named), settings[group], dtype))
+                    self.parts.append(stacked(dict(named), settings[group], dtype, cpp))
         # parts with much to exchange and little to compute first, so that the others' products
         # cover their communication
         self.parts.sort(key=_is_stack)

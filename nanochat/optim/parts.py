@@ -41,12 +41,15 @@ class MatrixStack:
         members: Mapping[str, torch.nn.Parameter],
         settings: Settings,
         dtype: torch.dtype,
+        cpp: bool,
     ) -> None:
-        """members: {parameter name: matrix (R, C)}. dtype: of Muon's products."""
+        """members: {parameter name: matrix (R, C)}. dtype: of Muon's products. cpp: as in
+        muon.py."""
         self.names = list(members)
         self.parameters = list(members.values())
         self.settings = settings
         self.dtype = dtype
+        self.cpp = cpp
         shape = self.parameters[0].shape
         device = self.parameters[0].device
         # Whole matrices, since orthogonalisation needs all of one.
@@ -58,12 +61,6 @@ class MatrixStack:
         self.momentum = torch.zeros(self.share, *shape, device=device)
         second = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
         self.second = torch.zeros(self.share, *second, device=device)
-
-    def _own(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Stack this rank's share of a list of matrices, with zeros where the last share is
-        short."""
-        own = tensors[self.first : self.first + self.share]
-        return torch.stack(own + [torch.zeros_like(tensors[0])] * (self.share - len(own)))
 
     def reduce(self) -> None:
         """Take the gradients; on several ranks, begin to average them."""
@@ -78,17 +75,21 @@ class MatrixStack:
 
     def step(self, lr: float, mu: float) -> None:
         """Update this rank's matrices. lr: in units of spectral norm per update. mu: momentum."""
-        beta2 = self.settings["beta2"]
-        update = muon_update(self.grad, self.momentum, self.second, mu, beta2, self.dtype)
-        # Stacked anew each step: the model's layers own their weights, not the optimizer.
-        own = self._own([parameter.data for parameter in self.parameters])
-        descend(own, update, own.shape, lr, self.settings["weight_decay"])
+        beta2, decay = self.settings["beta2"], self.settings["weight_decay"]
+        states = self.momentum, self.second
+        update, scale = muon_update(self.grad, *states, mu, beta2, self.dtype, self.cpp)
         self.grad = None
+        matrices = [parameter.data for parameter in self.parameters]
+        own = matrices[self.first : self.first + self.share]
+        n = len(own)
+        if n:
+            descend(own, update[:n], scale[:n], own[0].shape, lr, decay, self.cpp)
         if world_size() == 1:
-            self.take(own)
             return
-        gathered = torch.empty(self.padded, *own.shape[1:], device=own.device)
-        self.exchange = Exchange([all_gather(gathered, own)], gathered, kept=[own])
+        # with zeros where the last share is short
+        sent = torch.stack(own + [torch.zeros_like(matrices[0])] * (self.share - n))
+        gathered = torch.empty(self.padded, *sent.shape[1:], device=sent.device)
+        self.exchange = Exchange([all_gather(gathered, sent)], gathered, kept=[sent])
 
     def take(self, stack: torch.Tensor) -> None:
         """Set the parameters to the matrices of a whole stack, (N or more, R, C)."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from nanochat.common import ceil_div, round_up
-from nanochat.optim.muon import descend, nesterov, neuron_scale, orthogonalize
+from nanochat.optim.muon import descend, look_ahead, neuron_scale, orthogonalize
 from nanochat.optim.parts import Exchange, Settings, State, adam_update
 from nanochat.optim.sharding import own_part, own_rows
 from nanochat.ranks import all_gather, all_to_all, rank, world_size
@@ -27,13 +27,15 @@ class ShardedStack:
         members: Mapping[str, torch.nn.Parameter],
         settings: Settings,
         dtype: torch.dtype,
+        cpp: bool,
     ) -> None:
         """members: {parameter name: sharded matrix (R, C)}. dtype: of Muon's products, and of what
-        travels."""
+        travels. cpp: as in muon.py."""
         self.names = list(members)
         self.parameters = list(members.values())
         self.settings = settings
         self.dtype = dtype
+        self.cpp = cpp
         self.shape = self.parameters[0].shape
         R, C = self.shape
         device = self.parameters[0].device
@@ -64,9 +66,9 @@ class ShardedStack:
         """Send this rank's rows to where the matrices are orthogonalised. lr: in units of spectral
         norm per update. mu: momentum."""
         self.lr = lr
-        ahead_Nxrxc = nesterov(self.grad, self.momentum, mu)
-        self.grad = None
         # In the dtype of the products: rounding here or there is the same, and less travels.
+        ahead_Nxrxc = look_ahead(self.grad, self.momentum, mu, self.dtype, self.cpp)
+        self.grad = None
         sent = torch.zeros(
             self.padded, self.block, self.shape[1], dtype=self.dtype, device=ahead_Nxrxc.device
         )
@@ -92,8 +94,8 @@ class ShardedStack:
         # The first dimension of an exchange is the rank: behind it come the matrices, then rows.
         by_matrix = blocks.view(n_ranks, self.share, self.block, C).transpose(0, 1)
         matrices_PxRxC = by_matrix.reshape(self.share, n_ranks * self.block, C)[:, :R]
-        update = orthogonalize(matrices_PxRxC, self.dtype)
-        own_scale = neuron_scale(update.float(), self.second, self.settings["beta2"])
+        update = orthogonalize(matrices_PxRxC, self.dtype, self.cpp)
+        own_scale = neuron_scale(update, self.second, self.settings["beta2"], self.cpp)
         self.scale = torch.empty(self.padded, *own_scale.shape[1:], device=own_scale.device)
         # Rows that no rank has fill the last blocks.
         padded = update.new_zeros(self.share, n_ranks * self.block, C)
@@ -113,12 +115,10 @@ class ShardedStack:
         # column.
         if scale.size(1) > 1:
             scale = scale[:, self.rows]
-        update_Nxrxc = blocks[:n, :n_rows].float() * scale
+        update_Nxrxc = blocks[:n, :n_rows].contiguous()
         own = [own_part(parameter.data) for parameter in self.parameters]
-        weights_Nxrxc = torch.stack(own)
         decay = self.settings["weight_decay"]
-        descend(weights_Nxrxc, update_Nxrxc, self.shape, self.lr, decay)
-        torch._foreach_copy_(own, list(weights_Nxrxc))
+        descend(own, update_Nxrxc, scale.contiguous(), self.shape, self.lr, decay, self.cpp)
 
     def own_tensors(self) -> list[torch.Tensor]:
         """The state that this rank holds."""

@@ -27,6 +27,7 @@ from nanochat.model import fp8
 from nanochat.model.build import build
 from nanochat.model.decoder import Decoder
 from nanochat.optim.loss_scaler import LossScaler
+from nanochat.optim.muon import pick_updates
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.sharding import build_sharded
 from nanochat.run import checkpoint, faults, memory
@@ -186,7 +187,8 @@ def build_parts(
     scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
     # orthogonalisation would overflow in fp16
     products = torch.float32 if scaler.enabled else runtime.dtype
-    optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products)
+    cpp, _ = pick_updates(device.type, runtime.compiled)
+    optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products, cpp)
     if run.step:
         checkpoint.load_model(run.folder.path, run.step, model)
         parameters = dict(model.named_parameters())

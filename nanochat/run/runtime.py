@@ -12,6 +12,7 @@ from nanochat.model.attention import check_flash_attention, pick_backend
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import pick_loss
+from nanochat.optim.muon import pick_updates
 from nanochat.run import compiler
 from nanochat.run.plan import model_config
 
@@ -98,9 +99,13 @@ def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devi
             else "; --shard changes nothing with one rank"
         )
     compiled = "compiled per block" if runtime.compiled else f"eager ({runtime.no_compiler})"
+    updates = ""
+    if device_type == "cpu":
+        cpp, updates_reason = pick_updates(device_type, runtime.compiled, runtime.planned)
+        updates = f"updates: {'native' if cpp else 'plain'} ({updates_reason}); "
     return (
         f"runtime: {device_type} x {devices}, {numbers}; "
         f"attention: {runtime.attention} ({runtime.attention_reason}); {compiled}; "
-        f"loss: {loss} ({loss_reason}), cross-entropy in fp32; "
+        f"loss: {loss} ({loss_reason}), cross-entropy in fp32; {updates}"
         "fp32 products in full precision; deterministic algorithms on"
     )
