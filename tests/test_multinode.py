@@ -59,7 +59,7 @@ def test_multinode_starts_torchrun(tmp_path):
     code, shown, calls = multinode(tmp_path, "--run=x", code=0, IFACE="ib0")
     assert (code, shown) == (0, "RESULT code=0\n")
     assert calls == (
-        "ib0 ib0: -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --node-rank=0 "
+        "ib0,ib0,ib0,ib0 ib0: -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --node-rank=0 "
         "--master-addr=node0 --master-port=29500 -- train.py --depth=4 --out-dir=out "
         "--model-tag=d4 --resume --run=x\n"
     )
