@@ -42,6 +42,8 @@ KNOWN_DEPTHS = (1, 3, 5)
 # several are begun before the first is waited for.
 FEW, MANY = 16, 2**18
 IN_FLIGHT = 8
+# Steps may be few, but an exchange takes a millisecond, and the next one may take three.
+EXCHANGES = 31
 # Large enough for the peak of a core, and small enough to be timed often.
 PRODUCT_ROWS = 1024
 # Beyond this, a rank hangs.
@@ -265,6 +267,8 @@ def _rank(job: Job, rank: int, results: Any) -> None:
     if rank == 0:
         results.send(found)
     ranks.close()
+    # torch's threads may be running while C++ tidies up, which then aborts
+    os._exit(0)
 
 
 def _measure(job: Job) -> Found:
@@ -323,7 +327,7 @@ def _exchange_rates(job: Job) -> dict[str, float]:
             for work in [exchange(*pair) for pair in pairs]:
                 work.wait()
 
-        return statistics.median(_timed_together(several, max(5, job.repeats))) / IN_FLIGHT
+        return statistics.median(_timed_together(several, EXCHANGES)) / IN_FLIGHT
 
     delays = [seconds(each, FEW) for each in (ranks.reduce_scatter, ranks.all_gather)]
     sent = 4 * MANY * (n - 1)
