@@ -516,7 +516,7 @@ def dry_run(args: Namespace) -> None:
         return on_gpus(planned, gpu, args.gpu_network) if gpu else planned
 
     if args.gpus == "all":
-        table = table_of(args.gpu, args.gpu_network, plan_for)
+        table = table_of(args.gpu, plan_for)
         print(json.dumps(table_as_json(table), indent=2) if args.json else format_table(table))
         return
     planned = plan_for(args.gpus)

@@ -76,10 +76,6 @@ WRONG = {
     "--total-batch-size=20": [["--total-batch-size=20", "use 32"]],
     "--dry-run --gpus=3": [["--total-batch-size=256", "96 tokens", "ranks", "use 192 or 288"]],
     # the runtime
-    "--dry-run --shard --gpu=H100": [
-        ["--shard: ", "exchanges", "one of --shard and --gpu out"],
-        ["--gpu=H100: "],
-    ],
     "--shard --fp8": [
         ["--shard: ", "cannot be split", "leave one of --shard and --fp8 out"],
         ["--dtype=float32: "],

@@ -29,6 +29,13 @@ from nanochat.run.scaling import (
     travelling_bytes,
 )
 from nanochat.run.scaling_text import REASONS
+from nanochat.run.sharded_scaling import (
+    Unit,
+    sent_in_passes,
+    sent_in_update,
+    sharded_step_time,
+    units_of,
+)
 from nanochat.run.workload import ADAMW, MATRICES, muon_flops
 
 # Three layers: stacks of 3 and 12 matrices, which no even number of ranks divides.
@@ -82,6 +89,55 @@ if ranks.rank() == 0:
 ranks.close()
 """
 
+# The same of a sharded model, in two passes and an update: what rank 0 sends of each kind.
+COUNTED_SHARDED = """
+import json, sys
+import torch
+import torch.distributed as dist
+from nanochat import ranks
+from nanochat.model.config import GPTConfig
+from nanochat.optim.loss_scaler import LossScaler
+from nanochat.optim.optimizer import Optimizer
+from nanochat.optim.sharding import build_sharded
+from nanochat.run.workload import ADAMW, MATRICES
+
+counted = {{"passes": 0, "update": 0, "factors": 0}}
+kind = ["passes"]
+def count(name):
+    function = getattr(dist, name, None)
+    def counting(*args, **options):
+        tensors = [each for each in (*args, *options.values()) if torch.is_tensor(each)]
+        is_factor = kind[0] == "update" and "all_to_all" not in name
+        whole = max(tensor.nbytes for tensor in tensors)
+        counted["factors" if is_factor else kind[0]] += whole // ranks.world_size()
+        return function(*args, **options)
+    if function:
+        setattr(dist, name, counting)
+for each in ("reduce_scatter", "all_gather"):
+    new = f"{{each}}_single"
+    old = "all_gather_into_tensor" if each == "all_gather" else "reduce_scatter_tensor"
+    count(new if hasattr(dist, new) else old)
+count("all_to_all_single")
+ranks.setup("cpu")
+torch.manual_seed(1)
+dtype = torch.bfloat16
+config = GPTConfig(**{shape})
+model = build_sharded(config, torch.device("cpu"), dtype, "blocked", 1).train()
+groups = model.parameter_groups()
+settings = dict.fromkeys(groups, ADAMW) | {{"matrices": MATRICES}}
+optimizer = Optimizer(groups, settings, dtype)
+ids = torch.randint(61, (1, 17))
+for _ in range(2):
+    loss = model(ids[:, :-1], ids[:, 1:], reduction="mean")
+    loss.backward()
+kind[0] = "update"
+optimizer.reduce(loss.detach(), LossScaler(enabled=False))
+optimizer.step(1.0, 0.9)
+if ranks.rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(counted))
+ranks.close()
+"""
+
 
 def pieces(matrices=MATRICES, config=CONFIG):
     groups = dict.fromkeys(meta_model(config).parameter_groups(), ADAMW)
@@ -100,6 +156,29 @@ def test_the_volume_is_what_two_ranks_exchange(tmp_path, matrices):
     expected = travelling_bytes(pieces({"MATRICES": MATRICES, "ADAMW": ADAMW}[matrices]), 2)
     # of two ranks each keeps its half
     assert counted == {"reduced": 2 * expected, "gathered": 2 * expected}
+
+
+def test_the_volume_of_a_sharded_step_is_what_two_ranks_exchange(tmp_path):
+    done = small.ranks_of(
+        tmp_path, 2, [str(tmp_path / "counted.json")], COUNTED_SHARDED.format(shape=SHAPE)
+    )
+    assert done.returncode == 0, done.stderr
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    units = units_of(CONFIG, 2)
+    assert counted["passes"] == 2 * sent_in_passes(units, 2)
+    assert counted["update"] == sent_in_update(pieces(), 2, 2)
+    # what is left out of 2 x 3 x (4 x 32 + 128 + 128) numbers of fp32, and padding
+    assert 0 < counted["factors"] < 0.1 * counted["update"]
+
+
+def test_units_are_all_parameters():
+    units = units_of(CONFIG, 2)
+    total = meta_model(CONFIG).count_parameters()["total"]
+    assert sum(unit.elements(1) for layer in units for unit in layer) == total
+    # what all share, then three layers, of which the first and the last have a table
+    assert [len(layer) for layer in units] == [1, 2, 1, 2]
+    # 61 rows on 4 ranks: 16 each
+    assert units[1][1].elements(4) == 64 * 32
 
 
 def test_pieces_are_all_parameters():
@@ -147,7 +226,8 @@ def speeds(ranks=2, **changes):
 
 def work(**changes):
     values = {"flops_per_token": 1000, "parameters": 100, "tokens": 1000, "passes": 1}
-    return Work(CONFIG, pieces=[Piece(500, None, 0.0), Piece(500, None, 1.0)], **(values | changes))
+    values["pieces"] = [Piece(500, None, 0.0), Piece(500, None, 1.0)]
+    return Work(CONFIG, **(values | changes))
 
 
 def test_a_step_by_hand():
@@ -175,6 +255,47 @@ def test_what_is_not_hidden():
     several = step_time(work(passes=10), speeds())
     assert several.gradients > step_time(work(), speeds()).gradients
     assert step_time(work(), speeds(ranks=1)).sent_bytes == 0
+
+
+def test_a_sharded_step_by_hand():
+    """Three layers of 1,000 fp32 elements and 2,000 that they share, on 2 ranks at 1 MB/s: each
+    gather and each reduction of a layer takes 2 ms, of what is shared 4. A layer computes for 9 ms,
+    a third of it forward."""
+    units = [[Unit(((2000,),), 4, 1)], *[[Unit(((10, 100),), 4, 2)]] * 3]
+    parts = {"pieces": [], "flops_per_token": 27000, "parameters": 0}
+    step = sharded_step_time(work(**parts), units, 4, speeds())
+    # the shared ones and the first layer; then the last layer, on the way back
+    assert step.parameters == pytest.approx(4e-3 + 2e-3 + 2e-3)
+    # of the first layer, and the shared ones
+    assert step.gradients == pytest.approx(2e-3 + 4e-3)
+    assert step.sent_bytes == 3 * 3 * 2000 + 2 * 4000 and step.zeros == 0
+    assert step.travel == pytest.approx(26e-3)
+    # three times as slow a network: gathers of 6 ms behind 3, and with reductions 12 behind 6
+    slow = sharded_step_time(work(**parts), units, 4, speeds(reduce=1e6 / 3, gather=1e6 / 3))
+    assert slow.parameters == pytest.approx(12e-3 + 6e-3 + 2 * 3e-3 + 6e-3)
+    assert slow.gradients == pytest.approx(2 * 6e-3 + 6e-3 + 12e-3)
+    together = sharded_step_time(work(**parts), units, 4, speeds(overlaps=False))
+    assert together.parameters + together.gradients == pytest.approx(together.travel)
+    twice = sharded_step_time(work(**parts, passes=2, tokens=2000), units, 4, speeds())
+    assert twice.sent_bytes == 2 * step.sent_bytes
+    assert twice.parameters == pytest.approx(2 * step.parameters)
+
+
+def test_a_sharded_update_by_hand():
+    """Two stacks of two matrices of 10 x 100 in bf16 on 2 ranks: each sends half of its rows, 1,000
+    bytes, in 1 ms, and then half of what it made whole."""
+    stack = Piece(2, (10, 100), 1.0)
+    shared = [[Unit(((2,),), 4, 1)], [Unit(((2,),), 4, 2)]]
+    flops = stack.update_flops(2)
+    config = replace(CONFIG, depth=1)
+    job = replace(work(pieces=[stack, stack], parameters=0), config=config)
+    fast = {"memory": 1e30, "update_flops": flops / 5e-3}
+    update = sharded_step_time(job, shared, 2, speeds(**fast))
+    alone = sharded_step_time(replace(job, pieces=[]), shared, 2, speeds(**fast))
+    assert update.update == pytest.approx(10e-3)
+    assert update.sent_bytes - alone.sent_bytes == 4 * 1000
+    # waited for until the first has come, and while the last goes back
+    assert update.parameters - alone.parameters == pytest.approx(2e-3)
 
 
 def test_nodes_are_slower_than_what_is_in_them():
@@ -280,6 +401,21 @@ def test_a_plan_says_what_it_assumes_and_a_table_where_it_ends(capsys):
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:13]] == [str(n) for n in COUNTS]
     assert "scales to " in shown and "100 Gbit/s" in shown
+
+
+def test_sharded_plans(capsys):
+    """Depth 40 fits 8 GPUs only if they share the weights, and more of them need less each."""
+    same = ["--gpus=8", "--depth=24", "--device-batch-size=4"]
+    whole, sharded = (planned(capsys, *same, *more) for more in ([], ["--shard"]))
+    needs = [plan["estimates"]["memory_bytes"] for plan in (sharded, whole)]
+    assert needs[0] < 0.9 * needs[1]
+    assert sharded["step"]["sent_bytes"] > whole["step"]["sent_bytes"]
+    assert any("gathers the weights" in line for line in sharded["assumptions"])
+    deep = ["--depth=40", "--gpus=all"]
+    table, other = planned(capsys, *deep, "--shard"), planned(capsys, *deep)
+    problems = {row["devices"]: row.get("problem") for row in table["rows"]}
+    assert problems[1] and not problems[8] and not problems[512]
+    assert all("problem" in row for row in other["rows"] if row["devices"] >= 512)
 
 
 def test_plans_that_do_not_exist(capsys):

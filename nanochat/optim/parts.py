@@ -81,6 +81,7 @@ class MatrixStack:
         self.grad = None
         matrices = [parameter.data for parameter in self.parameters]
         own = matrices[self.first : self.first + self.share]
+        # the last ranks may have fewer, or none
         n = len(own)
         if n:
             descend(own, update[:n], scale[:n], own[0].shape, lr, decay, self.cpp)

@@ -265,12 +265,6 @@ def _check_runtime(args: argparse.Namespace, problems: _Problems) -> None:
         "leave one of --shard and --fp8 out",
     )
     problems.require(
-        "shard",
-        not (args.shard and args.gpu),
-        "what a sharded run exchanges is not part of plans for listed GPUs",
-        "leave one of --shard and --gpu out",
-    )
-    problems.require(
         "attention",
         args.attention in ("auto", *BACKENDS),
         "unknown backend",

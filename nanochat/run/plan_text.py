@@ -14,7 +14,7 @@ from nanochat.hardware import Gpu
 from nanochat.model import fp8
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
-from nanochat.run import memory, scaling
+from nanochat.run import memory, scaling, sharded_scaling
 from nanochat.run.flags import flag
 from nanochat.run.plan import ASSUMED_MFU, Machine, Plan
 from nanochat.run.runtime import Runtime
@@ -154,14 +154,19 @@ def on_gpus(planned: PlannedRun, gpu: Gpu, network_gbits: float) -> PlannedRun:
         gpu,
         planned.machine.devices,
         network_gbits,
-        # gradients that are scaled have to be unscaled first
-        overlaps=planned.runtime.dtype != torch.float16,
+        # gradients that are scaled have to be unscaled first, unless each pass gives them away
+        overlaps=planned.runtime.dtype != torch.float16 or planned.runtime.shard,
     )
-    return dataclasses.replace(
-        planned,
-        step=scaling.step_time(work, speeds),
-        assumed=scaling.assumptions(network_gbits),
-    )
+    assumed = scaling.assumptions(network_gbits)
+    # one rank alone has all weights
+    if planned.runtime.shard and planned.machine.devices > 1:
+        element_bytes = planned.runtime.dtype.itemsize
+        units = sharded_scaling.units_of(planned.config, element_bytes)
+        step = sharded_scaling.sharded_step_time(work, units, element_bytes, speeds)
+        assumed = sharded_scaling.assumptions(network_gbits, planned.runtime.dtype_name)
+    else:
+        step = scaling.step_time(work, speeds)
+    return dataclasses.replace(planned, step=step, assumed=assumed)
 
 
 def as_json(run: PlannedRun) -> dict[str, Any]:

@@ -213,15 +213,23 @@ def listed_speeds(gpu: Gpu, ranks: int, network_gbits: float, overlaps: bool = T
 
 
 def assumptions(network_gbits: float) -> list[str]:
-    """The most important things that listed_speeds() assumes, as phrases."""
+    """The most important things that listed_speeds() and step_time() assume, as phrases."""
     return [
-        f"passes and products at {ASSUMED_MFU:.0%} of the listed peak",
-        f"exchanges in fp32 in a ring, at {BUS_SHARE:.0%} of the listed links of {NODE} GPUs",
-        f"{network_gbits:g} Gbit/s from each GPU to other nodes (--gpu-network)",
+        *assumed_speeds(network_gbits),
+        "exchanges in fp32",
         "stacks of matrices padded with zeros to a multiple of the GPUs",
-        f"{1e6 * HOP:g} us a hop within and {1e6 * NETWORK_HOP:g} us between nodes",
         "gradients travel behind the backward pass of the last pass, parameters behind updates",
         "reading data, evaluation and saving cost nothing",
+    ]
+
+
+def assumed_speeds(network_gbits: float) -> list[str]:
+    """What listed_speeds() assumes, as phrases."""
+    return [
+        f"passes and products at {ASSUMED_MFU:.0%} of the listed peak",
+        f"exchanges in a ring, at {BUS_SHARE:.0%} of the listed links of {NODE} GPUs",
+        f"{network_gbits:g} Gbit/s from each GPU to other nodes (--gpu-network)",
+        f"{1e6 * HOP:g} us a hop within and {1e6 * NETWORK_HOP:g} us between nodes",
     ]
 
 

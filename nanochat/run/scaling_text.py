@@ -6,7 +6,7 @@ from typing import Any
 
 from nanochat.common import UsageError, human_bytes, human_time
 from nanochat.run.plan_text import PlannedRun, as_json
-from nanochat.run.scaling import COUNTS, LEAST_GAIN, Scaled, assumptions, limit_of
+from nanochat.run.scaling import COUNTS, LEAST_GAIN, Scaled, limit_of
 from nanochat.run.timing import short_time
 
 # Name and width of the columns; the last one is as wide as its text.
@@ -33,7 +33,7 @@ REASONS = {
     "weights": "the batch is too small: each pass reads all weights, however few rows it has",
     "update": "Muon's update of whole matrices is divided no further",
     "gradients": "the exchange of gradients, which the backward pass does not hide",
-    "parameters": "the exchange of updated parameters, which the updates do not hide",
+    "parameters": "the exchange of parameters, which no computation hides",
     "fit": "more GPUs cannot run it",
     "": "nothing in this table",
 }
@@ -44,7 +44,6 @@ class Table:
     """Plans by number of devices, each a plan or why there is none."""
 
     gpu: str
-    network_gbits: float
     plans: dict[int, PlannedRun | UsageError]
 
     @property
@@ -62,7 +61,7 @@ class Table:
         return devices, reason
 
 
-def table_of(gpu: str, network_gbits: float, plan_for: Callable[[int], PlannedRun]) -> Table:
+def table_of(gpu: str, plan_for: Callable[[int], PlannedRun]) -> Table:
     """The Table of a GPU. plan_for(n): the plan for n of them. UsageError if there is no plan for
     any number."""
     plans: dict[int, PlannedRun | UsageError] = {}
@@ -72,7 +71,7 @@ def table_of(gpu: str, network_gbits: float, plan_for: Callable[[int], PlannedRu
             plans[n] = plan_for(n)
         except UsageError as error:
             plans[n] = error
-    table = Table(gpu, network_gbits, plans)
+    table = Table(gpu, plans)
     if not table.runs:
         raise plans[COUNTS[0]]
     return table
@@ -111,10 +110,12 @@ def format_table(table: Table) -> str:
         else:
             lines.append(_line(_cells(plan, first)))
     devices, reason = table.limit
+    # of the most devices: one exchanges nothing
+    most = runs[max(runs)]
     lines.append(f"scales to {devices} GPUs; stopped by: {REASONS[reason]}")
     lines += [
         f"  (to scale is to be {LEAST_GAIN:g} times as fast with twice as many)",
-        f"assumed, not measured: {'; '.join(assumptions(table.network_gbits))}",
+        f"assumed, not measured: {'; '.join(most.assumed)}",
     ]
     return "\n".join(lines + notes)
 

@@ -82,6 +82,7 @@ def look_ahead(grad: Tensor, momentum: Tensor, mu: float, dtype: torch.dtype) ->
 
 def normalized(matrices_NxRxC: Tensor, slack: float) -> Tensor:
     """Each matrix divided by its Frobenius norm times slack; zero stays zero."""
+    # where rows came from other ranks, matrices are slices of what came
     X = matrices_NxRxC.contiguous()
     _check(X, X.shape, *DTYPES)
     N, R, C = X.shape
@@ -118,6 +119,7 @@ def descend(
     _check(scale, (N, R, 1) if tall else (N, 1, C), torch.float32)
     for weight in weights:
         _check(weight, (R, C), torch.float32)
+    # the model's layers own their weights, so these lie anywhere
     addresses = (ctypes.c_void_p * N)(*[weight.data_ptr() for weight in weights])
     _library().nanochat_descend(
         addresses,
