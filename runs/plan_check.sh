@@ -6,7 +6,8 @@
 #             rank
 #   goal      off by at most 20%
 #   time      4 minutes with --repeats=5
-#   expected  on cores with AVX2 only memory was off by at most 13%, time by 3 to 32% (RESULTS.md)
+#   expected  memory was off by at most 13%; time by at most 15% in fp32 on cores with AVX512-BF16,
+#             by 3 to 32% on cores with AVX2 only (RESULTS.md)
 # Run nothing else meanwhile. Arguments go to every `nanochat bench`, such as --repeats=15.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"

@@ -8,7 +8,7 @@
 #   tokens    five runs of 40 steps of 16,384
 #   hardware  2 CPU cores, root on Linux
 #   time      25 minutes; with --num-iterations=10 six, on cores with AVX2 only
-#   expected  there 88% of one host's tokens a second (n = 1, RESULTS.md); 60% (n = 2) on cores
+#   expected  there 88% of one host's tokens a second (n = 1, RESULTS.md); 72% (n = 2) on cores
 #             with AVX512-BF16, which compute five times as fast. An update moves the
 #             gradients of all parameters, and then the parameters, between the hosts
 # usage: bash runs/two_hosts.sh [flags of every train.py]
