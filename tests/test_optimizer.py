@@ -308,12 +308,15 @@ def test_native_steps_of_rows_equal_those_of_whole_matrices(library, shape):
 def test_native_steps_do_not_depend_on_threads(library):
     threads = torch.get_num_threads()
     results = []
-    for n in (1, 3):
-        torch.set_num_threads(n)
-        ahead = look_ahead(randn(3, 200, 300), torch.zeros(3, 200, 300), 0.9, torch.bfloat16, True)
-        normalized = cpu_muon.normalized(ahead, 1.02)
-        results.append((ahead, normalized, cpu_muon.mean_squares(normalized)))
-    torch.set_num_threads(threads)
+    grad = randn(3, 200, 300)
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            ahead = look_ahead(grad, torch.zeros(3, 200, 300), 0.9, torch.bfloat16, True)
+            normalized = cpu_muon.normalized(ahead, 1.02)
+            results.append((ahead, normalized, cpu_muon.mean_squares(normalized)))
+    finally:
+        torch.set_num_threads(threads)
     assert all(map(torch.equal, *results))
 
 

@@ -10,11 +10,12 @@ import torch
 
 import nanochat
 import train
+from nanochat import native
 from nanochat.data import prefetch
 from nanochat.model.gpt import GPT
 from nanochat.optim import schedules
 from nanochat.optim.optimizer import Optimizer
-from nanochat.run import checkpoint, memory
+from nanochat.run import checkpoint, memory, runtime
 
 DERIVED = ["step", "tokens", "total_training_flops", "total_training_time"]
 MEASURED = (
@@ -176,6 +177,30 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     # 32 wide, 2 blocks: 12 x 32^2 x 2 matrices, 257 x 32 head
     assert shown["plan"]["scaling_parameters"] == 24576 + 8224
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--compile"], "updates: native (what Muon does between its products, in C++)"),
+        (["--compile", "--optimizer=adamw"], "updates: plain (--optimizer=adamw)"),
+        ([], "updates: plain (nothing is compiled)"),
+    ],
+)
+def test_the_plan_says_how_updates_are_computed(tmp_path, capsys, flags, words):
+    if "native" in words and (problem := native.missing()):
+        pytest.skip(problem)
+    assert small.run(tmp_path, "--dry-run", "--device-type=cpu", *flags) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_updates_are_native_on_all_ranks_or_on_none(monkeypatch):
+    """Rank 1 cannot load the library: then the others do without it as well."""
+    args = train.parse_args(["--device-type=cpu", *small.FLAGS])
+    found = [(None, None), (None, "no space")]
+    for problems in found:
+        monkeypatch.setattr(runtime.ranks, "from_all", lambda own, given=problems: list(given))
+        assert runtime.pick_runtime(args, "cpu").plain_updates == problems[1]
 
 
 def test_dry_run_for_other_hardware(capsys):

@@ -1,8 +1,9 @@
 """Muon (Jordan et al., 2024) for stacks of matrices: orthogonalised momentum, with NorMuon's second
 moment (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402).
 
-Functions that take `cpp` do the same in C++ if it is true (nanochat/model/kernels/cpu_muon.py),
-where a step of a small model on a CPU would else spend a tenth of its time.
+Functions that take `cpp` do the same in C++ if it is true (nanochat/model/kernels/cpu_muon.py):
+on a CPU a step of a small model spends much of its time here. The two round differently: in bf16
+their updates differ from one another by as much as each does from fp32, 1%.
 
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs), S the side of a
 matrix along which NorMuon keeps its second moment."""
@@ -27,14 +28,13 @@ POLAR_EXPRESS = (
 SLACK = 1.02
 
 
-def pick_updates(device_type: str, compiled: bool, planned: bool = False) -> tuple[bool, str]:
-    """(whether Muon's updates are in C++ beside their products, the reason).
+def updates_problem(device_type: str, compiled: bool, planned: bool = False) -> str | None:
+    """Why Muon's updates cannot be in C++ here, or None.
 
-    compiled: something may be compiled here. planned: compile nothing to find out what can be."""
+    compiled: something may be compiled. planned: compile nothing to find out what can be."""
     if device_type != "cpu":
-        return False, "made for CPUs"
-    problem = cpu_muon.problem(planned) if compiled else "nothing is compiled"
-    return not problem, problem or "Muon in C++ beside its products"
+        return f"C++ is for CPUs, and this device is {device_type}"
+    return cpu_muon.problem(planned) if compiled else "nothing is compiled"
 
 
 def orthogonalize(
@@ -142,6 +142,6 @@ def descend(
     step = rate * (update_NxRxC.float() * scale)
     if decay:
         # cautious decay: only where the update already moves the weight towards zero
-        step += shrinkage * stack * (step * stack > 0)
+        step.add_(stack * (step * stack > 0), alpha=shrinkage)
     stack -= step
     torch._foreach_copy_(weights, list(stack))

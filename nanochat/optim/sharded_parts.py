@@ -113,7 +113,7 @@ class ShardedStack:
         self.scale = None
         # One factor for each row of a tall matrix, of which these are some; of a wide one, for each
         # column.
-        if scale.size(1) > 1:
+        if self.shape[0] >= self.shape[1]:
             scale = scale[:, self.rows]
         update_Nxrxc = blocks[:n, :n_rows].contiguous()
         own = [own_part(parameter.data) for parameter in self.parameters]

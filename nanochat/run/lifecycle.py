@@ -27,7 +27,6 @@ from nanochat.model import fp8
 from nanochat.model.build import build
 from nanochat.model.decoder import Decoder
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.muon import pick_updates
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.sharding import build_sharded
 from nanochat.run import checkpoint, faults, memory
@@ -129,9 +128,7 @@ class Taken:
             return {
                 "hardware": hardware.describe(device),
                 "runtime": {
-                    "dtype": str(runtime.dtype),
-                    "attention": runtime.attention,
-                    "compiled": runtime.compiled,
+                    **runtime.facts(),
                     "world_size": planned.machine.devices,
                     "device_batch_size": planned.device_batch,
                     "peak_flops": planned.machine.peak_flops,
@@ -187,7 +184,7 @@ def build_parts(
     scaler = LossScaler(runtime.dtype == torch.float16, run.saved_state.get("loss_scaler"))
     # orthogonalisation would overflow in fp16
     products = torch.float32 if scaler.enabled else runtime.dtype
-    cpp, _ = pick_updates(device.type, runtime.compiled)
+    cpp = not runtime.plain_updates
     optimizer = Optimizer(model.parameter_groups(), planned.plan.groups, products, cpp)
     if run.step:
         checkpoint.load_model(run.folder.path, run.step, model)

@@ -5,27 +5,29 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat import hardware
+from nanochat import hardware, ranks
 from nanochat.hardware import Gpu
 from nanochat.model import fp8
 from nanochat.model.attention import check_flash_attention, pick_backend
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.model.loss import pick_loss
-from nanochat.optim.muon import pick_updates
+from nanochat.optim.muon import updates_problem
 from nanochat.run import compiler
 from nanochat.run.plan import model_config
 
 
 class Runtime(NamedTuple):
-    """no_compiler: why torch.compile is not used, or None. fp8_recipe: of layers that are trained
-    in fp8, or None. shard: --shard. planned: for --dry-run; what can be compiled is guessed."""
+    """no_compiler: why torch.compile is not used, or None. plain_updates: why Muon's updates are
+    not in C++, None if they are. fp8_recipe: of layers that are trained in fp8, or None. shard:
+    --shard. planned: for --dry-run; what can be compiled is guessed."""
 
     dtype: torch.dtype
     dtype_reason: str
     attention: str
     attention_reason: str
     no_compiler: str | None
+    plain_updates: str | None
     fp8_recipe: str | None
     shard: bool = False
     planned: bool = False
@@ -39,6 +41,15 @@ class Runtime(NamedTuple):
     def dtype_name(self) -> str:
         """The compute dtype as --dtype spells it."""
         return str(self.dtype).removeprefix("torch.")
+
+    def facts(self) -> dict[str, object]:
+        """What config.json keeps of it."""
+        return {
+            "dtype": str(self.dtype),
+            "attention": self.attention,
+            "compiled": self.compiled,
+            "updates": "plain" if self.plain_updates else "native",
+        }
 
 
 def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = None) -> Runtime:
@@ -65,6 +76,7 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
     )
     if backend in ("fa3", "fa4") and gpu is None and not args.dry_run:
         check_flash_attention(backend, torch.device(device_type), dtype)
+    plain_updates = _plain_updates(args, device_type, not no_compiler)
     fp8_recipe = None
     if args.fp8:
         fp8_recipe = args.fp8_recipe
@@ -77,10 +89,20 @@ def pick_runtime(args: argparse.Namespace, device_type: str, gpu: Gpu | None = N
         backend,
         backend_reason,
         no_compiler,
+        plain_updates,
         fp8_recipe,
         args.shard,
         args.dry_run,
     )
+
+
+def _plain_updates(args: argparse.Namespace, device_type: str, compiled: bool) -> str | None:
+    """Runtime.plain_updates. Where one rank cannot compile them, none does."""
+    if args.optimizer != "muon":
+        return f"--optimizer={args.optimizer}"
+    problem = updates_problem(device_type, compiled, args.dry_run)
+    problems = [problem] if args.dry_run else ranks.from_all(problem)
+    return next(filter(None, problems), None)
 
 
 def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devices: int) -> str:
@@ -100,9 +122,10 @@ def runtime_in_words(runtime: Runtime, config: GPTConfig, device_type: str, devi
         )
     compiled = "compiled per block" if runtime.compiled else f"eager ({runtime.no_compiler})"
     updates = ""
-    if device_type == "cpu":
-        cpp, updates_reason = pick_updates(device_type, runtime.compiled, runtime.planned)
-        updates = f"updates: {'native' if cpp else 'plain'} ({updates_reason}); "
+    if device_type == "cpu" and not runtime.plain_updates:
+        updates = "updates: native (what Muon does between its products, in C++); "
+    elif device_type == "cpu":
+        updates = f"updates: plain ({runtime.plain_updates}); "
     return (
         f"runtime: {device_type} x {devices}, {numbers}; "
         f"attention: {runtime.attention} ({runtime.attention_reason}); {compiled}; "

@@ -21,7 +21,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import LOGIT_SOFTCAP
 from nanochat.model.loss import linear_cross_entropy, pick_loss
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.muon import POLAR_EXPRESS, pick_updates
+from nanochat.optim.muon import POLAR_EXPRESS, updates_problem
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.step import accumulate, forward_backward
 from nanochat.run import compiler
@@ -149,7 +149,7 @@ class TrainingStep:
         settings = dict.fromkeys(groups, ADAMW) | {"matrices": MATRICES}
         # Muon's products are in bf16 or fp32, as in train.py: fp16 could overflow in them.
         muon_dtype = torch.float32 if setup.dtype == torch.float16 else setup.dtype
-        cpp, _ = pick_updates(setup.device.type, setup.compiled)
+        cpp = not updates_problem(setup.device.type, setup.compiled)
         self.optimizer = Optimizer(groups, settings, muon_dtype, cpp)
         ids = torch.randint(
             config.vocab_size,

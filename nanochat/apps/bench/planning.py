@@ -42,7 +42,7 @@ KNOWN_DEPTHS = (1, 3, 5)
 # several are begun before the first is waited for.
 FEW, MANY = 16, 2**18
 IN_FLIGHT = 8
-# Steps may be few, but an exchange takes a millisecond, and the next one may take three.
+# Steps may be few, but exchanges are short, and one may take much longer than the next.
 EXCHANGES = 31
 # Large enough for the peak of a core, and small enough to be timed often.
 PRODUCT_ROWS = 1024

@@ -1,4 +1,4 @@
-"""muon.cpp from Python: what Muon does on CPUs beside its matrix products.
+"""muon.cpp from Python: what Muon does on CPUs between its matrix products.
 
 The references are the functions of the same names in nanochat/optim/muon.py; tests compare them.
 

@@ -1,5 +1,5 @@
-// What Muon does on a CPU beside its matrix products: the momentum, norms, and the change of the
-// weights. Each reads and writes memory once, where torch does so a dozen times.
+// What Muon does on a CPU between its matrix products: the momentum, norms, and the change of the
+// weights. Each reads memory once, the norms twice; torch's operations read it a dozen times.
 //
 // Work is dealt out in whole rows, or in blocks of one size: no number depends on the threads.
 //
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Numbers whose squares one thread adds up.
+// Numbers that one thread takes at a time; their squares are added up together.
 constexpr int64_t BLOCK = 1 << 14;
 
 inline int64_t blocks_of(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
