@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains a small language model of Python source on a CPU, offline once its packages are installed.
-#   model     depth 4, 256 wide, context 512, vocabulary 4,096: 7.3 million parameters
+#   model     depth 4, 192 wide, context 512, vocabulary 4,096: 4.9 million parameters
 #   data      the Python standard library and the torch package on this machine: 55 MiB, 2% of the
 #             files held out
-#   training  5 minutes on 2 CPU cores, 2,048 tokens a step: about 4 million tokens and 1.2e14 FLOPs
-#             at 12k tokens a second
+#   training  5 minutes on 2 CPU cores, 4,096 tokens a step: about 8 million tokens and 1.5e14 FLOPs
+#             at 27k tokens a second
 #   time      about 8 minutes with set-up and compilation
-#   expected  val_bpb at most 1.15 (runs/RESULTS.md has the measured values)
+#   expected  val_bpb 0.91 on cores with AVX512-BF16 (n = 1, runs/RESULTS.md), more on slower ones
 # usage: bash runs/quickstart.sh [flags of train.py]
 # From the environment: DATA (default python; or a file), VAL_DATA (a file; default: a held-out part
 # of DATA), OUT (out, of TOY out/toy: the run is OUT/quickstart), TOY=1 (toy size: a minute),
@@ -18,7 +18,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 check_flags "$@"
 out="${OUT:-out${TOY:+/toy}}"
-depth=4 aspect=64 head_dim=128 context=512 vocab=4096 batch=2048 minutes=5 eval_tokens=20971520
+depth=4 aspect=48 head_dim=64 context=512 vocab=4096 batch=4096 minutes=5 eval_tokens=20971520
 max_tokens=100 compile=(--compile)
 if [ "${TOY:-}" = 1 ]; then
     depth=1 aspect=32 head_dim=16 context=64 vocab=300 batch=512 minutes=0.02 eval_tokens=2000
