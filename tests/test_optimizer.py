@@ -19,7 +19,7 @@ SHAPES = {"tall": (80, 24), "wide": (24, 80), "square": (33, 33)}
 
 @pytest.fixture(params=[False, True], ids=["plain", "native"])
 def cpp(request):
-    """Whether Muon's steps beside its products are in C++."""
+    """Whether Muon computes in C++ between its products."""
     if request.param and (problem := cpu_muon.problem()):
         pytest.skip(problem)
     return request.param

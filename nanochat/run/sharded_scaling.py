@@ -200,7 +200,7 @@ def assumptions(network_gbits: float, dtype: str) -> list[str]:
     """As scaling.assumptions(). dtype: the compute dtype."""
     return [
         *assumed_speeds(network_gbits),
-        f"each pass gathers the weights of a layer twice, in {dtype}, behind the layer beside it, "
+        f"each pass gathers the weights of a layer twice, in {dtype}, while its neighbour computes, "
         f"and gives its gradients away in fp32",
         "rows and stacks padded with zeros to a multiple of the GPUs",
         "reading data, evaluation and saving cost nothing",
