@@ -200,8 +200,8 @@ def assumptions(network_gbits: float, dtype: str) -> list[str]:
     """As scaling.assumptions(). dtype: the compute dtype."""
     return [
         *assumed_speeds(network_gbits),
-        f"each pass gathers the weights of a layer twice, in {dtype}, while its neighbour computes, "
-        f"and gives its gradients away in fp32",
+        f"each pass gathers the weights of a layer twice, in {dtype}, and gives its gradients away "
+        f"in fp32, while another layer computes",
         "rows and stacks padded with zeros to a multiple of the GPUs",
         "reading data, evaluation and saving cost nothing",
     ]
