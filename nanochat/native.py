@@ -36,6 +36,20 @@ def load(source: Path, *flags: str) -> ctypes.CDLL:
         ) from None
 
 
+@functools.cache
+def problem(source: Path, *flags: str, planned: bool = False) -> str | None:
+    """Why load() has no library of a C++ file on this machine, or None.
+
+    planned: whether there is a compiler is all that is asked; nothing is compiled."""
+    if planned:
+        return missing()
+    try:
+        load(source, *flags)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None; compiles nothing to find out."""
     try:

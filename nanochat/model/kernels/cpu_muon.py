@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from nanochat import native
-from nanochat.common import Unavailable
+from nanochat.model.kernels.cpu_training import DTYPES, FLAG
 
 SOURCE = Path(__file__).with_name("muon.cpp")
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return declared(native.load(SOURCE, "-fopenmp"))
+    return declared(native.load(SOURCE, FLAG))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -37,18 +36,10 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def problem(planned: bool = False) -> str | None:
-    """Why muon.cpp cannot be used on this machine, or None.
-
-    planned: whether there is a compiler is all that is asked; nothing is compiled."""
-    if planned:
-        return native.missing()
-    try:
-        _library()
-    except Unavailable as error:
-        return str(error)
-    return None
+    """Why muon.cpp cannot be used on this machine, or None. planned: compile nothing to find
+    out."""
+    return native.problem(SOURCE, FLAG, planned=planned)
 
 
 def _check(tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from nanochat import native
-from nanochat.common import Unavailable
-from nanochat.model.kernels.cpu_training import DTYPES, TILE_CHUNK
+from nanochat.model.kernels.cpu_training import DTYPES, FLAG, TILE_CHUNK
 
 SOURCE = Path(__file__).with_name("reading.cpp")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return declared(native.load(SOURCE, "-fopenmp"))
+    return declared(native.load(SOURCE, FLAG))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -38,14 +37,9 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def problem() -> str | None:
     """Why reading.cpp cannot be used on this machine, or None."""
-    try:
-        _library()
-    except Unavailable as error:
-        return str(error)
-    return None
+    return native.problem(SOURCE, FLAG)
 
 
 @functools.cache

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from nanochat import native
-from nanochat.common import Unavailable
 from nanochat.model.attention import blocks_of_scores
 
 SOURCE = Path(__file__).with_name("training.cpp")
+# With OpenMP, as torch and what it compiles: all share one set of threads.
+FLAG = "-fopenmp"
 DTYPES = (torch.float32, torch.bfloat16)
 # Queries of which tile_attention.h visits the keys together; the head dim is a multiple of it.
 TILE_CHUNK = 32
@@ -29,8 +30,7 @@ TILE_CHUNK = 32
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # with OpenMP, as torch and what it compiles: all share one set of threads
-    return declared(native.load(SOURCE, "-fopenmp"))
+    return declared(native.load(SOURCE, FLAG))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -48,18 +48,10 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-@functools.cache
 def problem(planned: bool = False) -> str | None:
-    """Why training.cpp cannot be used on this machine, or None.
-
-    planned: whether there is a compiler is all that is asked; nothing is compiled."""
-    if planned:
-        return native.missing()
-    try:
-        _library()
-    except Unavailable as error:
-        return str(error)
-    return None
+    """Why training.cpp cannot be used on this machine, or None. planned: compile nothing to find
+    out."""
+    return native.problem(SOURCE, FLAG, planned=planned)
 
 
 def _check(*tensors: Tensor) -> None:
