@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from nanochat import native
-from nanochat.model.kernels.cpu_training import DTYPES, FLAG
 
 SOURCE = Path(__file__).with_name("muon.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return declared(native.load(SOURCE, FLAG))
+    return declared(native.load(SOURCE, native.OPENMP))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -39,7 +39,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 def problem(planned: bool = False) -> str | None:
     """Why muon.cpp cannot be used on this machine, or None. planned: compile nothing to find
     out."""
-    return native.problem(SOURCE, FLAG, planned=planned)
+    return native.problem(SOURCE, native.OPENMP, planned=planned)
 
 
 def _check(tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:

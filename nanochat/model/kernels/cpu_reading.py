@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from nanochat import native
-from nanochat.model.kernels.cpu_training import DTYPES, FLAG, TILE_CHUNK
+from nanochat.model.kernels.cpu_training import DTYPES, TILE_CHUNK
 
 SOURCE = Path(__file__).with_name("reading.cpp")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return declared(native.load(SOURCE, FLAG))
+    return declared(native.load(SOURCE, native.OPENMP))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -39,7 +39,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def problem() -> str | None:
     """Why reading.cpp cannot be used on this machine, or None."""
-    return native.problem(SOURCE, FLAG)
+    return native.problem(SOURCE, native.OPENMP)
 
 
 @functools.cache

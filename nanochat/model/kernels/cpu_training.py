@@ -21,8 +21,6 @@ from nanochat import native
 from nanochat.model.attention import blocks_of_scores
 
 SOURCE = Path(__file__).with_name("training.cpp")
-# With OpenMP, as torch and what it compiles: all share one set of threads.
-FLAG = "-fopenmp"
 DTYPES = (torch.float32, torch.bfloat16)
 # Queries of which tile_attention.h visits the keys together; the head dim is a multiple of it.
 TILE_CHUNK = 32
@@ -30,7 +28,7 @@ TILE_CHUNK = 32
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return declared(native.load(SOURCE, FLAG))
+    return declared(native.load(SOURCE, native.OPENMP))
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -51,7 +49,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 def problem(planned: bool = False) -> str | None:
     """Why training.cpp cannot be used on this machine, or None. planned: compile nothing to find
     out."""
-    return native.problem(SOURCE, FLAG, planned=planned)
+    return native.problem(SOURCE, native.OPENMP, planned=planned)
 
 
 def _check(*tensors: Tensor) -> None:
