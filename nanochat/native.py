@@ -16,7 +16,7 @@ from nanochat.common import Unavailable, UsageError, in_a_line, note_once, own_c
 COMPILERS = ("g++", "clang++")
 # No -ffast-math: it would let the compiler sum in another order.
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
-# For load(), where threads are wanted: those that torch has, and what it compiles.
+# Flag of load() for code with threads: torch, and what it compiles, uses the same ones.
 OPENMP = "-fopenmp"
 COMPILE_SECONDS = 300
 # The lines in which compilers, linkers and the system name a cause.

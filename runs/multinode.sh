@@ -50,8 +50,8 @@ gpus="$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)"
 processes="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 [[ "$processes" =~ ^[1-9][0-9]*$ ]] || refuse "NPROC=$processes: give processes of a machine"
 if [ -n "${IFACE:-}" ]; then
-    # gloo has two exchanges on their way at a time for each name, each of which waits for the
-    # network; a name takes a socket for each other rank
+    # gloo runs two exchanges at a time for each name, too few to fill a network with a delay; each
+    # name costs a socket for every other rank
     export GLOO_SOCKET_IFNAME="$IFACE,$IFACE,$IFACE,$IFACE" NCCL_SOCKET_IFNAME="$IFACE"
 fi
 depth="${DEPTH:-24}" out="${OUT:-out}"

@@ -109,8 +109,7 @@ def muon_update(
 def look_ahead(
     grad: torch.Tensor, momentum: torch.Tensor, mu: float, dtype: torch.dtype, cpp: bool = False
 ) -> torch.Tensor:
-    """Take a gradient into the momentum, in place; returns the momentum one gradient ahead, in
-    dtype (Nesterov)."""
+    """Update the momentum with a gradient, in place; returns Nesterov's look-ahead in dtype."""
     if cpp:
         return cpu_muon.look_ahead(grad, momentum, mu, dtype)
     # A running mean, so that the size of the momentum does not depend on mu.

@@ -255,6 +255,12 @@ class Work:
         """Bytes of the stream between blocks, for all blocks and passes."""
         return ELEMENT_BYTES * self.tokens * self.config.depth * self.config.width
 
+    def seconds(self, speeds: Speeds) -> tuple[float, float]:
+        """(what the passes compute, what they read and write of weights and gradients), without
+        exchanges."""
+        computing = self.flops / speeds.pass_flops + self.activation_bytes / speeds.activations
+        return computing, self.passes * WEIGHT_TRAFFIC * self.parameters / speeds.memory
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -293,8 +299,7 @@ def step_time(work: Work, speeds: Speeds) -> StepTime:
     """How long a step takes at these speeds."""
     n = speeds.ranks
     pieces = [part for piece in work.pieces for part in piece.cut(n)]
-    passes = work.flops / speeds.pass_flops + work.activation_bytes / speeds.activations
-    weights = work.passes * WEIGHT_TRAFFIC * work.parameters / speeds.memory
+    passes, weights = work.seconds(speeds)
     updates = [
         piece.update_flops(n) / speeds.update_flops + piece.update_bytes(n) / speeds.memory
         for piece in pieces

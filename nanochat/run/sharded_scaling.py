@@ -2,8 +2,8 @@
 in it: scaling.py for FSDP2.
 
 Each pass gathers the weights of a layer before it runs, forward and backward, in the compute dtype
-(tables of value embeddings, embedding, head and vectors in fp32, the last three once), and gives
-the gradients away in fp32. While a layer computes, the next one's weights travel, and in the
+(tables of value embeddings, embedding, head and vectors in fp32, the last three once), and
+reduces the gradients in fp32. While a layer computes, the next one's weights travel, and in the
 backward pass the gradients of the one before as well; what takes longer than the layer is waited
 for. An update sends Muon's rows to where whole matrices are orthogonalised, and back, in the
 dtype of the products. On a CPU nothing is hidden.
@@ -24,7 +24,6 @@ from nanochat.run.scaling import (
     MUON_TRAFFIC,
     STACK_TRAFFIC,
     SUMS,
-    WEIGHT_TRAFFIC,
     Piece,
     Speeds,
     StepTime,
@@ -102,8 +101,7 @@ def sharded_step_time(
 ) -> StepTime:
     """How long a step takes on several devices. element_bytes: of the compute dtype."""
     n = speeds.ranks
-    passes = work.flops / speeds.pass_flops + work.activation_bytes / speeds.activations
-    weights = work.passes * WEIGHT_TRAFFIC * work.parameters / speeds.memory
+    passes, weights = work.seconds(speeds)
     waits = _waits(units, (passes + weights) / work.passes / work.config.depth, speeds)
     gathering, reducing = (work.passes * each for each in waits)
     stacks = [piece for piece in work.pieces if piece.shape]
@@ -176,7 +174,7 @@ def _gather(layer: Iterable[Unit], speeds: Speeds, passes: bool = False) -> floa
 
 
 def _reduce(layer: Iterable[Unit], speeds: Speeds) -> float:
-    """Seconds in which the gradients of a layer are given away."""
+    """Seconds in which the gradients of a layer are reduced."""
     n = speeds.ranks
     return sum(
         speeds.delay + unit.elements(n) * ELEMENT_BYTES * (n - 1) / n / speeds.reduce
@@ -200,8 +198,8 @@ def assumptions(network_gbits: float, dtype: str) -> list[str]:
     """As scaling.assumptions(). dtype: the compute dtype."""
     return [
         *assumed_speeds(network_gbits),
-        f"each pass gathers the weights of a layer twice, in {dtype}, and gives its gradients away "
-        f"in fp32, while another layer computes",
+        f"each pass gathers the weights of a layer twice, in {dtype}, and reduces its gradients in "
+        f"fp32, while another layer computes",
         "rows and stacks padded with zeros to a multiple of the GPUs",
         "reading data, evaluation and saving cost nothing",
     ]

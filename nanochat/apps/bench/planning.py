@@ -267,7 +267,7 @@ def _rank(job: Job, rank: int, results: Any) -> None:
     if rank == 0:
         results.send(found)
     ranks.close()
-    # torch's threads may be running while C++ tidies up, which then aborts
+    # An ordinary exit destroys C++ objects while threads of torch still run, and may abort.
     os._exit(0)
 
 

@@ -54,8 +54,8 @@ def _check(tensor: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:
 
 
 def look_ahead(grad: Tensor, momentum: Tensor, mu: float, dtype: torch.dtype) -> Tensor:
-    """Take a gradient into the momentum, in place; returns the momentum one gradient ahead, rounded
-    once. Both fp32, of one shape."""
+    """Update the momentum with a gradient, in place; returns Nesterov's look-ahead, rounded
+    once to dtype. Both fp32, of one shape."""
     _check(grad, grad.shape, torch.float32)
     _check(momentum, grad.shape, torch.float32)
     ahead = torch.empty_like(grad, dtype=dtype)
