@@ -20,14 +20,10 @@ namespace {
 
 template <class W>
 inline float dot(const W* w, const float* x, int64_t n) {
-    Native total[PARTS] = {};
+    F16 total = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int p = 0; p < PARTS; p++)
-            total[p] += load_native(w + i + p * NATIVE) * load_native(x + i + p * NATIVE);
-    F16 whole;
-    std::memcpy(&whole, total, sizeof whole);
-    float result = sum(whole);
+    for (; i + LANES <= n; i += LANES) total += load(w + i) * load(x + i);
+    float result = sum(total);
     for (; i < n; i++) result += to_float(w[i]) * x[i];
     return result;
 }
@@ -37,23 +33,19 @@ inline float dot(const W* w, const float* x, int64_t n) {
 // The dot products of OUT rows of a matrix with ROWS vectors. Each is summed as dot() does.
 template <class W, int OUT, int ROWS>
 inline void tile(const W* w, const float* x, int64_t n, float (&result)[OUT][ROWS]) {
-    Native total[OUT][ROWS][PARTS] = {};
+    F16 total[OUT][ROWS] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int p = 0; p < PARTS; p++) {
-            int64_t at = i + p * NATIVE;
-            Native part[ROWS];
-            for (int r = 0; r < ROWS; r++) part[r] = load_native(x + r * n + at);
-            for (int o = 0; o < OUT; o++) {
-                Native weights = load_native(w + o * n + at);
-                for (int r = 0; r < ROWS; r++) total[o][r][p] += weights * part[r];
-            }
+    for (; i + LANES <= n; i += LANES) {
+        F16 part[ROWS];
+        for (int r = 0; r < ROWS; r++) part[r] = load(x + r * n + i);
+        for (int o = 0; o < OUT; o++) {
+            F16 weights = load(w + o * n + i);
+            for (int r = 0; r < ROWS; r++) total[o][r] += weights * part[r];
         }
+    }
     for (int o = 0; o < OUT; o++)
         for (int r = 0; r < ROWS; r++) {
-            F16 whole;
-            std::memcpy(&whole, total[o][r], sizeof whole);
-            result[o][r] = sum(whole);
+            result[o][r] = sum(total[o][r]);
             for (int64_t j = i; j < n; j++) result[o][r] += to_float(w[o * n + j]) * x[r * n + j];
         }
 }
@@ -227,8 +219,7 @@ inline void cap(float* x, int64_t n, float c) {
         int64_t here = std::min<int64_t>(LANES, n - i);
         std::copy_n(x + i, here, part);
         F16 tanh = 1.0f - 2.0f / (exp(load(part) * (2.0f / c)) + 1.0f);
-        tanh *= c;
-        std::memcpy(part, &tanh, sizeof tanh);
+        store(part, c * tanh);
         std::copy_n(part, here, x + i);
     }
 }
@@ -261,13 +252,12 @@ inline void mix(const W* values, int64_t first, int64_t capacity, int64_t n, int
                 const float* shares, float* out) {
     int64_t i = 0;
     for (; i + LANES <= D; i += LANES) {
-        Native total[PARTS] = {};
+        F16 total = {};
         for (int64_t j = 0, at = first; j < n; j++) {
-            for (int p = 0; p < PARTS; p++)
-                total[p] += shares[j] * load_native(values + at * D + i + p * NATIVE);
+            total += shares[j] * load(values + at * D + i);
             if (++at == capacity) at = 0;
         }
-        std::memcpy(out + i, total, sizeof total);
+        store(out + i, total);
     }
     for (; i < D; i++) {
         out[i] = 0;
@@ -433,11 +423,9 @@ struct Step {
                 if (++from == layer.capacity) from = 0;
             }
             std::fill(scores.begin() + n, scores.end(), -INFINITY);
-            F16 total{};
-            for (size_t j = 0; j < scores.size(); j += LANES) {
-                F16 share = exp(load(&scores[j]) - highest);
-                std::memcpy(&scores[j], &share, sizeof share);
-            }
+            F16 total = {};
+            for (size_t j = 0; j < scores.size(); j += LANES)
+                store(&scores[j], exp(load(&scores[j]) - highest));
             std::fill(scores.begin() + n, scores.end(), 0.0f);
             for (size_t j = 0; j < scores.size(); j += LANES) total += load(&scores[j]);
             float norm = 1.0f / sum(total);

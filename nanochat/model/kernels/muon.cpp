@@ -101,10 +101,10 @@ void descend(float* const* weights, const W* update, const float* scale, int64_t
     for (int64_t row = 0; row < N * R; row++) {
         float* weight = weights[row / R] + row % R * C;
         for (int64_t i = 0; i < C; i += LANES) {
-            F16 factor = tall ? F16{} + scale[row] : load(scale + row / R * C, i, C);
+            F16 factor = tall ? all(scale[row]) : load(scale + row / R * C, i, C);
             F16 u = load(update + row * C, i, C) * factor;
             F16 w = load(weight, i, C);
-            F16 towards_zero = u * w > 0.0f ? w : F16{};
+            F16 towards_zero = where_positive(u * w, w);
             store(weight, i, C, w - (rate * u + shrinkage * towards_zero));
         }
     }

@@ -112,7 +112,7 @@ inline F16 shifted_load(const W* x, const W* earlier, int64_t i, int64_t n, int6
     if (i + LANES <= shifted) return load(x, i, n);
     F16 other = earlier ? load(earlier, i, n) : F16{};
     if (i >= shifted) return other;
-    return LANE + int32_t(i) < int32_t(shifted) ? load(x, i, n) : other;
+    return within(load(x, i, n), i, 0, shifted, other);
 }
 
 struct Heads {

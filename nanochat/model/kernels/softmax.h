@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr I16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -32,19 +31,6 @@ inline void store(W* row, int64_t i, int64_t n, F16 x) {
     std::copy(part, part + (n - i), row + i);
 }
 
-// x where first <= i + lane < end, elsewhere `other`.
-inline F16 within(F16 x, int64_t i, int64_t first, int64_t end, float other) {
-    I16 at = LANE + int32_t(i);
-    I16 inside = (at >= int32_t(first)) & (at < int32_t(end));
-    return inside ? x : F16{} + other;
-}
-
-inline float largest(F16 x) {
-    float result = x[0];
-    for (int lane = 1; lane < LANES; lane++) result = std::max(result, x[lane]);
-    return result;
-}
-
 // The keys that a row of scores sees: from first, before end.
 struct Seen {
     int64_t first, end;
@@ -53,19 +39,19 @@ struct Seen {
 // weights may be where the scores are.
 template <class X, class W>
 void softmax(const X* scores, W* weights, int64_t S, Seen seen, float scale, float* exponentials) {
-    F16 top = F16{} - INFINITE;
+    F16 top = all(-INFINITE);
     int64_t first = seen.first / LANES * LANES;
     for (int64_t i = first; i < seen.end; i += LANES) {
         F16 x = load(scores, i, S);
         if (i < seen.first || i + LANES > seen.end)
-            x = within(x, i, seen.first, seen.end, -INFINITE);
-        top = x > top ? x : top;
+            x = within(x, i, seen.first, seen.end, all(-INFINITE));
+        top = larger(x, top);
     }
     float shift = largest(top) * scale;
     F16 total = {};
     for (int64_t i = first; i < seen.end; i += LANES) {
         F16 x = exp(load(scores, i, S) * scale - shift);
-        if (i < seen.first || i + LANES > seen.end) x = within(x, i, seen.first, seen.end, 0);
+        if (i < seen.first || i + LANES > seen.end) x = within(x, i, seen.first, seen.end, F16{});
         total += x;
         store(exponentials + i, x);
     }

@@ -34,6 +34,7 @@ constexpr int64_t CELLS = TILE * CHUNK;
 constexpr int64_t GROUP = 4;
 
 typedef std::vector<BFloat16> Numbers;
+typedef uint32_t U16 __attribute__((vector_size(64)));
 
 // ---- products ----
 
@@ -387,7 +388,7 @@ struct KeyGradient {
                 std::memcpy(tile, tiles.data() + key * D + d * TILE, sizeof tile);
                 transpose(tile);
                 for (int64_t r = 0; r < std::min(TILE, T - key); r++)
-                    store(rows + (key + r) * D + d, (F16)tile[r]);
+                    store(rows + (key + r) * D + d, F16{{(Native)tile[r]}});
             }
     }
 };

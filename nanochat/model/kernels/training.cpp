@@ -48,11 +48,11 @@ float cross_entropy(W* logits, Row row, float* exponentials, float* slopes) {
     // Exponentials of capped logits cannot overflow.
     float shift = 0;
     if (row.softcap == 0) {
-        F16 top = F16{} - INFINITE;
+        F16 top = all(-INFINITE);
         for (int64_t i = 0; i < V; i += LANES) {
             F16 x = load(logits, i, V);
-            if (i + LANES > V) x = within(x, i, 0, V, -INFINITE);
-            top = x > top ? x : top;
+            if (i + LANES > V) x = within(x, i, 0, V, all(-INFINITE));
+            top = larger(x, top);
         }
         shift = largest(top);
     }
@@ -66,7 +66,7 @@ float cross_entropy(W* logits, Row row, float* exponentials, float* slopes) {
         }
         x = exp(x - shift);
         // only the last of them can be past the end
-        if (i + LANES > V) x = within(x, i, 0, V, 0);
+        if (i + LANES > V) x = within(x, i, 0, V, F16{});
         store(exponentials + i, x);
         total += x;
     }
@@ -75,7 +75,7 @@ float cross_entropy(W* logits, Row row, float* exponentials, float* slopes) {
     if (counts) {
         of_target = to_float(logits[row.target]);
         if (row.softcap != 0) {
-            float tanh = tanh_of(F16{} + of_target * (1 / row.softcap))[0];
+            float tanh = tanh_of(all(of_target * (1 / row.softcap))).part[0][0];
             of_target = row.softcap * tanh;
             slope = 1 - tanh * tanh;
         }
