@@ -162,13 +162,13 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(backend, dtype, T, H, K, 
 
 
 def test_a_processor_without_amx_multiplies_pairs(monkeypatch):
-    """The other products of tile_attention.h: AVX512-BF16's."""
+    """The other products of tiles.h: AVX512-BF16's."""
     if not {"amx_bf16", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split()):
         pytest.skip("no processor with both")
     flags = ("-fopenmp", "-mno-amx-bf16", "-mno-amx-tile", "-mno-amx-int8")
     modules = cpu_training, cpu_reading
     libraries = [module.declared(native.load(module.SOURCE, *flags)) for module in modules]
-    assert all(library.nanochat_has_tiles() for library in libraries)
+    assert all(library.nanochat_has_tiles(True) for library in libraries)
     shape, window = (130, 130, 4, 2, 64), 40
     leaves = [x.bfloat16() for x in inputs(*shape)]
 

@@ -17,6 +17,7 @@ if problem := cpu_reading.problem():
     pytest.skip(problem, allow_module_level=True)
 
 B, T, H = 3, 37, 2
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def drawn(*shape, seed=0):
@@ -43,7 +44,7 @@ def exact_positions(x, cos, sin, eps, before, shifts):
     return out if eps is None else F.rms_norm(out, (x.size(-1),), eps=eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@DTYPES
 @pytest.mark.parametrize("D", [2, 10, 24, 32, 66, 128])
 @pytest.mark.parametrize("shifts", [False, True])
 @pytest.mark.parametrize("of_each_row", [False, True])
@@ -79,36 +80,39 @@ def test_what_the_library_would_misread_is_refused():
         lambda: cpu_reading.positioned(x, (rope[0], rope[1].double()), None),
         lambda: cpu_reading.positioned(x, (rope[0][1:], rope[1][1:]), None),
         lambda: cpu_reading.positioned(x, rope, None, x[:, :2], shifts=True),
-        lambda: cpu_reading.attend(x, x, x, 5),
-        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 0),
-        lambda: cpu_reading.attend(x.bfloat16(), *[x[:, :4].bfloat16()] * 2, 5),
-        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2, [T + 1] * B),
-        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2, [T]),
-        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, (x.bfloat16(),) * 2),
-        lambda: cpu_reading.attend(*[x.bfloat16()] * 3, 5, None, [T] * B),
+        lambda: cpu_reading.attend(*[x[..., :24]] * 3, 5),
+        lambda: cpu_reading.attend(*[x.half()] * 3, 5),
+        lambda: cpu_reading.attend(x, *[x.bfloat16()] * 2, 5),
+        lambda: cpu_reading.attend(x, x, x, 0),
+        lambda: cpu_reading.attend(x, *[x[:, :4]] * 2, 5),
+        lambda: cpu_reading.attend(*[x] * 3, 5, (x,) * 2, [T + 1] * B),
+        lambda: cpu_reading.attend(*[x] * 3, 5, (x,) * 2, [T]),
+        lambda: cpu_reading.attend(*[x] * 3, 5, (x,) * 2),
+        lambda: cpu_reading.attend(*[x] * 3, 5, None, [T] * B),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=r"reading\.cpp takes"):
             wrong()
     # with gradients it would be silent about them
     with pytest.raises(ValueError, match=r"reading\.cpp takes"):
-        cpu_reading.attend(*[x.bfloat16()] * 3, 5)
+        cpu_reading.attend(x, x, x, 5)
 
 
-def tiled(*shape, seed=0):
-    x = drawn(*shape, seed=seed).bfloat16()
+def tiled(dtype, *shape, seed=0):
+    x = drawn(*shape, seed=seed).to(dtype)
     with torch.no_grad():
         if not cpu_reading.takes(x):
             pytest.skip("no bf16 instructions")
     return x
 
 
+@DTYPES
 @pytest.mark.parametrize("window", [1, 20, 33, 64, 10**12])
 @pytest.mark.parametrize(("heads", "D"), [((4, 2), 32), ((1, 1), 96)])
-def test_bits_depend_neither_on_cuts_nor_on_other_rows(heads, D, window):
+def test_bits_depend_neither_on_cuts_nor_on_other_rows(heads, D, window, dtype):
     """Nor on how many threads share the work."""
     rows, length, (n_head, n_kv_head) = 3, 130, heads
-    q = tiled(rows, length, n_head, D)
-    k, v = (tiled(rows, length, n_kv_head, D, seed=seed) for seed in (1, 2))
+    q = tiled(dtype, rows, length, n_head, D)
+    k, v = (tiled(dtype, rows, length, n_kv_head, D, seed=seed) for seed in (1, 2))
     with torch.no_grad():
         whole = attention(q, k, v, window, "native")
         for cut in (1, 31, 32, 77, 129):
@@ -121,9 +125,11 @@ def test_bits_depend_neither_on_cuts_nor_on_other_rows(heads, D, window):
         assert torch.equal(many, whole[:1])
 
 
-def test_choices_that_continue_a_beginning_have_the_bits_of_whole_texts():
+@DTYPES
+def test_choices_that_continue_a_beginning_have_the_bits_of_whole_texts(dtype):
     lengths, n, own, D = [100, 37, 1], 2, 19, 32
-    q, k, v = (tiled(len(lengths) * n, max(lengths) + own, 2, D, seed=seed) for seed in range(3))
+    shape = len(lengths) * n, max(lengths) + own, 2, D
+    q, k, v = (tiled(dtype, *shape, seed=seed) for seed in range(3))
     for window in (25, 10**6):
         wholes, continued, beginnings = [], [], []
         for row in range(len(q)):
@@ -142,7 +148,7 @@ def test_choices_that_continue_a_beginning_have_the_bits_of_whole_texts():
         assert torch.equal(found, torch.cat(wholes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@DTYPES
 @pytest.mark.parametrize("arch", ["speedrun", "llama"])
 def test_a_native_model_predicts_as_a_blocked_one(arch, dtype, monkeypatch):
     """In fp32 within rounding; in bf16 it is no farther from fp32 than the blocked model."""
@@ -188,7 +194,7 @@ def test_a_native_model_predicts_as_a_blocked_one(arch, dtype, monkeypatch):
     with torch.no_grad():
         wanted, allowed, found = (model(ids).double() for model in (exact, plain, native))
     assert len(calls) == 2 * config.depth
-    in_tiles = dtype == torch.bfloat16 and cpu_reading._has_tiles()
+    in_tiles = cpu_reading._has_tiles(dtype)
     assert len(attended) == (config.depth if in_tiles else 0)
     error = (found - wanted).norm()
     assert error <= 1.2 * (allowed - wanted).norm() + 1e-5 * wanted.norm()

@@ -1,6 +1,6 @@
 """reading.cpp from Python: passes over whole texts on CPUs, without gradients.
 
-Attention is for bf16 on processors with AMX or AVX512-BF16. Scores, weights before they are
+In bf16 attention is for processors with AMX or AVX512-BF16. Scores, weights before they are
 rounded, and what is between the steps of positioned() are in fp32, so that in bf16 both are closer
 to exact arithmetic than their references: _blocked() and branched_attention() in
 nanochat/model/attention.py, and shift_keys(), rotate() and norm() in nanochat/model/layers.py.
@@ -29,7 +29,10 @@ def _library() -> ctypes.CDLL:
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library of reading.cpp, with the types of what its functions take."""
     pointer = ctypes.c_void_p
-    library.nanochat_read.argtypes = [*[pointer] * 8, ctypes.c_float]
+    library.nanochat_read.argtypes = [
+        *[pointer] * 7,
+        *(ctypes.c_int64, pointer, ctypes.c_float),
+    ]
     library.nanochat_positions.argtypes = [
         *[pointer] * 4,
         *(ctypes.c_int64, pointer, ctypes.c_float, pointer),
@@ -43,18 +46,18 @@ def problem() -> str | None:
 
 
 @functools.cache
-def _has_tiles() -> bool:
-    return bool(_library().nanochat_has_tiles())
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return bool(_library().nanochat_has_tiles(dtype == torch.bfloat16))
 
 
 def takes(q: Tensor) -> bool:
     """Whether attend() computes the attention of these queries, (..., D)."""
     return (
         q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
+        and q.dtype in DTYPES
         and q.size(-1) % TILE_CHUNK == 0
         and not torch.is_grad_enabled()
-        and _has_tiles()
+        and _has_tiles(q.dtype)
     )
 
 
@@ -92,7 +95,8 @@ def attend(
     tensors = q, k, v, beginning_k, beginning_v
     of = (ctypes.c_int64 * len(numbers))(*numbers)
     addresses = [x.data_ptr() for x in tensors]
-    _library().nanochat_read(*addresses, given, out.data_ptr(), of, D**-0.5)
+    is_bf16 = q.dtype == torch.bfloat16
+    _library().nanochat_read(*addresses, given, out.data_ptr(), is_bf16, of, D**-0.5)
     return out
 
 
@@ -117,7 +121,7 @@ def _check_attention(
     K = k.size(2)
     fits = takes(q) and k.shape == v.shape == (R, T, K, D) and H % K == 0 and window > 0
     for x in (*tensors, *(beginnings or ())):
-        fits = fits and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        fits = fits and x.dtype == q.dtype and x.device.type == "cpu"
     if beginnings is not None:
         B, S = beginnings[0].shape[:2]
         fits = fits and all(x.shape == (B, S, K, D) for x in beginnings) and R % max(B, 1) == 0
@@ -129,8 +133,8 @@ def _check_attention(
         shapes = [tuple(x.shape) for x in (*tensors, *(beginnings or ()))]
         raise ValueError(
             f"attention of {shapes}, {q.dtype} on {q.device}, with lengths {lengths} and a window "
-            f"of {window}; reading.cpp takes bfloat16 without gradients, on a CPU with "
-            f"AVX512-BF16 or AMX, with a head dim that is a multiple of {TILE_CHUNK}"
+            f"of {window}; reading.cpp takes float32, or bfloat16 on a CPU with AVX512-BF16 or "
+            f"AMX, without gradients and with a head dim that is a multiple of {TILE_CHUNK}"
         )
 
 

@@ -1,7 +1,7 @@
 """training.cpp from Python: attention and the softmax of the loss for training on CPUs.
 
-In bf16 on processors with AMX or AVX512-BF16 it computes all of attention, in tiles; elsewhere its
-softmax stands between torch's products.
+It computes all of attention, in tiles; in bf16 that takes a processor with AMX or AVX512-BF16. On
+others its softmax stands between torch's products.
 
 The references are _blocked() in nanochat/model/attention.py, and _nats_and_log_total() and
 _gradient() in nanochat/model/loss.py; tests compare them.
@@ -37,8 +37,8 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     scores = [*[whole] * 6, number]
     library.nanochat_softmax.argtypes = [pointer, *scores]
     library.nanochat_softmax_gradient.argtypes = [pointer, pointer, *scores]
-    library.nanochat_attention.argtypes = [*[pointer] * 6, number]
-    library.nanochat_attention_gradient.argtypes = [*[pointer] * 9, number]
+    library.nanochat_attention.argtypes = [*[pointer] * 5, whole, pointer, number]
+    library.nanochat_attention_gradient.argtypes = [*[pointer] * 8, whole, pointer, number]
     library.nanochat_cross_entropy.argtypes = [
         *[pointer, *[whole] * 4],
         *[pointer, pointer, number, pointer],
@@ -114,14 +114,14 @@ def attention(q_BxTxHxD: Tensor, k_BxTxKxD: Tensor, v_BxTxKxD: Tensor, window: i
 def _takes_tiles(q: Tensor) -> bool:
     """Whether tile_attention.h computes all of attention for these queries, (..., D); otherwise
     torch's products do, block by block."""
-    return q.dtype == torch.bfloat16 and q.size(-1) % TILE_CHUNK == 0 and _has_tiles()
+    return q.size(-1) % TILE_CHUNK == 0 and _has_tiles(q.dtype)
 
 
 # A constant for torch.compile, which would look into it and split the block that it compiles; it
 # looks through functools.cache.
 @torch.compiler.assume_constant_result
-def _has_tiles() -> bool:
-    return bool(_library().nanochat_has_tiles())
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return bool(_library().nanochat_has_tiles(dtype == torch.bfloat16))
 
 
 def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
@@ -148,9 +148,10 @@ def _check_attention(q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, *like_
     assert all(x.is_contiguous() for x in tensors), "training.cpp takes dense tensors"
 
 
-def _shape(q_NxGxTxD: Tensor, window: int) -> tuple[ctypes.Array, float]:
+def _shape(q_NxGxTxD: Tensor, window: int) -> tuple[bool, ctypes.Array, float]:
     N, G, T, D = q_NxGxTxD.shape
-    return (ctypes.c_int64 * 5)(N, G, T, D, window), D**-0.5
+    is_bf16 = q_NxGxTxD.dtype == torch.bfloat16
+    return is_bf16, (ctypes.c_int64 * 5)(N, G, T, D, window), D**-0.5
 
 
 def _addresses(*tensors: Tensor) -> list[int]:

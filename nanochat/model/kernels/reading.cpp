@@ -8,8 +8,6 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
-
 // of_row, of_beginning: numbers from a row of keys or values to the next one.
 struct Reading {
     int64_t B, R, T, S, K, G, D, window, of_row, of_beginning, threads;
@@ -19,7 +17,8 @@ struct Reading {
 inline int64_t whole_chunks(int64_t n) { return n / CHUNK * CHUNK; }
 
 // n heads of tokens, which are `stride` apart, as neighbours.
-void gather(const BFloat16* x, int64_t stride, int64_t n, int64_t D, BFloat16* rows) {
+template <class W>
+void gather(const W* x, int64_t stride, int64_t n, int64_t D, W* rows) {
     for (int64_t i = 0; i < n; i++) std::copy(x + i * stride, x + i * stride + D, rows + i * D);
 }
 
@@ -41,16 +40,17 @@ struct Head {
 
 // Queries and the result are (rows, T, K * G, D), keys and values (rows, T, K, D), those of
 // beginnings (B, S, K, D).
-void read(const BFloat16* q, const BFloat16* k, const BFloat16* v, const BFloat16* beginning_k,
-          const BFloat16* beginning_v, const int64_t* lengths, BFloat16* out, const Reading& of) {
+template <class W>
+void read(const W* q, const W* k, const W* v, const W* beginning_k, const W* beginning_v,
+          const int64_t* lengths, W* out, const Reading& of) {
     int64_t T = of.T, K = of.K, G = of.G, D = of.D, heads = of.B * K;
     int64_t own_most = whole_chunks(T + 2 * CHUNK - 2), most = whole_chunks(of.S) + own_most;
     // Where there are fewer heads than threads, several share one.
     int64_t parts = std::min(of.R * G, (of.threads + heads - 1) / heads);
 #pragma omp parallel num_threads(of.threads)
     {
-        Tiles tiles;
-        Numbers rows(most * D), keys(most * D), values(most * D), weights(CHUNK * most);
+        Tiles<W> tiles;
+        std::vector<W> rows(most * D), keys(most * D), values(most * D), weights(CHUNK * most);
         std::vector<float> scores(CHUNK * most), exponentials(most), result(CHUNK * D);
 #pragma omp for
         for (int64_t i = 0; i < heads * parts; i++) {
@@ -70,8 +70,8 @@ void read(const BFloat16* q, const BFloat16* k, const BFloat16* v, const BFloat1
                 if (row != laid_out) {
                     laid_out = row;
                     int64_t at = row * of.of_row + head * D;
-                    BFloat16* behind = rows.data() + kept.rest * D;
-                    std::fill(behind, rows.data() + own * D, BFloat16{});
+                    W* behind = rows.data() + kept.rest * D;
+                    std::fill(behind, rows.data() + own * D, W{});
                     gather(beginning_k + unshared, K * D, kept.rest, D, rows.data());
                     gather(k + at, K * D, T, D, behind);
                     as_right_transposed(rows.data(), own, D, keys.data() + kept.shared * D);
@@ -101,8 +101,6 @@ void read(const BFloat16* q, const BFloat16* k, const BFloat16* v, const BFloat1
         }
     }
 }
-
-#endif
 
 // ---- positions ----
 
@@ -162,14 +160,21 @@ void positions(const W* x, const W* previous, const float* cos, const float* sin
 
 extern "C" {
 
-// of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads
+// of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads. D is a multiple of 32, and
+// nanochat_has_tiles().
 void nanochat_read(const void* q, const void* k, const void* v, const void* beginning_k,
-                   const void* beginning_v, const int64_t* lengths, void* out, const int64_t* of,
-                   float scale) {
+                   const void* beginning_v, const int64_t* lengths, void* out, int64_t is_bf16,
+                   const int64_t* of, float scale) {
+    Reading reading = {of[0], of[1], of[2], of[3], of[4],  of[5],
+                       of[6], of[7], of[8], of[9], of[10], scale};
+    if (!is_bf16)
+        read((const float*)q, (const float*)k, (const float*)v, (const float*)beginning_k,
+             (const float*)beginning_v, lengths, (float*)out, reading);
 #if defined(__AVX512BF16__)
-    read((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v, (const BFloat16*)beginning_k,
-         (const BFloat16*)beginning_v, lengths, (BFloat16*)out,
-         {of[0], of[1], of[2], of[3], of[4], of[5], of[6], of[7], of[8], of[9], of[10], scale});
+    else
+        read((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v,
+             (const BFloat16*)beginning_k, (const BFloat16*)beginning_v, lengths, (BFloat16*)out,
+             reading);
 #endif
 }
 

@@ -161,22 +161,32 @@ void nanochat_softmax_gradient(void* gradients, const void* weights, int64_t is_
         softmax_gradients((float*)gradients, (const float*)weights, R, T, S, own, window, scale);
 }
 
-// of: N, G, T, D, window
+// of: N, G, T, D, window. D is a multiple of 32, and nanochat_has_tiles().
 void nanochat_attention(const void* q, const void* k, const void* v, void* out, void* weights,
-                        const int64_t* of, float scale) {
+                        int64_t is_bf16, const int64_t* of, float scale) {
+    Shape shape = {of[0], of[1], of[2], of[3], of[4], scale};
+    if (!is_bf16)
+        forward((const float*)q, (const float*)k, (const float*)v, (float*)out, (float*)weights,
+                shape);
 #if defined(__AVX512BF16__)
-    forward((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v, (BFloat16*)out,
-            (BFloat16*)weights, {of[0], of[1], of[2], of[3], of[4], scale});
+    else
+        forward((const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v, (BFloat16*)out,
+                (BFloat16*)weights, shape);
 #endif
 }
 
 void nanochat_attention_gradient(const void* upstream, const void* q, const void* k, const void* v,
-                                 const void* weights, void* dq, void* dk, void* dv,
+                                 const void* weights, void* dq, void* dk, void* dv, int64_t is_bf16,
                                  const int64_t* of, float scale) {
+    Shape shape = {of[0], of[1], of[2], of[3], of[4], scale};
+    if (!is_bf16)
+        backward((const float*)upstream, (const float*)q, (const float*)k, (const float*)v,
+                 (const float*)weights, (float*)dq, (float*)dk, (float*)dv, shape);
 #if defined(__AVX512BF16__)
-    backward((const BFloat16*)upstream, (const BFloat16*)q, (const BFloat16*)k, (const BFloat16*)v,
-             (const BFloat16*)weights, (BFloat16*)dq, (BFloat16*)dk, (BFloat16*)dv,
-             {of[0], of[1], of[2], of[3], of[4], scale});
+    else
+        backward((const BFloat16*)upstream, (const BFloat16*)q, (const BFloat16*)k,
+                 (const BFloat16*)v, (const BFloat16*)weights, (BFloat16*)dq, (BFloat16*)dk,
+                 (BFloat16*)dv, shape);
 #endif
 }
 
