@@ -4,6 +4,7 @@ The Triton kernel is tested in tests/test_flash_attention.py."""
 
 import functools
 import importlib.util
+import platform
 import sys
 import types
 from pathlib import Path
@@ -47,6 +48,12 @@ CASES = [
     (600, 600, 31, 4, 1, 32),
     (600, 600, 600, 2, 2, 64),
     (600, 600, 257, 8, 2, 32),
+    (64, 64, FULL, 2, 1, 32),  # whole chunks of 32
+    (160, 160, 33, 6, 2, 96),
+    (96, 96, 40, 2, 2, 256),
+    # head dims without tiles
+    (257, 257, 31, 4, 2, 24),
+    (600, 600, 257, 4, 1, 16),
 ]
 
 
@@ -161,6 +168,20 @@ def test_error_is_no_larger_than_that_of_plain_pytorch(backend, dtype, T, H, K, 
             )
 
 
+@pytest.mark.parametrize("missing", [["avx512f"], ["avx512f", "avx2"]], ids=["8", "4"])
+def test_narrower_registers_give_the_same(missing, monkeypatch):
+    """Eight and four numbers in a register, as AVX2, SSE and NEON have."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no x86 processor")
+    flags = ("-fopenmp", "-O1", *(f"-mno-{name}" for name in missing))
+    for module in (cpu_training, cpu_reading):
+        library = module.declared(native.load(module.SOURCE, *flags))
+        assert library.nanochat_has_tiles(False) and not library.nanochat_has_tiles(True)
+        monkeypatch.setattr(module, "_library", functools.partial(lambda found: found, library))
+    for case in ((70, 70, 33, 4, 2, 64), (70, 70, 33, 4, 2, 16), (9, 70, 33, 2, 2, 32)):
+        test_equals_brute_force_forward_and_backward("native", *case)
+
+
 def test_a_processor_without_amx_multiplies_pairs(monkeypatch):
     """The other products of tiles.h: AVX512-BF16's."""
     if not {"amx_bf16", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split()):
@@ -183,10 +204,11 @@ def test_a_processor_without_amx_multiplies_pairs(monkeypatch):
         torch.testing.assert_close(other, with_amx[name], rtol=0.02, atol=0.01)
 
 
-def test_compiled_code_calls_the_native_parts_as_they_are():
+@pytest.mark.parametrize("D", [16, 64], ids=["products", "tiles"])
+def test_compiled_code_calls_the_native_parts_as_they_are(D):
     """Attention and dropout by custom operators: outputs, gradients and draws as uncompiled."""
     needs("native")
-    q, k, v, grad_out = inputs(70, 70, 4, 2, 16)
+    q, k, v, grad_out = inputs(70, 70, 4, 2, D)
 
     def thinned(*leaves):
         torch.manual_seed(1)
@@ -201,10 +223,11 @@ def test_compiled_code_calls_the_native_parts_as_they_are():
         torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-6)
 
 
-def test_compiled_code_is_not_split_by_the_native_attention():
-    """Also where it takes tiles. A window beyond 32 bits is full context."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compiled_code_is_not_split_by_the_native_attention(dtype):
+    """Where it takes tiles. A window beyond 32 bits is full context."""
     needs("native")
-    q, k, v, _ = (x.bfloat16() for x in inputs(40, 40, 2, 2, 64))
+    q, k, v, _ = (x.to(dtype) for x in inputs(40, 40, 2, 2, 64))
     window = 2**31 + 5
     whole = torch.compile(attention, fullgraph=True, backend="aot_eager")
     out = whole(q, k, v, window, "native")

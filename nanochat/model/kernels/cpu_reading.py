@@ -1,9 +1,10 @@
 """reading.cpp from Python: passes over whole texts on CPUs, without gradients.
 
-In bf16 attention is for processors with AMX or AVX512-BF16. Scores, weights before they are
-rounded, and what is between the steps of positioned() are in fp32, so that in bf16 both are closer
-to exact arithmetic than their references: _blocked() and branched_attention() in
-nanochat/model/attention.py, and shift_keys(), rotate() and norm() in nanochat/model/layers.py.
+attend() takes fp32 on any CPU, and bf16 on those with AMX or AVX512-BF16, if the head dim is a
+multiple of 32. Scores, weights before they are rounded, and what is between the steps of
+positioned() are in fp32, so that in bf16 both are closer to exact arithmetic than their references:
+_blocked() and branched_attention() in nanochat/model/attention.py, and shift_keys(), rotate() and
+norm() in nanochat/model/layers.py.
 
 Shapes: B beginnings, R rows, T tokens of a row, S tokens of a beginning, H query heads, K key/value
 heads, D head dim."""
@@ -29,6 +30,7 @@ def _library() -> ctypes.CDLL:
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library of reading.cpp, with the types of what its functions take."""
     pointer = ctypes.c_void_p
+    library.nanochat_has_tiles.argtypes = [ctypes.c_int64]
     library.nanochat_read.argtypes = [
         *[pointer] * 7,
         *(ctypes.c_int64, pointer, ctypes.c_float),

@@ -1,7 +1,7 @@
 """training.cpp from Python: attention and the softmax of the loss for training on CPUs.
 
-It computes all of attention, in tiles; in bf16 that takes a processor with AMX or AVX512-BF16. On
-others its softmax stands between torch's products.
+Attention runs in C++ tiles if the head dim is a multiple of 32, in bf16 only on processors with AMX
+or AVX512-BF16. Otherwise torch computes its products, and C++ the softmax between them.
 
 The references are _blocked() in nanochat/model/attention.py, and _nats_and_log_total() and
 _gradient() in nanochat/model/loss.py; tests compare them.
@@ -35,6 +35,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library of training.cpp, with the types of what its functions take."""
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     scores = [*[whole] * 6, number]
+    library.nanochat_has_tiles.argtypes = [whole]
     library.nanochat_softmax.argtypes = [pointer, *scores]
     library.nanochat_softmax_gradient.argtypes = [pointer, pointer, *scores]
     library.nanochat_attention.argtypes = [*[pointer] * 5, whole, pointer, number]
@@ -130,12 +131,16 @@ def _n_weights(q_NxGxTxD: Tensor, window: int) -> int:
     if not _takes_tiles(q_NxGxTxD):
         blocks = blocks_of_scores(T, T, window)
         return N * G * sum((t1 - t0) * (s1 - s0) for t0, t1, s0, s1 in blocks)
-    # as Shape::weights() counts them
+    return N * G * tiled_weights(T, window)
+
+
+def tiled_weights(T: int, window: int) -> int:
+    """How many weights a head's attention keeps in tiles, as Shape::weights() counts them."""
     total = 0
     for first in range(0, T, TILE_CHUNK):
         first_key = max(0, first - window + 1)
         total += first + TILE_CHUNK - first_key + first_key % TILE_CHUNK
-    return N * G * TILE_CHUNK * total
+    return TILE_CHUNK * total
 
 
 def _check_attention(q_NxGxTxD: Tensor, k_NxTxD: Tensor, v_NxTxD: Tensor, *like_q: Tensor) -> None:

@@ -44,7 +44,8 @@ template <class W>
 void read(const W* q, const W* k, const W* v, const W* beginning_k, const W* beginning_v,
           const int64_t* lengths, W* out, const Reading& of) {
     int64_t T = of.T, K = of.K, G = of.G, D = of.D, heads = of.B * K;
-    int64_t own_most = whole_chunks(T + 2 * CHUNK - 2), most = whole_chunks(of.S) + own_most;
+    int64_t own_most = whole_chunks(T + 2 * CHUNK - 2);
+    int64_t most = whole_chunks(std::min(of.S, of.window + CHUNK)) + own_most;
     // Where there are fewer heads than threads, several share one.
     int64_t parts = std::min(of.R * G, (of.threads + heads - 1) / heads);
 #pragma omp parallel num_threads(of.threads)
@@ -160,8 +161,8 @@ void positions(const W* x, const W* previous, const float* cos, const float* sin
 
 extern "C" {
 
-// of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads. D is a multiple of 32, and
-// nanochat_has_tiles().
+// of: B, R, T, S, K, G, D, window, of_row, of_beginning, threads. Only where
+// nanochat_has_tiles(is_bf16), and D is a multiple of 32.
 void nanochat_read(const void* q, const void* k, const void* v, const void* beginning_k,
                    const void* beginning_v, const int64_t* lengths, void* out, int64_t is_bf16,
                    const int64_t* of, float scale) {

@@ -43,7 +43,8 @@ struct Sides {
     int64_t right_step;
 };
 
-// Four bytes of each of NATIVE columns, and of a row for all of them.
+// of_columns(): four bytes of each of NATIVE columns. of_row(): four bytes of a row, the same for
+// every column.
 inline Native of_columns(const float* right) { return load_native(right); }
 inline Native of_row(const float* left) { return every(*left); }
 inline Native plus_product(Native total, Native left, Native right) {
@@ -64,19 +65,20 @@ inline Native plus_product(Native total, __m512bh left, __m512bh right) {
 }
 #endif
 
-// Registers of sums in a row: of both right tiles with AVX-512, elsewhere of one.
-constexpr int WIDE = NATIVE == LANES ? 2 : PARTS;
+// Registers that hold the sums of a row at a time.
+constexpr int WIDE = 2;
 
-// multiply() for ROWS rows of a left tile, from `first` on, and the columns of WIDE registers. All
-// their sums stay in registers; of fewer than ten, each product would wait for the one before.
+// multiply() for ROWS rows of a left tile, from `first` on, and WIDE registers of columns, from
+// `column` on. All their sums stay in registers; of fewer than ten, each product would wait for the
+// one before.
 template <int ROWS, class W>
 inline void multiply_rows(const Sums& sums, const Sides<W>& sides, int64_t chunks, bool add,
-                          int half, int64_t first, int column) {
+                          int half, int64_t first, int64_t column) {
     constexpr int64_t IN_FOUR_BYTES = 4 / sizeof(W);
     float* at[WIDE];
     const W* right[WIDE];
     for (int v = 0; v < WIDE; v++) {
-        int tile = column + v * NATIVE / TILE, lane = v * NATIVE % TILE;
+        int64_t tile = (column + v * NATIVE) / TILE, lane = (column + v * NATIVE) % TILE;
         at[v] = sums.at[half][tile] + first * sums.ldc + lane;
         right[v] = sides.right[tile] + lane * IN_FOUR_BYTES;
     }
@@ -84,26 +86,26 @@ inline void multiply_rows(const Sums& sums, const Sides<W>& sides, int64_t chunk
     Native total[ROWS][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int v = 0; v < WIDE; v++)
             total[r][v] = add ? load_native(at[v] + r * sums.ldc) : Native{};
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int64_t i = 0; i < CHUNK; i += IN_FOUR_BYTES) {
             decltype(of_columns(left)) columns[WIDE];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int v = 0; v < WIDE; v++)
                 columns[v] = of_columns(right[v] + chunk * sides.right_step + i * TILE);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; r++) {
                 auto row = of_row(left + chunk * sides.left_step + r * sides.lda + i);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
                 for (int v = 0; v < WIDE; v++)
                     total[r][v] = plus_product(total[r][v], row, columns[v]);
             }
         }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int v = 0; v < WIDE; v++) store_native(at[v] + r * sums.ldc, total[r][v]);
 }
 
@@ -115,7 +117,7 @@ inline void multiply(const Sums& sums, const Sides<W>& sides, int64_t chunks, bo
             multiply_rows<8>(sums, sides, chunks, add, half, 0, 0);
             multiply_rows<8>(sums, sides, chunks, add, half, 8, 0);
         } else {
-            for (int column = 0; column < 2; column++) {
+            for (int64_t column = 0; column < 2 * TILE; column += WIDE * NATIVE) {
                 multiply_rows<6>(sums, sides, chunks, add, half, 0, column);
                 multiply_rows<5>(sums, sides, chunks, add, half, 6, column);
                 multiply_rows<5>(sums, sides, chunks, add, half, 11, column);
@@ -124,7 +126,7 @@ inline void multiply(const Sums& sums, const Sides<W>& sides, int64_t chunks, bo
     }
 }
 
-// What multiplies keeps one of these.
+// A thread has one of these while it calls multiply(): it configures AMX.
 template <class W>
 struct Tiles {
     Tiles() {}
@@ -140,7 +142,8 @@ inline bool has_tiles() {
 #endif
 }
 
-#if defined(__AMX_BF16__)
+// Machines that show AMX but hide AVX-512 have no layouts for it.
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
 // Tiles 0 to 3 hold sums, 4 and 5 the left side, 6 and 7 the right one: all of 16 rows of 64 bytes.
 template <>
@@ -201,11 +204,14 @@ inline bool has_tiles<BFloat16>() {
 
 // ---- tiles in fp32 ----
 
-// Rows to columns, of 16 x 16 numbers.
-inline void transpose(const float* x, int64_t stride, float* transposed, int64_t stride_of_it) {
-    for (int64_t r = 0; r < TILE; r++)
-        for (int64_t c = 0; c < TILE; c++)
-            transposed[c * stride_of_it + r] = x[r * stride + c];
+// Rows to columns, of 16 x 16 numbers; four are stored together.
+inline void transpose(const float* x, int64_t stride, float* columns, int64_t column_stride) {
+    for (int64_t r = 0; r < TILE; r += 4)
+        for (int64_t c = 0; c < TILE; c++) {
+            float four[4];
+            for (int64_t i = 0; i < 4; i++) four[i] = x[(r + i) * stride + c];
+            std::memcpy(columns + c * column_stride + r, four, sizeof four);
+        }
 }
 
 // A right tile of 16 columns of 32 rows.
@@ -223,10 +229,11 @@ inline void left_tile_transposed(const float* x, int64_t stride, float* tile) {
     for (int64_t i = 0; i < CHUNK; i += TILE) transpose(x + i * stride, stride, tile + i, CHUNK);
 }
 
-// 16 rows of 16 sums, transposed.
+// The first rows of 16 x 16 sums, transposed.
 inline void put_transposed(const float* sums, float* rows, int64_t stride, int64_t n_rows) {
-    for (int64_t r = 0; r < n_rows; r++)
-        for (int64_t c = 0; c < TILE; c++) rows[r * stride + c] = sums[c * TILE + r];
+    float tile[TILE * TILE];
+    transpose(sums, TILE, tile, TILE);
+    for (int64_t r = 0; r < n_rows; r++) store(rows + r * stride, load(tile + r * TILE));
 }
 
 // ---- tiles in bf16 ----

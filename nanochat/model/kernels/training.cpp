@@ -1,5 +1,5 @@
-// What a training step on a CPU does between its matrix products: the softmax of attention and of
-// the loss, each with its gradient.
+// What a training step on a CPU does besides the products of its layers: attention, in tiles or as
+// the softmax between torch's products, and the softmax of the loss, each with its gradient.
 //
 // A row of scores or logits is read once from memory and written once: every pass over it but the
 // first finds it in the cache. A row is one thread's, so no number depends on how many there are.
@@ -161,7 +161,7 @@ void nanochat_softmax_gradient(void* gradients, const void* weights, int64_t is_
         softmax_gradients((float*)gradients, (const float*)weights, R, T, S, own, window, scale);
 }
 
-// of: N, G, T, D, window. D is a multiple of 32, and nanochat_has_tiles().
+// of: N, G, T, D, window. Only where nanochat_has_tiles(is_bf16), and D is a multiple of 32.
 void nanochat_attention(const void* q, const void* k, const void* v, void* out, void* weights,
                         int64_t is_bf16, const int64_t* of, float scale) {
     Shape shape = {of[0], of[1], of[2], of[3], of[4], scale};

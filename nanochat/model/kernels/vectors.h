@@ -162,7 +162,7 @@ struct F16 {
     Native part[PARTS];
 };
 
-// What a function makes of the parts of each.
+// A function of the first parts of all x, then of the second ones, and so on.
 template <class Function, class... X>
 inline F16 each(Function function, const X&... x) {
     F16 result;
@@ -229,8 +229,7 @@ inline F16 within(F16 x, int64_t i, int64_t first, int64_t end, F16 other) {
     return x;
 }
 
-// Halves are added, then quarters, and so on. By copies: without AVX-512 compilers shuffle a vector
-// of this size number by number.
+// Halves are added, then quarters, and so on: the same order, however much a register holds.
 inline float sum(F16 x) {
     typedef float F8 __attribute__((vector_size(8 * sizeof(float))));
     typedef float F4 __attribute__((vector_size(4 * sizeof(float))));
@@ -244,9 +243,9 @@ inline float sum(F16 x) {
 }
 
 inline float largest(F16 x) {
-    float all[LANES];
-    store(all, x);
-    return *std::max_element(all, all + LANES);
+    float lanes[LANES];
+    store(lanes, x);
+    return *std::max_element(lanes, lanes + LANES);
 }
 
 }  // namespace
