@@ -132,7 +132,12 @@ def test_backends_keep_different_amounts():
     memory = memory_of(config_of(4, 1024))
     needed = {name: replace(memory, backend=name).tensor_bytes(4) for name in BACKENDS}
     blocked, native = (needed.pop(name) for name in KEEP_SCORES)
-    assert max(needed.values()) < blocked == native
+    assert max(needed.values()) < native < blocked
+    # no tiles for this head dim
+    config = replace(config_of(4, 1024), head_dim=16, n_head=16, n_kv_head=16)
+    memory = memory_of(config)
+    blocked, native = (replace(memory, backend=name).tensor_bytes(4) for name in KEEP_SCORES)
+    assert native == blocked
 
 
 def test_a_process_on_a_cpu_needs_more_than_its_tensors():

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # trial compiles everything anew.
 ENOUGH_TOKENS = {"cuda": 2**17}
 # Part of the key of measured numbers. Raise it when a change of the code makes old ones wrong.
-MEASURED_AS = 2
+MEASURED_AS = 3
 # Share of the free memory that a plan may use. A GPU has no other users.
 MEMORY_SHARE = {"cuda": 0.9, "mps": 0.6, "cpu": 0.8}
 # What a block keeps for its backward pass, per token: elements in the compute dtype per channel of
@@ -179,15 +179,22 @@ class StepMemory:
         of_stream, of_keys = KEPT_ELEMENTS[config.arch, self.compiled]
         key_channels = config.n_kv_head * config.head_dim
         channels = element * (of_stream * config.width + of_keys * key_channels)
-        # The blocked attention keeps a weight for every score that it computes; the others
-        # recompute them.
-        scores = 0
-        if self.backend in KEEP_SCORES:
-            scores = element * config.n_head
         return [
-            tokens * (channels + scores * visited_keys(config.max_seq_len, window))
+            tokens * (channels + element * config.n_head * self._kept_keys(window))
             for window in config.windows()
         ]
+
+    def _kept_keys(self, window: int) -> float:
+        """Weights that a head's attention keeps per query: of every score that it computes, or
+        none where the backward pass recomputes them."""
+        from nanochat.model.kernels.cpu_training import TILE_CHUNK, tiled_weights
+
+        context = self.config.max_seq_len
+        if self.backend not in KEEP_SCORES:
+            return 0
+        if self.backend == "native" and self.config.head_dim % TILE_CHUNK == 0:
+            return tiled_weights(context, window) / context
+        return visited_keys(context, window)
 
     def _kept_bytes(self, tokens: int, layers: list[float]) -> float:
         """Bytes that the forward pass leaves for the backward pass."""
