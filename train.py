@@ -83,12 +83,16 @@ def derive_plan(
     horizon = Horizon.from_flags(args)
     tokens = horizon.tokens(size, machine, tokens_per_epoch, args.total_batch_size)
 
-    # 2. Batch: grows as D^0.383 (arXiv 2505.13738), and leaves small budgets enough steps. After
-    #    this, D is a whole number of steps.
+    # 2. Batch: grows as D^0.383 (arXiv 2505.13738), and leaves small budgets enough steps; in a
+    #    budget of time, not so many that Muon's updates take it up. After this, D is a whole number
+    #    of steps.
     device_rows = max(1, args.device_batch_size) * machine.devices
+    least = 1
+    if horizon.name == "target_minutes" and args.optimizer == "muon":
+        least = schedules.timed_batch_tokens(size.muon_flops, size.flops_per_token)
     rows = args.total_batch_size // T
     if args.total_batch_size == -1:
-        rows = schedules.derive_rows(tokens, size.reference_tokens, T, device_rows)
+        rows = schedules.derive_rows(tokens, size.reference_tokens, T, device_rows, least)
     batch_tokens = rows * T
     steps = horizon.steps(tokens, batch_tokens)
     tokens = steps * batch_tokens

@@ -159,7 +159,9 @@ def test_the_size_of_a_model():
 
 # ---- the horizon ----
 
-SIZE = ModelSize({}, scaling_parameters=1000, flops_per_token=50, reference_tokens=1e6)
+SIZE = ModelSize(
+    {}, scaling_parameters=1000, flops_per_token=50, muon_flops=1000, reference_tokens=1e6
+)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +174,8 @@ SIZE = ModelSize({}, scaling_parameters=1000, flops_per_token=50, reference_toke
         ("target_tokens", 5e5, 256, 500000),
         # 400 tokens an epoch
         ("target_epochs", 2.5, 256, 1000),
-        # 30 s at 40% of two devices of 1e6 FLOP/s
-        ("target_minutes", 0.5, 256, 480000),
+        # 30 s at 50% of two devices of 1e6 FLOP/s
+        ("target_minutes", 0.5, 256, 600000),
         ("target_param_data_ratio", 20, 256, 20000),
     ],
 )
@@ -237,6 +239,28 @@ def budget(*given):
 
 def multipliers(plan, steps):
     return [plan.lr_multiplier(step) for step in steps]
+
+
+@pytest.mark.parametrize(
+    "given, peak_flops, batch_tokens",
+    [
+        # 0.5 x 10^11 FLOP/s x 300 s / 29.1e6 = 515,000 tokens, of which D / 1500 would be a row
+        # of 512. Muon: 4 layers x 5.03e9 FLOPs, a third of the passes of 2,048 tokens and a sixth
+        # of those of 4,096.
+        ([], 1e11, 4096),
+        (["--optimizer=adamw"], 1e11, 512),
+        # steps that a slow machine has too: the time is not what limits them
+        (["--target-tokens=515000"], 1e11, 512),
+        # 51 million tokens: the rule D / 1500 asks for more
+        ([], 1e13, 32768),
+    ],
+    ids=["slow", "adamw", "tokens", "fast"],
+)
+def test_the_batch_of_a_time_budget(given, peak_flops, batch_tokens):
+    machine = dataclasses.replace(MACHINE, peak_flops=peak_flops)
+    shape = ["--depth=4", "--max-seq-len=512", "--target-minutes=5"]
+    plan = plan_of(*shape, *given, vocab_size=4096, machine=machine)
+    assert plan.total_batch_tokens == batch_tokens
 
 
 def test_an_open_budget_has_no_last_step_and_no_warm_down():

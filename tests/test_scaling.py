@@ -11,6 +11,7 @@ import train
 from nanochat import hardware
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
+from nanochat.optim.muon import muon_flops
 from nanochat.run.memory import StepMemory
 from nanochat.run.scaling import (
     COUNTS,
@@ -36,7 +37,7 @@ from nanochat.run.sharded_scaling import (
     sharded_step_time,
     units_of,
 )
-from nanochat.run.workload import ADAMW, MATRICES, muon_flops
+from nanochat.run.workload import ADAMW, MATRICES
 
 # Three layers: stacks of 3 and 12 matrices, which no even number of ranks divides.
 SHAPE = {

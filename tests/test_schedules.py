@@ -60,6 +60,23 @@ def test_rows_a_step(tokens, row_tokens, device_rows, rows):
     assert schedules.derive_rows(tokens, 1e9, row_tokens, device_rows) == rows
 
 
+def test_a_least_batch_is_rounded_up_to_whole_passes():
+    assert schedules.derive_rows(100, 1e9, 512, 3, least_batch_tokens=2048) == 6
+
+
+@pytest.mark.parametrize(
+    "update_flops, flops_per_token, batch",
+    [
+        (1024, 4, 1024),  # exactly a quarter of the passes
+        (1025, 4, 2048),
+        (8_500_000_000, 18_300_000, 2048),  # depth 4, 192 wide
+        (0, 50, 1),
+    ],
+)
+def test_the_least_batch_of_a_time_budget(update_flops, flops_per_token, batch):
+    assert schedules.timed_batch_tokens(update_flops, flops_per_token) == batch
+
+
 def test_lr_factor():
     assert schedules.lr_factor(2**19) == 1
     assert schedules.lr_factor(2**21) == 2

@@ -37,6 +37,13 @@ def updates_problem(device_type: str, compiled: bool, planned: bool = False) -> 
     return cpu_muon.problem(planned) if compiled else "nothing is compiled"
 
 
+def muon_flops(rows: int, columns: int) -> int:
+    """FLOPs of orthogonalising one matrix: three products in each iteration."""
+    small, large = sorted((rows, columns))
+    # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
+    return len(POLAR_EXPRESS) * 2 * small * small * (2 * large + small)
+
+
 def orthogonalize(
     matrices_NxRxC: torch.Tensor, dtype: torch.dtype, cpp: bool = False
 ) -> torch.Tensor:

@@ -42,6 +42,9 @@ MUON_MOMENTUM_STEPS = 300
 # Small budgets: a run needs at least this many steps, and below this batch the learning rates stop
 # shrinking with it.
 MIN_STEPS = 1500
+# ...but where time is what is limited, a step's update takes at most this share of the FLOPs of its
+# passes.
+MOST_UPDATE_SHARE = 1 / 4
 LR_FLOOR_BATCH_TOKENS = 2**16
 # The rates of tables and head stop at a larger one if these have many rows, which are seen rarely.
 TABLE_LR_FLOOR_BATCH_TOKENS = 2**17
@@ -59,10 +62,23 @@ def derive_batch_tokens(tokens: float, reference_tokens: float) -> int:
     return 2 ** max(0, min(round(published), math.floor(most)))
 
 
-def derive_rows(tokens: float, reference_tokens: float, row_tokens: int, device_rows: int) -> int:
-    """Rows a step for a horizon of D tokens: derive_batch_tokens(), rounded up to whole passes of
-    all devices (device_rows) and at least one."""
-    rows = derive_batch_tokens(tokens, reference_tokens) / row_tokens
+def timed_batch_tokens(update_flops: int, flops_per_token: int) -> int:
+    """The least B for a time budget, a power of two: the update takes at most MOST_UPDATE_SHARE of
+    the FLOPs of its passes. In a smaller one it would take the time that more tokens need."""
+    return 2 ** math.ceil(math.log2(max(1, update_flops / MOST_UPDATE_SHARE / flops_per_token)))
+
+
+def derive_rows(
+    tokens: float,
+    reference_tokens: float,
+    row_tokens: int,
+    device_rows: int,
+    least_batch_tokens: int = 1,
+) -> int:
+    """Rows a step for a horizon of D tokens: derive_batch_tokens() or the least batch, rounded up
+    to whole passes of all devices (device_rows) and at least one."""
+    batch_tokens = max(derive_batch_tokens(tokens, reference_tokens), least_batch_tokens)
+    rows = batch_tokens / row_tokens
     return round_up(max(1, round(rows)), device_rows)
 
 

@@ -15,12 +15,16 @@ from nanochat.common import UsageError, ceil_div
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim import schedules
+from nanochat.optim.muon import muon_flops
 from nanochat.optim.schedules import Schedule
 from nanochat.run.clock import Clock
 from nanochat.run.flags import FLAGS, HORIZONS, flag
 from nanochat.run.state import TrainState
 
-ASSUMED_MFU = 0.4  # of the listed or measured peak, for estimated times
+# Share of the peak, for estimated times: of a GPU's listed or measured one, and of a CPU's measured
+# one (runs/RESULTS.md).
+ASSUMED_MFU = 0.4
+ASSUMED_MFU_OF_CPUS = 0.5
 LANDING_SHARE = 0.15  # of the training time: the warm-down of `nanochat jobs land`
 LEAST_CORRECTED_STEPS = 2  # that are left when the length of a time budget is corrected
 
@@ -63,20 +67,27 @@ class Machine:
     peak: str
 
     @property
+    def assumed_mfu(self) -> float:
+        """Share of the peak that training is expected to reach."""
+        return ASSUMED_MFU_OF_CPUS if self.device_type == "cpu" else ASSUMED_MFU
+
+    @property
     def assumed_flops(self) -> float:
         """FLOP/s that all devices together are expected to reach in training."""
-        return ASSUMED_MFU * self.peak_flops * self.devices
+        return self.assumed_mfu * self.peak_flops * self.devices
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """What the scaling rules need to know of a model. parameters: by group, and "total".
 
-    scaling_parameters: N. reference_tokens: D_ref, the horizon of the reference model."""
+    scaling_parameters: N. muon_flops: of one update with Muon. reference_tokens: D_ref, the horizon
+    of the reference model."""
 
     parameters: dict[str, int]
     scaling_parameters: int
     flops_per_token: int
+    muon_flops: int
     reference_tokens: float
 
 
@@ -90,10 +101,12 @@ def size_of(config: GPTConfig, aspect_ratio: int) -> ModelSize:
     # Only depth and width differ, so that vocabulary and context weigh the same in both.
     reference = dataclasses.replace(config, depth=depth, width=width, n_head=heads, n_kv_head=heads)
     reference_parameters = meta_model(reference).scaling_parameters()
+    matrices = model.parameter_groups()["matrices"].values()
     return ModelSize(
         parameters=model.count_parameters(),
         scaling_parameters=model.scaling_parameters(),
         flops_per_token=model.flops_per_token(),
+        muon_flops=sum(muon_flops(*matrix.shape) for matrix in matrices),
         reference_tokens=schedules.DEFAULT_PARAM_DATA_RATIO * reference_parameters,
     )
 
@@ -394,7 +407,7 @@ class Plan:
         return ""
 
     def estimated_seconds(self, machine: Machine) -> float:
-        """Training time on a machine: the time budget, or what ASSUMED_MFU of the peak gives."""
+        """Training time on a machine: the time budget, or what its assumed speed gives."""
         if self.budget_seconds is not None:
             return self.budget_seconds
         return self.flops / machine.assumed_flops
@@ -429,8 +442,10 @@ def fork_plan(
     steps = plan.num_iterations
     if new_horizon:
         horizon = Horizon.from_flags(now)
-        # of the model all is known but its reference, which only the batch depends on
-        size = ModelSize(plan.parameters, plan.scaling_parameters, plan.flops_per_token, math.nan)
+        # of the model all is known but what only the batch depends on
+        size = ModelSize(
+            plan.parameters, plan.scaling_parameters, plan.flops_per_token, 0, math.nan
+        )
         batch = plan.total_batch_tokens
         tokens = horizon.tokens(size, machine, tokens_per_epoch, batch)
         plan.horizon, plan.horizon_value = horizon.name, horizon.value

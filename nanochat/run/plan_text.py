@@ -16,7 +16,7 @@ from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
 from nanochat.run import memory, scaling, sharded_scaling
 from nanochat.run.flags import flag
-from nanochat.run.plan import ASSUMED_MFU, Machine, Plan
+from nanochat.run.plan import Machine, Plan
 from nanochat.run.runtime import Runtime
 from nanochat.run.scaling import Piece, StepTime
 from nanochat.run.timing import short_time
@@ -190,7 +190,7 @@ def as_json(run: PlannedRun) -> dict[str, Any]:
             "seconds": run.seconds,
             "device_hours": run.device_hours,
             "cost": run.cost,
-            "assumed_mfu": ASSUMED_MFU,
+            "assumed_mfu": run.machine.assumed_mfu,
             "memory_bytes": run.step_memory(run.device_batch),
             "checkpoint_bytes": run.checkpoint_bytes,
             "token_cache_bytes": run.token_cache_bytes,
@@ -305,7 +305,7 @@ def _estimate_lines(run: PlannedRun) -> Lines:
     seconds = human_time(run.seconds)
     peak = f"{machine.peak_flops / 1e12:.3g} TFLOP/s ({machine.peak})"
     lines = {
-        "time": f"{seconds} at {ASSUMED_MFU:.0%} of {machine.devices} x {peak}",
+        "time": f"{seconds} at {machine.assumed_mfu:.0%} of {machine.devices} x {peak}",
         "device-hours": f"{run.device_hours:.3g}",
     }
     cached = {}

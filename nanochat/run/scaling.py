@@ -40,9 +40,9 @@ from nanochat.common import ceil_div, round_up
 from nanochat.hardware import Gpu
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig
+from nanochat.optim.muon import muon_flops
 from nanochat.optim.optimizer import Optimizer, cuts_by_depth
 from nanochat.run.plan import ASSUMED_MFU
-from nanochat.run.workload import muon_flops
 
 # What a step is the sum of.
 PARTS = ("passes", "weights", "update", "gradients", "parameters")

@@ -21,7 +21,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import LOGIT_SOFTCAP
 from nanochat.model.loss import linear_cross_entropy, pick_loss
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.muon import POLAR_EXPRESS, updates_problem
+from nanochat.optim.muon import muon_flops, updates_problem
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.step import accumulate, forward_backward
 from nanochat.run import compiler
@@ -265,13 +265,6 @@ class TrainingStep:
         """FLOPs of orthogonalisation."""
         matrices = self.model.parameter_groups()["matrices"].values()
         return sum(muon_flops(*matrix.shape) for matrix in matrices)
-
-
-def muon_flops(rows: int, columns: int) -> int:
-    """FLOPs of orthogonalising one matrix: three products in each iteration."""
-    small, large = sorted((rows, columns))
-    # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
-    return len(POLAR_EXPRESS) * 2 * small * small * (2 * large + small)
 
 
 def windows_of(config: GPTConfig) -> list[int]:
