@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat.eval.kv_cache import Branches, KVCache
+from nanochat.eval.kv_cache import Branches, KVCache, LayerCache
 from nanochat.model.attention import attention, branched_attention
 from nanochat.model.build import build
 from nanochat.model.config import GPTConfig
@@ -147,6 +147,24 @@ def test_choices_that_continue_a_beginning_have_the_bits_of_whole_texts(dtype):
         with torch.no_grad():
             found = branched_attention(*rows, *beginnings, lengths, window, "native")
         assert torch.equal(found, torch.cat(wholes))
+
+
+def test_a_token_that_is_read_alone_takes_the_plain_products(monkeypatch):
+    """Only in a cache that says so: others keep the bits of whole texts."""
+    q, k, v = (tiled(torch.float32, 1, 40, 2, 32, seed=seed) for seed in range(3))
+    attended = []
+    attend = cpu_reading.attend
+    monkeypatch.setattr(cpu_reading, "attend", lambda *args: attended.append(1) or attend(*args))
+    found = {}
+    with torch.no_grad():
+        for one_by_one in (False, True):
+            cache = LayerCache(1, 40, 2, 32, "cpu", torch.float32, one_by_one=one_by_one)
+            cache.attend(q[:, :39], k[:, :39], v[:, :39], 20, "native")
+            found[one_by_one] = cache.attend(q[:, 39:], k[:, 39:], v[:, 39:], 20, "native")
+            assert len(attended) == (3 if one_by_one else 2)
+        whole = attention(q, k, v, 20, "native")
+    assert torch.equal(found[False], whole[:, 39:])
+    torch.testing.assert_close(found[True], found[False])
 
 
 @DTYPES

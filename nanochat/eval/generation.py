@@ -464,7 +464,8 @@ def _steps(
     if use_cache:
         # the last token drawn is never read
         capacity = len(prompt_ids) + max_new_tokens - 1
-        cache = KVCache(model.config, num_samples, capacity, device, model.compute_dtype)
+        dtype = model.compute_dtype
+        cache = KVCache(model.config, num_samples, capacity, device, dtype, one_by_one=True)
     # one row for all samples: their first logits are the same
     ids_BxT = torch.tensor([prompt_ids], device=device)
     for _ in range(max_new_tokens):

@@ -22,12 +22,14 @@ class LayerCache:
         device: torch.device | str,
         dtype: torch.dtype,
         lengths: list[int] | None = None,
+        one_by_one: bool = False,
     ) -> None:
-        """lengths: see KVCache."""
+        """lengths, one_by_one: see KVCache."""
         # the last position's key before it was shifted, rotated and normalised, (B, 1, K, D);
         # None before the first position and in models that shift no keys
         self.key_before: Tensor | None = None
         self.lengths = lengths
+        self.one_by_one = one_by_one
         # (B, capacity, K, D), of which `length` positions are filled
         self.keys = torch.empty(
             batch_size, capacity, n_kv_head, head_dim, device=device, dtype=dtype
@@ -83,7 +85,11 @@ class LayerCache:
         backend: str,
     ) -> Tensor:
         """attention() of the T newest positions, which are stored first, to all positions."""
-        return attention(q_BxTxHxD, *self.append(k_BxTxKxD, v_BxTxKxD), window, backend)
+        keys_and_values = self.append(k_BxTxKxD, v_BxTxKxD)
+        # for a single query, laying out all keys and values takes longer than plain products
+        if self.one_by_one and q_BxTxHxD.size(1) == 1 and backend == "native":
+            backend = "blocked"
+        return attention(q_BxTxHxD, *keys_and_values, window, backend)
 
 
 class KVCache:
@@ -97,13 +103,23 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
         lengths: list[int] | None = None,
+        one_by_one: bool = False,
     ) -> None:
         """dtype: the model's compute dtype. lengths: tokens of each row, where rows are padded.
+        one_by_one: tokens that are read alone are read quickly, and rounded otherwise than in a
+        longer pass.
 
         A cache with lengths is filled once, and read through Branches."""
         self.layers = [
             LayerCache(
-                batch_size, capacity, config.n_kv_head, config.head_dim, device, dtype, lengths
+                batch_size,
+                capacity,
+                config.n_kv_head,
+                config.head_dim,
+                device,
+                dtype,
+                lengths,
+                one_by_one,
             )
             for _ in range(config.depth)
         ]
