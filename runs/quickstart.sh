@@ -6,7 +6,8 @@
 #   training  5 minutes on 2 CPU cores, 4,096 tokens a step: about 8 million tokens and 1.5e14 FLOPs
 #             at 27k tokens a second
 #   time      about 8 minutes with set-up and compilation
-#   expected  val_bpb 0.91 on cores with AVX512-BF16 (n = 2, runs/RESULTS.md), more on slower ones
+#   expected  val_bpb 0.91 on cores with AVX512-BF16 (n = 2, runs/RESULTS.md), 1.23 with AVX2 only
+#             (n = 1), where a smaller model learns more: --aspect-ratio=32 --total-batch-size=2048
 # usage: bash runs/quickstart.sh [flags of train.py]
 # From the environment: DATA (default python; or a file), VAL_DATA (a file; default: a held-out part
 # of DATA), OUT (out, of TOY out/toy: the run is OUT/quickstart), TOY=1 (toy size: a minute),
