@@ -83,13 +83,13 @@ def derive_plan(
     horizon = Horizon.from_flags(args)
     tokens = horizon.tokens(size, machine, tokens_per_epoch, args.total_batch_size)
 
-    # 2. Batch: grows as D^0.383 (arXiv 2505.13738), and leaves small budgets enough steps; in a
-    #    budget of time, not so many that Muon's updates take it up. After this, D is a whole number
-    #    of steps.
+    # 2. Batch: grows as D^0.383 (arXiv 2505.13738), and leaves small budgets enough steps. A time
+    #    budget also gets a batch large enough that Muon's update takes at most a quarter of the
+    #    passes' FLOPs. After this, D is a whole number of steps.
     device_rows = max(1, args.device_batch_size) * machine.devices
     least = 1
     if horizon.name == "target_minutes" and args.optimizer == "muon":
-        least = schedules.timed_batch_tokens(size.muon_flops, size.flops_per_token)
+        least = schedules.timed_batch_tokens(tokens, size.muon_flops, size.flops_per_token)
     rows = args.total_batch_size // T
     if args.total_batch_size == -1:
         rows = schedules.derive_rows(tokens, size.reference_tokens, T, device_rows, least)

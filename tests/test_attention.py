@@ -177,7 +177,7 @@ def test_narrower_registers_give_the_same(missing, monkeypatch):
     for module in (cpu_training, cpu_reading):
         library = module.declared(native.load(module.SOURCE, *flags))
         assert library.nanochat_has_tiles(False) and not library.nanochat_has_tiles(True)
-        monkeypatch.setattr(module, "_library", functools.partial(lambda found: found, library))
+        monkeypatch.setattr(module, "_library", lambda library=library: library)
     for case in ((70, 70, 33, 4, 2, 64), (70, 70, 33, 4, 2, 16), (9, 70, 33, 2, 2, 32)):
         test_equals_brute_force_forward_and_backward("native", *case)
 
@@ -225,7 +225,7 @@ def test_compiled_code_calls_the_native_parts_as_they_are(D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_code_is_not_split_by_the_native_attention(dtype):
-    """Where it takes tiles. A window beyond 32 bits is full context."""
+    """A window beyond 32 bits is full context."""
     needs("native")
     q, k, v, _ = (x.to(dtype) for x in inputs(40, 40, 2, 2, 64))
     window = 2**31 + 5

@@ -128,14 +128,19 @@ def test_windows_grouped_heads_and_checkpointing_save_memory():
     assert need(rows=8) > 1.8 * need(rows=4) - 0.2 * full
 
 
-def test_backends_keep_different_amounts():
-    memory = memory_of(config_of(4, 1024))
+def test_backends_keep_different_amounts(monkeypatch):
+    memory = memory_of(config_of(4, 1024), torch.float32)
     needed = {name: replace(memory, backend=name).tensor_bytes(4) for name in BACKENDS}
     blocked, native = (needed.pop(name) for name in KEEP_SCORES)
     assert max(needed.values()) < native < blocked
     # no tiles for this head dim
     config = replace(config_of(4, 1024), head_dim=16, n_head=16, n_kv_head=16)
-    memory = memory_of(config)
+    memory = memory_of(config, torch.float32)
+    blocked, native = (replace(memory, backend=name).tensor_bytes(4) for name in KEEP_SCORES)
+    assert native == blocked
+    # nor for bf16, without its instructions
+    monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: False)
+    memory = memory_of(config_of(4, 1024), torch.bfloat16)
     blocked, native = (replace(memory, backend=name).tensor_bytes(4) for name in KEEP_SCORES)
     assert native == blocked
 

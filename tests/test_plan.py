@@ -245,16 +245,17 @@ def multipliers(plan, steps):
     "given, peak_flops, batch_tokens",
     [
         # 0.5 x 10^11 FLOP/s x 300 s / 29.1e6 = 515,000 tokens, of which D / 1500 would be a row
-        # of 512. Muon: 4 layers x 5.03e9 FLOPs, a third of the passes of 2,048 tokens and a sixth
-        # of those of 4,096.
-        ([], 1e11, 4096),
+        # of 512. Muon: 4 layers x 5.03e9 FLOPs, a third of the passes of 2,048 tokens; but of 4,096
+        # fewer than 150 steps would be left.
+        ([], 1e11, 2048),
+        ([], 1.3e11, 4096),
         (["--optimizer=adamw"], 1e11, 512),
         # steps that a slow machine has too: the time is not what limits them
         (["--target-tokens=515000"], 1e11, 512),
         # 51 million tokens: the rule D / 1500 asks for more
         ([], 1e13, 32768),
     ],
-    ids=["slow", "adamw", "tokens", "fast"],
+    ids=["slow", "less slow", "adamw", "tokens", "fast"],
 )
 def test_the_batch_of_a_time_budget(given, peak_flops, batch_tokens):
     machine = dataclasses.replace(MACHINE, peak_flops=peak_flops)

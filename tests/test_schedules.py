@@ -65,16 +65,19 @@ def test_a_least_batch_is_rounded_up_to_whole_passes():
 
 
 @pytest.mark.parametrize(
-    "update_flops, flops_per_token, batch",
+    "tokens, update_flops, flops_per_token, batch",
     [
-        (1024, 4, 1024),  # exactly a quarter of the passes
-        (1025, 4, 2048),
-        (8_500_000_000, 18_300_000, 2048),  # depth 4, 192 wide
-        (0, 50, 1),
+        (1e9, 1024, 4, 1024),  # exactly a quarter of the passes
+        (1e9, 1025, 4, 2048),
+        # depth 4, 192 wide: five minutes and one minute of a CPU with AVX2
+        (1e6, 8_500_000_000, 18_300_000, 2048),
+        (2e5, 8_500_000_000, 18_300_000, 1024),
+        (1e9, 0, 50, 1),
+        (10, 1024, 4, 1),
     ],
 )
-def test_the_least_batch_of_a_time_budget(update_flops, flops_per_token, batch):
-    assert schedules.timed_batch_tokens(update_flops, flops_per_token) == batch
+def test_the_least_batch_of_a_time_budget(tokens, update_flops, flops_per_token, batch):
+    assert schedules.timed_batch_tokens(tokens, update_flops, flops_per_token) == batch
 
 
 def test_lr_factor():

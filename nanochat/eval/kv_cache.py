@@ -106,7 +106,7 @@ class KVCache:
         one_by_one: bool = False,
     ) -> None:
         """dtype: the model's compute dtype. lengths: tokens of each row, where rows are padded.
-        one_by_one: tokens that are read alone are read quickly, and rounded otherwise than in a
+        one_by_one: single tokens use plain products, which are faster, but round differently from a
         longer pass.
 
         A cache with lengths is filled once, and read through Branches."""

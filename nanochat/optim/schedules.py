@@ -39,12 +39,13 @@ FINAL_LR_FRAC = 0.0
 MUON_MOMENTUM_START = 0.85
 MUON_MOMENTUM_END = 0.95
 MUON_MOMENTUM_STEPS = 300
+# Time budgets: a step's update takes at most this share of the FLOPs of its passes, as long as so
+# many steps are left.
+MOST_UPDATE_SHARE = 1 / 4
+MIN_TIMED_STEPS = 150
 # Small budgets: a run needs at least this many steps, and below this batch the learning rates stop
 # shrinking with it.
 MIN_STEPS = 1500
-# ...but where time is what is limited, a step's update takes at most this share of the FLOPs of its
-# passes.
-MOST_UPDATE_SHARE = 1 / 4
 LR_FLOOR_BATCH_TOKENS = 2**16
 # The rates of tables and head stop at a larger one if these have many rows, which are seen rarely.
 TABLE_LR_FLOOR_BATCH_TOKENS = 2**17
@@ -62,10 +63,14 @@ def derive_batch_tokens(tokens: float, reference_tokens: float) -> int:
     return 2 ** max(0, min(round(published), math.floor(most)))
 
 
-def timed_batch_tokens(update_flops: int, flops_per_token: int) -> int:
-    """The least B for a time budget, a power of two: the update takes at most MOST_UPDATE_SHARE of
-    the FLOPs of its passes. In a smaller one it would take the time that more tokens need."""
-    return 2 ** math.ceil(math.log2(max(1, update_flops / MOST_UPDATE_SHARE / flops_per_token)))
+def timed_batch_tokens(tokens: float, update_flops: int, flops_per_token: int) -> int:
+    """The smallest B for a time budget of about D tokens, a power of two: the update takes at most
+    MOST_UPDATE_SHARE of the FLOPs of the passes, but B is at most D / MIN_TIMED_STEPS.
+
+    In a smaller batch updates take time that is better spent on more tokens."""
+    wanted = math.log2(max(1, update_flops / MOST_UPDATE_SHARE / flops_per_token))
+    most = math.log2(max(1, tokens / MIN_TIMED_STEPS))
+    return 2 ** min(math.ceil(wanted), math.floor(most))
 
 
 def derive_rows(

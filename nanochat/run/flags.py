@@ -422,7 +422,8 @@ GROUPS: dict[str, list[Flag]] = {
         Flag(
             "total_batch_size",
             -1,
-            "tokens per step; -1: derived from the horizon",
+            "tokens per step; -1: derived from the horizon, and for --target-minutes from the cost "
+            "of an update as well",
             range=POSITIVE_OR_OFF,
             no_fork=f"steps and the place in the text are counted in it; {FROM_WEIGHTS}",
         ),

@@ -192,7 +192,8 @@ class StepMemory:
         context = self.config.max_seq_len
         if self.backend not in KEEP_SCORES:
             return 0
-        if self.backend == "native" and self.config.head_dim % TILE_CHUNK == 0:
+        has_tiles = self.compute_dtype == torch.float32 or hardware.cpu_multiplies_bf16()
+        if self.backend == "native" and has_tiles and self.config.head_dim % TILE_CHUNK == 0:
             return tiled_weights(context, window) / context
         return visited_keys(context, window)
 

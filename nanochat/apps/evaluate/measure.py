@@ -27,7 +27,7 @@ from nanochat.eval.generation import NotNumbers, generate_text
 from nanochat.eval.unison import EvaluationFailed
 from nanochat.limits import available_cpus
 from nanochat.machines import on_each_machine, threads_of_rank
-from nanochat.run.plan import ASSUMED_MFU
+from nanochat.run.plan import assumed_mfu
 from nanochat.run.training_text import held_out_shards
 from tasks.core import CHOICE_LABELS, LABELS
 
@@ -214,7 +214,7 @@ def measure_core(
     )
     # rank 0 may have to measure it, and the estimate is printed once
     peak, _ = ranks.from_rank0_or_raise(lambda: hardware.peak_flops(machine.device))
-    flops = ASSUMED_MFU * peak * ranks.world_size()
+    flops = assumed_mfu(machine.device.type) * peak * ranks.world_size()
     for line in core.describe(subject.model.flops_per_token(), flops):
         machine.say(line)
     with _progress_bar(machine.show_progress) as progress:
