@@ -310,8 +310,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     # Only the small one where the large one would take a second.
     if device.type == "cpu" and dtype != torch.bfloat16:
         sizes = PEAK_SIZES[:1]
-    # On a shared machine the first ones may meet a slow moment.
-    return max(matmul_flops(device, dtype, n, repeats=5) for n in sizes)
+    return max(matmul_flops(device, dtype, n, repeats=2) for n in sizes)
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
