@@ -47,7 +47,8 @@ def problem() -> str | None:
     return native.problem(SOURCE, native.OPENMP)
 
 
-@functools.cache
+# A constant for torch.compile, as in cpu_training.py.
+@torch.compiler.assume_constant_result
 def _has_tiles(dtype: torch.dtype) -> bool:
     return bool(_library().nanochat_has_tiles(dtype == torch.bfloat16))
 
