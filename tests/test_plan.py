@@ -250,7 +250,7 @@ def multipliers(plan, steps):
         ([], 1e11, 2048),
         ([], 1.3e11, 4096),
         (["--optimizer=adamw"], 1e11, 512),
-        # steps that a slow machine has too: the time is not what limits them
+        # a horizon of tokens: time is not what is limited
         (["--target-tokens=515000"], 1e11, 512),
         # 51 million tokens: the rule D / 1500 asks for more
         ([], 1e13, 32768),

@@ -8,7 +8,7 @@ their updates differ from one another by as much as each does from fp32, 1%.
 Shape legend: N stacked matrices of one shape, R rows (outputs), C columns (inputs), S the side of a
 matrix along which NorMuon keeps its second moment."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -42,6 +42,11 @@ def muon_flops(rows: int, columns: int) -> int:
     small, large = sorted((rows, columns))
     # X X^T, its square, and the square times X, for X of `small` rows and `large` columns.
     return len(POLAR_EXPRESS) * 2 * small * small * (2 * large + small)
+
+
+def update_flops(matrices: Iterable[torch.Tensor]) -> int:
+    """FLOPs of orthogonalising all these matrices, once."""
+    return sum(muon_flops(*matrix.shape) for matrix in matrices)
 
 
 def orthogonalize(

@@ -15,7 +15,7 @@ from nanochat.common import UsageError, ceil_div
 from nanochat.model.build import meta_model
 from nanochat.model.config import GPTConfig, width_for
 from nanochat.optim import schedules
-from nanochat.optim.muon import muon_flops
+from nanochat.optim.muon import update_flops
 from nanochat.optim.schedules import Schedule
 from nanochat.run.clock import Clock
 from nanochat.run.flags import FLAGS, HORIZONS, flag
@@ -111,7 +111,7 @@ def size_of(config: GPTConfig, aspect_ratio: int) -> ModelSize:
         parameters=model.count_parameters(),
         scaling_parameters=model.scaling_parameters(),
         flops_per_token=model.flops_per_token(),
-        muon_flops=sum(muon_flops(*matrix.shape) for matrix in matrices),
+        muon_flops=update_flops(matrices),
         reference_tokens=schedules.DEFAULT_PARAM_DATA_RATIO * reference_parameters,
     )
 

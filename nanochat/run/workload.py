@@ -21,7 +21,7 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.gpt import LOGIT_SOFTCAP
 from nanochat.model.loss import linear_cross_entropy, pick_loss
 from nanochat.optim.loss_scaler import LossScaler
-from nanochat.optim.muon import muon_flops, updates_problem
+from nanochat.optim.muon import update_flops, updates_problem
 from nanochat.optim.optimizer import Optimizer
 from nanochat.optim.step import accumulate, forward_backward
 from nanochat.run import compiler
@@ -264,7 +264,7 @@ class TrainingStep:
     def muon_flops(self) -> int:
         """FLOPs of orthogonalisation."""
         matrices = self.model.parameter_groups()["matrices"].values()
-        return sum(muon_flops(*matrix.shape) for matrix in matrices)
+        return update_flops(matrices)
 
 
 def windows_of(config: GPTConfig) -> list[int]:

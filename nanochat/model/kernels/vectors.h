@@ -90,7 +90,7 @@ inline void store_native(BFloat16* at, Native x) {
 // Subtracting 0 changes no number, which compilers know; adding it would change -0.
 inline Native every(float x) { return x - Native{}; }
 
-// b where a is NaN.
+// The larger one of each pair, and b where a is NaN.
 inline Native larger(Native a, Native b) { return a > b ? a : b; }
 
 // x where it is positive at the same place, elsewhere 0.
